@@ -1,0 +1,115 @@
+"""Which path an op takes here, and why: triton on a GPU, native C++ on a CPU where it gains, plain PyTorch everywhere.
+
+Also the one guarded import of Triton: op files take `triton`, `tl` and `jit` from here, so that they load on machines
+without it. Leaves out the ops themselves.
+"""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS: the plain and native paths remain
+    triton = None
+    tl = None
+
+# op -> does the compiled module have a CPU version of it
+NATIVE_OPS = {
+    "ghost": True,
+    "warp": True,
+    "resize": True,
+    "patchify": True,
+    "token_logprob": True,
+    "linear_logprob": False,  # a matmul: PyTorch's own is the fast CPU path
+    "linear_logprob_kl": False,
+    "sample": False,
+}
+PATHS = ("plain", "native", "triton")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path an op takes and the reason in words."""
+
+    path: str
+    reason: str
+
+
+def jit(function=None, **options):
+    """`triton.jit`, or where Triton is absent the function itself: never launched, since `choose` refuses that path."""
+    if function is None:
+        return functools.partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def interpreted() -> bool:
+    """True where Triton runs kernels in its interpreter, on CPU tensors."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """The compiled module, or None where it was not built. One that is there but does not load raises ImportError."""
+    if importlib.util.find_spec("vise_kernels._native") is None:
+        return None
+    return importlib.import_module("vise_kernels._native")
+
+
+def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
+    """The path of `op` for tensors on `device`; `path` forces one. ValueError where the forced path cannot run."""
+    if path is None:
+        return _automatic(op, device)
+    if path not in PATHS:
+        raise ValueError(f"{op}: unknown path {path!r}; one of {', '.join(PATHS)}")
+    obstacle = _obstacle(op, device, path)
+    if obstacle:
+        raise ValueError(f"{op}: path {path!r} cannot run here: {obstacle}")
+    return Choice(path, "asked for")
+
+
+def _automatic(op: str, device: torch.device) -> Choice:
+    preferred = "triton" if device.type == "cuda" else "native"
+    obstacle = _obstacle(op, device, preferred)
+    if obstacle:
+        return Choice("plain", obstacle)
+    return Choice(preferred, f"{device.type} tensors, {preferred} kernel present")
+
+
+def _obstacle(op: str, device: torch.device, path: str) -> str | None:
+    """Why `path` cannot run `op` on `device`, or None."""
+    if path == "triton":
+        return _triton_obstacle(device)
+    if path == "native":
+        return _native_obstacle(op, device)
+    return None
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1 set before it is imported)"
+    return None
+
+
+def _native_obstacle(op: str, device: torch.device) -> str | None:
+    if not NATIVE_OPS[op]:
+        return "PyTorch is the CPU path of this op"
+    if device.type != "cpu":
+        return "the native kernels take CPU tensors"
+    if native() is None:
+        return "the native module was not built (python -m vise_kernels.build)"
+    return None
+
+
+def available() -> dict[str, tuple[str, str]]:
+    """{op: (path, reason)} for the device this machine would compute on: its GPU where it has one, else its CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {op: choose(op, device) for op in NATIVE_OPS}
+    return {op: (choice.path, choice.reason) for op, choice in chosen.items()}
