@@ -1,0 +1,172 @@
+"""Procedurally drawn scenes with known boxes: 1-4 coloured shapes on plain, noisy or striped grounds.
+
+Training sees the pixels only; the truth beside them serves evaluation and the pretraining of the embedded model.
+Not here: ghosts, views, question texts. One scene is a function of its numpy generator and its settings:
+`draw(generator(seed, step, "scene"))`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COLORS = {
+    "red": (210, 40, 40),
+    "orange": (245, 140, 25),
+    "yellow": (240, 225, 45),
+    "green": (45, 170, 60),
+    "cyan": (50, 210, 220),
+    "blue": (45, 75, 215),
+    "purple": (150, 55, 185),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+
+RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
+MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
+DISTRACTOR = 0.3  # how often a further object shares colour or shape with an earlier one
+LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
+TRIES = 24  # places tried for one object before it is left out
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. `box_1000` bounds its visible pixels (x1, y1, x2, y2 in 0..1000); `visible_share` in 0..1 is what others leave of it."""
+
+    name: str
+    color: str
+    shape: str
+    box_1000: tuple[float, float, float, float]
+    visible_share: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`pixels` uint8 (H, W, 3); `objects` back to front; `owner` int8 (H, W): index of the visible object at a pixel, -1 is ground."""
+
+    pixels: np.ndarray
+    objects: list[Thing]
+    owner: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        return [thing.name for thing in self.objects]
+
+
+def draw(rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_objects: int = 1) -> Scene:
+    """A square scene of `size` pixels a side; names are unique within it. Fewer objects than drawn for when no place is found."""
+    canvas = _ground(rng, size)
+    owner = np.full((size, size), -1, np.int8)
+    names: list[str] = []
+    full: list[int] = []
+    for _ in range(int(rng.integers(min_objects, max_objects + 1))):
+        name = _new_name(rng, names)
+        window, alpha = _place(rng, name.split()[1], owner, full)
+        if alpha is None:
+            continue
+        _paint(rng, canvas[window], alpha, name.split()[0])
+        mask = alpha > 0.5
+        owner[window][mask] = len(names)
+        names.append(name)
+        full.append(int(mask.sum()))
+    canvas += rng.integers(-5, 6, canvas.shape, dtype=np.int8)
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
+    things = [_thing(name, owner == index, count) for index, (name, count) in enumerate(zip(names, full))]
+    return Scene(pixels, things, owner)
+
+
+def absent_name(rng: np.random.Generator, present: list[str]) -> str:
+    """A name that is not in `present`; in 70 % of the draws it shares its colour or its shape with one that is."""
+    absent = [name for name in NAMES if name not in present]
+    words = {word for name in present for word in name.split()}
+    similar = [name for name in absent if words & set(name.split())]
+    pool = similar if similar and rng.random() < LOOKALIKE else absent
+    return pool[int(rng.integers(len(pool)))]
+
+
+def mask_box_1000(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Bounds of the true pixels of a bool (H, W) mask as x1, y1, x2, y2 in 0..1000 (outer pixel edges); zeros for an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not rows.size:
+        return (0.0, 0.0, 0.0, 0.0)
+    height, width = mask.shape
+    x1, x2 = columns[0] * 1000 / width, (columns[-1] + 1) * 1000 / width
+    y1, y2 = rows[0] * 1000 / height, (rows[-1] + 1) * 1000 / height
+    return (float(x1), float(y1), float(x2), float(y2))
+
+
+def _thing(name: str, mask: np.ndarray, full: int) -> Thing:
+    color, shape = name.split()
+    return Thing(name, color, shape, mask_box_1000(mask), float(mask.sum() / full))
+
+
+def _new_name(rng: np.random.Generator, names: list[str]) -> str:
+    free = [name for name in NAMES if name not in names]
+    if names and rng.random() < DISTRACTOR:
+        words = set(names[int(rng.integers(len(names)))].split())
+        free = [name for name in free if words & set(name.split())]
+    return free[int(rng.integers(len(free)))]
+
+
+def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Muted float32 (size, size, 3): a gradient, a noisy plane or stripes, none as saturated or as bright as an object."""
+    base = rng.uniform(50, 165) + rng.uniform(-18, 18, 3)
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    ramp = rng.uniform(-20, 20) * axis[:, None] + rng.uniform(-20, 20) * axis[None, :]
+    kind = int(rng.integers(3))
+    if kind == 1:
+        reach = int(rng.integers(8, 30))
+        ramp = ramp + rng.integers(-reach, reach + 1, (size, size), dtype=np.int8)
+    if kind == 2:
+        turn = rng.uniform(0, np.pi)
+        phase = np.cos(turn) * axis[:, None] + np.sin(turn) * axis[None, :]
+        ramp = ramp + rng.uniform(8, 22) * np.sign(np.sin(rng.uniform(8, 30) * phase + rng.uniform(0, 6)))
+    return (ramp[:, :, None] + base).astype(np.float32)
+
+
+def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[int]):
+    """(window, alpha) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of itself; alpha None when none was found."""
+    size = owner.shape[0]
+    seen = np.bincount(owner.ravel() + 1, minlength=len(full) + 1)[1:]
+    for _ in range(TRIES):
+        radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random() ** 1.3)
+        x, y = rng.uniform(radius, size - radius, 2)
+        window = tuple(slice(max(int(c - radius) - 1, 0), min(int(c + radius) + 2, size)) for c in (y, x))
+        alpha = _alpha(shape, radius, x, y, window)
+        covered = owner[window][alpha > 0.5]
+        lost = np.bincount(covered + 1, minlength=len(full) + 1)[1:]
+        if np.all(seen - lost >= (1 - MAX_HIDDEN) * np.array(full)):
+            return window, alpha
+    return window, None
+
+
+def _alpha(shape: str, radius: float, x: float, y: float, window: tuple[slice, slice]) -> np.ndarray:
+    """Coverage in 0..1 of one shape at the window's pixel centres, from its distance to the edge (one pixel of smoothing)."""
+    v = (np.arange(window[0].start, window[0].stop, dtype=np.float32) + 0.5 - y)[:, None]
+    u = (np.arange(window[1].start, window[1].stop, dtype=np.float32) + 0.5 - x)[None, :]
+    return np.clip(0.5 - _distance(shape, radius, u, v), 0, 1)
+
+
+def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance (pixels, negative inside) to a shape about the origin; u to the right, v down."""
+    if shape == "circle":
+        return np.hypot(u, v) - radius
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.88 * radius
+    if shape == "triangle":  # apex up; sides of slope 2 meet the base at +-0.95 radius
+        return np.maximum((2 * np.abs(u) - v - radius) / np.sqrt(5), v - 0.9 * radius)
+    arm, half = radius, 0.34 * radius
+    a, b = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(a - arm, b - half), np.maximum(a - half, b - arm))
+
+
+def _paint(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray, color: str) -> None:
+    """Blends one shaded shape into a float32 view of the canvas, in place."""
+    height, width = alpha.shape
+    tilt = rng.uniform(-0.15, 0.15, 2)
+    light = rng.uniform(0.88, 1.05) + tilt[0] * np.linspace(-1, 1, height)[:, None] + tilt[1] * np.linspace(-1, 1, width)[None, :]
+    tone = np.array(COLORS[color]) + rng.uniform(-10, 10, 3)
+    paint = (light[:, :, None] * tone).astype(np.float32)
+    patch += alpha[:, :, None].astype(np.float32) * (paint - patch)
