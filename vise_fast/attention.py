@@ -1,0 +1,179 @@
+"""Attention of new tokens over several stretches of keys: shared prefixes, prompts, and the new tokens themselves.
+
+A row (one sequence of new tokens) sees *parts*. A part is a bank of keys and values of which every row sees exactly one entry;
+many rows may share an entry (all samples of one image share its prefix), and then the entry is read once, never copied. Each part
+yields an output and a log-sum-exp; the parts are merged by their log-sum-exp (Milakov & Gimelshein 2018, "Online normalizer
+calculation for softmax"), and the backward pass of each part uses the merged output and log-sum-exp, which is exact because a part's
+softmax weights are exp(score - merged log-sum-exp).
+
+Shapes: N rows, T new tokens per row, M entries, F rows per entry, S keys per entry, H query heads, KV key heads, D head dimension.
+`attend` is the fast path (torch's FlashAttention on a CPU), `attend_plain` the same formula with everything written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Grid:
+    """Which entry each row sees, as a (M, F) table of rows. `uniform`: rows are entry-major with F rows each, so views suffice."""
+
+    def __init__(self, owner: list[int], entries: int, device: torch.device | str = "cpu") -> None:
+        counts = [0] * entries
+        slots = []
+        for entry in owner:
+            slots.append((entry, counts[entry]))
+            counts[entry] += 1
+        self.rows, self.entries, self.fan = len(owner), entries, max(counts)
+        self.uniform = all(entry * self.fan + rank == row for row, (entry, rank) in enumerate(slots)) and self.rows == entries * self.fan
+        self.slot = None if self.uniform else torch.tensor([entry * self.fan + rank for entry, rank in slots], device=device)
+        self.owner = torch.tensor(owner, device=device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, ...) rows to (M, F, ...); slots without a row are zero."""
+        if not self.uniform:
+            table = x.new_zeros(self.entries * self.fan, *x.shape[1:])
+            x = table.index_copy_(0, self.slot, x)
+        return x.view(self.entries, self.fan, *x.shape[1:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(M, F, ...) back to rows (N, ...)."""
+        x = x.reshape(self.entries * self.fan, *x.shape[2:])
+        return x if self.uniform else x.index_select(0, self.slot)
+
+
+@dataclass
+class Part:
+    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry, None: all S."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor | None = None
+    grid: Grid | None = None
+    causal: bool = False
+
+    def mask(self, queries: int) -> Tensor | None:
+        """Additive (M, 1, queries, S): -inf on padding; None when there is none."""
+        if self.lengths is None:
+            return None
+        valid = torch.arange(self.keys.shape[2], device=self.keys.device) < self.lengths[:, None]
+        mask = torch.zeros(valid.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(~valid, -torch.inf)
+        return mask[:, None, None, :].expand(-1, 1, queries, -1)
+
+
+def _fold(part: Part, q: Tensor) -> Tensor:
+    """Queries (N, T, H, D) as one batch per entry: (M, KV, F*T*rep, D), or (N, H, T, D) for a causal part."""
+    if part.causal:
+        return q.transpose(1, 2)
+    kv = part.keys.shape[1]
+    table = (part.grid.spread(q) if part.grid else q[:, None]).unflatten(3, (kv, -1))
+    return table.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+
+
+def _unfold(part: Part, x: Tensor, tokens: int) -> Tensor:
+    """The inverse of `_fold` for outputs (.., D) and, with D absent, log-sum-exps: to (N, T, H[, D])."""
+    if part.causal:
+        return x.transpose(1, 2)
+    fan = part.grid.fan if part.grid else 1
+    table = x.unflatten(2, (fan, tokens, -1))
+    order = (0, 2, 3, 1, 4) + ((5,) if table.dim() == 6 else ())
+    table = table.permute(order).flatten(3, 4)
+    return part.grid.gather(table) if part.grid else table[:, 0]
+
+
+def _banks(part: Part, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the folded queries have."""
+    repeat = heads // part.keys.shape[1] if part.causal else 1
+    if repeat == 1:
+        return part.keys, part.values
+    return part.keys.repeat_interleave(repeat, 1), part.values.repeat_interleave(repeat, 1)
+
+
+def _part_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part."""
+    folded = _fold(part, q)
+    keys, values = _banks(part, q.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        folded, keys, values, 0.0, part.causal, attn_mask=part.mask(folded.shape[2]), scale=scale
+    )
+    return _unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1])
+
+
+def _part_backward(part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and log-sum-exp."""
+    folded = _fold(part, q)
+    keys, values = _banks(part, q.shape[2])
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _fold(part, grad), folded, keys, values, _fold(part, out), _fold(part, lse[..., None])[..., 0].contiguous(), 0.0,
+        part.causal, attn_mask=part.mask(folded.shape[2]), scale=scale,
+    )  # fmt: skip
+    kv = part.keys.shape[1]
+    if dk.shape[1] != kv:
+        dk, dv = dk.unflatten(1, (kv, -1)).sum(2), dv.unflatten(1, (kv, -1)).sum(2)
+    return _unfold(part, dq, q.shape[1]), dk, dv
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs of the parts, weighted by the share of the softmax mass each holds."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    total = stacked.logsumexp(0)
+    weights = (stacked - total).exp_().to(outs[0].dtype)[..., None]
+    merged = outs[0] * weights[0]
+    for out, weight in zip(outs[1:], weights[1:], strict=True):
+        merged = torch.addcmul(merged, out, weight)
+    return merged, total
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, scale: float, parts: list[Part], *banks: Tensor) -> Tensor:
+        results = [_part_forward(part, q, scale) for part in parts]
+        out, lse = _merge([r[0] for r in results], [r[1] for r in results])
+        ctx.save_for_backward(q, out, lse, *banks)
+        ctx.scale, ctx.shapes = scale, [(p.lengths, p.grid, p.causal) for p in parts]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, out, lse, *banks = ctx.saved_tensors
+        dq, dbanks = None, []
+        for i, shape in enumerate(ctx.shapes):
+            part = Part(banks[2 * i], banks[2 * i + 1], *shape)
+            dq_part, dk, dv = _part_backward(part, grad, q, out, lse, ctx.scale)
+            dq = dq_part if dq is None else dq + dq_part
+            dbanks += [dk, dv]
+        return dq, None, None, *dbanks
+
+
+def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
+    """Attention of q (N, T, H, D) over all parts together; differentiable in q and in every part's keys and values."""
+    if q.device.type != "cpu":
+        return attend_plain(q, parts, scale)
+    if torch.is_grad_enabled():
+        return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])
+    results = [_part_forward(part, q, scale) for part in parts]
+    return _merge([r[0] for r in results], [r[1] for r in results])[0]
+
+
+def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
+    """The same with each row's keys copied out, scores in full and one softmax over all parts (fp32 scores)."""
+    heads, scores, values = q.shape[2], [], []
+    for part in parts:
+        keys, bank = part.keys, part.values
+        mask = part.mask(q.shape[1])
+        if part.grid is not None:
+            keys, bank = keys[part.grid.owner], bank[part.grid.owner]
+            mask = mask if mask is None else mask[part.grid.owner]
+        keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+        score = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale
+        if part.causal:
+            score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        scores.append(score if mask is None else score + mask)
+        values.append(bank.repeat_interleave(heads // bank.shape[1], 1))
+    weights = torch.cat(scores, -1).softmax(-1)
+    return torch.einsum("nhts,nhsd->nthd", weights.to(q.dtype), torch.cat(values, 2))

@@ -1,0 +1,355 @@
+"""Qwen3-VL: its own forward pass over the tensors transformers and PEFT own. Vision once, tokens in trees, adapters on or off.
+
+Three parts: `encode` (frozen vision tower, up to but not including the mergers), `merge` (mergers, which may carry LoRA) and `forward`
+(the decoder over *levels*: the nodes of a tree prefix → prompt → completion, each level packed, every linear one product over all levels).
+What is left out: video, padding tokens, dropout, any mutation of the modules.
+
+Shapes: P patches, n packed tokens, N rows of a level, T tokens of a row, C vision width, E text width, KV key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from vise_kernels import patchify
+
+from vise_fast.attention import Grid, Part, attend
+from vise_fast.backbones.linear import FusedLinear, Pack
+
+# Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
+LORA_TARGETS = (
+    r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
+)
+
+
+@dataclass
+class Features:
+    """Vision features before the mergers: last (P, C), taps [(P, C)] per deepstack layer, grids [(rows, columns)] in patches per image."""
+
+    last: Tensor
+    taps: list[Tensor]
+    grids: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def select(self, images: list[int]) -> Features:
+        """The features of some images, in that order."""
+        if images == list(range(len(self.grids))):
+            return self
+        starts, total = [], 0
+        for rows, columns in self.grids:
+            starts.append((total, rows * columns))
+            total += rows * columns
+        pick = torch.cat([torch.arange(starts[i][0], sum(starts[i])) for i in images]).to(self.last.device)
+        return Features(self.last[pick], [tap[pick] for tap in self.taps], [self.grids[i] for i in images])
+
+
+@dataclass
+class Segment:
+    """Keys and values of one stretch of tokens: per layer (N, KV, T, D); lengths (N,) where rows are ragged, else None."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor | None = None
+
+    def part(self, layer: int, grid: Grid | None) -> Part:
+        return Part(self.keys[layer], self.values[layer], self.lengths, grid)
+
+
+class Ragged:
+    """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain views."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str) -> None:
+        self.lengths, self.longest, self.count = lengths, max(lengths), sum(lengths)
+        self.uniform = min(lengths) == self.longest
+        self.valid = None if self.uniform else torch.tensor(lengths, device=device)
+        if not self.uniform:
+            slots = [row * self.longest + t for row, length in enumerate(lengths) for t in range(length)]
+            self.slots = torch.tensor(slots, device=device)
+
+    def pad(self, x: Tensor) -> Tensor:
+        if not self.uniform:
+            x = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.view(len(self.lengths), self.longest, *x.shape[1:])
+
+    def pack(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        return x if self.uniform else x.index_select(0, self.slots)
+
+
+@dataclass
+class Level:
+    """Rows of new tokens at one depth of the tree.
+
+    embeds (n, E) packed; positions (3, n); parents: what the rows see besides themselves, each a cached Segment or the index of an
+    earlier level, with the Grid that says which entry each row sees; deep: packed image rows and what each early layer adds there.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    rag: Ragged
+    parents: list[tuple[Segment | int, Grid | None]] = field(default_factory=list)
+    deep_rows: Tensor | None = None
+    deep: list[Tensor] = field(default_factory=list)
+
+
+class Backbone:
+    """The fast forward of one Qwen3-VL model. `packs` holds the LoRA factors for no-grad calls; `refresh` after each optimizer step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = core.config
+        self.visual, self.text, self.head = core.model.visual, core.model.language_model, core.lm_head
+        text, vision = core.config.text_config, core.config.vision_config
+        self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        self.eps, self.scale = text.rms_norm_eps, text.head_dim**-0.5
+        self.patch, self.merge_size, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        self.sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
+        self.dtype = self.text.embed_tokens.weight.dtype
+        self._build()
+        self.refresh()
+
+    def _build(self) -> None:
+        self.layers = [_Layer(layer) for layer in self.text.layers]
+        self.mergers = [_Merger(m) for m in [self.visual.merger, *self.visual.deepstack_merger_list]]
+        weight = self.visual.patch_embed.proj.weight
+        # A still image shows the same pixels at every temporal tap, so the taps fold into one product.
+        self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
+        self.patch_bias = self.visual.patch_embed.proj.bias
+        self._grids: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.embed_tokens.weight.device
+
+    def fused(self) -> list[FusedLinear]:
+        return [f for group in [*self.layers, *self.mergers] for f in group.linears]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recast the LoRA masters for the no-grad passes, in place (addresses stay valid for captured graphs)."""
+        for linear in self.fused():
+            fresh = linear.pack(self.dtype)
+            old = getattr(linear, "cached", None)
+            if old is None or fresh is None:
+                linear.cached = fresh
+            else:
+                old.down.copy_(fresh.down), old.up.copy_(fresh.up)
+
+    def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
+        if not adapters:
+            return None
+        return linear.pack(self.dtype) if torch.is_grad_enabled() else linear.cached
+
+    # ---- vision -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: list[Tensor]) -> Features:
+        """uint8 (H, W, 3) images, sides multiples of patch·merge, to features before the mergers; each image attends to itself only."""
+        patches, _ = patchify(images, patch=self.patch, merge=self.merge_size, dtype=self.dtype, single_tap=True)
+        grids = [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images]
+        tables = [self._grid(grid) for grid in grids]
+        x = F.linear(patches.to(self.device), self.patch_weight, self.patch_bias)
+        x = x + torch.cat([t[0] for t in tables])
+        cos, sin = torch.cat([t[1] for t in tables]), torch.cat([t[2] for t in tables])
+        runs, taps = _runs([rows * columns for rows, columns in grids]), []
+        for index, block in enumerate(self.visual.blocks):
+            x = x + self._vision_attention(block.attn, block.norm1(x), cos, sin, runs)
+            x = x + block.mlp(block.norm2(x))
+            if index in self.visual.deepstack_visual_indexes:
+                taps.append(x)
+        return Features(x, taps, grids)
+
+    def _vision_attention(self, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+        qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
+        qk, v = _rotate(qkv[:, :2], cos[:, None, None], sin[:, None, None]), qkv[:, 2]
+        outs = []
+        for start, images, size in runs:
+            stop = start + images * size
+            q, k = (qk[start:stop, i].unflatten(0, (images, size)).transpose(1, 2) for i in (0, 1))
+            out = F.scaled_dot_product_attention(q, k, v[start:stop].unflatten(0, (images, size)).transpose(1, 2))
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+    def _grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Position embedding (P, C) and rotary cos, sin (P, d) of one patch grid, in merge order; computed once per grid."""
+        if grid not in self._grids:
+            rows, columns = _merge_order(*grid, self.merge_size, self.device)
+            side = int(self.visual.pos_embed.weight.shape[0] ** 0.5)
+            table = _bilinear(self.visual.pos_embed.weight.float(), side, grid, rows, columns).to(self.dtype)
+            inverse = self.visual.rotary_pos_emb.inv_freq.float().to(self.device)
+            angles = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], 1).repeat(1, 2)
+            self._grids[grid] = (table, angles.cos(), angles.sin())
+        return self._grids[grid]
+
+    def merge(self, features: Features, adapters: bool) -> tuple[Tensor, list[Tensor]]:
+        """Image embeddings (tokens, E) and, per early decoder layer, what deepstack adds to them."""
+        last, *taps = [
+            merger(x, [self._pack(linear, adapters) for linear in merger.linears])
+            for merger, x in zip(self.mergers, [features.last, *features.taps], strict=True)
+        ]
+        return last, taps
+
+    # ---- decoder ------------------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.text.embed_tokens.weight)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (n, 1, D) in fp32 for positions (3, n); the three axes interleave as mrope_section says."""
+        inverse = self.text.rotary_emb.inv_freq.float().to(positions.device)
+        axis = torch.zeros(inverse.shape[0], dtype=torch.long, device=positions.device)
+        for dim in (1, 2):
+            axis[dim : self.sections[dim] * 3 : 3] = dim
+        angles = positions[axis].T.float() * inverse
+        angles = torch.cat([angles, angles], 1)[:, None]
+        return angles.cos(), angles.sin()
+
+    def forward(self, levels: list[Level], adapters: bool, recompute: bool = False) -> tuple[list[Tensor], list[Segment]]:
+        """Final-normed hidden states (n, E) and the Segment of each level. `recompute`: keep no activations inside a layer."""
+        x = torch.cat([level.embeds for level in levels])
+        cos, sin = self.rope(torch.cat([level.positions for level in levels], 1))
+        sizes = [level.rag.count for level in levels]
+        segments = [Segment([], [], level.rag.valid) for level in levels]
+        for index, layer in enumerate(self.layers):
+            packs = [self._pack(linear, adapters) for linear in layer.linears]
+            args = (index, x, cos, sin, levels, packs)
+            x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
+            for segment, k, v in zip(segments, banks[::2], banks[1::2], strict=True):
+                segment.keys.append(k), segment.values.append(v)
+            x = self._deepstack(x, index, levels, sizes)
+        hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
+        return list(hidden.split(sizes)), segments
+
+    def _layer(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs) -> tuple:
+        layer = self.layers[index]
+        q, k, v = self._qkv(layer, x, cos, sin, packs[0])
+        sizes, outs, banks = [level.rag.count for level in levels], [], []
+        for level, q_, k_, v_ in zip(levels, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+            own = level.rag.pad(k_).transpose(1, 2), level.rag.pad(v_).transpose(1, 2)
+            banks.append(own)
+            parts = [self._parent(index, source, grid, banks, levels) for source, grid in level.parents]
+            out = attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
+            outs.append(level.rag.pack(out).flatten(1))
+        x = x + layer.linears[1](outs[0] if len(outs) == 1 else torch.cat(outs), packs[1])
+        return (self._mlp(layer, x, packs), *[bank for pair in banks for bank in pair])
+
+    def _parent(self, index: int, source: Segment | int, grid: Grid | None, banks: list, levels: list[Level]) -> Part:
+        if isinstance(source, Segment):
+            return source.part(index, grid)
+        return Part(*banks[source], levels[source].rag.valid, grid)
+
+    def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
+        h = F.rms_norm(x, (x.shape[-1],), layer.norm1, self.eps)
+        qkv = layer.linears[0](h, pack).view(x.shape[0], -1, self.head_dim)
+        split = self.heads + self.kv_heads
+        qk = F.rms_norm(qkv[:, :split], (self.head_dim,), None, self.eps) * layer.qk_norm
+        qk = _rotate(qk, cos, sin)
+        return qk[:, : self.heads], qk[:, self.heads :], qkv[:, split:]
+
+    def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
+        h = F.rms_norm(x, (x.shape[-1],), layer.norm2, self.eps)
+        gate, up = layer.linears[2](h, packs[2]).chunk(2, -1)
+        return x + layer.linears[3](F.silu(gate) * up, packs[3])
+
+    def _deepstack(self, x: Tensor, index: int, levels: list[Level], sizes: list[int]) -> Tensor:
+        start = 0
+        for level, size in zip(levels, sizes, strict=True):
+            if level.deep_rows is not None and index < len(level.deep):
+                x = x.index_add(0, level.deep_rows + start, level.deep[index])
+            start += size
+        return x
+
+    def decode(self, ids: Tensor, positions: Tensor, parents: list[tuple[Segment, Grid | None]], buffer: Segment, at: int, adapters: bool) -> Tensor:
+        """One token per row: ids (N,), positions (N,), keys and values written to `buffer` at `at`; hidden states (N, E)."""
+        x = self.embed(ids)
+        cos, sin = self.rope(positions.expand(3, -1))
+        for index, layer in enumerate(self.layers):
+            packs = [self._pack(linear, adapters) for linear in layer.linears]
+            q, k, v = self._qkv(layer, x, cos, sin, packs[0])
+            buffer.keys[index][:, :, at], buffer.values[index][:, :, at] = k, v
+            own = Part(buffer.keys[index][:, :, : at + 1], buffer.values[index][:, :, : at + 1])
+            parts = [source.part(index, grid) for source, grid in parents]
+            out = attend(q[:, None], [*parts, own], self.scale)
+            x = x + layer.linears[1](out.flatten(1), packs[1])
+            x = self._mlp(layer, x, packs)
+        return F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
+
+    def buffer(self, rows: int, tokens: int) -> Segment:
+        """Empty keys and values for `tokens` new tokens of each row."""
+        shape = (rows, self.kv_heads, tokens, self.head_dim)
+        new = lambda: [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]  # noqa: E731
+        return Segment(new(), new())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits (n, V) of hidden states (n, E)."""
+        return F.linear(hidden, self.head.weight).float()
+
+
+class _Layer:
+    """One decoder layer's tensors: linears = [qkv, o, gate+up, down]."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
+        self.linears = [qkv, FusedLinear([attn.o_proj]), FusedLinear([mlp.gate_proj, mlp.up_proj]), FusedLinear([mlp.down_proj])]
+        heads, kv = attn.config.num_attention_heads, attn.config.num_key_value_heads
+        self.qk_norm = torch.cat([attn.q_norm.weight.expand(heads, -1), attn.k_norm.weight.expand(kv, -1)]).detach()
+
+
+class _Merger:
+    """A patch merger: norm (before or after the 2x2 shuffle), two linears with GELU between."""
+
+    def __init__(self, merger: nn.Module) -> None:
+        self.norm, self.width, self.postshuffle = merger.norm, merger.hidden_size, merger.use_postshuffle_norm
+        self.linears = [FusedLinear([merger.linear_fc1]), FusedLinear([merger.linear_fc2])]
+
+    def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
+        x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
+        return self.linears[1](F.gelu(self.linears[0](x, packs[0])), packs[1])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def _runs(sizes: list[int]) -> list[tuple[int, int, int]]:
+    """Neighbours of equal size as (first token, images, size): each run is one batched attention."""
+    runs, start = [], 0
+    for size in sizes:
+        if runs and runs[-1][2] == size:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, size)
+        else:
+            runs.append((start, 1, size))
+        start += size
+    return runs
+
+
+def _merge_order(rows: int, columns: int, merge: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch in the order the merger wants: 2x2 blocks, row-major blocks, row-major inside."""
+    r, c = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    blocks = lambda x: x.view(rows // merge, merge, columns // merge, merge).transpose(1, 2).flatten()  # noqa: E731
+    return blocks(r), blocks(c)
+
+
+def _bilinear(table: Tensor, side: int, grid: tuple[int, int], rows: Tensor, columns: Tensor) -> Tensor:
+    """The learned side×side position table sampled at a rows×columns grid (corners aligned), for the given patches."""
+    y = torch.linspace(0, side - 1, grid[0], device=table.device)[rows]
+    x = torch.linspace(0, side - 1, grid[1], device=table.device)[columns]
+    y0, x0 = y.long(), x.long()
+    y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
+    dy, dx = (y - y0)[:, None], (x - x0)[:, None]
+    top = table[y0 * side + x0] * (1 - dx) + table[y0 * side + x1] * dx
+    bottom = table[y1 * side + x0] * (1 - dx) + table[y1 * side + x1] * dx
+    return top * (1 - dy) + bottom * dy

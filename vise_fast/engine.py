@@ -1,0 +1,293 @@
+"""The rollout engine: encode each image once, prefill its prefix once, fork it for every question, decode all answers together.
+
+Images become `Features` (adapters play no part in them), features become `Prefixes` (keys and values of one adapter state), questions
+fork a prefix into `Prompts`, prompts fork into sampled rows: a `Rollout`. `score` runs the same tree in one pass, with gradients, for the
+update. Ids in, ids out: what is asked and how answers are read is none of its business. Sampling is counter-based per row, so batching,
+compaction of finished rows and micro-batches do not change what is sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+from vise_kernels import sample
+
+from vise_fast.attention import Grid
+from vise_fast.backbones.qwen3_vl import Backbone, Features, Level, Ragged, Segment
+from vise_fast.tokens import Tokens
+
+
+@dataclass
+class Counters:
+    """Work done since the last `take`: a regression in work done twice shows here on any machine."""
+
+    images_encoded: int = 0
+    prefixes: int = 0
+    forwards: int = 0
+    decode_steps: int = 0
+    verdicts: int = 0
+    tokens_decoded: int = 0
+
+    def take(self) -> dict[str, int]:
+        values = asdict(self)
+        self.__init__()
+        return values
+
+
+@dataclass
+class Prefixes:
+    """Image prefixes under one adapter state: their keys and values and the rope position that comes next, per image."""
+
+    segment: Segment
+    following: list[int]
+    adapters: bool
+
+    def __len__(self) -> int:
+        return len(self.following)
+
+
+@dataclass
+class Prompts:
+    """Questions forked from prefixes: owner[r] is the prefix of row r; last (R, E) the hidden state that predicts the first token."""
+
+    prefixes: Prefixes
+    owner: list[int]
+    segment: Segment
+    following: list[int]
+    last: Tensor
+
+
+@dataclass
+class Rollout:
+    """Sampled answers: ids (N, T) padded, logprob (N, T) under the sampling distribution, lengths including the end token."""
+
+    ids: Tensor
+    logprob: Tensor
+    lengths: list[int]
+
+    def mask(self) -> Tensor:
+        """fp32 (N, T): 1 on sampled tokens."""
+        steps = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (steps < torch.tensor(self.lengths, device=self.ids.device)[:, None]).float()
+
+    def rows(self) -> list[list[int]]:
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths, strict=True)]
+
+    def select(self, rows: list[int]) -> Rollout:
+        return Rollout(self.ids[rows], self.logprob[rows], [self.lengths[r] for r in rows])
+
+
+@dataclass
+class _Active:
+    """The rows still being decoded."""
+
+    rows: list[int]
+    owner_prefix: list[int]
+    owner_prompt: list[int]
+    ids: Tensor
+    positions: Tensor
+    seeds: Tensor
+    buffer: Segment
+    parents: list[tuple[Segment, Grid]] = field(default_factory=list)
+
+
+class Engine:
+    """Fast generation and scoring with one backbone; stateless between calls but for its counters."""
+
+    def __init__(self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64) -> None:
+        self.backbone, self.tokens, self.counters = backbone, tokens, Counters()
+        self.device = backbone.device
+        self.banned = tokens.banned().to(self.device)
+        self.poll = poll or (1 if self.device.type == "cpu" else 8)
+        self.chunk = chunk
+        self.interrupted = lambda: None
+
+    # ---- images and prefixes ------------------------------------------------------------------------------------------------
+
+    def encode(self, images: list[Tensor]) -> Features:
+        self.counters.images_encoded += len(images)
+        return self.backbone.encode(images)
+
+    def prefix_level(self, features: Features, adapters: bool) -> tuple[Level, list[int]]:
+        """The level of head + image + tail per image, and each image's next rope position."""
+        merged, deep = self.backbone.merge(features, adapters)
+        merge, head, tail = self.backbone.merge_size, self.tokens.head, self.tokens.tail
+        ids, rows, positions, lengths, following, start = [], [], [], [], [], 0
+        for grid_rows, grid_columns in features.grids:
+            height, width = grid_rows // merge, grid_columns // merge
+            ids += head + [self.tokens.image_token] * (height * width) + tail
+            rows.append(torch.arange(height * width) + start + len(head))
+            position, after = _prefix_positions(len(head), height, width, len(tail))
+            positions.append(position), following.append(after)
+            lengths.append(position.shape[1])
+            start += lengths[-1]
+        image_rows = torch.cat(rows).to(self.device)
+        embeds = self.backbone.embed(torch.tensor(ids, device=self.device)).index_copy(0, image_rows, merged.to(self.backbone.dtype))
+        self.counters.prefixes += len(features)
+        positions = torch.cat(positions, 1).to(self.device)
+        return Level(embeds, positions, Ragged(lengths, self.device), deep_rows=image_rows, deep=deep), following
+
+    @torch.no_grad()
+    def prefill(self, features: Features, adapters: bool) -> Prefixes:
+        level, following = self.prefix_level(features, adapters)
+        _, (segment,) = self._forward([level], adapters)
+        return Prefixes(segment, following, adapters)
+
+    def _forward(self, levels: list[Level], adapters: bool, recompute: bool = False) -> tuple[list[Tensor], list[Segment]]:
+        self.counters.forwards += 1
+        return self.backbone.forward(levels, adapters, recompute)
+
+    def _text_level(self, rows: list[list[int]], starts: list[int], parents: list) -> Level:
+        """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …"""
+        ids = torch.tensor([token for row in rows for token in row], device=self.device)
+        positions = torch.tensor([start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))], device=self.device)
+        return Level(self.backbone.embed(ids), positions.expand(3, -1), Ragged([len(row) for row in rows], self.device), parents)
+
+    # ---- questions ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
+        """Fork prefixes: row r of question ids continues prefix owner[r]."""
+        starts = [prefixes.following[i] for i in owner]
+        level = self._text_level(rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))])
+        (hidden,), (segment,) = self._forward([level], prefixes.adapters)
+        following = [start + len(row) for start, row in zip(starts, rows, strict=True)]
+        return Prompts(prefixes, owner, segment, following, hidden[_last_rows(level.rag)])
+
+    @torch.no_grad()
+    def verdict_logits(self, features: Features, rows: list[list[int]], adapters: bool) -> Tensor:
+        """Next-token logits (R, V) of one opened question per image; prefix and question in one pass, nothing kept."""
+        outs = []
+        for start in range(0, len(features), self.chunk):
+            chosen = list(range(start, min(start + self.chunk, len(features))))
+            levels, _ = self._tree(features.select(chosen), [rows[i] for i in chosen], adapters)
+            (_, hidden), _ = self._forward(levels, adapters)
+            outs.append(self.backbone.logits(hidden[_last_rows(levels[1].rag)]))
+        self.counters.verdicts += len(features)
+        return torch.cat(outs)
+
+    @torch.no_grad()
+    def forked_verdict_logits(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Tensor:
+        """The same for images whose prefix is at hand."""
+        self.counters.verdicts += len(rows)
+        return self.backbone.logits(self.prompt(prefixes, owner, rows).last)
+
+    def _tree(self, features: Features, rows: list[list[int]], adapters: bool) -> tuple[list[Level], list[int]]:
+        """[prefix level, question level], one question per image, and each image's rope position after its prefix."""
+        prefix, following = self.prefix_level(features, adapters)
+        return [prefix, self._text_level(rows, following, [(0, None)])], following
+
+    # ---- sampling -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+        """fan[r] answers to prompt r, at most `limit` tokens each; seeds per answer; temperature 0 is greedy."""
+        owner_prompt = [r for r, count in enumerate(fan) for _ in range(count)]
+        rows, device = len(owner_prompt), self.device
+        ids = torch.full((rows, limit), self.tokens.pad, device=device)
+        logprob = torch.zeros(rows, limit, device=device)
+        done_at = torch.full((rows,), limit, device=device)
+        eos = torch.tensor(self.tokens.eos, device=device)
+        index = torch.tensor(owner_prompt, device=device)
+        logits = self.backbone.logits(prompts.last)[index]
+        positions = torch.tensor(prompts.following, device=device)[index]
+        active = _Active(
+            list(range(rows)), [prompts.owner[p] for p in owner_prompt], owner_prompt, index, positions,
+            torch.tensor(seeds, device=device), self.backbone.buffer(rows, limit),
+        )  # fmt: skip
+        self._attach(active, prompts)
+        for step in range(limit):
+            token, score = sample(logits, temperature=temperature, banned=self.banned, seed=active.seeds, position=step)
+            where = torch.tensor(active.rows, device=device)
+            fresh = done_at[where] > step
+            ids[where, step] = torch.where(fresh, token, self.tokens.pad)
+            logprob[where, step] = torch.where(fresh, score, 0.0)
+            ended = fresh & torch.isin(token, eos)
+            done_at[where] = torch.where(ended, step + 1, done_at[where])
+            if step + 1 == limit:
+                break
+            if (step + 1) % self.poll == 0:
+                self.interrupted()
+                alive = (done_at[where] > step + 1).tolist()
+                if not any(alive):
+                    break
+                if sum(alive) <= 0.75 * len(alive):
+                    token = token[alive]
+                    self._compact(active, alive, prompts, step)
+            hidden = self.backbone.decode(token, active.positions + step, active.parents, active.buffer, step, prompts.prefixes.adapters)
+            self.counters.decode_steps += 1
+            self.counters.tokens_decoded += len(active.rows)
+            logits = self.backbone.logits(hidden)
+        lengths = done_at.tolist()
+        longest = max(lengths)
+        return Rollout(ids[:, :longest], logprob[:, :longest], lengths)
+
+    def _attach(self, active: _Active, prompts: Prompts) -> None:
+        prefix_grid = Grid(active.owner_prefix, len(prompts.prefixes), self.device)
+        prompt_grid = Grid(active.owner_prompt, len(prompts.owner), self.device)
+        active.parents = [(prompts.prefixes.segment, prefix_grid), (prompts.segment, prompt_grid)]
+
+    def _compact(self, active: _Active, alive: list[bool], prompts: Prompts, step: int) -> None:
+        """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer."""
+        keep = torch.tensor([i for i, lives in enumerate(alive) if lives], device=self.device)
+        pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]  # noqa: E731
+        active.rows, active.owner_prefix, active.owner_prompt = pick(active.rows), pick(active.owner_prefix), pick(active.owner_prompt)
+        active.positions, active.seeds = active.positions[keep], active.seeds[keep]
+        active.buffer = Segment([k[keep] for k in active.buffer.keys], [v[keep] for v in active.buffer.values])
+        self._attach(active, prompts)
+
+    # ---- scoring ------------------------------------------------------------------------------------------------------------
+
+    def score(
+        self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool,
+        prefixes: Prefixes | None = None, recompute: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (sum of lengths, E) that predict each sampled token, packed row by row.
+
+        One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
+        all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient.
+        """
+        if prefixes is None:
+            levels, following = self._tree(features, rows, adapters)
+        else:
+            levels, following = [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])], prefixes.following
+        question = len(levels) - 1
+        starts = [start + len(row) for start, row in zip(following, rows, strict=True)]
+        inputs = [row[:-1] for row in answers.rows()]
+        if max(map(len, inputs)) > 0:
+            levels.append(self._answer_level(inputs, owner, starts, levels, question, prefixes))
+        hidden, _ = self._forward(levels, adapters, recompute)
+        first = hidden[question][_last_rows(levels[question].rag)]
+        return torch.cat([first, *hidden[question + 1 :]])[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
+
+    def _answer_level(self, inputs, owner, starts, levels: list[Level], question: int, prefixes: Prefixes | None) -> Level:
+        grid = Grid(owner, len(starts), self.device)
+        prefix = 0 if prefixes is None else prefixes.segment
+        return self._text_level(inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)])
+
+
+def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Tensor, int]:
+    """Rope positions (3, head + height·width + tail) of an image prefix and the next free one (Qwen3-VL's rule for stills)."""
+    before = torch.arange(head).expand(3, -1)
+    r, c = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([torch.zeros(height * width, dtype=torch.long), r.flatten(), c.flatten()]) + head
+    start = head + max(height, width)
+    after = (torch.arange(tail) + start).expand(3, -1)
+    return torch.cat([before, image, after], 1), start + tail
+
+
+def _last_rows(rag: Ragged) -> Tensor:
+    """Packed index of each row's last token."""
+    return torch.tensor(rag.lengths).cumsum(0) - 1
+
+
+def _scored_rows(owner: list[int], lengths: list[int], questions: int) -> Tensor:
+    """For each sampled token, the row of cat([questions' last, answer inputs]) that predicts it."""
+    picks, start = [], questions
+    for image, length in zip(owner, lengths, strict=True):
+        picks.append(torch.tensor([image]))
+        picks.append(torch.arange(start, start + length - 1))
+        start += length - 1
+    return torch.cat(picks)
