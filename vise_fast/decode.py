@@ -1,0 +1,163 @@
+"""One image file -> upright 8-bit RGB pixels, or a reason why not. The file is taken for hostile.
+
+Allow-listed formats by content (never by name), a pixel cap read from the header before anything is decoded, EXIF orientation
+applied, deep greys scaled (not clipped), transparency laid over white (as the Qwen-VL tools do), the first frame of animations.
+Left out: colour profiles, and everything about folders (images.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+from PIL import Image as Pillow
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_RATIO = 200  # the longest side over the shortest; Qwen's own processor refuses more
+WHITE = (255, 255, 255, 255)
+ORIENTATION = 0x0112
+TURNS = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+# all that Pillow's decoders were seen to raise on damaged files
+FAULTS = (
+    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
+    RuntimeError, struct.error, zlib.error, Pillow.DecompressionBombError, Pillow.DecompressionBombWarning,
+)  # fmt: skip
+
+
+class BadImage(Exception):
+    """A file that cannot be used; the text is the reason, in a few words."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file promises: its format and the size of its upright picture in pixels."""
+
+    format: str
+    height: int
+    width: int
+
+
+def header(path: Path, max_pixels: int) -> Header:
+    """Reads the header only. Raises BadImage for anything that is not a usable picture of at most `max_pixels`."""
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
+        swapped = _orientation(image) >= 5
+        return Header(image.format or "", *((width, height) if swapped else (height, width)))
+
+
+def decode(path: Path, max_pixels: int) -> Pillow.Image:
+    """The upright picture, mode RGB. Raises BadImage."""
+    with _opened(path, max_pixels) as image:
+        image.load()
+        turn = TURNS.get(_orientation(image))
+        upright = image.transpose(turn) if turn is not None else image
+        return to_rgb(upright, image.format or "")
+
+
+def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
+    """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN) or modes without a rule (LAB)."""
+    if image.mode.startswith(("I", "F")):
+        return Pillow.fromarray(_eight_bits(np.asarray(image), image.mode, format), "L").convert("RGB")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Pillow.alpha_composite(Pillow.new("RGBA", over.size, WHITE), over).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str, format: str) -> np.ndarray:
+    """Deep greys (H, W) of any number type as uint8."""
+    if not np.isfinite(values).all():
+        raise BadImage("has pixels that are not finite")
+    bottom, top = _span(float(values.min()), float(values.max()), mode, format)
+    scaled = (values.astype(np.float64) - bottom) * (255.0 / (top - bottom))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float]:
+    """What black and white are: 0..65535 in 16-bit files; in 32-bit and float files the smallest usual range that holds them, else their own."""
+    if mode.startswith("I;16") or (mode == "I" and format in ("PPM", "PNG")):
+        return 0.0, 65535.0
+    usual = [top for top in ((1.0, 255.0) if mode == "F" else (255.0, 65535.0)) if high <= top]
+    if usual and low >= 0:
+        return 0.0, usual[0]
+    return low, max(high, low + 1.0)
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Pillow.Image]:
+    """The file as an image whose pixels are not decoded yet; every fault inside the block leaves as BadImage."""
+    try:
+        # not blocking: a name may have become a pipe since the folder was listed
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("is no regular file")
+            if status.st_size == 0:
+                raise BadImage("is empty")
+            with Pillow.open(file, formats=FORMATS) as image:
+                _refuse_size(*image.size, max_pixels)
+                yield image
+    except BadImage:
+        raise
+    except Pillow.UnidentifiedImageError:
+        raise BadImage(f"is none of {', '.join(FORMATS)}") from None
+    except FAULTS as fault:
+        reason = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
+        raise BadImage(" ".join(f"cannot be decoded: {reason}".split())[:200]) from None
+
+
+def _refuse_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise BadImage(f"promises {width} x {height} pixels, more than {max_pixels}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadImage(f"is {width} x {height}: one side is over {MAX_RATIO} times the other")
+
+
+def _orientation(image: Pillow.Image) -> int:
+    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may still be good)."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except FAULTS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def grid_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) on the model's grid: multiples of `multiple`, area within the budget, aspect ratio kept as well as that allows.
+
+    The rounding of Qwen2-VL's `smart_resize`; beyond it the area never exceeds `max_pixels`, however long the picture is.
+    """
+    if max_pixels < multiple * multiple:
+        raise ValueError(f"a budget of {max_pixels} pixels holds no cell of {multiple} x {multiple}")
+    rows, columns = (max(1, round(side / multiple)) for side in (height, width))
+    area = multiple * multiple
+    if rows * columns * area > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
+    elif rows * columns * area < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (max(1, math.ceil(side * grow / multiple)) for side in (height, width))
+    cells = max_pixels // area
+    if rows * columns > cells:
+        rows, columns = (rows, max(1, cells // rows)) if rows <= columns else (max(1, cells // columns), columns)
+    return rows * multiple, columns * multiple
