@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM end a run in good order: a flag that loop and generation poll; the second signal ends it at once.
+
+Left out: what good order is (train.py saves a checkpoint). Exit codes: 130 for SIGINT, 143 for SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Raised by `check`; `code` is the exit status to leave with."""
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped by signal {code - 128}")
+        self.code = code
+
+
+class Signals:
+    """`with Signals() as stop:` polls `stop.asked`, or lets `stop.check()` raise Interrupted; the old handlers come back at the end.
+
+    Main thread only (Python installs handlers nowhere else): ValueError in another.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    @property
+    def asked(self) -> bool:
+        """A signal has arrived."""
+        return self.code != 0
+
+    def check(self) -> None:
+        if self.code:
+            raise Interrupted(self.code)
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.code:
+            os._exit(128 + number)  # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
+        self.code = 128 + number
