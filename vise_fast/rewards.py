@@ -329,7 +329,11 @@ def _mean(values: Tensor, of: Tensor) -> float:
 
 
 def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
-    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU yes-no, IG no-yes, SB yes-yes, ID no-no."""
+    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU yes-no, IG no-yes, SB yes-yes, ID no-no.
+
+    The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers that an edit *elsewhere* changes, which
+    is the figure `changed_elsewhere` here.
+    """
     before, after = seen >= 0.5, gone >= 0.5
     cells = {"TU": before & ~after, "IG": ~before & after, "SB": before & after, "ID": ~before & ~after}
     return {name: _mean(cell, of) for name, cell in cells.items()}
@@ -359,7 +363,8 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
         "gone": _mean(e.gone, judged),
     }
     if e.control is not None:
-        metrics["control"] = _mean(e.control.mean(1), judged)
+        changed = ((e.control >= 0.5) != (e.seen >= 0.5)[:, None]).double().mean(1)
+        metrics |= {"control": _mean(e.control.mean(1), judged), "changed_elsewhere": _mean(changed, judged)}
     if e.keep is not None:
         metrics["keep"] = _mean(e.keep, judged)
     return metrics | beaf(e.seen, e.gone, judged)
