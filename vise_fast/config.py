@@ -133,7 +133,7 @@ class GhostConfig(Section):
 
 
 class RewardConfig(Section):
-    """What is rewarded. Terms: METHOD in the documentation."""
+    """What is rewarded."""
 
     preset: Literal["robust", "paper", "as_released"] = Field("robust", description="fills what is not stated elsewhere")
     name: str = Field("vise", min_length=1, description="registered reward: vise, oracle, random, shuffled, area_only, or your own")

@@ -40,6 +40,8 @@ class Console:
     def __init__(self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None):
         self._out, self._err = (_rich(stream, plain) for stream in (file or sys.stdout, errors or sys.stderr))
         self.plain = not self._out.is_terminal
+        if self._out.is_terminal and self._err.is_terminal:
+            self._err = self._out  # one screen: a live bar must know of every line
         self._alarms: dict[str, str] = {}
 
     def say(self, text: str = "") -> None:

@@ -83,15 +83,15 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
     """The statements of a YAML file as {dotted key: value}; unknown and repeated keys raise ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
         content = yaml.safe_load(text)
+        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
     except OSError as fault:
         raise ConfigError(f"cannot read the configuration {path}: {fault.strerror}; give --config an existing YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"cannot read the configuration {path}: not UTF-8 text; give --config a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         line = f" line {fault.problem_mark.line + 1}" if getattr(fault, "problem_mark", None) else ""
-        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(fault, 'problem', None) or fault}; correct the file") from None
+        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file") from None
     return _flatten(content, str(path), schema)
 
 
