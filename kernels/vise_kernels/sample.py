@@ -8,10 +8,12 @@ The counter-based generator is Philox2x32-7 (Salmon et al., "Parallel random num
 table 2 lists seven rounds as passing BigCrush). Leaves out top-k and top-p: the update assumes samples of the policy itself.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-from vise_kernels.dispatch import choose
+from vise_kernels.dispatch import choose, jit, tl
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIER = 0xD256D193  # Philox2x32's multiplier and key increment, from the paper
@@ -19,6 +21,9 @@ WEYL = 0x9E3779B9
 ROUNDS = 7
 LARGEST_U = 1 - 2.0**-24  # float32 rounds the topmost bits up to 1, whose noise would be minus infinity
 SERIES_BELOW = 0.125  # of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
+BLOCK = 1024  # logits per step of a Triton program
+MAX_SPLITS = 64  # programs that share a row where there are too few rows to fill the device
+PROGRAMS = 1024  # about eight per multiprocessor of a large GPU
 
 
 def sample(
@@ -37,10 +42,10 @@ def sample(
     softmax(logits) without the banned ids at temperature 1, whatever the temperature. ValueError: shapes that do not fit.
     """
     _check(logits, banned, seed)
-    choose("sample", logits.device, path)
     temperature = _per_row(temperature, seed, torch.float32)
     position = _per_row(position, seed, torch.int64)
-    return plain(logits, temperature, banned, seed, position)
+    draw = _draw if _path(logits.device, logits.dtype, path) == "triton" else plain
+    return draw(logits.detach(), temperature, banned, seed, position)
 
 
 @torch.no_grad()
@@ -80,6 +85,113 @@ def _philox(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+@torch.library.custom_op("vise_kernels::sample", mutates_args=())
+def _draw(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain` on Triton: part of a row per program, then one program per row over the parts."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows, columns = logits.shape
+    ids, logprob = torch.empty_like(seed), logits.new_empty(rows, dtype=torch.float32)
+    if rows == 0:
+        return ids, logprob
+    splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
+    partials = logits.new_empty((3, rows, splits), dtype=torch.float32)
+    best_ids = ids.new_empty((rows, splits), dtype=torch.int32)
+    barred = None if banned is None else banned.view(torch.uint8)
+    per_row = temperature.contiguous(), seed.contiguous(), position.contiguous()
+    stride = logits.stride(0)
+    _partial_kernel[(rows, splits)](logits, barred, *per_row, partials, best_ids, columns, stride, splits, BLOCK=BLOCK, num_warps=4)
+    _merge_kernel[(rows,)](partials, best_ids, logits, barred, ids, logprob, stride, splits, SPLITS=MAX_SPLITS, num_warps=1)
+    return ids, logprob
+
+
+@_draw.register_fake
+def _(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(seed), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@jit
+def _philox_kernel(left, right, key):
+    """`_philox` in unsigned 32-bit words."""
+    for _ in tl.static_range(7):
+        product = left.to(tl.uint64) * 0xD256D193
+        left = (product >> 32).to(tl.uint32) ^ key ^ right
+        right = product.to(tl.uint32)
+        key = (key.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+    return left, right
+
+
+@jit
+def _gumbel_kernel(bits):
+    """`gumbel` of unsigned 32-bit words."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)  # 2^-32, 1 - 2^-24
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7)))))))
+    return -tl.log(tl.where(u < 0.125, series, -tl.log(1 - u)))
+
+
+@jit(do_not_specialize=["splits"])
+def _partial_kernel(logits, banned, temperature, seed, position, partials, best_ids, columns, stride, splits, BLOCK: tl.constexpr):
+    """Best score and id, and (top, total) of the softmax, of one of a row's `splits` parts; grid (N, splits)."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    heat = tl.load(temperature + row)
+    inverse = tl.div_rn(1.0, tl.where(heat > 0, heat, 1.0))
+    word = tl.load(seed + row)
+    low, high = _philox_kernel(word.to(tl.uint32), (word >> 32).to(tl.uint32), tl.load(position + row).to(tl.uint32))
+    span = tl.cdiv(tl.cdiv(columns, BLOCK), splits) * BLOCK
+    top = -1e30  # finite: a part of nothing but banned ids stays free of nan
+    total = tl.zeros([BLOCK], tl.float32)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    best_id = tl.zeros([BLOCK], tl.int32)
+    for first in range(split * span, tl.minimum((split + 1) * span, columns), BLOCK):
+        column = first + lanes
+        z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        if banned is not None:
+            z = tl.where(tl.load(banned + column, mask=column < columns, other=1) != 0, -float("inf"), z)
+        highest = tl.maximum(top, tl.max(z, 0))
+        total = tl.exp(top - highest) * total + tl.exp(z - highest)
+        top = highest
+        bits, _ = _philox_kernel(column.to(tl.uint32), tl.zeros([BLOCK], tl.uint32) + high, tl.zeros([BLOCK], tl.uint32) + low)
+        score = z * inverse + tl.where(heat > 0, _gumbel_kernel(bits), 0.0)
+        better = score > best  # strictly: the lowest id wins a tie
+        best = tl.where(better, score, best)
+        best_id = tl.where(better, column, best_id)
+    out = row * splits + split
+    plane = tl.num_programs(0).to(tl.int64) * splits
+    winner = tl.max(best, 0)
+    tl.store(partials + out, winner)
+    tl.store(partials + plane + out, top)
+    tl.store(partials + 2 * plane + out, tl.sum(total, 0))
+    tl.store(best_ids + out, tl.min(tl.where(best == winner, best_id, 2147483647), 0))
+
+
+@jit(do_not_specialize=["splits"])
+def _merge_kernel(partials, best_ids, logits, banned, ids, logprob, stride, splits, SPLITS: tl.constexpr):
+    """The best of a row's parts and its log-prob; grid (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, SPLITS)
+    inside = lanes < splits
+    part = row * splits + lanes
+    plane = tl.num_programs(0).to(tl.int64) * splits
+    best = tl.load(partials + part, mask=inside, other=-float("inf"))
+    tops = tl.load(partials + plane + part, mask=inside, other=-1e30)
+    totals = tl.load(partials + 2 * plane + part, mask=inside, other=0.0)
+    candidates = tl.load(best_ids + part, mask=inside, other=2147483647)
+    id = tl.min(tl.where(best == tl.max(best, 0), candidates, 2147483647), 0)
+    top = tl.max(tops, 0)
+    z = tl.load(logits + row * stride + id).to(tl.float32)
+    if banned is not None:
+        z = tl.where(tl.load(banned + id) != 0, -float("inf"), z)
+    tl.store(ids + row, id.to(tl.int64))
+    tl.store(logprob + row, z - top - tl.log(tl.sum(tl.exp(tops - top) * totals, 0)))
+
+
+@torch.compiler.assume_constant_result
+def _path(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
+    """The path for such logits: an automatic choice falls back to plain for float64."""
+    chosen = choose("sample", device, path).path
+    return "plain" if path is None and dtype == torch.float64 else chosen
+
+
 def _per_row(value: Tensor | float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full_like(seed, value, dtype=dtype)
@@ -89,6 +201,8 @@ def _per_row(value: Tensor | float, seed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(logits: Tensor, banned: Tensor | None, seed: Tensor) -> None:
+    if logits.dim() == 2 and logits.shape[1] == 0:
+        raise ValueError("sample: no ids to draw from")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"sample: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}")
     if seed.shape != logits.shape[:1] or seed.dtype != torch.int64:

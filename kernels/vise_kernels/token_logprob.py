@@ -11,6 +11,8 @@ Their backward pass reads the logits once more and writes the gradient. Leaves o
 (`linear_logprob.py`).
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def token_logprob(logits: Tensor, ids: Tensor, *, path: str | None = None) -> tu
     would cost a synchronisation.
     """
     _check(logits, ids)
-    chosen = _path(logits, path)
+    chosen = _path(logits.device, logits.dtype, path)
     if chosen == "plain":
         return plain(logits, ids)
     return _forward(logits, ids, chosen).unbind()
@@ -176,14 +178,15 @@ def _backward_triton(logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor
     _backward_kernel[grid](logits, ids, results, grads, grad, columns, logits.stride(0), BLOCK=BLOCK, num_warps=8)
 
 
-def _path(logits: Tensor, path: str | None) -> str:
-    """The path for these logits: an automatic choice falls back to plain for dtypes its kernel does not take."""
-    chosen = choose("token_logprob", logits.device, path).path
-    if chosen == "plain" or logits.dtype in DTYPES[chosen]:
+@torch.compiler.assume_constant_result
+def _path(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
+    """The path for such logits: an automatic choice falls back to plain for dtypes its kernel does not take."""
+    chosen = choose("token_logprob", device, path).path
+    if chosen == "plain" or dtype in DTYPES[chosen]:
         return chosen
     if path is None:
         return "plain"
-    raise ValueError(f"token_logprob: path {path!r} does not take {logits.dtype}")
+    raise ValueError(f"token_logprob: path {path!r} does not take {dtype}")
 
 
 def _check(logits: Tensor, ids: Tensor) -> None:
