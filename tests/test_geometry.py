@@ -136,7 +136,8 @@ def random_affine(rng):
 
 
 def random_crop(rng):
-    cw, ch = W * rng.uniform(0.8, 1), H * rng.uniform(0.8, 1)
+    ratio = rng.uniform(0.8, 1)
+    cw, ch = W * ratio, H * ratio
     return geo.crop_px(rng.uniform(0, W - cw), rng.uniform(0, H - ch), cw, ch, W, H)
 
 
@@ -168,16 +169,17 @@ def test_full_image_over_all_views_on_average():
     assert (affine + 1 + 1) / 3 == pytest.approx(0.993, abs=0.001)
 
 
-def round_objects(rng, count):
-    """Ellipses with axes along the image's: what the inscribed-ellipse hull is exact for. Small enough to stay inside every view."""
-    half = rng.uniform((20, 20), (80, 80), (count, 2))
-    centre = rng.uniform((220, 200), (W - 220, H - 200), (count, 2))
-    return geo.to_1000(torch.as_tensor(np.concatenate([centre - half, centre + half], 1)), H, W)
+def random_boxes(rng, count):
+    """Width and height uniform in 100..700, place uniform in the image."""
+    sizes = rng.uniform(100, 700, (count, 2))
+    corners = rng.uniform(0, 1, (count, 2)) * (1000 - sizes)
+    return torch.as_tensor(np.concatenate([corners, corners + sizes], 1))
 
 
 @pytest.mark.parametrize("mode, mean", [("ellipse", 1.0), ("corners", 0.921)])
 def test_perfect_grounder_of_round_objects_under_affine(mode, mean):
-    matrices, boxes = views("affine"), round_objects(np.random.default_rng(1), 4000)
-    answer = geo.project_1000(boxes, matrices, H, W, "ellipse", clamp=False)
-    value = r_geo(geo.project_1000(boxes, matrices, H, W, mode, clamp=False), answer).mean().item()
+    """Round: an ellipse with axes along the image's, so that the inscribed-ellipse hull is the truth; everything clamped to the view."""
+    matrices, boxes = views("affine"), random_boxes(np.random.default_rng(1), 4000)
+    answer = geo.project_1000(boxes, matrices, H, W, "ellipse")
+    value = r_geo(geo.project_1000(boxes, matrices, H, W, mode), answer).mean().item()
     assert value == pytest.approx(mean, abs=0.003)

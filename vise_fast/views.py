@@ -129,8 +129,8 @@ def ghost_settings(height: int, width: int, settings: GhostConfig, literal: bool
     return GhostLengths(sigma, radius, settings.feather_px * scale)
 
 
-def whole_pixels(boxes_1000: Tensor, height: int, width: int) -> Tensor:
-    """Cleaned boxes (N, 4) -> the half-open pixel rectangles that cover them, int64 (N, 4); all zero for a box without area."""
+def whole_pixels(boxes_1000: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    """Boxes (N, 4), sizes numbers or (N,) -> the half-open pixel rectangles that cover them, int64 (N, 4); all zero without area."""
     boxes = geometry.clean_1000(boxes_1000)
     boxes_px = geometry.to_px(boxes, height, width)
     # 0.4 * 640 is 256.00000000000006 in float64: a box on the pixel grid must not grow by a pixel
@@ -153,10 +153,10 @@ def ghost(
     images: any number, of any sizes; image_index (N,) says which one row n copies; boxes (N, 4), cleaned here. A box without area hides
     nothing inside.
     """
-    rows = [images[i] for i in image_index.tolist()]
-    boxes_px = torch.stack([whole_pixels(box, *image.shape[:2]) for box, image in zip(boxes_1000.cpu(), rows)]).int()
-    lengths = [ghost_settings(*image.shape[:2], settings, literal) for image in rows]
-    result: list[Tensor | None] = [None] * len(rows)
+    sizes = [images[i].shape[:2] for i in image_index.tolist()]
+    boxes_px = whole_pixels(boxes_1000.cpu(), *torch.tensor(sizes).unbind(1)).int()
+    lengths = [ghost_settings(*size, settings, literal) for size in sizes]
+    result: list[Tensor | None] = [None] * len(sizes)
     for feather in {length.feather for length in lengths}:  # the kernel takes one feather per call; sizes rarely differ
         chosen = [n for n, length in enumerate(lengths) if length.feather == feather]
         hidden = vise_kernels.ghost(
