@@ -194,6 +194,12 @@ def test_the_gate_closes_groups_whose_object_is_not_seen():
     assert score(made, ROBUST.model_copy(update={"gate": 0.0}), rng()).carries.all()
 
 
+def test_the_gate_asks_only_rows_that_were_judged():
+    made = evidence(seen=torch.tensor([float("nan"), 0.8, 0.8, 0.8]), readable=rows_of([False, True, True, True]))
+    scores = score(made, ROBUST.model_copy(update={"gate": 0.7}), rng())
+    assert scores.carries.all() and scores.metrics["seen"] == pytest.approx(0.8)
+
+
 def test_a_group_without_a_query_carries_nothing():
     nothing = torch.tensor([float("nan"), float("nan"), 1, 1])
     made = evidence(group=2, query_readable=rows_of([False, False, True, True]), seen=nothing, gone=nothing - 1)
@@ -303,6 +309,9 @@ def test_rewards_of_the_views_own_answers():
     size = 0.1 * 0.15**0.5
     close(scores.view_reward[:3], [[0.5 - size, 0.5 * wrong - size], [0.5 - size, -1.1], [0.5 - size, 0.5 * wrong - size]])
     assert scores.view_carries.tolist() == [[True, True], [True, True], [False, True], [False, False]]
+    assert not score(made, RewardConfig(name="random"), rng()).view_carries.any()
+    closed = dataclasses.replace(made, seen=torch.zeros(4))
+    assert not score(closed, ROBUST, rng()).view_carries.any()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def dissect(evidence: Evidence, config: RewardConfig) -> Parts:
     """Evidence -> the pieces that every reward may use."""
     agreements = agreement(evidence, config)
     value, measured = geometric(evidence, agreements)
-    seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=torch.ones_like(evidence.readable))
+    seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=evidence.seen.isfinite())
     is_open = evidence.query_readable & (seen >= config.gate)
     return Parts(agreements, value, measured, semantic(evidence, config), _size(evidence.box_1000), is_open)
 
@@ -299,12 +299,13 @@ def area_only(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.ra
 def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tuple[Tensor, Tensor]:
     """Rewards for the views' own completions (`update.views_too`): w_geo R_geo of that view - w_area sqrt(its area). -> (N, K) x2.
 
-    A view's answer carries gradient when it cannot be read (lowest reward), or when its view is usable and the sampled box has area.
+    A view's answer carries gradient when it cannot be read (lowest reward), or when its view is usable and the sampled box has area;
+    never under another reward than `vise`, whose meaning these numbers do not share.
     """
     reward = config.w_geo * parts.agreement - config.w_area * _size(evidence.view_box_1000)
     reward = torch.where(evidence.view_readable, reward, torch.full_like(reward, lowest(config)))
     judged = ~evidence.view_readable | (evidence.view_usable & _placed(evidence)[:, None])
-    return reward, judged & parts.open[:, None]
+    return reward, judged & parts.open[:, None] & (config.name == "vise")
 
 
 def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) -> Scores:
@@ -359,7 +360,7 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
         "views_dropped": _mean(~e.view_usable, views),  # of readable boxes' views
         "unmeasured": _mean(~parts.measured, boxes),
         "gated": _mean(~parts.open, asked),  # of groups with a query
-        "seen": _mean(e.seen, asked),
+        "seen": _mean(e.seen, asked & e.seen.isfinite()),
         "gone": _mean(e.gone, judged),
     }
     if e.control is not None:
