@@ -47,6 +47,12 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self.following)
 
+    def select(self, images: list[int]) -> Prefixes:
+        """The prefixes of some images, in that order."""
+        if images == list(range(len(self))):
+            return self
+        return Prefixes(self.segment.select(images), [self.following[i] for i in images], self.adapters)
+
 
 @dataclass
 class Prompts:
@@ -235,7 +241,7 @@ class Engine:
         pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]  # noqa: E731
         active.rows, active.owner_prefix, active.owner_prompt = pick(active.rows), pick(active.owner_prefix), pick(active.owner_prompt)
         active.positions, active.seeds = active.positions[keep], active.seeds[keep]
-        active.buffer = Segment([k[keep] for k in active.buffer.keys], [v[keep] for v in active.buffer.values])
+        active.buffer = active.buffer.select(keep)
         self._attach(active, prompts)
 
     # ---- scoring ------------------------------------------------------------------------------------------------------------
@@ -249,20 +255,46 @@ class Engine:
         One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
         all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient.
         """
+        levels, hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
+        question = len(levels) - 1 - (max(answers.lengths) > 1)
+        first = hidden[question][_last_rows(levels[question].rag)]
+        return torch.cat([first, *hidden[question + 1 :]])[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
+
+    def score_released(
+        self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """The released code's span, for `as_released`: everything after the prompt's length before image tokens were expanded.
+
+        Hidden states (tokens, E) and the ids (tokens,) they are scored on, packed; tokens per answer. Image tokens are among them.
+        """
+        _, hidden = self._score_tree(features, rows, answers, owner, adapters, None, False)
+        hidden += [hidden[0][:0]] * (3 - len(hidden))
+        tokens, merge = self.tokens, self.backbone.merge_size
+        prefixes = [tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail for r, c in features.grids]
+        cuts = [part.split(sizes) for part, sizes in zip(hidden, ([len(p) for p in prefixes], [len(r) for r in rows], [n - 1 for n in answers.lengths]), strict=True)]
+        states, ids, lengths = [], [], []
+        for n, (image, answer) in enumerate(zip(owner, answers.rows(), strict=True)):
+            start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
+            states.append(torch.cat([cuts[0][image], cuts[1][image], cuts[2][n]])[start - 1 :])
+            ids.append(torch.tensor((prefixes[image] + rows[image] + answer)[start:], device=self.device))
+            lengths.append(len(ids[-1]))
+        return torch.cat(states), torch.cat(ids), lengths
+
+    def _score_tree(self, features, rows, answers: Rollout, owner, adapters: bool, prefixes: Prefixes | None, recompute: bool):
+        """[prefix], question and (where any answer has more than one token) answer levels, and their hidden states."""
         if prefixes is None:
             levels, following = self._tree(features, rows, adapters)
         else:
             levels, following = [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])], prefixes.following
         question = len(levels) - 1
         starts = [start + len(row) for start, row in zip(following, rows, strict=True)]
-        inputs = [row[:-1] for row in answers.rows()]
-        if max(map(len, inputs)) > 0:
-            levels.append(self._answer_level(inputs, owner, starts, levels, question, prefixes))
+        if max(answers.lengths) > 1:
+            inputs = [row[:-1] for row in answers.rows()]
+            levels.append(self._answer_level(inputs, owner, starts, question, prefixes))
         hidden, _ = self._forward(levels, adapters, recompute)
-        first = hidden[question][_last_rows(levels[question].rag)]
-        return torch.cat([first, *hidden[question + 1 :]])[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
+        return levels, hidden
 
-    def _answer_level(self, inputs, owner, starts, levels: list[Level], question: int, prefixes: Prefixes | None) -> Level:
+    def _answer_level(self, inputs, owner, starts, question: int, prefixes: Prefixes | None) -> Level:
         grid = Grid(owner, len(starts), self.device)
         prefix = 0 if prefixes is None else prefixes.segment
         return self._text_level(inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)])

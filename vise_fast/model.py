@@ -94,6 +94,12 @@ def read_config(path: str):
     return model_config
 
 
+def grid_multiple(path: str) -> int:
+    """Pixels per image token side: images are resized to multiples of it."""
+    vision = read_config(path).vision_config
+    return vision.patch_size * vision.spatial_merge_size
+
+
 def load(config: Config, adapter: str | None = None, weights: str | None = None) -> Policy:
     """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes only, for benches."""
     model_config = read_config(config.model.path)

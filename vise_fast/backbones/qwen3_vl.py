@@ -61,6 +61,11 @@ class Segment:
     def part(self, layer: int, grid: Grid | None) -> Part:
         return Part(self.keys[layer], self.values[layer], self.lengths, grid)
 
+    def select(self, rows) -> Segment:
+        """A copy of some rows."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths)
+
 
 class Ragged:
     """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain views."""

@@ -1,0 +1,56 @@
+"""Figures that leave their healthy range: the full-image collapse, unreadable answers, a policy far from its reference.
+
+Each alarm looks at a moving average, so that one odd batch does not raise it; the ranges are wide on purpose. What is done about an
+alarm (a line on screen, a flag in metrics.jsonl, an early end) is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MEMORY = 0.8
+SETTLE = 5
+GROWTH = 2.0
+LARGE_SHARE = 0.3
+PARSE_FLOOR = 0.7
+KL_LIMIT = 10.0
+
+
+@dataclass
+class Alarms:
+    """Moving averages since the start and what each says. `tau`: the KL target in nat per token."""
+
+    tau: float
+    averages: dict[str, float] = field(default_factory=dict)
+    first_area: float | None = None
+    seen: int = 0
+    since: int | None = None
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, str | None]:
+        """What each alarm says after this step, None where all is well."""
+        for name in ("area", "area_large", "parse_rate", "kl"):
+            value = metrics[name]
+            self.averages[name] = MEMORY * self.averages.get(name, value) + (1 - MEMORY) * value
+        self.seen += 1
+        if self.seen == SETTLE:
+            self.first_area = self.averages["area"]
+        said = self._said() if self.seen >= SETTLE else {}
+        self.since = None if not any(said.values()) else self.since if self.since is not None else step
+        return said
+
+    def _said(self) -> dict[str, str | None]:
+        a, first = self.averages, max(self.first_area or 0.0, 1e-6)
+        rules = {
+            "area": (a["area"] > GROWTH * first, f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the start; the reward is being paid for size"),
+            "area_large": (a["area_large"] > LARGE_SHARE, f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the policy collapses to the full image"),
+            "parse_rate": (a["parse_rate"] < PARSE_FLOOR, f"only {a['parse_rate']:.0%} of the answers can be read as a box; lower train.lr"),
+            "kl": (a["kl"] > KL_LIMIT * self.tau, f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} times its target; lower train.lr"),
+        }  # fmt: skip
+        return {name: text if holds else None for name, (holds, text) in rules.items()}
+
+    def state(self) -> dict:
+        return {"averages": self.averages, "first_area": self.first_area, "seen": self.seen, "since": self.since}
+
+    def load(self, state: dict) -> None:
+        self.averages, self.first_area, self.seen, self.since = state["averages"], state["first_area"], state["seen"], state["since"]

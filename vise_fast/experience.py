@@ -1,0 +1,144 @@
+"""One batch of images played through the method: queries, boxes, boxes in the views, verdicts. What the rewards and the update need.
+
+Follows METHOD section 1, steps 1-7. Every draw is named by (seed, step, purpose, index in the batch), so playing a batch in slices
+gives the same experience as playing it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vise_fast import geometry, randomness, roles, views
+from vise_fast.config import Config
+from vise_fast.engine import Engine, Features, Prefixes
+from vise_fast.images import Image
+from vise_fast.rewards import Evidence
+
+Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
+"""The true box of a query on an image: for the oracle study only; training never has one."""
+WITHOUT_GHOSTS = ("oracle", "random", "area_only")
+"""Rewards that read no verdict about ghosts: none is asked for."""
+
+
+@dataclass
+class Played:
+    """A slice of the batch after its rollouts: the evidence, and what scoring the sampled boxes needs again.
+
+    `boxes` holds the G answers of each image, then one answer per view; `features` the images, then (if asked for) the views.
+    """
+
+    images: list[Image]
+    views: list[list[views.View]]
+    queries: roles.Queries
+    boxes: roles.Boxes
+    evidence: Evidence
+    features: Features
+    reference: Prefixes | None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The named randomness of one step; `first` is the slice's first image in the batch."""
+
+    seed: int
+    step: int
+    first: int = 0
+
+    def keys(self, purpose: str, count: int, per_image: int = 1) -> list[int]:
+        return [randomness.key(self.seed, self.step, purpose, self.first * per_image + i) for i in range(count)]
+
+    def generator(self, purpose: str, index: int, per_image: int = 1) -> np.random.Generator:
+        return randomness.generator(self.seed, self.step, purpose, self.first * per_image + index)
+
+
+def play(engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None) -> Played:
+    """Ask, ground on images and views in one batch, then verify images and ghosts."""
+    count, samples, many, limits = len(images), config.rollout.samples, config.rollout.views, config.rollout
+    pixels, originals = [image.pixels for image in images], list(range(len(images)))
+    drawn = [[views.draw_view(draws.generator("view", i * many + k, many), *image.shape[:2], config.view) for k in range(many)] for i, image in enumerate(pixels)]
+    moved = views.apply([image for image in pixels for _ in range(many)], [view for group in drawn for view in group])
+    features = engine.encode(pixels + moved)
+    prefixes = engine.prefill(features, adapters=True)
+    queries = roles.ask(engine, prefixes, originals, draws.keys("ask", count), limits.query_tokens, limits.temperature)
+    texts = queries.texts + [views.query_for(text, view, config.view) for text, group in zip(queries.texts, drawn, strict=True) for view in group]
+    seeds = draws.keys("ground", count * samples, samples) + draws.keys("reground", count * many, many)
+    fan = [samples] * count + [1] * (count * many)
+    boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
+    kept = features if config.update.views_too else features.select(originals)
+    reference = engine.prefill(features.select(originals), adapters=False) if config.reward.judge == "reference" else None
+    seen = roles.verify_forked(engine, reference or prefixes, originals, queries.texts)
+    known = _before_ghosts(pixels, drawn, queries, boxes, seen, config)
+    ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
+    truths = None if truth is None else _truths(truth, images, queries.texts, samples)
+    return Played(images, drawn, queries, boxes, Evidence(**known, **ghosts, truth_1000=truths), kept, reference)
+
+
+def join(slices: list[Played]) -> Evidence:
+    """The evidence of the whole batch."""
+    parts = [played.evidence for played in slices]
+    whole = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evidence) if f.name != "group_size"}
+    return Evidence(**{name: torch.cat(v) if v[0] is not None else None for name, v in whole.items()}, group_size=parts[0].group_size)
+
+
+def _before_ghosts(pixels: list[Tensor], drawn, queries: roles.Queries, boxes: roles.Boxes, seen: Tensor, config: Config) -> dict:
+    """Evidence known before the ghosts, one row per sampled box, image-major."""
+    count, samples, many = len(pixels), config.rollout.samples, config.rollout.views
+    rows = count * samples
+    spread = lambda x: x.repeat_interleave(samples, 0)  # noqa: E731
+    sizes = torch.tensor([image.shape[:2] for image in pixels])
+    known = dict(
+        box_1000=boxes.box_1000[:rows], readable=boxes.readable[:rows], group_size=samples,
+        view_box_1000=spread(boxes.box_1000[rows:].view(count, many, 4)), view_readable=spread(boxes.readable[rows:].view(count, many)),
+        matrix_px=spread(views.stack(drawn)),
+        height=spread(sizes[:, 0]), width=spread(sizes[:, 1]), seen=spread(seen), query_readable=spread(torch.tensor(queries.readable)),
+    )  # fmt: skip
+    rows_of = lambda items: [item for item in items for _ in range(samples)]  # noqa: E731
+    usable = views.usable(rows_of(drawn), known["box_1000"], rows_of(queries.texts), known["height"], known["width"], config.view)
+    return known | {"view_usable": usable}
+
+
+def _truths(truth: Truth, images: list[Image], queries: list[str], samples: int) -> Tensor:
+    boxes = [truth(image, query) or (0.0,) * 4 for image, query in zip(images, queries, strict=True)]
+    return torch.tensor(boxes, dtype=torch.float64).repeat_interleave(samples, 0)
+
+
+def _judge_ghosts(engine: Engine, pixels: list[Tensor], queries: list[str], known: dict, config: Config, draws: Draws) -> dict:
+    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict per distinct (image, box).
+
+    Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that do not read the answer: zeros.
+    """
+    reward, samples = config.reward, known["group_size"]
+    judged = known["readable"] & geometry.proper(known["box_1000"]) & (known["seen"] >= reward.gate) & known["query_readable"]
+    rows = judged.nonzero()[:, 0].tolist() if reward.w_sem > 0 and reward.name not in WITHOUT_GHOSTS else []
+    slots: dict[tuple, int] = {}
+    where = [slots.setdefault((row // samples, *known["box_1000"][row].tolist()), len(slots)) for row in rows]
+    jobs = _ghost_jobs(list(slots), [rows[where.index(slot)] for slot in range(len(slots))], config, draws, samples)
+    owners = [image for image, *_ in slots]
+    hide = lambda boxes, region: views.ghost(pixels, torch.tensor(owners), boxes, config.ghost, region, literal=config.view.literal_pixels)  # noqa: E731
+    ghosts = [ghost for _, boxes, region in jobs for ghost in hide(boxes, region)] if rows else []
+    asked = [queries[i] for i in owners] * len(jobs)
+    p = roles.verify(engine, engine.encode(ghosts), asked, reward.judge == "policy") if rows else torch.zeros(0, dtype=torch.float64)
+    found = {}
+    for (name, *_), values in zip(jobs, p.view(len(jobs), len(slots)), strict=True):
+        found[name] = torch.zeros(len(known["seen"]), dtype=torch.float64)
+        found[name][rows] = values[where]
+    controls = [found.pop(name) for name in sorted(found) if name.startswith("control")]
+    return found | ({"control": torch.stack(controls, 1)} if controls else {})
+
+
+def _ghost_jobs(slots: list[tuple], first: list[int], config: Config, draws: Draws, samples: int) -> list[tuple[str, Tensor, str]]:
+    """(name, boxes, region) for each kind of ghost the reward reads. `first`: the sample whose draw places a slot's control."""
+    boxes = torch.tensor([box for _, *box in slots], dtype=torch.float64).view(-1, 4)
+    jobs = [("gone", boxes, "inside")]
+    if config.reward.sem == "contrast":
+        for c in range(config.reward.controls):
+            placed = [views.control_box(draws.generator(f"control{c}", row, samples), box)[0] for row, box in zip(first, boxes, strict=True)]
+            jobs.append((f"control{c}", torch.tensor(placed, dtype=torch.float64).view(-1, 4), "inside"))
+    if config.reward.sufficiency:
+        jobs.append(("keep", boxes, "outside"))
+    return jobs

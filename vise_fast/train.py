@@ -1,0 +1,80 @@
+"""Train a vision-language model on raw images by VISE: `python -m vise_fast.train [--config FILE] [--section.key value …]`.
+
+Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after table. Each update plays a batch through
+the method (experience.py), turns what happened into rewards (rewards.py) and takes one step (learner.py). What a run leaves behind is
+written by run.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from vise_fast import config as configuration
+from vise_fast import console, model, settings
+from vise_fast.config import Config
+from vise_fast.engine import Engine
+from vise_fast.experience import Draws, Played, Truth, play
+from vise_fast.images import Folder, Image, Scenes, Source
+from vise_fast.learner import Learner
+from vise_fast.run import Run
+from vise_fast.signals import Interrupted, Signals
+
+
+def main(words: Sequence[str]) -> int:
+    """The command: parse, then train, explain (--dry-run) or help."""
+    command = settings.command(words)
+    if "help" in command.flags:
+        console.Console().say(__doc__ + "\n" + settings.help_text(Config))
+        return 0
+    config = configuration.load(command.config, command.overrides)
+    return train(config)
+
+
+def train(config: Config, truth: Truth | None = None) -> int:
+    """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
+    run = Run.begin(config)
+    source = open_source(config, run)
+    policy = model.load(config)
+    engine = Engine(policy.backbone, policy.tokens)
+    learner = Learner(policy, engine, config)
+    done = run.resume(learner)
+    run.opening(policy, source)
+    run.before(engine, source)
+    with contextlib.closing(source), Signals() as stop:
+        engine.interrupted = stop.check
+        try:
+            with run.progress() as advance:
+                for step in range(done, config.train.steps):
+                    slices = play_batch(engine, source.batch(step, config.train.batch), config, step, truth)
+                    metrics = learner.learn(slices, step)
+                    done = step + 1
+                    advance(step, metrics | engine.counters.take(), slices)
+                    run.keep(done, learner)
+                    stop.check()
+                    if run.should_stop(done):
+                        run.fall_back(learner)
+                        break
+        except Interrupted as interrupted:
+            return run.interrupted(learner, done, interrupted)
+        run.finish(policy, engine, source, learner, done)
+    return 0
+
+
+def play_batch(engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None) -> list[Played]:
+    """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the slices."""
+    size = config.train.micro_batch or len(images)
+    cuts = range(0, len(images), size)
+    return [play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth) for i in cuts]
+
+
+def open_source(config: Config, run: Run) -> Source:
+    """The user's folder, or the embedded scenes. Raises DataError before any model is loaded."""
+    if config.data.dir is None:
+        return Scenes(config)
+    return Folder(config.data.dir, config, model.grid_multiple(config.model.path), run.directory / "bad_images.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
