@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from vise_fast import quantise
 from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.config import Config
 from vise_fast.errors import ConfigError, EnvironmentFault
@@ -106,6 +107,8 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
     device = device_of(config.model.device)
     base = _load_base(config, model_config, device, weights)
     base.requires_grad_(False).eval()
+    quantise.settle(base)
+    quantise.check(base, config.model.quant)
     model = _attach(base, config, adapter or config.lora.init_from)
     check_targets(model)
     source = resolve(config.model.path)
@@ -119,22 +122,16 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
 def _load_base(config: Config, model_config, device: torch.device, weights: str | None) -> nn.Module:
     dtype = dtype_of(config.model.dtype, device)
     if weights == "random":
-        with torch.device(device):
-            return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
-    source = resolve(config.model.path)
+        with torch.device("meta"):
+            shell = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        return quantise.random_model(shell, config, device)
+    source, bits = resolve(config.model.path), quantise.settings(config, dtype)
+    place = {} if device.type == "cpu" and bits is None else {"device_map": {"": device}}
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, device_map=None if device.type == "cpu" else {"": device}, **_quantisation(config, dtype)
-        )
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **place, **({} if bits is None else {"quantization_config": bits}))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again") from error
-
-
-def _quantisation(config: Config, dtype: torch.dtype) -> dict:
-    if config.model.quant != "none":
-        raise ConfigError(f"model.quant {config.model.quant} is not supported yet; use model.quant none")
-    return {}
 
 
 def _attach(base: nn.Module, config: Config, adapter: str | None) -> PeftModel:
@@ -170,12 +167,12 @@ def check_adapter_fits(directory: Path, base: nn.Module) -> None:
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise ConfigError(f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a finished RUN/adapter")
-    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in base.named_modules() if hasattr(m, "in_features")}
     rank = json.loads((directory / "adapter_config.json").read_text()).get("r")
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118
             module, factor = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
-            got, want = tuple(file.get_slice(key).get_shape()), shapes.get(f"{module}.weight")
+            got, want = tuple(file.get_slice(key).get_shape()), shapes.get(module)
             fits = want is not None and got == ((rank, want[1]) if factor.startswith("A") else (want[0], rank))
             if not fits:
                 raise ConfigError(f"adapter {directory} was made for another base; {module} is {want} here; use the base it was trained on")
