@@ -3,18 +3,28 @@
 The projections' frozen weights are stacked into one tensor that the original modules keep as views, so there is still one copy of
 every weight. The A matrices are stacked and the scaled B matrices set block-diagonally, which turns three LoRA products into one.
 LoRA stays in fp32 masters owned by PEFT; a pack casts them to the compute dtype once per optimizer step. Dropout is off by design.
+
+With gradients, a call is one autograd node that saves its input once: the cheap function before the product (a norm, SwiGLU, GELU), the
+low-rank x Aᵀ and a quantised base's weight are computed again in the backward pass. `FusedLinear.plain` is the same in plain autograd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vise_fast import quantise
+
 ADAPTER = "default"
+Before = Callable[[Tensor], Tensor]
+"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass."""
 
 
 class Pack(NamedTuple):
@@ -24,15 +34,32 @@ class Pack(NamedTuple):
     up: Tensor
 
 
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm with a frozen weight (in,)."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(n, 2·in), gate and up side by side, to silu(gate) · up (n, in)."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class FusedLinear:
     """Projections `modules` (nn.Linear, a bitsandbytes linear, or PEFT's wrapper of either) of one input, outputs side by side."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
-        self.plain = all(type(base) is nn.Linear for base in self.bases)
+        self.stacked = all(type(base) is nn.Linear for base in self.bases)
         self.adapted = isinstance(modules[0], LoraLayer)
-        if self.plain:
+        if self.stacked:
             self.weight, self.bias = _stack(self.bases)
 
     def pack(self, dtype: torch.dtype) -> Pack | None:
@@ -43,10 +70,63 @@ class FusedLinear:
         ups = [m.lora_B[ADAPTER].weight * m.scaling[ADAPTER] for m in self.modules]
         return Pack(down.to(dtype), (ups[0] if len(ups) == 1 else torch.block_diag(*ups)).to(dtype))
 
-    def __call__(self, x: Tensor, pack: Pack | None) -> Tensor:
-        """x (n, in) to (n, sum of outs)."""
-        y = F.linear(x, self.weight, self.bias) if self.plain else torch.cat([base(x) for base in self.bases], -1)
+    def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
+        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the pack."""
+        if pack is not None and torch.is_grad_enabled():
+            return _Adapted.apply(x, *pack, self, before)
+        return self._product(x if before is None else before(x), pack)
+
+    def plain(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
+        """The same in plain autograd, which keeps every intermediate (unquantised bases only)."""
+        x = x if before is None else before(x)
+        y = F.linear(x, self.weight, self.bias)
         return y if pack is None else y + F.linear(F.linear(x, pack.down), pack.up)
+
+    def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
+        if self.stacked:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            outs = [quantise.product(base, x) for base in self.bases]
+            y = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        return y if pack is None else y.addmm_(F.linear(x, pack.down), pack.up.T)
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        """grad (n, sum of outs) times the frozen weights: (n, in)."""
+        if self.stacked:
+            return grad @ self.weight
+        total, start = None, 0
+        for base in self.bases:
+            piece = grad[:, start : start + base.out_features]
+            weight = quantise.dequantised(base, grad.dtype)
+            total = piece @ weight if total is None else total.addmm_(piece, weight)
+            start += base.out_features
+        return total
+
+
+class _Adapted(torch.autograd.Function):
+    """y = f(x) Wᵀ + (f(x) Aᵀ) Bᵀ with frozen W: saves x, A and B."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, linear: FusedLinear, before: Before | None) -> Tensor:
+        ctx.save_for_backward(x, down, up)
+        ctx.linear, ctx.before = linear, before
+        return linear._product(x if before is None else before(x), Pack(down, up))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, down, up = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        leaf = x.detach().requires_grad_(wanted)
+        with torch.enable_grad():
+            z = leaf if ctx.before is None else ctx.before(leaf)
+        fixed = z.detach()
+        low = grad @ up
+        dx, ddown, dup = None, low.T @ fixed, grad.T @ F.linear(fixed, down)
+        if wanted:
+            dz = ctx.linear._input_gradient(grad).addmm_(low, down)
+            dx = dz if ctx.before is None else torch.autograd.grad(z, leaf, dz)[0]
+        return dx, ddown, dup, None, None
 
 
 def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify
 
 from vise_fast.attention import Grid, Part, attend
-from vise_fast.backbones.linear import FusedLinear, Pack
+from vise_fast.backbones.linear import FusedLinear, Norm, Pack, swiglu
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
 LORA_TARGETS = (
@@ -252,17 +252,14 @@ class Backbone:
 
     def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
-        h = F.rms_norm(x, (x.shape[-1],), layer.norm1, self.eps)
-        qkv = layer.linears[0](h, pack).view(x.shape[0], -1, self.head_dim)
+        qkv = layer.linears[0](x, pack, layer.norm1).view(x.shape[0], -1, self.head_dim)
         split = self.heads + self.kv_heads
         qk = F.rms_norm(qkv[:, :split], (self.head_dim,), None, self.eps) * layer.qk_norm
         qk = _rotate(qk, cos, sin)
         return qk[:, : self.heads], qk[:, self.heads :], qkv[:, split:]
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
-        h = F.rms_norm(x, (x.shape[-1],), layer.norm2, self.eps)
-        gate, up = layer.linears[2](h, packs[2]).chunk(2, -1)
-        return x + layer.linears[3](F.silu(gate) * up, packs[3])
+        return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], swiglu)
 
     def _deepstack(self, x: Tensor, index: int, levels: list[Level], sizes: list[int]) -> Tensor:
         start = 0
@@ -303,7 +300,8 @@ class _Layer:
 
     def __init__(self, layer: nn.Module) -> None:
         attn, mlp = layer.self_attn, layer.mlp
-        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        eps = attn.config.rms_norm_eps
+        self.norm1, self.norm2 = Norm(layer.input_layernorm.weight, eps), Norm(layer.post_attention_layernorm.weight, eps)
         qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
         self.linears = [qkv, FusedLinear([attn.o_proj]), FusedLinear([mlp.gate_proj, mlp.up_proj]), FusedLinear([mlp.down_proj])]
         heads, kv = attn.config.num_attention_heads, attn.config.num_key_value_heads
@@ -319,7 +317,7 @@ class _Merger:
 
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
-        return self.linears[1](F.gelu(self.linears[0](x, packs[0])), packs[1])
+        return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
