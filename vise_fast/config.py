@@ -62,7 +62,7 @@ class DataConfig(Section):
     holdout: float = Field(0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures")
     max_pixels: int = Field(307_200, ge=1024, description="an image is shrunk to at most this many pixels (640x480)")
     min_pixels: int = Field(1024, ge=1, description="an image is enlarged to at least this many pixels")
-    max_header_pixels: int = Field(50_000_000, ge=1, description="images whose header promises more are skipped before decoding")
+    max_header_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images whose header promises more are skipped before decoding")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="stop when a larger share of the files is unreadable")
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
 

@@ -36,7 +36,7 @@ TURNS = {
 # all that Pillow's decoders were seen to raise on damaged files
 FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
-    RuntimeError, struct.error, zlib.error, Pillow.DecompressionBombError, Pillow.DecompressionBombWarning,
+    RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file promises: its format and the size of its upright picture in pixels."""
+    """What a file promises: its format and the size of its upright picture in pixels (a PNG may state its orientation only at its end)."""
 
     format: str
     height: int
@@ -57,7 +57,7 @@ def header(path: Path, max_pixels: int) -> Header:
     """Reads the header only. Raises BadImage for anything that is not a usable picture of at most `max_pixels`."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
-        swapped = _orientation(image) >= 5
+        swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
         return Header(image.format or "", *((width, height) if swapped else (height, width)))
 
 
@@ -71,7 +71,7 @@ def decode(path: Path, max_pixels: int) -> Pillow.Image:
 
 
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
-    """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN) or modes without a rule (LAB)."""
+    """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN)."""
     if image.mode.startswith(("I", "F")):
         return Pillow.fromarray(_eight_bits(np.asarray(image), image.mode, format), "L").convert("RGB")
     if image.has_transparency_data:
@@ -117,6 +117,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Pillow.Image]:
                 yield image
     except BadImage:
         raise
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise BadImage(f"promises more than {max_pixels} pixels") from None
     except Pillow.UnidentifiedImageError:
         raise BadImage(f"is none of {', '.join(FORMATS)}") from None
     except FAULTS as fault:
@@ -136,7 +138,7 @@ def _refuse_size(width: int, height: int, max_pixels: int) -> None:
 def _orientation(image: Pillow.Image) -> int:
     """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may still be good)."""
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        value = Pillow.Image.getexif(image).get(ORIENTATION, 1)  # the method of PNGs would decode all pixels first
     except FAULTS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -157,7 +159,6 @@ def grid_size(height: int, width: int, multiple: int, min_pixels: int, max_pixel
     elif rows * columns * area < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = (max(1, math.ceil(side * grow / multiple)) for side in (height, width))
-    cells = max_pixels // area
-    if rows * columns > cells:
-        rows, columns = (rows, max(1, cells // rows)) if rows <= columns else (max(1, cells // columns), columns)
-    return rows * multiple, columns * multiple
+    short = min(rows, columns, math.isqrt(max_pixels // area))
+    long = min(max(rows, columns), max_pixels // area // short)
+    return (short * multiple, long * multiple) if rows <= columns else (long * multiple, short * multiple)

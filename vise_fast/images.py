@@ -227,10 +227,11 @@ class Folder:
                 self._ahead[slot] = self._pool.submit(self._decode, entry)
 
     def _decode(self, entry: Entry) -> torch.Tensor:
-        """uint8 (H, W, 3). Runs in a decode thread: touches nothing but its argument. Raises BadImage."""
+        """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
         picture = decode(entry.path, self.data.max_header_pixels)
-        if (picture.height, picture.width) != entry.size:
-            picture = picture.resize(entry.size[::-1], Pillow.Resampling.BICUBIC)
+        height, width = grid_size(picture.height, picture.width, self.multiple, self.data.min_pixels, self.data.max_pixels)
+        if (picture.height, picture.width) != (height, width):
+            picture = picture.resize((width, height), Pillow.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture, np.uint8))
 
     # -- faults ----------------------------------------------------------------------------------------------------
