@@ -1,0 +1,199 @@
+// Python bindings: shapes and layouts are checked here under the GIL, then the plain C++ runs without it.
+// Python allocates every output. No linking against torch: tensors arrive through DLPack.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "ghost.h"
+#include "patchify.h"
+#include "resize.h"
+#include "token_logprob.h"
+#include "warp.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Cpu = nb::device::cpu;
+using Source = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, Cpu>;
+using Target = nb::ndarray<uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, Cpu>;
+using Doubles = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, Cpu>;
+using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, Cpu>;
+using Boxes = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::c_contig, Cpu>;
+using Matrices = nb::ndarray<const double, nb::shape<-1, 3, 3>, nb::c_contig, Cpu>;
+using Weights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, Cpu>;
+using AnyMatrix = nb::ndarray<Cpu, nb::ndim<2>>;
+using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, Cpu>;
+
+void require(bool holds, const char* what) {
+    if (!holds) throw nb::value_error(what);
+}
+
+int extent(const Source& image, int axis) { return static_cast<int>(image.shape(axis)); }
+
+void require_same_shapes(const std::vector<Source>& sources, const std::vector<Target>& outs) {
+    require(sources.size() == outs.size(), "one output per image");
+    for (std::size_t i = 0; i < sources.size(); ++i)
+        require(sources[i].shape(0) == outs[i].shape(0) && sources[i].shape(1) == outs[i].shape(1), "an output's size is not its image's");
+}
+
+std::vector<double> to_vector(const Doubles& values) { return {values.data(), values.data() + values.shape(0)}; }
+
+using Kernel = std::tuple<int, Doubles, Doubles>;  // radius, frequencies, amplitudes
+
+std::vector<vise::Cosines> to_cosines(const std::vector<Kernel>& kernels) {
+    std::vector<vise::Cosines> cosines;
+    for (const auto& [radius, frequency, amplitude] : kernels) {
+        require(radius >= 0 && frequency.shape(0) > 0 && frequency.shape(0) == amplitude.shape(0), "a kernel's frequencies and amplitudes differ in number");
+        cosines.push_back({radius, to_vector(frequency), to_vector(amplitude)});
+    }
+    return cosines;
+}
+
+vise::Ghosting to_ghosting(const std::string& method) {
+    if (method == "mean") return vise::Ghosting::kMean;
+    if (method == "pixelate") return vise::Ghosting::kPixelate;
+    require(method == "blur", "unknown method");
+    return vise::Ghosting::kBlur;
+}
+
+void require_box(const vise::GhostJob& job) {
+    const bool inside = job.x1 >= 0 && job.y1 >= 0 && job.x2 <= job.width && job.y2 <= job.height;
+    require(inside && job.x1 <= job.x2 && job.y1 <= job.y2, "a box is not within its image");
+}
+
+void ghost(std::vector<Source> sources, std::vector<Target> outs, Boxes boxes, std::string method, std::vector<Kernel> kernels,
+           Longs kernel_of, Longs cells, float feather, bool outside, int threads) {
+    const std::vector<vise::Cosines> cosines = to_cosines(kernels);
+    const vise::Ghosting ghosting = to_ghosting(method);
+    const std::size_t count = sources.size();
+    require_same_shapes(sources, outs);
+    require(boxes.shape(0) == count && kernel_of.shape(0) == count && cells.shape(0) == count, "one box, kernel and cell per image");
+    std::vector<vise::GhostJob> jobs;
+    for (std::size_t i = 0; i < count; ++i) {
+        const int64_t* box = boxes.data() + 4 * i;
+        const int64_t kernel = kernel_of.data()[i], cell = cells.data()[i];
+        require(kernel >= 0 && kernel < static_cast<int64_t>(cosines.size()) && cell >= 1, "no such kernel, or an empty cell");
+        jobs.push_back({sources[i].data(), outs[i].data(), extent(sources[i], 0), extent(sources[i], 1), static_cast<int>(box[0]),
+                        static_cast<int>(box[1]), static_cast<int>(box[2]), static_cast<int>(box[3]), static_cast<int>(cell), &cosines[kernel]});
+        require_box(jobs.back());
+    }
+    nb::gil_scoped_release release;
+    vise::ghost(jobs, ghosting, feather, outside, threads);
+}
+
+void warp(std::vector<Source> sources, std::vector<Target> outs, Matrices inverses, float fill, int threads) {
+    require_same_shapes(sources, outs);
+    require(inverses.shape(0) == sources.size(), "one matrix per image");
+    require(fill >= 0 && fill <= 255, "fill is not a grey level");
+    std::vector<vise::WarpJob> jobs(sources.size());
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+        jobs[i] = {sources[i].data(), outs[i].data(), extent(sources[i], 0), extent(sources[i], 1), {}};
+        std::copy_n(inverses.data() + 9 * i, 9, jobs[i].inverse);
+    }
+    nb::gil_scoped_release release;
+    vise::warp(jobs, fill, threads);
+}
+
+using AxisArrays = std::tuple<Longs, Weights>;  // first input of each output, weights
+
+vise::Axis to_axis(const AxisArrays& arrays, std::size_t inputs, std::size_t outputs) {
+    const auto& [first, weight] = arrays;
+    require(first.shape(0) == outputs && weight.shape(0) == outputs, "an axis does not fit its output");
+    const int64_t width = weight.shape(1);
+    for (std::size_t i = 0; i < outputs; ++i)
+        require(first.data()[i] >= 0 && first.data()[i] + width <= static_cast<int64_t>(inputs), "an axis reads beyond its input");
+    return {static_cast<int>(width), first.data(), weight.data()};
+}
+
+void resize(std::vector<Source> sources, std::vector<Target> outs, std::vector<AxisArrays> across, std::vector<AxisArrays> down, int threads) {
+    const std::size_t count = sources.size();
+    require(outs.size() == count && across.size() == count && down.size() == count, "one output and two axes per image");
+    std::vector<vise::ResizeJob> jobs;
+    for (std::size_t i = 0; i < count; ++i) {
+        const Source& in = sources[i];
+        const Target& out = outs[i];
+        jobs.push_back({in.data(), out.data(), extent(in, 0), extent(in, 1), static_cast<int>(out.shape(0)), static_cast<int>(out.shape(1)),
+                        to_axis(across[i], in.shape(1), out.shape(1)), to_axis(down[i], in.shape(0), out.shape(0))});
+    }
+    nb::gil_scoped_release release;
+    vise::resize(jobs, threads);
+}
+
+void patchify(std::vector<Source> sources, AnyMatrix out, AnyMatrix table, int patch, int merge, int taps, int threads) {
+    const int bytes = static_cast<int>(table.itemsize());
+    require((bytes == 2 || bytes == 4) && out.dtype() == table.dtype(), "values of 2 or 4 bytes, the table's like the output's");
+    require(table.shape(0) == 3 && table.shape(1) == 256 && table.stride(1) == 1 && table.stride(0) == 256, "the table is (3, 256)");
+    require(patch >= 1 && merge >= 1 && taps >= 1, "patch, merge and taps are at least 1");
+    const std::size_t row = static_cast<std::size_t>(3) * taps * patch * patch;
+    require(out.shape(1) == row && out.stride(1) == 1 && out.stride(0) == static_cast<int64_t>(row), "an output row holds one patch");
+    std::vector<vise::PatchJob> jobs;
+    std::size_t done = 0;
+    for (const Source& image : sources) {
+        const int height = extent(image, 0), width = extent(image, 1);
+        require(height % (patch * merge) == 0 && width % (patch * merge) == 0, "an image is not a whole number of merged patches");
+        jobs.push_back({image.data(), static_cast<char*>(out.data()) + done * row * bytes, height, width});
+        done += static_cast<std::size_t>(height / patch) * (width / patch);
+    }
+    require(done == out.shape(0), "the output has not as many rows as there are patches");
+    nb::gil_scoped_release release;
+    vise::patchify(jobs, table.data(), bytes, patch, merge, taps, threads);
+}
+
+vise::Logits to_logits(const AnyMatrix& matrix) {
+    if (matrix.dtype() == nb::dtype<float>()) return vise::Logits::float32;
+    require(matrix.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && matrix.dtype().bits == 16, "logits are float32 or bfloat16");
+    return vise::Logits::bfloat16;
+}
+
+// Every vector has one entry per row, every id is a column, and columns lie side by side.
+template <class... Rows>
+void require_rows(const AnyMatrix& logits, const Longs& ids, const Rows&... rows) {
+    const std::size_t count = logits.shape(0);
+    require(logits.shape(1) >= 1 && logits.stride(1) == 1, "columns of logits must lie side by side");
+    require(ids.shape(0) == count && ((rows.shape(0) == count) && ...), "one entry per row of logits");
+    const int64_t columns = static_cast<int64_t>(logits.shape(1));
+    for (std::size_t i = 0; i < count; ++i) require(ids.data()[i] >= 0 && ids.data()[i] < columns, "an id is not a column of logits");
+}
+
+void token_logprob_forward(AnyMatrix logits, Longs ids, Floats logprob, Floats logsumexp, Floats entropy, int threads) {
+    require_rows(logits, ids, logprob, logsumexp, entropy);
+    const vise::Logits type = to_logits(logits);
+    nb::gil_scoped_release release;
+    vise::token_logprob_forward(logits.data(), type, logits.shape(0), logits.shape(1), logits.stride(0), ids.data(), logprob.data(),
+                                logsumexp.data(), entropy.data(), threads);
+}
+
+void token_logprob_backward(AnyMatrix logits, Longs ids, Floats logsumexp, Floats entropy, Floats grad_logprob, Floats grad_logsumexp,
+                            Floats grad_entropy, AnyMatrix grad, int threads) {
+    require_rows(logits, ids, logsumexp, entropy, grad_logprob, grad_logsumexp, grad_entropy);
+    const vise::Logits type = to_logits(logits);
+    const int64_t columns = static_cast<int64_t>(logits.shape(1));
+    const bool fits = grad.dtype() == logits.dtype() && grad.shape(0) == logits.shape(0) && grad.shape(1) == logits.shape(1);
+    require(fits && grad.stride(1) == 1 && (grad.shape(0) <= 1 || grad.stride(0) == columns), "grad is contiguous, of the logits' shape and type");
+    nb::gil_scoped_release release;
+    vise::token_logprob_backward(logits.data(), type, logits.shape(0), columns, logits.stride(0), ids.data(), logsumexp.data(), entropy.data(),
+                                 grad_logprob.data(), grad_logsumexp.data(), grad_entropy.data(), grad.data(), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "CPU kernels of vise_kernels. Called by the op files, which allocate and document.";
+    m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
+          "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
+    m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
+    m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "threads"_a);
+    m.def("patchify", &patchify, "sources"_a.noconvert(), "out"_a.noconvert(), "table"_a.noconvert(), "patch"_a, "merge"_a, "taps"_a, "threads"_a);
+    m.def("token_logprob_forward", &token_logprob_forward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logprob"_a.noconvert(),
+          "logsumexp"_a.noconvert(), "entropy"_a.noconvert(), "threads"_a);
+    m.def("token_logprob_backward", &token_logprob_backward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logsumexp"_a.noconvert(),
+          "entropy"_a.noconvert(), "grad_logprob"_a.noconvert(), "grad_logsumexp"_a.noconvert(), "grad_entropy"_a.noconvert(),
+          "grad"_a.noconvert(), "threads"_a);
+}

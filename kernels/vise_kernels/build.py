@@ -1,0 +1,38 @@
+"""Compiles the native module in place, for a plain checkout: `python -m vise_kernels.build [-DVISE_NATIVE_ARCH=ON]`.
+
+Runs CMake on the checkout's CMakeLists.txt with this Python's nanobind and puts `_native*.so` beside this file; a second
+run compiles only what changed. Arguments are handed to CMake. An installed package has no need of it.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent.parent
+
+
+def find_tool(name: str) -> str | None:
+    """The program `name` from this Python's environment, else from the search path."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def build(options: list[str]) -> None:
+    """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError: the build failed."""
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    if cmake is None:
+        raise RuntimeError("no cmake; the native module is compiled with it; pip install cmake ninja nanobind")
+    if not (ROOT / "CMakeLists.txt").is_file():
+        raise RuntimeError(f"no CMakeLists.txt in {ROOT}; only a checkout is built in place")
+    where = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    configure = [cmake, "-S", str(ROOT), "-B", str(where), *generator, f"-DPython_EXECUTABLE={sys.executable}", *options]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([cmake, "--build", str(where)], check=True)
+    subprocess.run([cmake, "--install", str(where), "--prefix", str(PACKAGE.parent)], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    build(sys.argv[1:])
