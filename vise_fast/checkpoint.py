@@ -170,8 +170,10 @@ def _sync(directory: Path) -> None:
 
 
 def _prune(home: Path, step: int, keep: int) -> None:
-    later = [path for path in _candidates(home) if _step(path) > step]
-    for path in later + [path for path in _candidates(home) if path not in later][keep:]:
+    """After a durable save: what a kill left replaced, steps of an abandoned future, and all but the newest `keep`."""
+    found = _candidates(home)
+    spent = [path for path in found if _step(path) > step or (path.suffix and path.with_suffix("") in found)]
+    for path in spent + [path for path in found if path not in spent][keep:]:
         _remove(path)
 
 
