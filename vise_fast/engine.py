@@ -141,9 +141,9 @@ class Engine:
         _, (segment,) = self._forward([level], adapters)
         return Prefixes(segment, following, adapters)
 
-    def _forward(self, levels: list[Level], adapters: bool, recompute: bool = False) -> tuple[list[Tensor], list[Segment]]:
+    def _forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
         self.counters.forwards += 1
-        return self.backbone.forward(levels, adapters, recompute)
+        return self.backbone.forward(levels, adapters, recompute, keep)
 
     def _text_level(self, rows: list[list[int]], starts: list[int], parents: list) -> Level:
         """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …"""
@@ -169,7 +169,7 @@ class Engine:
         for start in range(0, len(features), self.chunk):
             chosen = list(range(start, min(start + self.chunk, len(features))))
             levels, _ = self._tree(features.select(chosen), [rows[i] for i in chosen], adapters)
-            (_, hidden), _ = self._forward(levels, adapters)
+            (_, hidden), _ = self._forward(levels, adapters, keep=False)
             outs.append(self.backbone.logits(hidden[_last_rows(levels[1].rag)]))
         self.counters.verdicts += len(features)
         return torch.cat(outs)
@@ -291,7 +291,7 @@ class Engine:
         if max(answers.lengths) > 1:
             inputs = [row[:-1] for row in answers.rows()]
             levels.append(self._answer_level(inputs, owner, starts, question, prefixes))
-        hidden, _ = self._forward(levels, adapters, recompute)
+        hidden, _ = self._forward(levels, adapters, recompute, keep=False)
         return levels, hidden
 
     def _answer_level(self, inputs, owner, starts, question: int, prefixes: Prefixes | None) -> Level:

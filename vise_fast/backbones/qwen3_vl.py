@@ -158,9 +158,13 @@ class Backbone:
     def encode(self, images: list[Tensor]) -> Features:
         """uint8 (H, W, 3) images, sides multiples of patch·merge, to features before the mergers; each image attends to itself only."""
         patches, _ = patchify(images, patch=self.patch, merge=self.merge_size, dtype=self.dtype, single_tap=True)
-        grids = [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images]
+        return self.encode_patches(patches.to(self.device), [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images])
+
+    @torch.no_grad()
+    def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
+        """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
         tables = [self._grid(grid) for grid in grids]
-        x = F.linear(patches.to(self.device), self.patch_weight, self.patch_bias)
+        x = F.linear(patches, self.patch_weight, self.patch_bias)
         x = x + torch.cat([t[0] for t in tables])
         cos, sin = torch.cat([t[1] for t in tables]), torch.cat([t[2] for t in tables])
         runs, taps = _runs([rows * columns for rows, columns in grids]), []
@@ -216,8 +220,8 @@ class Backbone:
         angles = torch.cat([angles, angles], 1)[:, None]
         return angles.cos(), angles.sin()
 
-    def forward(self, levels: list[Level], adapters: bool, recompute: bool = False) -> tuple[list[Tensor], list[Segment]]:
-        """Final-normed hidden states (n, E) and the Segment of each level. `recompute`: keep no activations inside a layer."""
+    def forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
+        """Final-normed hidden states (n, E) and, with `keep`, the Segment of each level. `recompute`: save no activations inside a layer."""
         x = torch.cat([level.embeds for level in levels])
         cos, sin = self.rope(torch.cat([level.positions for level in levels], 1))
         sizes = [level.rag.count for level in levels]
@@ -226,11 +230,11 @@ class Backbone:
             packs = [self._pack(linear, adapters) for linear in layer.linears]
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
-            for segment, k, v in zip(segments, banks[::2], banks[1::2], strict=True):
+            for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
                 segment.keys.append(k), segment.values.append(v)
             x = self._deepstack(x, index, levels, sizes)
         hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
-        return list(hidden.split(sizes)), segments
+        return list(hidden.split(sizes)), segments if keep else []
 
     def _layer(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs) -> tuple:
         layer = self.layers[index]
