@@ -24,6 +24,9 @@ Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
 WITHOUT_GHOSTS = ("oracle", "random", "area_only")
 """Rewards that read no verdict about ghosts: none is asked for."""
 
+GHOSTS_AT_ONCE = 8
+"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the micro-batch does everything else's."""
+
 
 @dataclass
 class Played:
@@ -122,13 +125,19 @@ def _judge_ghosts(engine: Engine, pixels: list[Tensor], queries: list[str], know
     hide = lambda boxes, region: views.ghost(pixels, torch.tensor(owners), boxes, config.ghost, region, literal=config.view.literal_pixels)  # noqa: E731
     ghosts = [ghost for _, boxes, region in jobs for ghost in hide(boxes, region)] if rows else []
     asked = [queries[i] for i in owners] * len(jobs)
-    p = roles.verify(engine, engine.encode(ghosts), asked, reward.judge == "policy") if rows else torch.zeros(0, dtype=torch.float64)
+    p = _verdicts(engine, ghosts, asked, reward.judge == "policy", GHOSTS_AT_ONCE * len(pixels)) if rows else torch.zeros(0, dtype=torch.float64)
     found = {}
     for (name, *_), values in zip(jobs, p.view(len(jobs), len(slots)), strict=True):
         found[name] = torch.zeros(len(known["seen"]), dtype=torch.float64)
         found[name][rows] = values[where]
     controls = [found.pop(name) for name in sorted(found) if name.startswith("control")]
     return found | ({"control": torch.stack(controls, 1)} if controls else {})
+
+
+def _verdicts(engine: Engine, images: list[Tensor], queries: list[str], adapters: bool, at_once: int) -> Tensor:
+    """p(visible) of query n on image n, `at_once` images in memory at a time."""
+    cuts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
+    return torch.cat([roles.verify(engine, engine.encode(images[cut]), queries[cut], adapters) for cut in cuts])
 
 
 def _ghost_jobs(slots: list[tuple], first: list[int], config: Config, draws: Draws, samples: int) -> list[tuple[str, Tensor, str]]:
