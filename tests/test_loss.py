@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from vise_fast.config import UpdateConfig
 from vise_fast.errors import NumericFault
 from vise_fast.loss import Baseline, Beta, advantages, k1_penalised, reinforce, token_mean
 
@@ -267,6 +268,12 @@ def test_the_reference_never_receives_gradient():
 
 
 # --- states --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_configurations():
+    update = UpdateConfig()
+    assert Baseline() == Baseline(momentum=update.ema_momentum)
+    assert Beta() == Beta(update.beta, update.tau, update.eta, update.beta_min, update.beta_max)
 
 
 def test_beta_follows_the_batch_kl():

@@ -80,7 +80,7 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def k1_penalised(rewards: Tensor, logprob: Tensor, reference_logprob: Tensor, mask: Tensor, beta: float) -> Tensor:
     """`k1_reward`: rewards (N,) minus beta times the mean log-ratio of the sampled tokens, without gradient. Before advantages."""
-    ratio = (logprob.detach().float() - reference_logprob.detach().float()).masked_fill(~mask, 0)
+    ratio = logprob.detach().float() - reference_logprob.detach().float()
     return rewards - beta * token_mean(ratio, mask).to(rewards)
 
 
@@ -166,7 +166,7 @@ def reinforce(
     """
     if denominator <= 0:
         raise ValueError(f"denominator {denominator}: the whole batch has at least one sample")
-    filled = logprob.float().masked_fill(~mask, 0)
+    filled = logprob.float().masked_fill(~mask, 0)  # before any arithmetic: the gradient of a masked NaN would be NaN
     reference = reference_logprob.detach().float().masked_fill(~mask, 0)
     policy_loss = -(advantage.detach().to(filled) * token_mean(filled, mask)).sum() / denominator
     mean_kl = token_mean(_kl_tokens(kind, filled, reference, kl), mask).sum() / denominator
