@@ -2,16 +2,24 @@
 
     z = h W^T    logprob = z_id - lse(z)    KL(p || q) = sum_v p_v d_v - lse(z) + lse(z'),   d = z - z', z' = h' W^T
 
-The (N,V) logits never exist: the head is walked in chunks of ids and every sum is kept relative to a running maximum. The
-gradients are gathered in the same walk, because both are a softmax average of head rows times one number per row:
+The (N,V) logits never exist: the head is walked in chunks of ids, and every sum is kept relative to a running maximum. The
+gradients are gathered in the same walk, because both are softmax averages of head rows times one number per row:
 
-    dlogprob/dh = W_id - E        E = sum_v p_v W_v
+    dlogprob/dh = W_id - E                     E = sum_v p_v W_v
     dKL/dh      = F - (sum_v p_v d_v) E        F = sum_v p_v d_v W_v
 
 so forward and backward together cost two products of size (N,H,V) (four with the KL) where recomputing the logits in the
-backward pass costs three (five), and the backward pass itself is a row-wise scaling. Extra memory: one chunk of logits and
-one (N,H) tensor per gradient, in the dtype of hidden. Leaves out gradients of the head and of the reference.
+backward pass costs three (five), and the backward pass itself is a scaling of rows. The products are PyTorch's own
+(cuBLAS, float32 accumulation); what Triton adds is the step between them, which turns a chunk of logits into weights,
+sums and maxima in one launch. A kernel that also did the products (tl.dot) would save the trip of one chunk through the
+cache and lose more than that against cuBLAS. Policy and reference rows share each product, so a chunk of the head is read once.
+
+Extra memory at (8192, 2048, 151936) in bfloat16, besides the gradient: 96 MB (logprob), 112 MB (with the KL), of which 32 MB
+per gradient are kept until the backward pass. Leaves out gradients of the head and of the reference, and ready logits
+(`token_logprob.py`).
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -19,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vise_kernels.dispatch import choose
+from vise_kernels.dispatch import choose, jit, tl, triton
 
 CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32
 BLOCK_ROWS = 2048  # hidden rows per walk over the head (policy and reference together): enough to keep a product compute-bound
+MAX_CHUNK = 2**15  # ids per chunk at most: few rows must not make one program walk the whole vocabulary
 FLOOR = -1e30  # the running maximum before the first id: finite, so that differences never are nan
-
+BLOCK = 2048  # elements per step of a Triton program
 
 def linear_logprob(
     hidden: Tensor, head: Tensor, ids: Tensor, *, banned: Tensor | None = None, chunk: int | None = None, path: str | None = None
@@ -80,22 +89,88 @@ def full_softmax(hidden: Tensor, reference_hidden: Tensor, head: Tensor, ids: Te
 class Sums:
     """What the walk keeps of the ids seen so far, for R rows of K = 1 (policy) or 2 (policy, reference) distributions."""
 
-    top: Tensor  # (K,R) the maximum that the sums are relative to
+    top: Tensor  # (K,R) what the sums are relative to: a maximum, or close below it
     total: Tensor  # (K,R) sum_v exp(z_v - top)
-    target: Tensor  # (K,R) z of the row's own id; minus infinity until it has been seen
+    target: Tensor  # (K,R) z of the row's own id; nan until it has been seen
     drift: Tensor  # (R,) sum_v exp(z_v - top) d_v of the policy
 
     @classmethod
-    def start(cls, kinds: int, rows: int, like: Tensor) -> "Sums":
-        low = like.new_full((kinds, rows), FLOOR)
-        return cls(low, like.new_zeros(kinds, rows), like.new_full((kinds, rows), -torch.inf), like.new_zeros(rows))
+    def start(cls, kinds: int, rows: int, like: Tensor) -> Sums:
+        options = {"device": like.device, "dtype": _wide(like.dtype)}
+        return cls(
+            torch.full((kinds, rows), FLOOR, **options),
+            torch.zeros((kinds, rows), **options),
+            torch.full((kinds, rows), torch.nan, **options),
+            torch.zeros(rows, **options),
+        )
+
+    def results(self) -> Tensor:
+        """(3,R): logprob, reference logprob, KL; the last two are 0 for K = 1."""
+        logsumexp = self.top + self.total.log()
+        logprob = self.target - logsumexp
+        if len(logprob) == 1:
+            return torch.cat([logprob, torch.zeros_like(logprob), torch.zeros_like(logprob)])
+        kl = self.drift / self.total[0] - logsumexp[0] + logsumexp[1]
+        return torch.cat([logprob, kl[None]])
 
 
-def merge(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None) -> Tensor:
-    """Add a chunk of `logits` (K,R,C) to `sums` in place; `ids` (R,) count from the chunk's first id.
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, reference, head, ids, banned, chunk, path, wants_gradient):
+        kinds = 1 if reference is None else 2
+        ids = ids.contiguous()
+        slopes = hidden.new_empty((kinds, *hidden.shape)) if wants_gradient else None
+        results = hidden.new_empty((3, len(hidden)), dtype=_wide(hidden.dtype))
+        for block in _blocks(len(hidden), BLOCK_ROWS // kinds):
+            rows = hidden[block] if reference is None else torch.cat([hidden[block], reference[block]])
+            slope = None if slopes is None else slopes[:, block]
+            results[:, block] = _walk(rows.view(kinds, -1, rows.shape[1]), head, ids[block], banned, chunk, path, slope)
+        ctx.slopes = slopes
+        logprob, reference_logprob, kl = (result.clone() for result in results)
+        ctx.mark_non_differentiable(reference_logprob)
+        return logprob, reference_logprob, kl
 
-    Fills `weights` (K,R,C) with exp(z - top) and, for K = 2, exp(z - top) d of the policy. Returns (R,): the factor that
-    takes the policy's earlier sums to the new maximum. The logits are overwritten.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, _grad_reference, grad_kl):
+        gradient = torch.empty_like(ctx.slopes[0])
+        for block in _blocks(len(gradient), BLOCK_ROWS):  # in blocks: the float32 products stay small
+            rows = grad_logprob[block, None] * ctx.slopes[0, block]
+            if len(ctx.slopes) == 2:
+                rows += grad_kl[block, None] * ctx.slopes[1, block]
+            gradient[block] = rows
+        return (gradient, *[None] * 7)
+
+
+def _walk(states: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, chunk: int | None, path: str, slope: Tensor | None) -> Tensor:
+    """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope` (K,R,H) unless it is None."""
+    kinds, rows, width = states.shape
+    sums = Sums.start(kinds, rows, states)
+    merge, finish = (_merge_triton, _finish_triton) if path == "triton" else (merge_plain, _finish_plain)
+    states = states if path == "triton" else states.to(sums.top.dtype)
+    size = _chunk_size(chunk or CHUNK_LOGITS // (kinds * kinds * rows), len(head))
+    logits = sums.top.new_empty(kinds * rows * size)
+    weights = None if slope is None else states.new_empty(kinds * rows * size)
+    averages = None if slope is None else torch.empty_like(states, dtype=sums.top.dtype)
+    for first in range(0, len(head), size):
+        piece = head[first : first + size].to(states.dtype)
+        z = logits[: kinds * rows * len(piece)].view(kinds, rows, -1)
+        w = None if slope is None else weights[: z.numel()].view_as(z)
+        _product(states.flatten(0, 1), piece.T, z.flatten(0, 1), add=False)
+        skip = None if banned is None else banned[first : first + size]
+        merge(z, ids - first, skip, sums, w, averages if first else None)
+        if slope is not None:
+            _product(w.flatten(0, 1), piece, averages.flatten(0, 1), add=first > 0)
+    if slope is not None:
+        finish(sums, averages, head, ids, banned, slope)
+    return sums.results()
+
+
+def merge_plain(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None) -> None:
+    """Add a chunk of `logits` (K,R,C) to `sums`; `ids` (R,) count from the chunk's first id.
+
+    Fills `weights` (K,R,C) with exp(z - top) and, for K = 2, exp(z - top) d of the policy; scales `averages` (K,R,H), what
+    earlier chunks' weights gave, to the new top. The logits are overwritten.
     """
     difference = logits[0] - logits[-1]
     if banned is not None:
@@ -112,90 +187,140 @@ def merge(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weight
     if weights is not None:
         weights[0] = share[0]
         weights[1:] = moved
-    return factor[0]
+    if averages is not None:
+        averages.mul_(factor[0][:, None])
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, reference, head, ids, banned, chunk, path, wants_gradient):
-        slopes = hidden.new_empty((1 if reference is None else 2, *hidden.shape)) if wants_gradient else None
-        results = _walk_rows(hidden, reference, head, ids, banned, chunk, path, slopes)
-        ctx.slopes = slopes
-        ctx.mark_non_differentiable(results[1])
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprob, _grad_reference, grad_kl):
-        gradient = torch.empty_like(ctx.slopes[0])
-        for block in _blocks(len(gradient), BLOCK_ROWS):
-            rows = grad_logprob[block, None] * ctx.slopes[0, block]
-            if len(ctx.slopes) == 2:
-                rows += grad_kl[block, None] * ctx.slopes[1, block]
-            gradient[block] = rows
-        return (gradient, *[None] * 7)
+def _finish_plain(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor) -> None:
+    """`slope` (K,R,H), dlogprob/dh and for K = 2 dKL/dh, from the unnormalised averages (K,R,H)."""
+    averages = averages / sums.total[0][:, None]
+    own = head[ids].to(averages.dtype)
+    if banned is not None:
+        own.masked_fill_(banned[ids][:, None], 0)
+    slope[0] = own - averages[0]
+    slope[1:] = averages[1:] - (sums.drift / sums.total[0])[:, None] * averages[0]
 
 
-def _walk_rows(hidden, reference, head, ids, banned, chunk, path, slopes) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, reference logprob, kl) of all rows, block by block; fills `slopes` (1 or 2,N,H) unless it is None."""
-    kinds = 1 if reference is None else 2
-    results = hidden.new_zeros((3, len(hidden)), dtype=_wide(hidden.dtype))
-    for block in _blocks(len(hidden), BLOCK_ROWS // kinds):
-        states = [hidden[block]] if reference is None else [hidden[block], reference[block]]
-        slope = None if slopes is None else slopes[:, block]
-        results[:, block] = _walk_head(states, head, ids[block], banned, chunk, path, slope)
-    return results.unbind()
+@jit
+def _kept(banned, column, inside):
+    """Which of the columns exist and are not banned."""
+    if banned is not None:
+        inside = inside & (tl.load(banned + column, mask=inside, other=1) == 0)
+    return inside
 
 
-def _walk_head(states: list[Tensor], head: Tensor, ids: Tensor, banned: Tensor | None, chunk: int | None, path: str, slope: Tensor | None) -> Tensor:
-    """One walk over the head for a block of R rows: (3,R) as in `_walk_rows`."""
-    kinds, (rows, width) = len(states), states[0].shape
-    states = [state.to(_wide(state.dtype)) for state in states]
-    sums = Sums.start(kinds, rows, states[0])
-    averages = None if slope is None else states[0].new_zeros(kinds, rows, width)
-    for first, piece in _chunks(head, chunk or CHUNK_LOGITS // (kinds * rows)):
-        piece = piece.to(states[0].dtype)
-        logits = torch.stack([state @ piece.T for state in states])
-        weights = None if slope is None else torch.empty_like(logits)
-        skip = None if banned is None else banned[first : first + len(piece)]
-        factor = merge(logits, ids - first, skip, sums, weights)
-        if slope is not None:
-            averages.mul_(factor[:, None])
-            averages.view(-1, width).addmm_(weights.flatten(0, 1), piece)
-    if slope is not None:
-        slope.copy_(_slopes(sums, averages, head, ids, banned))
-    return _finish(sums)
+@jit
+def _merge_kernel(logits, weights, ids, banned, top, total, target, drift, factor, width, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+    """`merge_plain` of one row of one distribution; grid (R, K), logits and weights (K, R, width); writes the row's `factor`.
+
+    `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum are as exact, and most
+    rows then never need their averages rescaled after the first chunk.
+    """
+    row, kind, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    mine = kind * rows + row
+    z_row = logits + mine * width
+    highest = -1e30
+    for at in range(0, width, BLOCK):
+        kept = _kept(banned, at + lanes, at + lanes < width)
+        highest = tl.maximum(highest, tl.max(tl.load(z_row + at + lanes, mask=kept, other=-1e30), 0))
+    before = tl.load(top + mine)
+    now = tl.where(highest > before + 4, highest, before)
+    share_sum, moved_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for at in range(0, width, BLOCK):
+        inside = at + lanes < width
+        z = tl.load(z_row + at + lanes, mask=inside, other=0.0)
+        share = tl.where(_kept(banned, at + lanes, inside), tl.exp(z - now), 0.0)
+        share_sum += share
+        if kind == 0:
+            if weights is not None:
+                tl.store(weights + row * width + at + lanes, share.to(weights.dtype.element_ty), mask=inside)
+            if PAIRED:
+                moved = share * (z - tl.load(logits + (rows + row) * width + at + lanes, mask=inside, other=0.0))
+                moved_sum += moved
+                if weights is not None:
+                    tl.store(weights + (rows + row) * width + at + lanes, moved.to(weights.dtype.element_ty), mask=inside)
+    scale = tl.exp(before - now)
+    tl.store(top + mine, now)
+    tl.store(total + mine, tl.load(total + mine) * scale + tl.sum(share_sum, 0))
+    if kind == 0:
+        tl.store(drift + row, tl.load(drift + row) * scale + tl.sum(moved_sum, 0))
+        tl.store(factor + row, scale)
+    id = tl.load(ids + row)
+    here = (id >= 0) & (id < width)
+    own = tl.load(z_row + id, mask=here, other=0.0)
+    tl.store(target + mine, tl.where(_kept(banned, id, here), own, -float("inf")), mask=here)
+
+
+@jit
+def _rescale_kernel(averages, factor, rows, width, BLOCK: tl.constexpr):
+    """averages (K * rows, width) times the factor of their row, where it is not 1; grid (K * rows, blocks of width)."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(factor + row % rows)
+    if scale != 1:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = averages + row * width + column
+        tl.store(at, tl.load(at, mask=column < width) * scale, mask=column < width)
+
+
+@jit
+def _finish_kernel(averages, total, drift, head, ids, banned, slope, plane, vocabulary, width, head_stride, head_step, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+    """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between the slopes of a row."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    id = tl.load(ids + row)
+    known = tl.where(_kept(banned, id, (id >= 0) & (id < vocabulary)), width, 0)
+    own = tl.load(head + id * head_stride + column * head_step, mask=column < known, other=0.0).to(tl.float32)
+    norm = tl.load(total + row)
+    average = tl.load(averages + row * width + column, mask=inside, other=0.0) / norm
+    tl.store(slope + row * width + column, (own - average).to(slope.dtype.element_ty), mask=inside)
+    if PAIRED:
+        moved = tl.load(averages + (rows + row) * width + column, mask=inside, other=0.0) / norm
+        moved -= tl.load(drift + row) / norm * average
+        tl.store(slope + plane + row * width + column, moved.to(slope.dtype.element_ty), mask=inside)
+
+
+def _merge_triton(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None) -> None:
+    kinds, rows, width = logits.shape
+    factor = torch.empty_like(sums.drift)
+    state = sums.top, sums.total, sums.target, sums.drift, factor
+    _merge_kernel[(rows, kinds)](logits, weights, ids, _bytes(banned), *state, width, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
+    if averages is not None:
+        width = averages.shape[2]
+        _rescale_kernel[(kinds * rows, triton.cdiv(width, BLOCK))](averages, factor, rows, width, BLOCK=BLOCK, num_warps=8)
+
+
+def _finish_triton(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor) -> None:
+    kinds, rows, width = averages.shape
+    sizes = slope.stride(0), len(head), width, *head.stride()
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _finish_kernel[grid](averages, sums.total, sums.drift, head, ids, _bytes(banned), slope, *sizes, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
+
+
+def _bytes(banned: Tensor | None) -> Tensor | None:
+    return None if banned is None else banned.view(torch.uint8)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = left right, or out += left right; 16-bit factors with a float32 result are multiplied as they are on a GPU."""
+    if left.dtype != out.dtype and left.device.type != "cuda":
+        left, right = left.to(out.dtype), right.to(out.dtype)
+    if left.dtype != out.dtype:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out) if add else torch.mm(left, right, out_dtype=out.dtype, out=out)
+    elif add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _blocks(rows: int, size: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, rows, size)]
 
 
-def _chunks(head: Tensor, size: int):
-    """(first id, rows of the head) in chunks of `size` ids, rounded up to 128."""
-    size = -(-max(size, 1) // 128) * 128
-    return ((first, head[first : first + size]) for first in range(0, len(head), size))
-
-
-def _finish(sums: Sums) -> Tensor:
-    logsumexp = sums.top + sums.total.log()
-    logprob = sums.target - logsumexp
-    if len(logprob) == 1:
-        return torch.stack([logprob[0], torch.zeros_like(logprob[0]), torch.zeros_like(logprob[0])])
-    kl = sums.drift / sums.total[0] - logsumexp[0] + logsumexp[1]
-    return torch.stack([logprob[0], logprob[1], kl])
-
-
-def _slopes(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None) -> Tensor:
-    """dlogprob/dh and, for K = 2, dKL/dh, from the unnormalised averages (K,R,H), in place."""
-    averages /= sums.total[0][:, None]
-    if len(averages) == 2:
-        averages[1] -= (sums.drift / sums.total[0])[:, None] * averages[0]
-    own = head[ids].to(averages.dtype)
-    if banned is not None:
-        own.masked_fill_(banned[ids][:, None], 0)
-    averages[0].sub_(own).neg_()
-    return averages
+def _chunk_size(wanted: int, vocabulary: int) -> int:
+    """`wanted` ids within 128..MAX_CHUNK, in whole 128s, no larger than the vocabulary."""
+    return min(vocabulary, MAX_CHUNK, -(-max(wanted, 1) // 128) * 128)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Log-probability of chosen ids from ready logits, with the log-sum-exp and the entropy of each row.
 
-    logsumexp = log sum_v exp(z_v)        logprob = z_id - logsumexp        entropy = logsumexp - sum_v p_v z_v
+    logsumexp = log sum_v exp(z_v)        logprob = z_id - logsumexp        entropy = -sum_v p_v log p_v
 
 Logits of minus infinity (banned ids) have probability zero and add nothing to the entropy. The fast paths read the logits
 once, keep sums relative to a running maximum `top`, and allocate O(N):
@@ -42,11 +42,9 @@ def token_logprob(logits: Tensor, ids: Tensor, *, path: str | None = None) -> tu
 def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in PyTorch: a few (N,V) temporaries, any number of derivatives."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logsumexp = torch.logsumexp(z, -1)
-    logprob = z.gather(1, ids[:, None])[:, 0] - logsumexp
-    share = (z - logsumexp[:, None]).exp()
-    entropy = logsumexp - (share * z.masked_fill(z == -torch.inf, 0)).sum(-1)
-    return logprob, logsumexp, entropy
+    log_share = z.log_softmax(-1)
+    entropy = -(log_share.exp() * log_share.masked_fill(log_share == -torch.inf, 0)).sum(-1)
+    return log_share.gather(1, ids[:, None])[:, 0], z.logsumexp(-1), entropy
 
 
 @torch.library.custom_op("vise_kernels::token_logprob", mutates_args=())
