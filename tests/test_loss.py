@@ -78,10 +78,10 @@ def test_ema_starts_at_the_first_batch_and_lags_by_one_step():
     torch.testing.assert_close(first, torch.tensor([-0.2, 0.2]))
     assert baseline.value is None  # pure: the caller updates
     baseline.update(metrics["reward_mean"])
-    second, metrics = advantages(torch.tensor([1.0, 1.0]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
-    torch.testing.assert_close(second, torch.tensor([0.6, 0.6]))
+    second, metrics = advantages(torch.tensor([0.6, 0.8]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
+    torch.testing.assert_close(second, torch.tensor([0.2, 0.4]))
     baseline.update(metrics["reward_mean"])
-    assert baseline.value == pytest.approx(0.9 * 0.4 + 0.1 * 1.0)
+    assert baseline.value == pytest.approx(0.9 * 0.4 + 0.1 * 0.7)
 
 
 def test_unknown_kinds_are_named():

@@ -333,6 +333,20 @@ def test_figures_that_are_always_logged():
     assert m["control"] == pytest.approx(0.5) and m["changed_elsewhere"] == 0.5
 
 
+def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
+    """The trainer judges no ghosts of groups behind the gate and leaves zeros, or anything, there."""
+    nothing = torch.tensor([float("nan"), 0.0, 0.2, 0.2])
+    judged = rows_of([False, False, True, True])
+    made = evidence(group=2, seen=rows_of([0.1, 0.1, 1.0, 1.0]), gone=nothing, control=nothing[:, None] + 0.6, keep=nothing + 0.5, judged=judged)
+    scores = score(made, ROBUST, rng())
+    m = scores.metrics
+    assert m["gone"] == pytest.approx(0.2) and m["control"] == pytest.approx(0.8) and m["keep"] == pytest.approx(0.7)
+    assert (m["TU"], m["SB"], m["IG"], m["ID"], m["judged"], m["gated"]) == (1, 0, 0, 0, 0.5, 0.5)
+    assert m["semantic"] == pytest.approx((0.8 - 0.2) * 0.7) == scores.semantic[2].item()
+    unasked = score(evidence(judged=torch.zeros(4, dtype=torch.bool)), RewardConfig(w_geo=1, w_sem=0), rng())
+    assert unasked.metrics["TU"] == 0 and unasked.semantic.sum() == 0 and unasked.carries.all()
+
+
 def test_verdict_table_adds_up():
     p = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
     table = rewards.beaf(p[0], p[1], torch.ones(1000, dtype=torch.bool))

@@ -124,14 +124,15 @@ def _judge_ghosts(engine: Engine, pixels: list[Tensor], queries: list[str], know
     owners = [image for image, *_ in slots]
     hide = lambda boxes, region: views.ghost(pixels, torch.tensor(owners), boxes, config.ghost, region, literal=config.view.literal_pixels)  # noqa: E731
     ghosts = [ghost for _, boxes, region in jobs for ghost in hide(boxes, region)] if rows else []
-    asked = [queries[i] for i in owners] * len(jobs)
-    p = _verdicts(engine, ghosts, asked, reward.judge == "policy", GHOSTS_AT_ONCE * len(pixels)) if rows else torch.zeros(0, dtype=torch.float64)
+    questions = [queries[i] for i in owners] * len(jobs)
+    p = _verdicts(engine, ghosts, questions, reward.judge == "policy", GHOSTS_AT_ONCE * len(pixels)) if rows else torch.zeros(0, dtype=torch.float64)
     found = {}
     for (name, *_), values in zip(jobs, p.view(len(jobs), len(slots)), strict=True):
         found[name] = torch.zeros(len(known["seen"]), dtype=torch.float64)
         found[name][rows] = values[where]
     controls = [found.pop(name) for name in sorted(found) if name.startswith("control")]
-    return found | ({"control": torch.stack(controls, 1)} if controls else {})
+    asked = torch.zeros(len(known["seen"]), dtype=torch.bool).index_fill(0, torch.tensor(rows, dtype=torch.long), True)
+    return found | {"judged": asked} | ({"control": torch.stack(controls, 1)} if controls else {})
 
 
 def _verdicts(engine: Engine, images: list[Tensor], queries: list[str], adapters: bool, at_once: int) -> Tensor:

@@ -41,7 +41,8 @@ class Evidence:
     """What is known about N = images * G sampled boxes. Probabilities are p(visible) of the row's query, 0..1.
 
     Raises ValueError when rows do not fill whole groups or a tensor has another number of rows, NumericFault for a probability that is
-    not a number in 0..1 on a row whose query and box could be read (elsewhere nothing was asked and anything may stand there).
+    not a number in 0..1 on a row it was asked for: `seen` where query and box could be read, the others where `judged` (elsewhere
+    anything may stand, NaN too).
     """
 
     box_1000: Tensor
@@ -72,6 +73,8 @@ class Evidence:
     """(N, C) p with a box of the same size ghosted elsewhere; needed by `sem: contrast`"""
     keep: Tensor | None = None
     """(N,) p with everything but the box ghosted; needed by `sufficiency`"""
+    judged: Tensor | None = None
+    """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box has area. The others have R_sem = 0"""
     truth_1000: Tensor | None = None
     """(N, 4) for the oracle only; a box without area: no truth"""
 
@@ -85,9 +88,8 @@ class Evidence:
         self._check_probabilities()
 
     def _check_probabilities(self):
-        asked = self.readable & self.query_readable
         for name in ("seen", "gone", "control", "keep"):
-            p = getattr(self, name)
+            p, asked = getattr(self, name), self.readable & self.query_readable if name == "seen" else _judged(self)
             if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
                 raise NumericFault(f"p({name}) is not within 0..1; the judge's logits are not finite; lower the learning rate or use float32")
 
@@ -200,6 +202,12 @@ def _placed(evidence: Evidence) -> Tensor:
     return evidence.readable & geometry.proper(evidence.box_1000)
 
 
+def _judged(evidence: Evidence) -> Tensor:
+    """Rows with verdicts on their ghosts. (N,) bool."""
+    placed = _placed(evidence) & evidence.query_readable
+    return placed if evidence.judged is None else placed & evidence.judged
+
+
 def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
     """Mean agreement over the usable views; the group's mean where there is none. -> value (N,), measured (N,) bool."""
     usable = evidence.view_usable
@@ -211,7 +219,7 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
-    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area.
+    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area and where nothing was judged.
 
     paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times p(keep) with `sufficiency`. Each p is
     a probability (`soft`) or its verdict at one half.
@@ -226,7 +234,7 @@ def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
         value = (value - (p(e.seen)[:, None] * (1 - p(_given(e.control, "control")))).mean(1)).clamp_min(0)
     if config.sufficiency:
         value = value * p(_given(e.keep, "keep"))
-    return torch.where(_placed(e), value, torch.zeros_like(value))
+    return torch.where(_judged(e), value, torch.zeros_like(value))
 
 
 def _given(values: Tensor | None, name: str) -> Tensor:
@@ -342,25 +350,25 @@ def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
 
 def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -> dict[str, float]:
     """Everything METHOD.md wants logged of a step's rewards, as plain floats. Shares are 0..1 of the rows named in the comment."""
-    e, placed = evidence, _placed(evidence)
-    asked = e.query_readable
-    boxes, judged, area = e.readable & asked, placed & asked, geometry.area_share(e.box_1000)
+    e, asked, placed, judged = evidence, evidence.query_readable, _placed(evidence), _judged(evidence)
+    boxes, area = e.readable & asked, geometry.area_share(e.box_1000)
     views = boxes[:, None].expand_as(e.view_usable)
     metrics = {
         "reward": _mean(reward, carries),
         "geometric": _mean(parts.geometric, boxes & parts.measured),
-        "semantic": _mean(parts.semantic, boxes),
+        "semantic": _mean(parts.semantic, boxes & parts.open),
         "carries": _mean(carries, torch.ones_like(carries)),  # of all rows
         "parse_rate": _mean(e.readable, asked),  # of rows with a query
         "query_parse_rate": _mean(asked, torch.ones_like(asked)),  # of all rows
         "view_parse_rate": _mean(e.view_readable, asked[:, None].expand_as(e.view_readable)),
-        "area": _mean(area, judged),  # of boxes with area
-        "area_large": _mean(area > LARGE_AREA, judged),
+        "area": _mean(area, placed & asked),  # of boxes with area
+        "area_large": _mean(area > LARGE_AREA, placed & asked),
         "zero_area": _mean(~placed, boxes),  # of readable boxes
         "views_dropped": _mean(~e.view_usable, views),  # of readable boxes' views
         "unmeasured": _mean(~parts.measured, boxes),
         "gated": _mean(~parts.open, asked),  # of groups with a query
         "seen": _mean(e.seen, asked & e.seen.isfinite()),
+        "judged": _mean(judged, boxes),  # of readable boxes; the verdicts below are of judged ones
         "gone": _mean(e.gone, judged),
     }
     if e.control is not None:
