@@ -51,6 +51,16 @@ def test_same_scores_and_gradients(shape, recompute):
         assert relative(x, y) < 1e-4, f"{name}: {relative(x, y)}"
 
 
+def test_same_released_span():
+    fast, stock = both("gqa2")
+    features, answers = played(fast)
+    (a, a_ids, a_lengths), (b, b_ids, b_lengths) = (
+        engine.score_released(engine.encode(images(SIZES)), ROWS, answers, [0, 0, 1, 2, 3, 3], True) for engine in (fast, stock)
+    )
+    assert relative(a, b) < 1e-4
+    assert a_ids.tolist() == b_ids.tolist() and a_lengths == b_lengths
+
+
 @pytest.mark.parametrize("adapters", [True, False])
 def test_same_verdicts(adapters):
     fast, stock = both("gqa2")

@@ -139,13 +139,27 @@ class StockEngine:
         prefixes: StockPrefixes | None = None, recompute: bool = False,
     ) -> Tensor:  # fmt: skip
         """Hidden states (sum of lengths, E), each answer from its own full sequence; `prefixes` is ignored."""
-        hidden = []
+        whole = self._sequences(features, rows, answers, owner, adapters, recompute)
+        return torch.cat([states[-length:] for states, length in zip(whole, answers.lengths, strict=True)])
+
+    def score_released(
+        self, features: Pictures, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Hidden states, ids and tokens per answer over the released code's span; see `engine.Engine.score_released`."""
+        states, ids, lengths, tokens = [], [], [], self.tokens
+        for image, answer, whole in zip(owner, answers.rows(), self._sequences(features, rows, answers, owner, adapters), strict=True):
+            start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
+            states.append(whole[start - 1 :])
+            ids.append(torch.tensor((self._prefix_ids(features, image) + rows[image] + answer)[start:], device=self.device))
+            lengths.append(len(ids[-1]))
+        return torch.cat(states), torch.cat(ids), lengths
+
+    def _sequences(self, features: Pictures, rows, answers: Rollout, owner: list[int], adapters: bool, recompute: bool = False) -> list[Tensor]:
+        """Hidden states (T, E) of each answer's sequence without its last token."""
+        places = [(features, image, rows[image] + ids[:-1]) for image, ids in zip(owner, answers.rows(), strict=True)]
         with self.backbone.adapters(adapters):
-            for image, ids in zip(owner, answers.rows(), strict=True):
-                place = features, image, rows[image] + ids[:-1]
-                out = checkpoint(self._forward, *place, use_reentrant=False) if recompute else self._forward(*place)
-                hidden.append(out.last_hidden_state[0, -len(ids) :])
-        return torch.cat(hidden)
+            outs = [checkpoint(self._forward, *place, use_reentrant=False) if recompute else self._forward(*place) for place in places]
+        return [out.last_hidden_state[0] for out in outs]
 
     def _answer(self, prompts: StockPrompts, r: int, limit: int, seed: int, temperature: float) -> tuple[list[int], list[Tensor]]:
         """One sampled answer: ids and their log-probs."""
@@ -165,12 +179,15 @@ class StockEngine:
 
     def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False):
         """The stock forward of head + image + tail + row."""
-        (grid_rows, grid_columns), tokens = pictures.grids[image], self.tokens
-        places = grid_rows * grid_columns // self.backbone.merge_size**2
-        ids = torch.tensor([tokens.head + [tokens.image_token] * places + tokens.tail + row], device=self.device)
+        ids = torch.tensor([self._prefix_ids(pictures, image) + row], device=self.device)
         self.counters.images_encoded, self.counters.prefixes = self.counters.images_encoded + 1, self.counters.prefixes + 1
         self.counters.forwards += 1
         return self.backbone.core.model(
-            input_ids=ids, pixel_values=pictures.pixels[image], image_grid_thw=torch.tensor([[1, grid_rows, grid_columns]], device=self.device),
-            mm_token_type_ids=(ids == tokens.image_token).int(), use_cache=cached,
+            input_ids=ids, pixel_values=pictures.pixels[image], image_grid_thw=torch.tensor([[1, *pictures.grids[image]]], device=self.device),
+            mm_token_type_ids=(ids == self.tokens.image_token).int(), use_cache=cached,
         )  # fmt: skip
+
+    def _prefix_ids(self, pictures: Pictures, image: int) -> list[int]:
+        rows, columns = pictures.grids[image]
+        places = rows * columns // self.backbone.merge_size**2
+        return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail
