@@ -23,8 +23,7 @@ class Pupil:
         self.weights = weights
         self.tokenizer = blank.tokenizer()
         self.vision_rope = forward.vision_rope()
-        head = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * forward.IMAGE_TOKENS + "<|vision_end|>"
-        self.prefix = torch.tensor(self.tokenizer(head)["input_ids"])
+        self.prefix = torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX])
 
     @torch.no_grad()
     def look(self, pixels: Tensor) -> list:

@@ -16,6 +16,7 @@ from vise_fast.nano.blank import VOCABULARY
 
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
 TURN = ("<|im_end|>", "<|im_start|>", "assistant")
+PREFIX = ("<|im_start|>", "user", "<|vision_start|>", *("<|image_pad|>",) * 64, "<|vision_end|>")  # before every question
 SLOTS = ("name",) + ("find",) * 3 + ("see",) * 5
 QUESTION = {"name": 3 + len(TURN), "find": 3 + len(TURN), "see": 4 + len(TURN)}  # tokens
 ANSWER = {"name": 5, "find": 18, "see": 4}  # tokens, <|im_end|> included

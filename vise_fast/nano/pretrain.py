@@ -84,7 +84,7 @@ class Course(nn.Module):
         self.dtype = dtype
         positions, self.bias, self.answers = slots()
         self.text_rope, self.vision_rope = forward.text_rope(positions), forward.vision_rope()
-        self.register_buffer("prefix", exam.Pupil({}).prefix, persistent=False)
+        self.register_buffer("prefix", torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX]), persistent=False)
 
     def cast(self) -> forward.Weights:
         return {name: weight.to(self.dtype) for name, weight in zip(self.names, self.weights)}
