@@ -1,0 +1,56 @@
+"""Compiles the Triton kernels of the log-prob ops and of sampling to machine code for two GPU generations; needs no GPU.
+
+The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot be tiled), so this is the
+only look at the compiled form on a machine without a GPU. Run by test_triton_compiles.py in a process of its own, because
+interpreted kernels cannot be compiled. Prints one line per kernel.
+"""
+
+import importlib
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+FLOATS, LONGS, BYTES, INT = "*fp32", "*i64", "*u8", "i32"
+
+
+def token_logprob(z):
+    sizes = {"columns": INT, "stride": INT}
+    yield "_partial_kernel", {"logits": z, "partials": FLOATS, **sizes, "splits": INT}, {"BLOCK": 4096}
+    yield "_merge_kernel", {"partials": FLOATS, "logits": z, "ids": LONGS, "results": FLOATS, **sizes, "splits": INT}, {"SPLITS": 64}
+    yield "_backward_kernel", {"logits": z, "ids": LONGS, "results": FLOATS, "grads": FLOATS, "grad": z, **sizes}, {"BLOCK": 4096}
+
+
+def sample(z):
+    for banned in (BYTES, None):
+        rows = {"temperature": FLOATS, "seed": LONGS, "position": LONGS, "partials": FLOATS, "best_ids": "*i32"}
+        sizes = {"columns": INT, "stride": INT, "splits": INT}
+        yield "_partial_kernel", {"logits": z, "banned": banned, **rows, **sizes}, {"BLOCK": 1024}
+        parts = {"partials": FLOATS, "best_ids": "*i32", "logits": z, "banned": banned, "ids": LONGS, "logprob": FLOATS}
+        yield "_merge_kernel", {**parts, "stride": INT, "splits": INT}, {"SPLITS": 64}
+
+
+def linear_logprob(h):
+    yield "_rescale_kernel", {"averages": FLOATS, "factor": FLOATS, "rows": INT, "width": INT}, {"BLOCK": 2048}
+    for paired, weights, banned in ((False, None, None), (True, h, BYTES)):
+        constants = {"PAIRED": paired, "BLOCK": 2048}
+        sums = dict.fromkeys(("top", "total", "target", "drift", "factor"), FLOATS)
+        yield "_merge_kernel", {"logits": FLOATS, "weights": weights, "ids": LONGS, "banned": banned, **sums, "width": INT}, constants
+        rows = {"averages": FLOATS, "total": FLOATS, "drift": FLOATS, "head": h, "ids": LONGS, "banned": banned, "slope": h}
+        yield "_finish_kernel", {**rows, **dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT)}, constants
+
+
+def compiled(kernel, arguments, constants, capability):
+    constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
+    signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+if __name__ == "__main__":
+    for op in (token_logprob, sample, linear_logprob):
+        module = importlib.import_module(f"vise_kernels.{op.__name__}")
+        for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
+            for name, arguments, constants in op(dtype):
+                code = compiled(getattr(module, name), arguments, constants, capability).asm["cubin"]
+                print(op.__name__, name, dtype, f"sm_{capability}", len(code), "bytes")
