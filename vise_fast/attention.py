@@ -152,7 +152,7 @@ class _Attend(torch.autograd.Function):
 
 def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     """Attention of q (N, T, H, D) over all parts together; differentiable in q and in every part's keys and values."""
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "meta"):
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
         return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])

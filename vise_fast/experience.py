@@ -75,6 +75,7 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     kept = features if config.update.views_too else features.select(originals)
     reference = engine.prefill(features.select(originals), adapters=False) if config.reward.judge == "reference" else None
     seen = roles.verify_forked(engine, reference or prefixes, originals, queries.texts)
+    del features, prefixes, moved  # the ghosts are the slice's largest load: nothing may lie about that they do not need
     known = _before_ghosts(pixels, drawn, queries, boxes, seen, config)
     ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
     truths = None if truth is None else _truths(truth, images, queries.texts, samples)

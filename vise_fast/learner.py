@@ -139,6 +139,7 @@ class Learner:
             return norm
         self.skipped = 0
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # no gradients in memory during the next rollout
         self.policy.backbone.refresh()
         return norm
 
