@@ -109,7 +109,7 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
     base.requires_grad_(False).eval()
     quantise.settle(base)
     quantise.check(base, config.model.quant)
-    model = _attach(base, config, adapter or config.lora.init_from)
+    model = attach(base, config, adapter or config.lora.init_from)
     check_targets(model)
     source = resolve(config.model.path)
     style = style_for(model_config)
@@ -134,7 +134,7 @@ def _load_base(config: Config, model_config, device: torch.device, weights: str 
         raise ConfigError(f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again") from error
 
 
-def _attach(base: nn.Module, config: Config, adapter: str | None) -> PeftModel:
+def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
     """LoRA on the anchored targets, fp32 masters; seeded, so that two runs start from the same adapter."""
     if adapter is not None:
         return _load_adapter(base, config, adapter)

@@ -107,6 +107,8 @@ def check(model: nn.Module, quant: str) -> int:
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """x (n, in) times the quantised weight of `base`, transposed, plus its bias: (n, out) in x's dtype. No gradient: see `dequantised`."""
+    if hasattr(base, "product"):
+        return base.product(x)
     if type(base).__name__ == KINDS["nf4"]:
         return bitsandbytes().matmul_4bit(x, base.weight, bias=base.bias, quant_state=base.weight.quant_state)
     state = base.state
@@ -119,6 +121,8 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
 
 def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that `product` stands for: what a gradient of the input is multiplied by."""
+    if hasattr(base, "dequantised"):
+        return base.dequantised(dtype)
     if type(base).__name__ == KINDS["nf4"]:
         return bitsandbytes().functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
     return base.weight.data.to(dtype) * (base.state.SCB / 127.0).to(dtype)[:, None]

@@ -1,0 +1,376 @@
+"""One step with shapes only: the engine's own code run on the meta device, every live byte counted. No weights, no GPU, seconds.
+
+`Live` counts the bytes of all tensor storages alive, activations saved for the backward pass included, on any device: on meta it predicts
+(`rehearse`), around a real step on a CPU it measures. Answers are as long as the limits allow, every box is judged and differs from every
+other: the most a step can need. Left out: what lies below torch (allocator rounding, workspaces of libraries, CUDA context).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForImageTextToText
+from vise_kernels import linear_logprob_kl, sample
+
+from vise_fast import model, quantise
+from vise_fast.attention import Grid
+from vise_fast.config import Config
+from vise_fast.engine import Engine, Features, Prefixes, Prompts, Rollout
+from vise_fast.experience import GHOSTS_AT_ONCE, WITHOUT_GHOSTS
+
+META = torch.device("meta")
+
+
+aten = torch.ops.aten
+# torch's Python rules for these cost half a millisecond a call on meta; their results are all alike
+POINTWISE = {
+    aten.neg.default, aten.exp.default, aten.cos.default, aten.sin.default, aten.rsqrt.default, aten.silu.default, aten.gelu.default, aten.log.default,
+    aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar,
+    aten.silu_backward.default, aten.gelu_backward.default,
+}  # fmt: skip
+
+
+def _pointwise(args: tuple) -> Tensor | None:
+    """The result of a pointwise op on meta tensors of one dtype, where one of them has the result's shape; else None."""
+    tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
+    if not tensors or any(t.dtype != tensors[0].dtype or not t.is_meta for t in tensors) or not tensors[0].is_floating_point():
+        return None
+    shape = torch.broadcast_shapes(*[t.shape for t in tensors])
+    like = next((t for t in tensors if t.shape == shape), None)
+    return None if like is None else torch.empty_like(like)
+
+
+@dataclass
+class _Storage:
+    label: str
+    size: int
+    alive: weakref.ref
+
+
+class Live(TorchDispatchMode):
+    """Bytes of tensor storages alive: `now`, their `peak`, and `at_peak` by the label under which each was made.
+
+    Counts what is made while it is entered, plus what `adopt` is told of; on one device type.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device, self.label = device, "other"
+        self.now = self.peak = 0
+        self.by: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self._known: dict[int, _Storage] = {}
+        self._held: list[Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = _pointwise(args) if function in POINTWISE and self.device == "meta" else None
+        out = function(*args, **(kwargs or {})) if out is None else out
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def adopt(self, tensors, label: str) -> None:
+        """Count tensors made earlier."""
+        with self.labelled(label):
+            for tensor in tensors:
+                self._count(tensor)
+
+    @contextlib.contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """What is made inside bears this label."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor.device.type != self.device:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or size == 0:
+            return
+        self._known[key] = _Storage(self.label, size, weakref.ref(storage, lambda _: self._forget(key)))
+        self.by[self.label] += size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, self.by.copy()
+
+    def _forget(self, key: int) -> None:
+        gone = self._known.pop(key)
+        self.by[gone.label] -= gone.size
+        self.now -= gone.size
+
+    def hold(self, tensors: list[Tensor], label: str) -> None:
+        """Keep tensors alive, and counted, as long as this is."""
+        self._held += tensors
+        self.relabel(tensors, label)
+
+    def relabel(self, tensors, label: str) -> None:
+        """What these tensors hold is counted under another label from now on."""
+        for tensor in tensors:
+            known = self._known.get(tensor.untyped_storage()._cdata) if tensor is not None else None
+            if known is not None:
+                self.by[known.label] -= known.size
+                self.by[label] += known.size
+                known.label = label
+
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self.peak, self.at_peak = self.now, self.by.copy()
+
+
+class _NoScores(TorchFunctionMode):
+    """Fused attention keeps no scores on any real device; on meta torch would write them out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+class Packed(nn.Module):
+    """A quantised linear's sizes: what it holds, and what its products need for a moment."""
+
+    def __init__(self, linear: nn.Linear, config: Config) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        size, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
+        self.int8 = config.model.quant == "int8"
+        if self.int8:
+            held = size + 4 * linear.out_features
+        elif config.model.double_quant:
+            held = size // 2 + blocks + 4 * -(-blocks // 256) + 1024 + 68
+        else:
+            held = size // 2 + 4 * blocks + 64
+        self.weight = nn.Parameter(torch.empty(held, dtype=torch.uint8, device=META), requires_grad=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        scratch = x.new_empty(x.shape[0], 3 * x.shape[1] + 4 * self.out_features, dtype=torch.uint8) if self.int8 else self.dequantised(x.dtype)
+        out = x.new_empty(x.shape[0], self.out_features)
+        del scratch
+        return out
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each piece of a conversation."""
+
+    head: int = 4
+    tail: int = 1
+    ask: int = 80
+    ground: int = 100
+    verify: int = 80
+
+
+@dataclass
+class _Tokens:
+    """The part of `tokens.Tokens` the engine reads."""
+
+    lengths: Lengths
+    vocabulary: int
+    image_token: int = 0
+    pad: int = 0
+    eos: tuple[int, ...] = (0,)
+    head: list[int] = field(init=False)
+    tail: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head, self.tail = [0] * self.lengths.head, [0] * self.lengths.tail
+
+    def banned(self) -> Tensor:
+        return torch.zeros(self.vocabulary, dtype=torch.bool)
+
+
+class _Script(Rollout):
+    """Answers of full length, known without sampling."""
+
+    def rows(self) -> list[list[int]]:
+        return [[0] * n for n in self.lengths]
+
+
+class _Engine(Engine):
+    """The engine with sampling replaced by its last step, which is when it needs most."""
+
+    def encode(self, images: list[tuple[int, int]]) -> Features:
+        """Of (height, width) pairs."""
+        b = self.backbone
+        grids = [(height // b.patch, width // b.patch) for height, width in images]
+        patches = torch.empty(sum(r * c for r, c in grids), 3 * b.patch**2, dtype=b.dtype, device=META)
+        return b.encode_patches(patches, grids)
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+        owner = [r for r, count in enumerate(fan) for _ in range(count)]
+        rows, index = len(owner), torch.tensor(owner, device=META)
+        ids, logprob = torch.zeros(rows, limit, dtype=torch.long, device=META), torch.zeros(rows, limit, device=META)
+        logits = self.backbone.logits(prompts.last)[index]
+        buffer = self.backbone.buffer(rows, limit)
+        prefix, prompt = Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META), Grid(owner, len(prompts.owner), META)
+        parents = [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
+        draw = lambda z: sample(z, temperature=temperature, banned=self.banned, seed=index, position=0)  # noqa: E731
+        token, _ = draw(logits)
+        hidden = self.backbone.decode(token, index, parents, buffer, limit - 1, prompts.prefixes.adapters)
+        logits = self.backbone.logits(hidden)
+        draw(logits)
+        return _Script(ids, logprob, [limit] * rows)
+
+
+def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dtype) -> tuple[PeftModel, _Engine]:
+    """The run's model on the meta device with its adapters; quantised linears are `Packed`."""
+    with META:
+        base = AutoModelForImageTextToText.from_config(model_config, dtype=dtype).requires_grad_(False).eval()
+    policy = model.attach(base, config)
+    if config.model.quant != "none":
+        for name, module in list(base.named_modules()):
+            if isinstance(module, LoraLayer) and quantise.LANGUAGE.match(name):
+                module.base_layer = Packed(module.base_layer, config)
+    family, _ = model.FAMILIES[model_config.model_type]
+    return policy, _Engine(family(policy), _Tokens(lengths, base.lm_head.weight.shape[0]))
+
+
+@dataclass
+class Rehearsed:
+    """Bytes: the peak, what was alive then by component, and the peak of each phase."""
+
+    peak: int
+    at_peak: dict[str, int]
+    phases: dict[str, int]
+
+
+def rehearse(config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths = Lengths()) -> Rehearsed:
+    """One step on images of these (height, width) in pixels, one entry per image of the batch."""
+    with Live("meta") as live, _NoScores():
+        with live.labelled("weights"):
+            policy, engine = meta_policy(config, model_config, lengths, dtype)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        live.relabel(trained, "LoRA masters")
+        live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in linear.cached], "LoRA in compute dtype")
+        live.hold([torch.empty(sum(_moments(p, config.optim.name) for p in trained), dtype=torch.uint8, device=META)], "optimizer")
+        step = _Step(config, engine, live, trained)
+        step.run(sizes)
+    return Rehearsed(max(step.phases.values()), dict(step.at_peak), step.phases)
+
+
+def _moments(p: Tensor, name: str) -> int:
+    """Bytes an optimizer keeps for a parameter. bitsandbytes: 8 bits and an fp32 scale per 256, twice; tensors below 4096 stay fp32."""
+    if name == "adamw" or p.numel() < 4096:
+        return 8 * p.numel()
+    return 2 * p.numel() + 8 * -(-p.numel() // 256)
+
+
+class _Step:
+    """experience.play and learner.learn, as far as they need memory."""
+
+    def __init__(self, config: Config, engine: _Engine, live: Live, trained: list[Tensor]) -> None:
+        self.config, self.engine, self.live, self.trained = config, engine, live, trained
+        self.phases: dict[str, int] = {}
+        self.at_peak: Counter[str] = Counter()
+        self.lengths = engine.tokens.lengths
+
+    def run(self, sizes: list[tuple[int, int]]) -> None:
+        """The largest slice of the batch, played last; what the other slices keep for the update is as large."""
+        size = self.config.train.micro_batch or len(sizes)
+        largest = sorted(sizes, key=lambda s: -s[0] * s[1])[:size]
+        others = -(-len(sizes) // size) - 1
+        self.live.hold([torch.empty(others * self._kept_bytes(largest), dtype=torch.uint8, device=META)], "kept of other slices")
+        played = self._play(largest)
+        with self._phase("verify ghosts", "rollout"):
+            self._judge(largest)
+        self._learn(*played)
+        with self._phase("optimizer step", "optimizer"):
+            self._apply()
+
+    def _kept_bytes(self, sizes: list[tuple[int, int]]) -> int:
+        """Vision features of a slice's images, and their prefixes under the reference judge."""
+        b, c = self.engine.backbone, self.config
+        patches = sum(h * w for h, w in sizes) // b.patch**2 * (1 + c.rollout.views * c.update.views_too)
+        tokens = sum(h * w // (b.patch * b.merge_size) ** 2 + self.lengths.head + self.lengths.tail for h, w in sizes)
+        features = patches * b.visual.config.hidden_size * len(b.mergers)
+        prefixes = tokens * 2 * b.kv_heads * b.head_dim * len(b.layers) * (c.reward.judge == "reference")
+        return (features + prefixes) * b.dtype.itemsize
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, label: str) -> Iterator[None]:
+        self.live.restart()
+        with self.live.labelled(label):
+            yield
+        if self.live.peak > max(self.phases.values(), default=0):
+            self.at_peak = self.live.at_peak
+        self.phases[name] = max(self.phases.get(name, 0), self.live.peak)
+
+    def _pixels(self, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        return [torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes]
+
+    def _play(self, sizes: list[tuple[int, int]]) -> tuple[Features, Prefixes | None, Rollout, list[int]]:
+        engine, c, count = self.engine, self.config, len(sizes)
+        samples, views, originals = c.rollout.samples, c.rollout.views, list(range(count))
+        with self._phase("vision encode", "images and vision features"):
+            moved = self._pixels([size for size in sizes for _ in range(views)])
+            features = engine.encode(sizes + [size for size in sizes for _ in range(views)])
+        with self._phase("prefill", "prefix keys and values"):
+            prefixes = engine.prefill(features, True)
+        with self._phase("ask", "rollout"):
+            engine.generate(engine.prompt(prefixes, originals, [[0] * self.lengths.ask] * count), [1] * count, c.rollout.query_tokens, [])
+        with self._phase("ground", "rollout"):
+            everything, fan = list(range(count * (1 + views))), [samples] * count + [1] * (count * views)
+            answers = engine.generate(engine.prompt(prefixes, everything, [[0] * self.lengths.ground] * len(everything)), fan, c.rollout.box_tokens, [])
+        kept = features if c.update.views_too else features.select(originals)
+        reference = None
+        if c.reward.judge == "reference":
+            with self._phase("reference prefill", "reference keys and values"):
+                reference = engine.prefill(features.select(originals), False)
+        with self._phase("verify", "rollout"):
+            engine.forked_verdict_logits(reference or prefixes, originals, [[0] * self.lengths.verify] * count)
+        del moved
+        owner = [r for r, n in enumerate(fan) for _ in range(n)]
+        return kept, reference, answers, owner
+
+    def _judge(self, sizes: list[tuple[int, int]]) -> None:
+        """Every box differs from every other and is judged."""
+        kinds = 1 + self.config.reward.controls * (self.config.reward.sem == "contrast") + self.config.reward.sufficiency
+        at_once, all_sizes = GHOSTS_AT_ONCE * len(sizes), [size for size in sizes for _ in range(self.config.rollout.samples)] * kinds
+        ghosts = self._pixels(all_sizes)
+        features = self.engine.encode(all_sizes[:at_once])
+        self.engine.verdict_logits(features, [[0] * self.lengths.verify] * len(features), self.config.reward.judge == "policy")
+        del ghosts
+
+    def _learn(self, kept: Features, reference: Prefixes | None, answers: Rollout, owner: list[int]) -> None:
+        engine, c = self.engine, self.config
+        chosen = list(range(len(answers.lengths) if c.update.views_too else c.rollout.samples * len(kept)))
+        answers = _Script(answers.ids[chosen], answers.logprob[chosen], [answers.lengths[n] for n in chosen])
+        owner, rows = [owner[n] for n in chosen], [[0] * self.lengths.ground] * len(kept)
+        with self._phase("reference scores", "activations"), torch.no_grad():
+            cached = reference if reference is not None and len(reference) == len(kept) else None
+            truth = engine.score(kept, rows, answers, owner, False, prefixes=cached)
+        with self._phase("forward", "activations"):
+            hidden = engine.score(kept, rows, answers, owner, True, recompute=c.train.checkpointing)
+        with self._phase("head", "head workspace"):
+            ids = torch.zeros(len(hidden), dtype=torch.long, device=META)
+            logprob, _, kl = linear_logprob_kl(hidden, truth, engine.backbone.head.weight, ids, banned=engine.banned)
+        with self._phase("backward", "gradients in flight"):
+            (logprob + kl).sum().backward()
+        self.live.relabel([p.grad for p in self.trained], "LoRA gradients")
+
+    def _apply(self) -> None:
+        """torch's multi-tensor AdamW works on one more copy of all parameters; the 8-bit kinds on none."""
+        scratch = [torch.empty_like(p) for p in self.trained] if self.config.optim.name == "adamw" else []
+        self.engine.backbone.refresh()
+        del scratch
