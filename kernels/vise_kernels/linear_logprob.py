@@ -41,11 +41,11 @@ def linear_logprob(
     """Log-prob (N,) of `ids` (N,) int64 under softmax(`hidden` (N,H) `head` (V,H)^T), in nat; differentiable in hidden only.
 
     hidden and head share one float dtype; the result is float32 (float64 for float64). banned: bool (V,), ids left out of
-    the distribution (their log-prob is minus infinity). chunk: ids per step of the walk (default: from N). `path` forces
-    "plain" or "triton". ValueError: shapes that do not fit, or a head that asks for a gradient.
+    the distribution (their log-prob is minus infinity). chunk: ids per step of the walk, taken within 128..32768 (default:
+    from N). `path` forces "plain" or "triton". ValueError: shapes that do not fit, or a head that asks for a gradient.
     """
     _check("linear_logprob", hidden, head, ids, banned)
-    path = choose("linear_logprob", hidden.device, path).path
+    path = _path("linear_logprob", hidden, path)
     return _LinearLogprob.apply(hidden, None, head, ids, banned, chunk, path, _wants_gradient(hidden))[0]
 
 
@@ -67,11 +67,13 @@ def linear_logprob_kl(
     _check("linear_logprob_kl", hidden, head, ids, banned)
     if reference_hidden.shape != hidden.shape or reference_hidden.dtype != hidden.dtype:
         raise ValueError(f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden {_describe(hidden)}")
-    path = choose("linear_logprob_kl", hidden.device, path).path
+    path = _path("linear_logprob_kl", hidden, path)
     return _LinearLogprob.apply(hidden, reference_hidden, head, ids, banned, chunk, path, _wants_gradient(hidden))
 
 
-def full_softmax(hidden: Tensor, reference_hidden: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def full_softmax(
+    hidden: Tensor, reference_hidden: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_logprob_kl` by its definition, with (N,V) tensors: the truth of the tests and the baseline of the bench."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = torch.stack([hidden, reference_hidden]) @ head.T
@@ -125,7 +127,8 @@ class _LinearLogprob(torch.autograd.Function):
             rows = hidden[block] if reference is None else torch.cat([hidden[block], reference[block]])
             slope = None if slopes is None else slopes[:, block]
             results[:, block] = _walk(rows.view(kinds, -1, rows.shape[1]), head, ids[block], banned, chunk, path, slope)
-        ctx.slopes = slopes
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
         logprob, reference_logprob, kl = (result.clone() for result in results)
         ctx.mark_non_differentiable(reference_logprob)
         return logprob, reference_logprob, kl
@@ -133,16 +136,19 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob, _grad_reference, grad_kl):
-        gradient = torch.empty_like(ctx.slopes[0])
+        (slopes,) = ctx.saved_tensors
+        gradient = torch.empty_like(slopes[0])
         for block in _blocks(len(gradient), BLOCK_ROWS):  # in blocks: the float32 products stay small
-            rows = grad_logprob[block, None] * ctx.slopes[0, block]
-            if len(ctx.slopes) == 2:
-                rows += grad_kl[block, None] * ctx.slopes[1, block]
+            rows = grad_logprob[block, None] * slopes[0, block]
+            if len(slopes) == 2:
+                rows += grad_kl[block, None] * slopes[1, block]
             gradient[block] = rows
         return (gradient, *[None] * 7)
 
 
-def _walk(states: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, chunk: int | None, path: str, slope: Tensor | None) -> Tensor:
+def _walk(
+    states: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, chunk: int | None, path: str, slope: Tensor | None
+) -> Tensor:
     """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope` (K,R,H) unless it is None."""
     kinds, rows, width = states.shape
     sums = Sums.start(kinds, rows, states)
@@ -166,7 +172,9 @@ def _walk(states: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, chun
     return sums.results()
 
 
-def merge_plain(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None) -> None:
+def merge_plain(
+    logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None
+) -> None:
     """Add a chunk of `logits` (K,R,C) to `sums`; `ids` (R,) count from the chunk's first id.
 
     Fills `weights` (K,R,C) with exp(z - top) and, for K = 2, exp(z - top) d of the policy; scales `averages` (K,R,H), what
@@ -210,7 +218,9 @@ def _kept(banned, column, inside):
 
 
 @jit
-def _merge_kernel(logits, weights, ids, banned, top, total, target, drift, factor, width, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+def _merge_kernel(
+    logits, weights, ids, banned, top, total, target, drift, factor, width, PAIRED: tl.constexpr, BLOCK: tl.constexpr
+):
     """`merge_plain` of one row of one distribution; grid (R, K), logits and weights (K, R, width); writes the row's `factor`.
 
     `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum are as exact, and most
@@ -264,7 +274,10 @@ def _rescale_kernel(averages, factor, rows, width, BLOCK: tl.constexpr):
 
 
 @jit
-def _finish_kernel(averages, total, drift, head, ids, banned, slope, plane, vocabulary, width, head_stride, head_step, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_kernel(
+    averages, total, drift, head, ids, banned, slope, plane, vocabulary, width, head_stride, head_step,
+    PAIRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between the slopes of a row."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -281,7 +294,9 @@ def _finish_kernel(averages, total, drift, head, ids, banned, slope, plane, voca
         tl.store(slope + plane + row * width + column, moved.to(slope.dtype.element_ty), mask=inside)
 
 
-def _merge_triton(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None) -> None:
+def _merge_triton(
+    logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None
+) -> None:
     kinds, rows, width = logits.shape
     factor = torch.empty_like(sums.drift)
     state = sums.top, sums.total, sums.target, sums.drift, factor
@@ -293,9 +308,10 @@ def _merge_triton(logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums
 
 def _finish_triton(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor) -> None:
     kinds, rows, width = averages.shape
-    sizes = slope.stride(0), len(head), width, *head.stride()
     grid = (rows, triton.cdiv(width, BLOCK))
-    _finish_kernel[grid](averages, sums.total, sums.drift, head, ids, _bytes(banned), slope, *sizes, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
+    tensors = averages, sums.total, sums.drift, head, ids, _bytes(banned), slope
+    sizes = slope.stride(0), len(head), width, *head.stride()
+    _finish_kernel[grid](*tensors, *sizes, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
 
 
 def _bytes(banned: Tensor | None) -> Tensor | None:
@@ -321,6 +337,16 @@ def _blocks(rows: int, size: int) -> list[slice]:
 def _chunk_size(wanted: int, vocabulary: int) -> int:
     """`wanted` ids within 128..MAX_CHUNK, in whole 128s, no larger than the vocabulary."""
     return min(vocabulary, MAX_CHUNK, -(-max(wanted, 1) // 128) * 128)
+
+
+def _path(op: str, hidden: Tensor, path: str | None) -> str:
+    """An automatic choice falls back to plain for float64, which the Triton kernels do not keep."""
+    chosen = choose(op, hidden.device, path).path
+    if chosen != "triton" or hidden.dtype != torch.float64:
+        return chosen
+    if path is None:
+        return "plain"
+    raise ValueError(f"{op}: path {path!r} does not take {hidden.dtype}")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
