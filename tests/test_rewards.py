@@ -177,13 +177,16 @@ def test_a_group_without_views_carries_nothing_unless_geometry_has_no_weight():
     scores = score(made, ROBUST, rng())
     assert scores.carries.tolist() == [False, False, True, True]
     close(scores.reward, [0, 0, 1, 1])
-    assert scores.metrics["unmeasured"] == 0.5
+    assert scores.metrics["unmeasured"] == 0.5 and scores.metrics["geometric"] == 1
     assert score(made, ROBUST.model_copy(update={"w_geo": 0.0}), rng()).carries.all()
 
 
 def test_unreadable_rows_carry_even_where_no_view_is_usable():
     made = evidence(view_usable=torch.zeros(4, 1, dtype=torch.bool), readable=rows_of([False, True, True, True]))
     assert score(made, ROBUST, rng()).carries.tolist() == [True, False, False, False]
+    boxes = torch.tensor([BOX, (0, 0, 0, 0), BOX, BOX]).double()  # a box without area needs no view to score 0
+    scores = score(dataclasses.replace(made, box_1000=boxes), ROBUST, rng())
+    assert scores.carries.tolist() == [True, True, False, False] and scores.metrics["geometric"] == 0
 
 
 def test_the_gate_closes_groups_whose_object_is_not_seen():
@@ -350,6 +353,8 @@ def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
 def test_verdict_table_adds_up():
     p = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
     table = rewards.beaf(p[0], p[1], torch.ones(1000, dtype=torch.bool))
+    half = torch.tensor([0.5])
+    assert rewards.beaf(half, half, half > 0)["SB"] == 1  # a tie counts as visible
     assert sum(table.values()) == pytest.approx(1)
     assert table["IG"] == pytest.approx(float(((p[0] < 0.5) & (p[1] >= 0.5)).double().mean()))
     assert table["ID"] == pytest.approx(float(((p[0] < 0.5) & (p[1] < 0.5)).double().mean()))
@@ -369,6 +374,8 @@ def test_figures_of_a_batch_nobody_could_read():
 def test_rows_fill_groups_and_shapes_agree():
     with pytest.raises(ValueError, match="groups of 3"):
         evidence(group=3)
+    with pytest.raises(ValueError, match="0 rows"):
+        evidence(rows=0)
     with pytest.raises(ValueError, match="gone has 3 rows"):
         evidence(gone=torch.zeros(3))
 
