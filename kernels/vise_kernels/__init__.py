@@ -4,5 +4,8 @@
 """
 
 from vise_kernels.dispatch import available
+from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
+from vise_kernels.sample import sample
+from vise_kernels.token_logprob import token_logprob
 
-__all__ = ["available"]
+__all__ = ["available", "linear_logprob", "linear_logprob_kl", "sample", "token_logprob"]

@@ -1,5 +1,7 @@
 """linear_logprob and linear_logprob_kl on every path that runs here, against the full softmax in float64."""
 
+import importlib
+
 import pytest
 import torch
 from excess import assert_close, largest_allocation
@@ -186,7 +188,7 @@ def test_blocks_of_rows_and_chunks_of_ids_do_not_show(path, monkeypatch):
     runs(path)
     case = Case(11, 13, 507)
     whole, gradient = case.run(linear_logprob_kl, path=path)
-    monkeypatch.setattr("vise_kernels.linear_logprob.BLOCK_ROWS", 8)
+    monkeypatch.setattr(importlib.import_module("vise_kernels.linear_logprob"), "BLOCK_ROWS", 8)
     parts, gradient_of_parts = case.run(linear_logprob_kl, path=path, chunk=128)
     assert_close(torch.stack(parts), torch.stack(whole), absolute=2e-6, what="results")
     assert_close(gradient_of_parts, gradient, absolute=1e-5, what="gradient")
