@@ -64,13 +64,13 @@ class Console:
             self._print(self._err, "".join(traceback.format_exception(fault)).rstrip())
         self._print(self._err, f"error: {' '.join(str(fault).split())}", "bold red")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; the first column holds names, numbers are right-aligned and cut to four digits."""
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], align: str = "right") -> None:
+        """A table; the first column holds names on the left, the others are aligned as told and their numbers cut to four digits."""
         if self.plain:
             self._out.width = PLAIN_WIDTH
         table = rich.table.Table(title=self._shown(title) or None, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(self._shown(column), justify="left" if index == 0 else "right")
+            table.add_column(self._shown(column), justify="left" if index == 0 else align)
         for row in rows:
             table.add_row(*(self._shown(figure(cell)) for cell in row))
         self._out.print(table)
