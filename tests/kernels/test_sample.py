@@ -21,7 +21,7 @@ def runs(path):
 def drawn(rows, columns, dtype=torch.float32):
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     logits = (3 * torch.randn(rows, columns, generator=generator)).to(dtype)
-    return logits, torch.randint(2**63 - 1, (rows,), generator=generator), torch.randint(500, (rows,), generator=generator)
+    return logits, torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator), torch.randint(500, (rows,), generator=generator)
 
 
 def chi_square(observed, expected):
