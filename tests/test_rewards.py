@@ -65,7 +65,8 @@ def test_paper_reward_is_half_geometry_half_verdict():
 
 
 def test_paper_verdict_needs_the_object_to_be_seen_first():
-    close(score(evidence(seen=rows_of([0.4, 0.6, 1.0, 0.0])), PAPER, rng()).semantic, [0, 1, 1, 0])
+    close(score(evidence(seen=rows_of([0.4, 0.5, 1.0, 0.0])), PAPER, rng()).semantic, [0, 1, 1, 0])
+    close(score(evidence(gone=torch.full((4,), 0.5)), PAPER, rng()).semantic, [0, 0, 0, 0])  # a tie counts as visible
 
 
 def test_geometric_reward_is_the_shifted_giou_of_the_projection():
@@ -327,13 +328,13 @@ def test_figures_that_are_always_logged():
         readable=rows_of([True, True, False, True]),
         seen=rows_of([0.9, 0.9, 0.9, 0.9]),
         gone=rows_of([0.1, 0.9, 0.1, 0.1]),
-        control=rows_of([[0.1], [0.9], [0.9], [0.9]]),
+        control=rows_of([[0.1], [0.2], [0.9], [0.9]]),
     )
     m = score(made, ROBUST, rng()).metrics
     assert all(isinstance(value, float) and np.isfinite(value) for value in m.values())
     assert m["area"] == pytest.approx((1 + 0.25) / 2) and m["area_large"] == 0.5 and m["zero_area"] == pytest.approx(1 / 3)
     assert m["parse_rate"] == 0.75 and m["TU"] == 0.5 and m["SB"] == 0.5 and m["IG"] == 0 and m["ID"] == 0
-    assert m["control"] == pytest.approx(0.5) and m["changed_elsewhere"] == 0.5
+    assert m["control"] == pytest.approx(0.15) and m["changed_elsewhere"] == 1
 
 
 def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
