@@ -441,3 +441,10 @@ def test_scene_size(size):
     assert source.sizes() == [(size, size)] and source.batch(0, 1)[0].pixels.shape == (size, size, 3)
     assert str(size) in source.describe()
     source.close()
+
+
+def test_scenes_off_the_grid_are_refused():
+    config = load(None, ["--scenes.size", "100"])
+    assert Scenes(config, multiple=20).batch(0, 1)[0].pixels.shape == (100, 100, 3)
+    with pytest.raises(ConfigError, match="a multiple of 16"):
+        Scenes(config, multiple=16)

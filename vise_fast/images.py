@@ -65,9 +65,14 @@ class Entry:
 
 
 class Scenes:
-    """The embedded source. The truth of an image is `scene(image.key)`; training never asks for it."""
+    """The embedded source. The truth of an image is `scene(image.key)`; training never asks for it.
 
-    def __init__(self, config: Config, seed: int | None = None):
+    Raises ConfigError where scenes.size does not fit a model grid of `multiple` pixels.
+    """
+
+    def __init__(self, config: Config, seed: int | None = None, multiple: int = 1):
+        if config.scenes.size % multiple:
+            raise ConfigError(f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple of {multiple}")
         self.settings, self.seed = config.scenes, config.train.seed if seed is None else seed
         self.eval = config.eval
 
