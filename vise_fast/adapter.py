@@ -30,7 +30,7 @@ def export(policy: Policy, config: Config, directory: Path, figures: Mapping[str
     try:
         shutil.rmtree(aside, ignore_errors=True)
         policy.model.save_pretrained(str(aside), safe_serialization=True)
-        for path in _base_files(policy.source):
+        for path in side_files(policy.source):
             shutil.copyfile(path, aside / path.name)
         (aside / "README.md").write_text(card(config, figures or {}), encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
@@ -40,7 +40,7 @@ def export(policy: Policy, config: Config, directory: Path, figures: Mapping[str
     return directory
 
 
-def _base_files(source: str) -> list[Path]:
+def side_files(source: str) -> list[Path]:
     """The base model's small files, from its directory or from the local hub cache."""
     home = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=list(SIDE_FILES), local_files_only=True))
     return [home / name for name in SIDE_FILES if (home / name).is_file()]
