@@ -121,6 +121,15 @@ def test_rotation_turns_counter_clockwise_as_seen_and_keeps_the_centre():
     close(right_of_centre, (97 / 2, 31 / 2 - 10, 1))
 
 
+def test_matrices_are_affine_and_shift_right_and_down():
+    made = (geo.flip_px(97), geo.crop_px(3, 4, 50, 20, 97, 31), geo.affine_px(7, 1.1, 5, -6, 97, 31))
+    for matrix in made:
+        assert matrix.dtype == torch.float64 and matrix[2].tolist() == [0, 0, 1]
+    moved = geo.affine_px(0, 1, 5, -6, 97, 31) @ torch.tensor([10, 20, 1], dtype=torch.float64)
+    close(moved, (15, 14, 1))
+    close(made[2] @ torch.tensor([97 / 2, 31 / 2, 1], dtype=torch.float64), (97 / 2 + 5, 31 / 2 - 6, 1))
+
+
 def test_kept_share():
     close(geo.kept_share((0, 0, 1000, 1000), geo.flip_px(W), H, W), 1.0)
     close(geo.kept_share((0, 0, 1000, 1000), geo.affine_px(0, 1, 160, 0, W, H), H, W), 0.75)
