@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vise_fast import geometry, nano, prompts, scenes, views
 from vise_fast.config import ViewConfig
+from vise_fast.console import Console
 from vise_fast.nano import exam, lessons
 from vise_fast.randomness import generator
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=16)
     args = parser.parse_args()
     pupil = exam.Pupil(load_file(args.model / "model.safetensors"))
-    print(json.dumps({"scenes": args.scenes, "views": args.views, "iou": study(pupil, args.scenes, args.views)}, indent=2))
+    Console().say(json.dumps({"scenes": args.scenes, "views": args.views, "iou": study(pupil, args.scenes, args.views)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes the embedded model: supervised pretraining on drawn scenes, on one CPU thread plus one drawing process.
 
-Three phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions, two objects at most, no
-ghosts), "full". Interrupted runs go on from the last checkpoint in --out. Progress is time, so that the figures, not the exact
+Four phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions, two objects at most, no
+ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are learned last). Interrupted runs go on from the last checkpoint in --out. Progress is time, so that the figures, not the exact
 weights, repeat from run to run.
 
 Run: python -m vise_fast.nano.pretrain --out DIR --minutes 45 --seed 0
@@ -43,7 +43,8 @@ class Phase:
 PHASES = (
     Phase("look", 0.16, (1.0, 1.0), questions=False, dense=1.0, ghosted=0.0),
     Phase("easy", 0.12, (1.0, 0.9), max_objects=2, ghosted=0.0),
-    Phase("full", 0.72, (0.9, 0.03)),
+    Phase("full", 0.36, (0.9, 0.465)),
+    Phase("judge", 0.36, (0.465, 0.03), ghosted=0.65),
 )
 
 
