@@ -57,11 +57,12 @@ class Learner:
         metrics["kl"] = totals.pop("kl", 0.0) * samples / scored
         metrics |= totals | {"scored": scored / samples, "beta": self.beta.value, "lr": self._set_lr(step)}
         metrics["grad_norm"] = self._apply() if sums else 0.0
-        if sums:
+        if sums and math.isfinite(metrics["grad_norm"]):
             self.beta.update(metrics["kl"])
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
-        return scores.metrics | metrics
+        queries = [query for played in slices for query in played.queries.texts]
+        return scores.metrics | metrics | {"unique_queries": len(set(queries)) / len(queries)}
 
     def _targets(self, slices: list[Played], evidence: rewards.Evidence, scores: rewards.Scores) -> tuple[list[Targets], dict[str, float]]:
         """Advantages of all samples, and of the views where they are trained too, cut along the slices."""
