@@ -231,18 +231,6 @@ def test_our_own_faults_keep_their_traceback():
         run(main, [])
 
 
-def test_only_the_console_prints_or_imports_rich():
-    import ast
-
-    for path in sorted(Path(module.__file__).parent.rglob("*.py")):
-        if path.name == "console.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), path
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name.split(".")[0] == "rich" for name in names), path
-
-
 # -- JSON lines ------------------------------------------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ class Folder:
     """
 
     def __init__(self, dir: str | Path, config: Config, multiple: int, log: Path | None = None):
-        self.root, self.data, self.seed, self.multiple = Path(dir), config.data, config.train.seed, multiple
+        self.root, self.data, self.seed, self.multiple = Path(dir).expanduser(), config.data, config.train.seed, multiple
         self.bad: dict[str, str] = {}
         self.log = Path(config.run.dir) / "bad_images.jsonl" if log is None else log
         self._logged = set(self.log.read_text(encoding="utf-8", errors="replace").splitlines()) if self.log.exists() else set()
