@@ -4,8 +4,12 @@
 """
 
 from vise_kernels.dispatch import available
+from vise_kernels.ghost import ghost
 from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
+from vise_kernels.patchify import patchify
+from vise_kernels.resize import resize
 from vise_kernels.sample import sample
 from vise_kernels.token_logprob import token_logprob
+from vise_kernels.views import warp
 
-__all__ = ["available", "linear_logprob", "linear_logprob_kl", "sample", "token_logprob"]
+__all__ = ["available", "ghost", "linear_logprob", "linear_logprob_kl", "patchify", "resize", "sample", "token_logprob", "warp"]
