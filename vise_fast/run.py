@@ -83,7 +83,7 @@ class Run:
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
         self.loggers = Loggers(self.config.run.loggers, self.directory, self.config.model_dump(mode="json"), self.console.warn)
         base, lora = (sum(p.numel() for p in policy.model.parameters() if p.requires_grad is trained) for trained in (False, True))
-        paths = ", ".join(f"{op} {choice.path}" for op, choice in vise_kernels.available().items())
+        paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
         self.console.say(f"run      {self.directory}  (preset {self.config.reward.preset}, {self.config.train.steps} updates of {self.config.train.batch} images)")
         self.console.say(f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; {check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained")
         self.console.say(f"data     {source.describe()}")
@@ -209,5 +209,5 @@ def environment(policy: Policy) -> dict:
         "vise_fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "dtype": str(policy.backbone.dtype), "argv": sys.argv[1:],
-        "kernels": {op: [choice.path, choice.reason] for op, choice in vise_kernels.available().items()},
+        "kernels": {op: [path, reason] for op, (path, reason) in vise_kernels.available().items()},
     }  # fmt: skip
