@@ -12,13 +12,13 @@ LAYERS = [
     {"settings", "geometry", "attention"},
     {"config"},
     {"prompts", "decode", "scenes", "as_released", "signals", "alarms"},
-    {"console", "loggers", "checkpoint", "perf", "images", "views", "tokens", "backbones", "rewards", "loss"},
+    {"console", "loggers", "checkpoint", "perf", "images", "views", "tokens", "quantise", "backbones", "rewards", "loss"},
     {"engine", "model"},
-    {"stock", "roles", "attention_meter"},
+    {"stock", "roles", "attention_meter", "figures"},
     {"experience", "estimate"},
     {"learner", "evaluate"},
     {"report", "adapter", "survive"},
-    {"run"},
+    {"run", "dry_run"},
     {"train"},
 ]
 LEAVES = {"doctor", "infer", "merge", "nano"}

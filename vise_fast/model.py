@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from vise_fast import quantise
 from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
@@ -103,6 +104,7 @@ def grid_multiple(path: str) -> int:
 
 def load(config: Config, adapter: str | None = None, weights: str | None = None) -> Policy:
     """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes only, for benches."""
+    disable_progress_bar()
     model_config = read_config(config.model.path)
     device = device_of(config.model.device)
     base = _load_base(config, model_config, device, weights)
@@ -141,6 +143,7 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
     _, targets = FAMILIES[base.config.model_type]
     lora = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; nothing a user can act on
         torch.manual_seed(config.train.seed)
         return _fp32_adapters(get_peft_model(base, lora).eval())
 

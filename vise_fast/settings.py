@@ -70,6 +70,12 @@ def fields(schema: Schema) -> Iterator[tuple[str, FieldInfo]]:
             yield f"{section}.{name}", field
 
 
+def changed(values: BaseModel) -> dict[str, Any]:
+    """{dotted key: value} of everything that is not at its default."""
+    stated = ((key, field, getattr(getattr(values, key.split(".")[0]), key.split(".")[1])) for key, field in fields(type(values)))
+    return {key: value for key, field, value in stated if value != field.default}
+
+
 def expected(field: FieldInfo) -> str:
     """What a field accepts, in words: 'an integer >= 1', 'one of none, int8, nf4'."""
     text = _kind(field.annotation)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vise_fast import config as configuration
 from vise_fast import console, model, settings
 from vise_fast.config import Config
+from vise_fast.dry_run import dry_run
 from vise_fast.engine import Engine
 from vise_fast.experience import Draws, Played, Truth, play
 from vise_fast.images import Folder, Image, Scenes, Source
@@ -29,13 +31,15 @@ def main(words: Sequence[str]) -> int:
         console.Console().say(__doc__ + "\n" + settings.help_text(Config))
         return 0
     config = configuration.load(command.config, command.overrides)
+    if "dry-run" in command.flags:
+        return dry_run(config, open_source, play_batch)
     return train(config)
 
 
 def train(config: Config, truth: Truth | None = None) -> int:
     """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
     run = Run.begin(config)
-    source = open_source(config, run)
+    source = open_source(config, run.directory)
     policy = model.load(config)
     engine = Engine(policy.backbone, policy.tokens)
     learner = Learner(policy, engine, config)
@@ -69,11 +73,11 @@ def play_batch(engine: Engine, images: list[Image], config: Config, step: int, t
     return [play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth) for i in cuts]
 
 
-def open_source(config: Config, run: Run) -> Source:
+def open_source(config: Config, directory: Path) -> Source:
     """The user's folder, or the embedded scenes. Raises DataError before any model is loaded."""
     if config.data.dir is None:
         return Scenes(config)
-    return Folder(config.data.dir, config, model.grid_multiple(config.model.path), run.directory / "bad_images.jsonl")
+    return Folder(config.data.dir, config, model.grid_multiple(config.model.path), directory / "bad_images.jsonl")
 
 
 if __name__ == "__main__":

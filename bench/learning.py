@@ -1,0 +1,268 @@
+"""Does it learn? Rewards x seeds on the embedded model, against an oracle and against controls, on scenes no setting was chosen on.
+
+    python bench/learning.py --quick                      one seed, few updates, every row: minutes on two cores
+    python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is never run again
+    python bench/learning.py --split validation …         for choosing settings; the reported split is touched by the final table only
+    python bench/learning.py --table                      rebuild table, curves and docs/LEARNING.md from the finished cells
+
+A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/. Left out: the method itself,
+which is the trainer's own (experience.py, learner.py); training sees pixels only, the oracle's truth excepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+CELLS = ROOT / "bench" / "results" / "learning"
+
+ROWS = {
+    "base": None,
+    "robust": [],
+    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "2", "--train.batch", "8", "--update.advantage", "rloo"],
+    "geometric only": ["--reward.w_sem", "0", "--reward.gate", "0"],
+    "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1"],
+    "area term only": ["--reward.name", "area_only", "--reward.w_area", "1"],
+    "random": ["--reward.name", "random"],
+    "shuffled": ["--reward.name", "shuffled"],
+    "oracle": ["--reward.name", "oracle", "--reward.w_area", "0"],
+}
+FIGURES = {
+    "greedy_iou": "greedy IoU", "sampled_iou": "sampled IoU", "greedy_iou_50": "greedy IoU@0.5", "sampled_iou_50": "sampled IoU@0.5",
+    "greedy_iou_rescaled": "greedy IoU, best rescale", "sampled_iou_rescaled": "sampled IoU, best rescale",
+    "greedy_centre_inside": "centre inside", "greedy_centre_error": "centre error", "greedy_area_ratio": "area ratio, greedy",
+    "sampled_area_ratio": "area ratio, sampled", "visible_accuracy": "visibility accuracy", "greedy_parse_rate": "parse rate",
+    "attention_share": "attention share",
+}  # fmt: skip
+SPLIT_SEED = {"validation": 70_001, "reported": 90_001}
+SCENES = {"validation": 256, "reported": 512}
+CURVE = ("reward", "geometric", "semantic", "area", "parse_rate", "kl", "beta", "grad_norm", "scored", "TU", "SB", "IG", "ID")
+
+
+def cell_path(row: str, seed: int, steps: int, split: str) -> Path:
+    name = f"{row.replace(' ', '-')}-s{seed}-u{steps}" if row != "base" else "base"
+    return CELLS / f"{split}-{name}.json"
+
+
+def truth_of(source):
+    """The true box of a query that names exactly one object of the scene: for the oracle's reward only."""
+
+    def truth(image, query):
+        named = [thing for thing in source.scene(image.key).objects if thing.name == query]
+        return named[0].box_1000 if len(named) == 1 else None
+
+    return truth
+
+
+def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> dict:
+    """Train one row with one seed and examine it; the base is examined untrained."""
+    import torch
+
+    from vise_fast import config as configuration
+    from vise_fast import evaluate, model
+    from vise_fast.engine import Engine
+    from vise_fast.images import Scenes
+    from vise_fast.learner import Learner
+    from vise_fast.train import play_batch
+
+    torch.set_num_threads(1)
+    words = ["--train.seed", str(seed), "--train.steps", str(steps), "--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
+    config = configuration.load(None, words + (ROWS[row] or []) + extra)
+    policy = model.load(config)
+    engine, source = Engine(policy.backbone, policy.tokens), Scenes(config)
+    learner, curve, start = Learner(policy, engine, config), [], time.monotonic()
+    for step in range(steps if ROWS[row] is not None else 0):
+        truth = truth_of(source) if config.reward.name == "oracle" else None
+        metrics = learner.learn(play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step)
+        curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
+    seconds = time.monotonic() - start
+    figures = evaluate.examine(engine, source, config, (ROWS[row] is not None,))[0].json()
+    keep = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
+    return {
+        "row": row, "seed": seed, "steps": steps, "split": split, "extra": extra, "seconds": round(seconds, 1), "torch": torch.__version__,
+        "date": date.today().isoformat(), "config": config.model_dump(mode="json"), "values": figures["values"], "marks": keep,
+        "layers": figures["layers"], "n": figures["n"], "curve": curve,
+    }  # fmt: skip
+
+
+def spawn(cells: list[tuple[str, int]], steps: int, split: str, workers: int, extra: list[str]) -> None:
+    """Run what is not finished, `workers` processes at a time."""
+    todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, steps, split).exists()]
+    print(f"{len(cells) - len(todo)} cells finished, {len(todo)} to do")
+
+    def one(cell):
+        row, seed = cell
+        begun = time.monotonic()
+        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split, "--", *extra]
+        done = subprocess.run([sys.executable, str(Path(__file__)), *words], env={**_environment(), "OMP_NUM_THREADS": "1"})
+        print(f"{row} seed {seed}: exit {done.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(workers) as pool:
+        if any(list(pool.map(one, todo))):
+            sys.exit("a cell failed; see above; finished cells are kept")
+
+
+def _environment() -> dict:
+    import os
+
+    return dict(os.environ)
+
+
+def load_cells(steps: int, split: str) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for path in sorted(CELLS.glob(f"{split}-*.json")):
+        cell = json.loads(path.read_text())
+        if cell["row"] == "base" or cell["steps"] == steps:
+            found.setdefault(cell["row"], []).append(cell)
+    return {row: found[row] for row in ROWS if row in found}
+
+
+def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
+    """Per row and figure: mean over seeds, s.e. over seeds, paired gain over the base with a 95 % interval, share of the oracle's gain.
+
+    The interval resamples scenes (paired with the base) and seeds together.
+    """
+    base = cells["base"][0]
+    table = {row: {name: _estimate(name, base, group) for name in FIGURES if name in base["marks"]} for row, group in cells.items()}
+    for row in table.values():
+        for name, entry in row.items():
+            oracle = table.get("oracle", {}).get(name)
+            entry["of_oracle"] = entry["gain"] / oracle["gain"] if oracle and oracle["gain"] > 0 and entry["gain"] is not None else None
+    return table
+
+
+def _estimate(name: str, base: dict, group: list[dict]) -> dict:
+    values = np.array([_ratio(cell["marks"][name]) for cell in group])
+    gains = values - _ratio(base["marks"][name])
+    low, high = _interval(name, base, group)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "se": error, "gain": float(gains.mean()), "low": low, "high": high, "seeds": len(values)}
+
+
+def _interval(name: str, base: dict, group: list[dict], resamples: int = 2000) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    before = _arrays(base["marks"][name])
+    after = [_arrays(cell["marks"][name]) for cell in group]
+    n, gains = len(before[0]), []
+    for _ in range(resamples):
+        weights = rng.multinomial(n, np.full(n, 1 / n))
+        picked = rng.integers(len(after), size=len(after))
+        gains.append(np.mean([_weighted(after[i], weights) for i in picked]) - _weighted(before, weights))
+    return float(np.quantile(gains, 0.025)), float(np.quantile(gains, 0.975))
+
+
+def _arrays(mark: dict) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(mark["top"]), np.array(mark["bottom"])
+
+
+def _weighted(mark, weights) -> float:
+    return float(weights @ mark[0] / max(weights @ mark[1], 1e-12))
+
+
+def _ratio(mark: dict) -> float:
+    top, bottom = _arrays(mark)
+    return float(top.sum() / max(bottom.sum(), 1e-12))
+
+
+def show(table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
+    """The table as Markdown: value ± s.e. over seeds (paired gain's 95 % interval) for the main figures."""
+    names = [name for name in FIGURES if name in table["base"]]
+    lines = ["| row | seeds | " + " | ".join(FIGURES[n] for n in names) + " | of the oracle's gain (greedy, sampled) |", "|---" * (len(names) + 3) + "|"]
+    for row, entries in table.items():
+        shares = ", ".join("-" if (s := entries[n]["of_oracle"]) is None or row == "base" else f"{s:.0%}" for n in ("greedy_iou", "sampled_iou"))
+        lines.append(f"| {row} | {len(cells[row])} | " + " | ".join(_cell(entries[n], row) for n in names) + f" | {shares} |")
+    return "\n".join(lines)
+
+
+def _cell(entry: dict, row: str) -> str:
+    error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
+    gain = "" if row == "base" else f" ({entry['low']:+.3f}, {entry['high']:+.3f})"
+    return f"{entry['mean']:.3f}{error}{gain}"
+
+
+def plot(cells: dict[str, list[dict]], path: Path) -> None:
+    """Curves of the training figures, one line per row (mean over seeds, moving average)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = ("reward", "area", "kl", "parse_rate")
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6), constrained_layout=True)
+    for row, group in cells.items():
+        if not group[0]["curve"]:
+            continue
+        for axis, name in zip(axes, panels, strict=True):
+            runs = np.array([[point.get(name, np.nan) for point in cell["curve"]] for cell in group])
+            width = max(1, runs.shape[1] // 20)
+            smooth = np.convolve(runs.mean(0), np.ones(width) / width, "valid")
+            axis.plot(np.arange(len(smooth)) + width, smooth, label=row, lw=1.4)
+            axis.set(title=name, xlabel="update")
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_table(steps: int, split: str, command: str) -> None:
+    """results/learning.json, the curves, and the table on screen; the last line is the JSON."""
+    cells = load_cells(steps, split)
+    if "base" not in cells:
+        sys.exit("the base has not been examined yet; run the study first")
+    table = summarise(cells)
+    any_cell = next(iter(cells.values()))[0]
+    document = {
+        "command": command, "commit": _commit(), "date": date.today().isoformat(), "device": "CPU, one thread per cell", "torch": any_cell["torch"],
+        "split": split, "scenes": any_cell["n"], "updates": steps, "table": table,
+        "seconds": {row: [cell["seconds"] for cell in group] for row, group in cells.items()},
+    }  # fmt: skip
+    target = ROOT / "bench" / "results" / ("learning.json" if split == "reported" else f"learning-{split}.json")
+    target.write_text(json.dumps(document, indent=1) + "\n")
+    plot(cells, target.with_suffix(".png"))
+    print(show(table, cells))
+    print(json.dumps({"learning": {row: {n: round(e["mean"], 4) for n, e in entries.items()} for row, entries in table.items()}}))
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    own, extra = sys.argv[1:], []
+    if "--" in own:
+        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--split", choices=list(SPLIT_SEED), default="reported")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 updates, the validation split")
+    parser.add_argument("--table", action="store_true", help="only rebuild the table")
+    parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
+    args = parser.parse_args(own)
+    if args.quick:
+        args.seeds, args.steps, args.split = [0], 60, "validation"
+    if args.cell:
+        result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
+        CELLS.mkdir(parents=True, exist_ok=True)
+        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(json.dumps(result) + "\n")
+        return
+    if not args.table:
+        cells = [(row, seed) for seed in args.seeds for row in args.rows if row != "base" or seed == args.seeds[0]]
+        spawn([("base", 0)] + [cell for cell in cells if cell[0] != "base"], args.steps, args.split, args.workers, extra)
+    write_table(args.steps, args.split, "python bench/learning.py " + " ".join(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
