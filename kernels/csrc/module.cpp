@@ -112,15 +112,17 @@ vise::Axis to_axis(const AxisArrays& arrays, std::size_t inputs, std::size_t out
     return {static_cast<int>(width), first.data(), weight.data()};
 }
 
-void resize(std::vector<Source> sources, std::vector<Target> outs, std::vector<AxisArrays> across, std::vector<AxisArrays> down, int threads) {
+void resize(std::vector<Source> sources, std::vector<Target> outs, std::vector<AxisArrays> across, std::vector<AxisArrays> down, std::vector<bool> down_first,
+            int threads) {
     const std::size_t count = sources.size();
-    require(outs.size() == count && across.size() == count && down.size() == count, "one output and two axes per image");
+    require(outs.size() == count && across.size() == count && down.size() == count && down_first.size() == count,
+            "one output, two axes and their order per image");
     std::vector<vise::ResizeJob> jobs;
     for (std::size_t i = 0; i < count; ++i) {
         const Source& in = sources[i];
         const Target& out = outs[i];
         jobs.push_back({in.data(), out.data(), extent(in, 0), extent(in, 1), static_cast<int>(out.shape(0)), static_cast<int>(out.shape(1)),
-                        to_axis(across[i], in.shape(1), out.shape(1)), to_axis(down[i], in.shape(0), out.shape(0))});
+                        to_axis(across[i], in.shape(1), out.shape(1)), to_axis(down[i], in.shape(0), out.shape(0)), down_first[i]});
     }
     nb::gil_scoped_release release;
     vise::resize(jobs, threads);
@@ -189,7 +191,8 @@ NB_MODULE(_native, m) {
     m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
-    m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "threads"_a);
+    m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
+          "threads"_a);
     m.def("patchify", &patchify, "sources"_a.noconvert(), "out"_a.noconvert(), "table"_a.noconvert(), "patch"_a, "merge"_a, "taps"_a, "threads"_a);
     m.def("token_logprob_forward", &token_logprob_forward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logprob"_a.noconvert(),
           "logsumexp"_a.noconvert(), "entropy"_a.noconvert(), "threads"_a);

@@ -14,7 +14,7 @@ struct Scratch {
     Buffer<uint8_t> bytes;
     Buffer<Block> pixels, sums;  // of four rows
     Buffer<float> total;         // of one output row
-    Buffer<uint8_t> squeezed;    // (height, out_width, 3)
+    Buffer<uint8_t> between;     // after the first axis
 };
 
 // pixels[x] = pixel x of four rows; missing rows repeat the last.
@@ -69,22 +69,39 @@ struct Stack {
     }
 };
 
-void run(const ResizeJob& job, Scratch& scratch) {
-    const std::ptrdiff_t in_stride = 3 * static_cast<std::ptrdiff_t>(job.width), stride = 3 * static_cast<std::ptrdiff_t>(job.out_width);
-    Block *pixels = scratch.pixels.at_least(job.width), *sums = scratch.sums.at_least(job.out_width);
-    uint8_t* bytes = scratch.bytes.at_least(static_cast<std::size_t>(kLanes) * std::max(job.width, job.out_width));
-    uint8_t* squeezed = scratch.squeezed.at_least(job.height * stride);
-    std::fill_n(bytes, static_cast<std::size_t>(kLanes) * job.width, uint8_t{0});  // the unused fourth channel
-    for (int y = 0; y < job.height; y += kRows) {
-        const int rows = std::min(kRows, job.height - y);
-        widest(GatherPixels{}, job.source + y * in_stride, rows, job.width, bytes, pixels);
-        widest(Squeeze{}, pixels, &job.across, job.out_width, sums);
-        widest(PutPixels{}, sums, rows, job.out_width, bytes, squeezed + y * stride);
+std::ptrdiff_t row_bytes(int width) { return 3 * static_cast<std::ptrdiff_t>(width); }
+
+void squeeze(const uint8_t* source, int height, int width, const Axis& axis, int out_width, Scratch& scratch, uint8_t* out) {
+    Block *pixels = scratch.pixels.at_least(width), *sums = scratch.sums.at_least(out_width);
+    const std::size_t most = static_cast<std::size_t>(kLanes) * std::max(width, out_width);
+    uint8_t* bytes = scratch.bytes.at_least(most);
+    std::fill_n(bytes, most, uint8_t{0});  // the unused fourth channel
+    for (int y = 0; y < height; y += kRows) {
+        const int rows = std::min(kRows, height - y);
+        widest(GatherPixels{}, source + y * row_bytes(width), rows, width, bytes, pixels);
+        widest(Squeeze{}, pixels, &axis, out_width, sums);
+        widest(PutPixels{}, sums, rows, out_width, bytes, out + y * row_bytes(out_width));
     }
+}
+
+void stack(const uint8_t* source, int width, const Axis& axis, int out_height, Scratch& scratch, uint8_t* out) {
+    const std::ptrdiff_t stride = row_bytes(width);
     float* total = scratch.total.at_least(stride);
-    for (int y = 0; y < job.out_height; ++y)
-        widest(Stack{}, squeezed + job.down.first[y] * stride, stride, job.down.weight + static_cast<std::ptrdiff_t>(y) * job.down.width,
-               job.down.width, total, job.out + y * stride);
+    for (int y = 0; y < out_height; ++y)
+        widest(Stack{}, source + axis.first[y] * stride, stride, axis.weight + static_cast<std::ptrdiff_t>(y) * axis.width, axis.width,
+               total, out + y * stride);
+}
+
+void run(const ResizeJob& job, Scratch& scratch) {
+    if (job.down_first) {
+        uint8_t* between = scratch.between.at_least(job.out_height * row_bytes(job.width));
+        stack(job.source, job.width, job.down, job.out_height, scratch, between);
+        squeeze(between, job.out_height, job.width, job.across, job.out_width, scratch, job.out);
+    } else {
+        uint8_t* between = scratch.between.at_least(job.height * row_bytes(job.out_width));
+        squeeze(job.source, job.height, job.width, job.across, job.out_width, scratch, between);
+        stack(between, job.out_width, job.down, job.out_height, scratch, job.out);
+    }
 }
 
 }  // namespace

@@ -18,9 +18,10 @@ struct ResizeJob {
     uint8_t* out;           // (out_height, out_width, 3)
     int height, width, out_height, out_width;
     Axis across, down;
+    bool down_first;
 };
 
-// Along x first, rounded and clipped to bytes, then along y: Pillow's order, which decides where overshoot is cut.
+// One axis after the other, rounded and clipped to bytes in between: the order decides where overshoot is cut.
 void resize(const std::vector<ResizeJob>& jobs, int threads);
 
 }  // namespace vise
