@@ -9,10 +9,12 @@ Shapes: P patches, n packed tokens, N rows of a level, T tokens of a row, C visi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify
@@ -25,6 +27,9 @@ LORA_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 )
+
+# On a CPU: patches that go through the vision tower together, so that a block's activations stay in the cache.
+ENCODE_AT_ONCE = 1024
 
 
 @dataclass
@@ -163,6 +168,14 @@ class Backbone:
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
+        parts = [self._tower(part, some) for part, some in _slices(patches, grids, ENCODE_AT_ONCE if patches.device.type == "cpu" else len(patches))]
+        if len(parts) == 1:
+            return Features(*parts[0], grids)
+        lasts, taps = zip(*parts, strict=True)
+        return Features(torch.cat(lasts), [torch.cat(tap) for tap in zip(*taps, strict=True)], grids)
+
+    def _tower(self, patches: Tensor, grids: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
+        """Last hidden states (P, C) and deepstack taps of some images."""
         tables = [self._grid(grid) for grid in grids]
         x = F.linear(patches, self.patch_weight, self.patch_bias)
         x = x + torch.cat([t[0] for t in tables])
@@ -173,7 +186,7 @@ class Backbone:
             x = x + block.mlp(block.norm2(x))
             if index in self.visual.deepstack_visual_indexes:
                 taps.append(x)
-        return Features(x, taps, grids)
+        return x, taps
 
     def _vision_attention(self, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
@@ -326,9 +339,41 @@ class _Merger:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    first, second = wide.chunk(2, -1)
-    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
+    wide, half = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, x.shape[-1] // 2
+    out = wide * cos
+    out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(wide[..., :half], sin[..., half:], value=direction)
+    return out.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation; its gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _turn(grad, *ctx.saved_tensors, direction=-1), None, None
+
+
+def _slices(patches: Tensor, grids: list[tuple[int, int]], most: int) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Neighbouring images of at most `most` patches together (or one larger one): their patches and grids."""
+    start, first = 0, 0
+    while first < len(grids):
+        stop, size = first, 0
+        while stop < len(grids) and (stop == first or size + grids[stop][0] * grids[stop][1] <= most):
+            size += grids[stop][0] * grids[stop][1]
+            stop += 1
+        yield patches[start : start + size], grids[first:stop]
+        start, first = start + size, stop
 
 
 def _runs(sizes: list[int]) -> list[tuple[int, int, int]]:
