@@ -28,6 +28,7 @@ RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
 MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
 DISTRACTOR = 0.3  # how often a further object shares colour or shape with an earlier one
 LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
+GRAIN = 24  # grey levels of speckle on an object: without it, blurring a square within its exact box changes nothing
 TRIES = 24  # places tried for one object before it is left out
 
 
@@ -168,5 +169,6 @@ def _paint(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray, color
     tilt = rng.uniform(-0.15, 0.15, 2)
     light = rng.uniform(0.88, 1.05) + tilt[0] * np.linspace(-1, 1, height)[:, None] + tilt[1] * np.linspace(-1, 1, width)[None, :]
     tone = np.array(COLORS[color]) + rng.uniform(-10, 10, 3)
-    paint = (light[:, :, None] * tone).astype(np.float32)
+    grain = rng.integers(-GRAIN, GRAIN + 1, (height, width, 1))
+    paint = (light[:, :, None] * tone + grain).astype(np.float32)
     patch += alpha[:, :, None].astype(np.float32) * (paint - patch)

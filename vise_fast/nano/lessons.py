@@ -115,8 +115,8 @@ def _blur(patch: np.ndarray) -> np.ndarray:
 
 
 def _ghost_plan(rng: np.random.Generator, scene: scenes.Scene) -> tuple[tuple[int, int, int, int], str]:
-    """(box_px, region): an object covered, covered in part, something elsewhere, everything, or everything but an object."""
-    kind = rng.choice(["cover", "part", "elsewhere", "all", "keep"], p=[0.38, 0.17, 0.15, 0.05, 0.25])
+    """(box_px, region) of a ghost: on an object exactly, widely or in part, elsewhere, on everything, on everything but an object."""
+    kind = rng.choice(["exact", "cover", "part", "elsewhere", "all", "keep"], p=[0.16, 0.22, 0.17, 0.15, 0.05, 0.25])
     x1, y1, x2, y2 = np.array(scene.objects[int(rng.integers(len(scene.objects)))].box_1000) * SIDE / 1000
     x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
     scale, drift = {"cover": ((0.85, 1.7), 0.08), "part": ((0.4, 1.0), 0.4), "keep": ((0.9, 1.8), 0.08)}.get(str(kind), ((0.7, 1.4), 0))
@@ -126,6 +126,8 @@ def _ghost_plan(rng: np.random.Generator, scene: scenes.Scene) -> tuple[tuple[in
     x, y = np.array([x, y]) + rng.uniform(-drift, drift, 2) * (width, height)
     if kind == "all":
         return (0, 0, SIDE, SIDE), "inside"
+    if kind == "exact":
+        return (round(x1), round(y1), round(x2), round(y2)), "inside"
     lo = np.clip(np.rint([x - width / 2, y - height / 2]), 0, SIDE - 2).astype(int)
     hi = np.maximum(np.clip(np.rint([x + width / 2, y + height / 2]), 0, SIDE).astype(int), lo + 1)
     return (int(lo[0]), int(lo[1]), int(hi[0]), int(hi[1])), "outside" if kind == "keep" else "inside"
