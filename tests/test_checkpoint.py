@@ -414,3 +414,28 @@ def test_moments_of_other_parameters_are_refused():
 def test_an_optimizer_that_never_stepped_has_no_state():
     named, optimizer = trained(0)
     assert moments(optimizer, named) == ({}, {})
+
+
+def test_moments_in_eight_bits_come_back_bit_for_bit(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def begun(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        named = {"a": torch.nn.Parameter(torch.randn(128, 64)), "small": torch.nn.Parameter(torch.randn(5))}
+        return named, bitsandbytes.optim.AdamW8bit(named.values(), lr=0.01)
+
+    named, optimizer = begun(0)
+    for step in range(3):
+        advance(named, optimizer, step)
+    values, numbers = moments(optimizer, named)
+    assert values["a/state1"].dtype == torch.uint8
+    groups, loop = load(save(tmp_path, 3, {"adapter": dict(named), "optimizer": values}, {"optimizer": numbers}, 1))
+    fresh, other = begun(1)
+    with torch.no_grad():
+        for name, parameter in fresh.items():
+            parameter.copy_(groups["adapter"][name])
+    restore_moments(other, fresh, groups["optimizer"], loop["optimizer"])
+    for step in range(3, 6):
+        advance(named, optimizer, step)
+        advance(fresh, other, step)
+    assert all(torch.equal(named[name], fresh[name]) for name in named)
