@@ -28,7 +28,7 @@ def write(directory, kind="healthy", steps=60, config_words=(), query=None, seed
     with (directory / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(step_metrics(rng, step, steps, kind)) + "\n" for step in range(1, steps + 1))
     with (directory / "samples.jsonl").open("w") as file:
-        for step in sorted({1, *range(10, steps + 1, 10), steps}):
+        for step in sorted({1, (steps + 1) // 2, steps}):
             file.writelines(json.dumps(card(directory, rng, step, steps, index, kind, settings, query)) + "\n" for index in range(2))
     (directory / "evaluation.json").write_text(json.dumps({name: arm.json() for name, arm in evaluation(rng, kind).items()}))
     return directory
@@ -108,9 +108,9 @@ def evaluation(rng, kind):
 
 def mark(rng, before, after, name, value, gain):
     """Paired per-scene values: most of the noise is the scene's, shared by both arms."""
-    shared = np.clip(value + rng.normal(0, 0.12, SCENES), 0, 1)
+    shared, noise = np.clip(value + rng.normal(0, 0.12, SCENES), 0, 1), rng.normal(0, 0.04 if gain else 0.01, SCENES)
     before.marks[name] = (shared, np.ones(SCENES))
-    after.marks[name] = (np.clip(shared + gain + rng.normal(0, 0.04 if gain else 0.01, SCENES), 0, 1), np.ones(SCENES))
+    after.marks[name] = (shared + gain + noise - noise.mean(), np.ones(SCENES))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) 
     figure = Figure(SIZE)
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.91), hspace=0.16)
     paint(figure)
+    figure.get_layout_engine().execute(figure)  # once for both formats
+    figure.set_layout_engine("none")
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from vise_fast import __version__
 from vise_fast import config as configuration
-from vise_fast.cards import cards
+from vise_fast.cards import Card, cards
 from vise_fast.console import Console, duration, run
 from vise_fast.diagnosis import diagnose
 from vise_fast.errors import ConfigError, EnvironmentFault
@@ -63,8 +63,9 @@ class Row:
 def write(directory: Path) -> Path:
     """Writes report.html and plots/ into a run; returns the page. Raises DataError for what is no run, EnvironmentFault where disk refuses."""
     record = read(directory)
+    shown = cards(record)
     plots = draw(record)
-    page = render(record, plots)
+    page = render(record, plots, shown)
     try:
         (directory / "plots").mkdir(exist_ok=True)
         for plot in plots:
@@ -75,7 +76,7 @@ def write(directory: Path) -> Path:
     return directory / "report.html"
 
 
-def render(record: Record, plots: list[Plot]) -> str:
+def render(record: Record, plots: list[Plot], shown: list[tuple[str, list[Card]]]) -> str:
     """The page as text."""
     loader = jinja2.FileSystemLoader(HERE)
     engine = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -84,7 +85,7 @@ def render(record: Record, plots: list[Plot]) -> str:
     return engine.get_template("report.html").render(
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")), record=record, version=__version__, diagnosis=diagnose(record),
         facts=_facts(record), tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT], groups=_groups(rows),
-        plots={plot.name: plot for plot in plots}, cards=cards(record), alarms=record.alarms(), settings=configuration.to_yaml(record.config),
+        plots={plot.name: plot for plot in plots}, cards=shown, alarms=record.alarms(), settings=configuration.to_yaml(record.config),
         environment={name: value for name, value in record.environment.items() if not isinstance(value, (dict, list))},
     )  # fmt: skip
 
