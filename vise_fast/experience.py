@@ -73,9 +73,13 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     fan = [samples] * count + [1] * (count * many)
     boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
     kept = features if config.update.views_too else features.select(originals)
-    reference = engine.prefill(features.select(originals), adapters=False) if config.reward.judge == "reference" else None
-    seen = roles.verify_forked(engine, reference or prefixes, originals, queries.texts)
-    del features, prefixes, moved  # the ghosts are the slice's largest load: nothing may lie about that they do not need
+    judges = prefixes if config.reward.judge == "policy" else None
+    del features, prefixes, moved  # from here on nothing lies about that the verdicts do not need
+    judges = judges or engine.prefill(kept.select(originals), adapters=False)
+    seen = roles.verify_forked(engine, judges, originals, queries.texts)
+    # A batch that had to be cut into slices has no room for the prefixes of all: the update computes them again.
+    reference = judges if config.reward.judge == "reference" and config.train.micro_batch in (0, config.train.batch) else None
+    del judges
     known = _before_ghosts(pixels, drawn, queries, boxes, seen, config)
     ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
     truths = None if truth is None else _truths(truth, images, queries.texts, samples)

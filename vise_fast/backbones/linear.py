@@ -2,10 +2,11 @@
 
 The projections' frozen weights are stacked into one tensor that the original modules keep as views, so there is still one copy of
 every weight. The A matrices are stacked and the scaled B matrices set block-diagonally, which turns three LoRA products into one.
-LoRA stays in fp32 masters owned by PEFT; a pack casts them to the compute dtype once per optimizer step. Dropout is off by design.
+LoRA stays in fp32 masters owned by PEFT; a pack holds them in the compute dtype, cast once per optimizer step. Dropout is off by design.
 
-With gradients, a call is one autograd node that saves its input once: the cheap function before the product (a norm, SwiGLU, GELU), the
-low-rank x Aᵀ and a quantised base's weight are computed again in the backward pass. `FusedLinear.plain` is the same in plain autograd.
+With gradients, a call is one autograd node from its input and the masters that computes with the pack and saves nothing but the input:
+the cheap function before the product (a norm, SwiGLU, GELU), the low-rank x Aᵀ and a quantised base's weight are computed again in the
+backward pass. `FusedLinear.plain` is the same in plain autograd.
 """
 
 from __future__ import annotations
@@ -70,14 +71,18 @@ class FusedLinear:
         ups = [m.lora_B[ADAPTER].weight * m.scaling[ADAPTER] for m in self.modules]
         return Pack(down.to(dtype), (ups[0] if len(ups) == 1 else torch.block_diag(*ups)).to(dtype))
 
+    def masters(self) -> list[nn.Parameter]:
+        """The fp32 factors: A of each module, then B of each."""
+        return [m.lora_A[ADAPTER].weight for m in self.modules] + [m.lora_B[ADAPTER].weight for m in self.modules]
+
     def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
-        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the pack."""
+        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the masters that `pack` was made from."""
         if pack is not None and torch.is_grad_enabled():
-            return _Adapted.apply(x, *pack, self, before)
+            return _Adapted.apply(x, self, pack, before, *self.masters())
         return self._product(x if before is None else before(x), pack)
 
     def plain(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
-        """The same in plain autograd, which keeps every intermediate (unquantised bases only)."""
+        """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every intermediate. Unquantised bases only."""
         x = x if before is None else before(x)
         y = F.linear(x, self.weight, self.bias)
         return y if pack is None else y + F.linear(F.linear(x, pack.down), pack.up)
@@ -89,6 +94,13 @@ class FusedLinear:
             outs = [quantise.product(base, x) for base in self.bases]
             y = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         return y if pack is None else y.addmm_(F.linear(x, pack.down), pack.up.T)
+
+    def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
+        """fp32 gradients of the masters from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
+        rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
+        downs = list((low.T @ x).float().split(rank))
+        ups = [g.T @ h for g, h in zip(grad.split([b.out_features for b in self.bases], 1), high.split(rank, 1), strict=True)]
+        return downs + [u.float() * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)]
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
@@ -104,29 +116,28 @@ class FusedLinear:
 
 
 class _Adapted(torch.autograd.Function):
-    """y = f(x) Wᵀ + (f(x) Aᵀ) Bᵀ with frozen W: saves x, A and B."""
+    """y = f(x) Wᵀ + (f(x) Aᵀ) Bᵀ with frozen W: saves x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, linear: FusedLinear, before: Before | None) -> Tensor:
-        ctx.save_for_backward(x, down, up)
-        ctx.linear, ctx.before = linear, before
-        return linear._product(x if before is None else before(x), Pack(down, up))
+    def forward(ctx, x: Tensor, linear: FusedLinear, pack: Pack, before: Before | None, *masters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.linear, ctx.pack, ctx.before = linear, pack, before
+        return linear._product(x if before is None else before(x), pack)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, down, up = ctx.saved_tensors
+        (x,), (down, up), linear = ctx.saved_tensors, ctx.pack, ctx.linear
         wanted = ctx.needs_input_grad[0]
         leaf = x.detach().requires_grad_(wanted)
         with torch.enable_grad():
             z = leaf if ctx.before is None else ctx.before(leaf)
-        fixed = z.detach()
-        low = grad @ up
-        dx, ddown, dup = None, low.T @ fixed, grad.T @ F.linear(fixed, down)
+        low, dx = grad @ up, None
+        factors = linear._factor_gradients(z.detach(), low, grad, down)
         if wanted:
-            dz = ctx.linear._input_gradient(grad).addmm_(low, down)
+            dz = linear._input_gradient(grad).addmm_(low, down)
             dx = dz if ctx.before is None else torch.autograd.grad(z, leaf, dz)[0]
-        return dx, ddown, dup, None, None
+        return dx, None, None, None, *factors
 
 
 def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -57,19 +57,46 @@ class Features:
 
 @dataclass
 class Segment:
-    """Keys and values of one stretch of tokens: per layer (N, KV, T, D); lengths (N,) where rows are ragged, else None."""
+    """Keys and values of one stretch of tokens: per layer (N, KV, T, D); lengths (N,) where rows are ragged, else None.
+
+    bias: additive (N, T) instead of lengths where the padding is not all at the end (`join`).
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     lengths: Tensor | None = None
+    bias: Tensor | None = None
 
-    def part(self, layer: int, grid: Grid | None) -> Part:
-        return Part(self.keys[layer], self.values[layer], self.lengths, grid)
+    def part(self, layer: int, grid: Grid | None, stop: int | None = None) -> Part:
+        """One layer's bank, of the first `stop` tokens."""
+        return Part(self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop], self.lengths, grid, bias=self.bias)
 
     def select(self, rows) -> Segment:
         """A copy of some rows."""
-        lengths = None if self.lengths is None else self.lengths[rows]
-        return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths)
+        lengths, bias = (None if x is None else x[rows] for x in (self.lengths, self.bias))
+        return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths, bias)
+
+    def visible(self) -> Tensor:
+        """Additive (N, T): -inf on padding."""
+        rows, _, tokens, _ = self.keys[0].shape
+        bias = self.keys[0].new_zeros(rows, tokens)
+        if self.lengths is None:
+            return bias
+        return bias.masked_fill_(torch.arange(tokens, device=bias.device) >= self.lengths[:, None], -torch.inf)
+
+    def join(self, rows: Tensor, later: Segment, room: int) -> Segment:
+        """A copy of some rows, each followed by the same row of `later` and by `room` empty tokens."""
+
+        def bank(first: Tensor, second: Tensor) -> Tensor:
+            (count, heads, tokens, dim), before = second.shape, first.shape[2]
+            whole = second.new_empty(count, heads, before + tokens + room, dim)
+            whole[:, :, :before], whole[:, :, before : before + tokens] = first[rows], second
+            return whole
+
+        keys, values = ([bank(a, b) for a, b in zip(x, y, strict=True)] for x, y in ((self.keys, later.keys), (self.values, later.values)))
+        if self.lengths is None and later.lengths is None:
+            return Segment(keys, values)
+        return Segment(keys, values, bias=F.pad(torch.cat([self.visible()[rows], later.visible()], 1), (0, room)))
 
 
 class Ragged:
@@ -110,7 +137,7 @@ class Level:
 
 
 class Backbone:
-    """The fast forward of one Qwen3-VL model. `packs` holds the LoRA factors for no-grad calls; `refresh` after each optimizer step."""
+    """The fast forward of one Qwen3-VL model. It computes with a copy of the LoRA masters: `refresh` after each change of them."""
 
     def __init__(self, model: nn.Module) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -133,6 +160,7 @@ class Backbone:
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = self.visual.patch_embed.proj.bias
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.encode_at_once = ENCODE_AT_ONCE if self.device.type == "cpu" else None
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +171,7 @@ class Backbone:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recast the LoRA masters for the no-grad passes, in place (addresses stay valid for captured graphs)."""
+        """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
         for linear in self.fused():
             fresh = linear.pack(self.dtype)
             old = getattr(linear, "cached", None)
@@ -153,9 +181,7 @@ class Backbone:
                 old.down.copy_(fresh.down), old.up.copy_(fresh.up)
 
     def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
-        if not adapters:
-            return None
-        return linear.pack(self.dtype) if torch.is_grad_enabled() else linear.cached
+        return linear.cached if adapters else None
 
     # ---- vision -------------------------------------------------------------------------------------------------------------
 
@@ -168,7 +194,7 @@ class Backbone:
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
-        parts = [self._tower(part, some) for part, some in _slices(patches, grids, ENCODE_AT_ONCE if patches.device.type == "cpu" else len(patches))]
+        parts = [self._tower(part, some) for part, some in _slices(patches, grids, self.encode_at_once or len(patches))]
         if len(parts) == 1:
             return Features(*parts[0], grids)
         lasts, taps = zip(*parts, strict=True)
@@ -244,7 +270,8 @@ class Backbone:
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
-                segment.keys.append(k), segment.values.append(v)
+                # k and v are views of the whole qkv product: kept as they are, they would keep it alive
+                segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             x = self._deepstack(x, index, levels, sizes)
         hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
         return list(hidden.split(sizes)), segments if keep else []
@@ -294,9 +321,8 @@ class Backbone:
             packs = [self._pack(linear, adapters) for linear in layer.linears]
             q, k, v = self._qkv(layer, x, cos, sin, packs[0])
             buffer.keys[index][:, :, at], buffer.values[index][:, :, at] = k, v
-            own = Part(buffer.keys[index][:, :, : at + 1], buffer.values[index][:, :, : at + 1])
             parts = [source.part(index, grid) for source, grid in parents]
-            out = attend(q[:, None], [*parts, own], self.scale)
+            out = attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)
             x = x + layer.linears[1](out.flatten(1), packs[1])
             x = self._mlp(layer, x, packs)
         return F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
@@ -335,6 +361,11 @@ class _Merger:
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """A copy with a storage of its own, whatever the strides of `x` look like."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
