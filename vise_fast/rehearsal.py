@@ -8,6 +8,7 @@ other: the most a step can need. Left out: what lies below torch (allocator roun
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from vise_kernels import linear_logprob_kl, sample
 
 from vise_fast import model, quantise
 from vise_fast.attention import Grid
+from vise_fast.backbones.qwen3_vl import ENCODE_AT_ONCE
 from vise_fast.config import Config
 from vise_fast.engine import Engine, Features, Prefixes, Prompts, Rollout
 from vise_fast.experience import GHOSTS_AT_ONCE, WITHOUT_GHOSTS
@@ -49,7 +51,7 @@ def _pointwise(args: tuple) -> Tensor | None:
         return None
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
     like = next((t for t in tensors if t.shape == shape), None)
-    return None if like is None else torch.empty_like(like)
+    return None if like is None else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=META)
 
 
 @dataclass
@@ -176,7 +178,7 @@ class Lengths:
     head: int = 4
     tail: int = 1
     ask: int = 80
-    ground: int = 100
+    ground: int = 145
     verify: int = 80
 
 
@@ -248,25 +250,67 @@ def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dty
 
 @dataclass
 class Rehearsed:
-    """Bytes: the peak, what was alive then by component, and the peak of each phase."""
+    """Bytes alive at the peak of each phase, by component."""
 
-    peak: int
-    at_peak: dict[str, int]
-    phases: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Components of the phase that needs most."""
+        return self.phases[self.busiest]
+
+    @property
+    def busiest(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
 
-def rehearse(config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths = Lengths()) -> Rehearsed:
-    """One step on images of these (height, width) in pixels, one entry per image of the batch."""
+def rehearse(config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths = Lengths(), device: str = "cuda") -> Rehearsed:
+    """One step on images of these (height, width) in pixels, one entry per image of the batch, as it would go on this type of device.
+
+    Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line through them drawn on to the full depth.
+    """
+    depth, shallow = model_config.text_config.num_hidden_layers, len(model_config.vision_config.deepstack_visual_indexes) + 2
+    if depth <= shallow + 1:
+        return Rehearsed(_rehearse(config, model_config, sizes, dtype, lengths, device)[0])
+    (near, block), (far, _) = (_rehearse(config, _shallow(model_config, layers), sizes, dtype, lengths, device) for layers in (shallow, shallow + 1))
+    missing = block * (model_config.vision_config.depth - shallow)
+    phases = {}
+    for phase, first in near.items():
+        second = far[phase]
+        line = {name: first.get(name, 0) + (depth - shallow) * (second.get(name, 0) - first.get(name, 0)) for name in first | second}
+        phases[phase] = line | {"weights": line["weights"] + missing}
+    return Rehearsed(phases)
+
+
+def _shallow(model_config, layers: int):
+    """The same model with fewer layers; the vision tower keeps as many taps, and blocks to tap (no pass stores more for having more)."""
+    small = copy.deepcopy(model_config)
+    taps = len(small.vision_config.deepstack_visual_indexes)
+    small.text_config.num_hidden_layers = layers
+    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = taps + 2, list(range(taps))
+    return small
+
+
+def _rehearse(
+    config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths, device: str
+) -> tuple[dict[str, dict[str, int]], int]:  # fmt: skip
+    """(components at the peak of each phase, bytes of one vision block)."""
     with Live("meta") as live, _NoScores():
         with live.labelled("weights"):
             policy, engine = meta_policy(config, model_config, lengths, dtype)
+        engine.backbone.encode_at_once = ENCODE_AT_ONCE if device == "cpu" else None
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
         live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in linear.cached], "LoRA in compute dtype")
         live.hold([torch.empty(sum(_moments(p, config.optim.name) for p in trained), dtype=torch.uint8, device=META)], "optimizer")
         step = _Step(config, engine, live, trained)
         step.run(sizes)
-    return Rehearsed(max(step.phases.values()), dict(step.at_peak), step.phases)
+    block = sum(p.numel() * p.dtype.itemsize for p in engine.backbone.visual.blocks[0].parameters())
+    return step.phases, block
 
 
 def _moments(p: Tensor, name: str) -> int:
@@ -281,8 +325,7 @@ class _Step:
 
     def __init__(self, config: Config, engine: _Engine, live: Live, trained: list[Tensor]) -> None:
         self.config, self.engine, self.live, self.trained = config, engine, live, trained
-        self.phases: dict[str, int] = {}
-        self.at_peak: Counter[str] = Counter()
+        self.phases: dict[str, dict[str, int]] = {}
         self.lengths = engine.tokens.lengths
 
     def run(self, sizes: list[tuple[int, int]]) -> None:
@@ -299,22 +342,17 @@ class _Step:
             self._apply()
 
     def _kept_bytes(self, sizes: list[tuple[int, int]]) -> int:
-        """Vision features of a slice's images, and their prefixes under the reference judge."""
+        """Vision features of a slice's images."""
         b, c = self.engine.backbone, self.config
         patches = sum(h * w for h, w in sizes) // b.patch**2 * (1 + c.rollout.views * c.update.views_too)
-        tokens = sum(h * w // (b.patch * b.merge_size) ** 2 + self.lengths.head + self.lengths.tail for h, w in sizes)
-        features = patches * b.visual.config.hidden_size * len(b.mergers)
-        prefixes = tokens * 2 * b.kv_heads * b.head_dim * len(b.layers) * (c.reward.judge == "reference")
-        return (features + prefixes) * b.dtype.itemsize
+        return patches * b.visual.config.hidden_size * len(b.mergers) * b.dtype.itemsize
 
     @contextlib.contextmanager
     def _phase(self, name: str, label: str) -> Iterator[None]:
         self.live.restart()
         with self.live.labelled(label):
             yield
-        if self.live.peak > max(self.phases.values(), default=0):
-            self.at_peak = self.live.at_peak
-        self.phases[name] = max(self.phases.get(name, 0), self.live.peak)
+        self.phases[name] = {label: size for label, size in self.live.at_peak.items() if size}
 
     def _pixels(self, sizes: list[tuple[int, int]]) -> list[Tensor]:
         return [torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes]
@@ -333,13 +371,15 @@ class _Step:
             everything, fan = list(range(count * (1 + views))), [samples] * count + [1] * (count * views)
             answers = engine.generate(engine.prompt(prefixes, everything, [[0] * self.lengths.ground] * len(everything)), fan, c.rollout.box_tokens, [])
         kept = features if c.update.views_too else features.select(originals)
-        reference = None
-        if c.reward.judge == "reference":
+        judges = prefixes if c.reward.judge == "policy" else None
+        del features, prefixes, moved
+        if judges is None:
             with self._phase("reference prefill", "reference keys and values"):
-                reference = engine.prefill(features.select(originals), False)
+                judges = engine.prefill(kept.select(originals), False)
         with self._phase("verify", "rollout"):
-            engine.forked_verdict_logits(reference or prefixes, originals, [[0] * self.lengths.verify] * count)
-        del moved
+            engine.forked_verdict_logits(judges, originals, [[0] * self.lengths.verify] * count)
+        reference = judges if c.reward.judge == "reference" and c.train.micro_batch in (0, c.train.batch) else None
+        del judges
         owner = [r for r, n in enumerate(fan) for _ in range(n)]
         return kept, reference, answers, owner
 
