@@ -47,16 +47,22 @@ class Grid:
 
 @dataclass
 class Part:
-    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry, None: all S."""
+    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry, None: all S.
+
+    bias: additive (M, at least S) in the keys' dtype instead, for banks whose padding is not all at the end.
+    """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor | None = None
     grid: Grid | None = None
     causal: bool = False
+    bias: Tensor | None = None
 
     def mask(self, queries: int) -> Tensor | None:
         """Additive (M, 1, queries, S): -inf on padding; None when there is none."""
+        if self.bias is not None:
+            return self.bias[:, None, None, : self.keys.shape[2]].expand(-1, 1, queries, -1)
         if self.lengths is None:
             return None
         valid = torch.arange(self.keys.shape[2], device=self.keys.device) < self.lengths[:, None]
@@ -135,7 +141,7 @@ class _Attend(torch.autograd.Function):
         results = [_part_forward(part, q, scale) for part in parts]
         out, lse = _merge([r[0] for r in results], [r[1] for r in results])
         ctx.save_for_backward(q, out, lse, *banks)
-        ctx.scale, ctx.shapes = scale, [(p.lengths, p.grid, p.causal) for p in parts]
+        ctx.scale, ctx.shapes = scale, [(p.lengths, p.grid, p.causal, p.bias) for p in parts]
         return out
 
     @staticmethod

@@ -87,7 +87,7 @@ class Rollout:
 
 @dataclass
 class _Active:
-    """The rows still being decoded."""
+    """The rows still being decoded. `start`: where in the buffer the first new token goes."""
 
     rows: list[int]
     owner_prefix: list[int]
@@ -96,6 +96,7 @@ class _Active:
     positions: Tensor
     seeds: Tensor
     buffer: Segment
+    start: int = 0
     parents: list[tuple[Segment, Grid]] = field(default_factory=list)
 
 
@@ -200,8 +201,8 @@ class Engine:
         logits = self.backbone.logits(prompts.last)[index]
         positions = torch.tensor(prompts.following, device=device)[index]
         active = _Active(
-            list(range(rows)), [prompts.owner[p] for p in owner_prompt], owner_prompt, index, positions,
-            torch.tensor(seeds, device=device), self.backbone.buffer(rows, limit),
+            list(range(rows)), [prompts.owner[p] for p in owner_prompt], owner_prompt, index, positions, torch.tensor(seeds, device=device),
+            *self._continuation(prompts, fan, limit),
         )  # fmt: skip
         self._attach(active, prompts)
         for step in range(limit):
@@ -222,7 +223,7 @@ class Engine:
                 if sum(alive) <= 0.75 * len(alive):
                     token = token[alive]
                     self._compact(active, alive, prompts, step)
-            hidden = self.backbone.decode(token, active.positions + step, active.parents, active.buffer, step, prompts.prefixes.adapters)
+            hidden = self.backbone.decode(token, active.positions + step, active.parents, active.buffer, active.start + step, prompts.prefixes.adapters)
             self.counters.decode_steps += 1
             self.counters.tokens_decoded += len(active.rows)
             logits = self.backbone.logits(hidden)
@@ -230,7 +231,20 @@ class Engine:
         longest = max(lengths)
         return Rollout(ids[:, :longest], logprob[:, :longest], lengths)
 
+    def _continuation(self, prompts: Prompts, fan: list[int], limit: int) -> tuple[Segment, int]:
+        """The buffer for new keys, and where in it they start.
+
+        On a CPU, where a step costs calls rather than bytes, rows that share nothing get prefix, question and answer in one bank.
+        """
+        if self.device.type != "cpu" or set(fan) != {1}:
+            return self.backbone.buffer(sum(fan), limit), 0
+        owner = torch.tensor(prompts.owner, device=self.device)
+        bank = prompts.prefixes.segment.join(owner, prompts.segment, limit)
+        return bank, bank.keys[0].shape[2] - limit
+
     def _attach(self, active: _Active, prompts: Prompts) -> None:
+        if active.start:
+            return
         prefix_grid = Grid(active.owner_prefix, len(prompts.prefixes), self.device)
         prompt_grid = Grid(active.owner_prompt, len(prompts.owner), self.device)
         active.parents = [(prompts.prefixes.segment, prefix_grid), (prompts.segment, prompt_grid)]

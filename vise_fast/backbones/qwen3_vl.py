@@ -137,7 +137,7 @@ class Level:
 
 
 class Backbone:
-    """The fast forward of one Qwen3-VL model. It computes with a copy of the LoRA masters: `refresh` after each change of them."""
+    """The fast forward of one Qwen3-VL model. `packs` holds the LoRA factors for no-grad calls; `refresh` after each optimizer step."""
 
     def __init__(self, model: nn.Module) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -160,7 +160,6 @@ class Backbone:
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = self.visual.patch_embed.proj.bias
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self.encode_at_once = ENCODE_AT_ONCE if self.device.type == "cpu" else None
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +170,7 @@ class Backbone:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
+        """Recast the LoRA masters for the no-grad passes, in place (addresses stay valid for captured graphs)."""
         for linear in self.fused():
             fresh = linear.pack(self.dtype)
             old = getattr(linear, "cached", None)
@@ -181,7 +180,9 @@ class Backbone:
                 old.down.copy_(fresh.down), old.up.copy_(fresh.up)
 
     def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
-        return linear.cached if adapters else None
+        if not adapters:
+            return None
+        return linear.pack(self.dtype) if torch.is_grad_enabled() else linear.cached
 
     # ---- vision -------------------------------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class Backbone:
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
-        parts = [self._tower(part, some) for part, some in _slices(patches, grids, self.encode_at_once or len(patches))]
+        parts = [self._tower(part, some) for part, some in _slices(patches, grids, ENCODE_AT_ONCE if patches.device.type == "cpu" else len(patches))]
         if len(parts) == 1:
             return Features(*parts[0], grids)
         lasts, taps = zip(*parts, strict=True)
@@ -270,8 +271,7 @@ class Backbone:
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
-                # k and v are views of the whole qkv product: kept as they are, they would keep it alive
-                segment.keys.append(_compact(k)), segment.values.append(_compact(v))
+                segment.keys.append(k), segment.values.append(v)
             x = self._deepstack(x, index, levels, sizes)
         hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
         return list(hidden.split(sizes)), segments if keep else []
@@ -361,11 +361,6 @@ class _Merger:
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
-
-
-def _compact(x: Tensor) -> Tensor:
-    """A copy with a storage of its own, whatever the strides of `x` look like."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
