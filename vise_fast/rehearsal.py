@@ -51,7 +51,10 @@ def _pointwise(args: tuple) -> Tensor | None:
         return None
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
     like = next((t for t in tensors if t.shape == shape), None)
-    return None if like is None else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=META)
+    if like is None:
+        return None
+    # empty_like knows what becomes of the strides of a view, and takes its time
+    return torch.empty(shape, dtype=like.dtype, device=META) if like.is_contiguous() else torch.empty_like(like)
 
 
 @dataclass
