@@ -93,7 +93,13 @@ void stack(const uint8_t* source, int width, const Axis& axis, int out_height, S
 }
 
 void run(const ResizeJob& job, Scratch& scratch) {
-    if (job.down_first) {
+    if (job.out_width == job.width && job.out_height == job.height) {
+        std::memcpy(job.out, job.source, job.height * row_bytes(job.width));
+    } else if (job.out_width == job.width) {
+        stack(job.source, job.width, job.down, job.out_height, scratch, job.out);
+    } else if (job.out_height == job.height) {
+        squeeze(job.source, job.height, job.width, job.across, job.out_width, scratch, job.out);
+    } else if (job.down_first) {
         uint8_t* between = scratch.between.at_least(job.out_height * row_bytes(job.width));
         stack(job.source, job.width, job.down, job.out_height, scratch, between);
         squeeze(between, job.out_height, job.width, job.across, job.out_width, scratch, job.out);

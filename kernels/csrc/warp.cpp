@@ -3,76 +3,97 @@
 #include <algorithm>
 #include <cmath>
 
+#include "lanes.h"
 #include "parallel.h"
 
 namespace vise {
 namespace {
 
-struct None {};
-
-uint8_t to_byte(float value) { return static_cast<uint8_t>(value + 0.5f); }
-
-struct Taps {
-    float weight[4];  // top left, top right, bottom left, bottom right
+struct Scratch {
+    Buffer<uint8_t> bytes;
+    Buffer<float> padded;  // (height + 3, width + 3, 4): a border of `fill`, so that every sample exists
+    Buffer<float> across, down, row;
+    Buffer<int> corner;
 };
 
-Taps bilinear(float dx, float dy) { return {{(1 - dx) * (1 - dy), dx * (1 - dy), (1 - dx) * dy, dx * dy}}; }
+std::ptrdiff_t padded_row(const WarpJob& job) { return 4 * static_cast<std::ptrdiff_t>(job.width + 3); }
 
-// All four taps inside.
-void sample_inner(const uint8_t* corner, std::ptrdiff_t stride, const Taps& taps, uint8_t* out) {
-    for (int c = 0; c < 3; ++c)
-        out[c] = to_byte(taps.weight[0] * corner[c] + taps.weight[1] * corner[c + 3] + taps.weight[2] * corner[stride + c] +
-                         taps.weight[3] * corner[stride + c + 3]);
-}
-
-void sample_edge(const WarpJob& job, int x, int y, const Taps& taps, float fill, uint8_t* out) {
-    float value[3] = {};
-    for (int t = 0; t < 4; ++t) {
-        const int tx = x + (t & 1), ty = y + (t >> 1);
-        const bool inside = tx >= 0 && tx < job.width && ty >= 0 && ty < job.height;
-        const uint8_t* pixel = job.source + 3 * (static_cast<std::ptrdiff_t>(ty) * job.width + tx);
-        for (int c = 0; c < 3; ++c) value[c] += taps.weight[t] * (inside ? pixel[c] : fill);
+// One row of pixels, four values each, between one pixel of `fill` and two.
+struct PadRow {
+    template <int W>
+    VISE_INLINE void operator()(const uint8_t* source, int width, float fill, uint8_t* bytes, float* padded) const {
+        std::fill_n(padded, 4, fill);
+        for (int x = 0; x < width; ++x) std::memcpy(bytes + 4 * x, source + 3 * x, 3);
+        to_floats(bytes, 4 * static_cast<std::ptrdiff_t>(width), padded + 4);
+        std::fill_n(padded + 4 * (width + 1), 8, fill);
     }
-    for (int c = 0; c < 3; ++c) out[c] = to_byte(value[c]);
+};
+
+void pad(const WarpJob& job, float fill, Scratch& scratch) {
+    const std::ptrdiff_t stride = padded_row(job);
+    float* padded = scratch.padded.at_least((job.height + 3) * stride);
+    uint8_t* bytes = scratch.bytes.at_least(4 * static_cast<std::size_t>(job.width));
+    std::fill_n(bytes, 4 * static_cast<std::size_t>(job.width), uint8_t{0});
+    std::fill_n(padded, stride, fill);
+    for (int y = 0; y < job.height; ++y)
+        widest(PadRow{}, job.source + 3 * static_cast<std::ptrdiff_t>(y) * job.width, job.width, fill, bytes, padded + (y + 1) * stride);
+    std::fill_n(padded + (job.height + 1) * stride, 2 * stride, fill);
 }
 
-// One output pixel, sampled at (u, v) in units of source samples: sample (i, j) sits at u = j, v = i.
-void sample(const WarpJob& job, double u, double v, float fill, uint8_t* out) {
-    // written so that nan (a point at infinity) falls outside too
-    if (!(u > -1 && u < job.width && v > -1 && v < job.height)) {
-        for (int c = 0; c < 3; ++c) out[c] = to_byte(fill);
-        return;
-    }
-    const int x = static_cast<int>(std::floor(u)), y = static_cast<int>(std::floor(v));
-    const Taps taps = bilinear(static_cast<float>(u - x), static_cast<float>(v - y));
-    const std::ptrdiff_t stride = 3 * static_cast<std::ptrdiff_t>(job.width);
-    if (x >= 0 && x + 1 < job.width && y >= 0 && y + 1 < job.height) sample_inner(job.source + y * stride + 3 * x, stride, taps, out);
-    else sample_edge(job, x, y, taps, fill, out);
-}
-
-void warp_row(const WarpJob& job, int y, float fill) {
-    const double* m = job.inverse;
-    const double py = y + 0.5;
-    const bool affine = m[6] == 0 && m[7] == 0 && m[8] == 1;
-    uint8_t* out = job.out + 3 * static_cast<std::ptrdiff_t>(y) * job.width;
-    for (int x = 0; x < job.width; ++x) {
-        const double px = x + 0.5;
-        double u = m[0] * px + m[1] * py + m[2], v = m[3] * px + m[4] * py + m[5];
-        if (!affine) {
-            const double depth = m[6] * px + m[7] * py + m[8];
-            u /= depth;
-            v /= depth;
+// Where a row's pixels are sampled: the pixel of the padded source up and left of the point, and the way from it.
+struct Locate {
+    template <int W>
+    VISE_INLINE void operator()(const WarpJob* job, int y, int* corner, float* across, float* down) const {
+        const double* m = job->inverse;
+        const double py = y + 0.5, right = job->width, low = job->height;
+        for (int x = 0; x < job->width; ++x) {
+            const double px = x + 0.5, depth = m[6] * px + m[7] * py + m[8];
+            const double u = (m[0] * px + m[1] * py + m[2]) / depth - 0.5, v = (m[3] * px + m[4] * py + m[5]) / depth - 0.5;
+            // far points, and nan for points at infinity, land where all four samples are `fill`; + 1 for the border
+            const double cu = (u > -1 ? (u < right ? u : right) : -1) + 1, cv = (v > -1 ? (v < low ? v : low) : -1) + 1;
+            const int cx = static_cast<int>(cu), cy = static_cast<int>(cv);
+            corner[x] = cy * (job->width + 3) + cx;
+            across[x] = static_cast<float>(cu - cx);
+            down[x] = static_cast<float>(cv - cy);
         }
-        sample(job, u - 0.5, v - 0.5, fill, out + 3 * x);
+    }
+};
+
+struct Sample {
+    template <int W>
+    VISE_INLINE void operator()(const float* padded, std::ptrdiff_t stride, const int* corner, const float* across, const float* down,
+                                int width, float* row, uint8_t* bytes, uint8_t* out) const {
+        for (int x = 0; x < width; ++x) {
+            const float* at = padded + 4 * static_cast<std::ptrdiff_t>(corner[x]);
+            Vector<4> tap[4];
+            std::memcpy(&tap[0], at, 2 * sizeof tap[0]);
+            std::memcpy(&tap[2], at + stride, 2 * sizeof tap[0]);
+            const Vector<4> upper = tap[0] + across[x] * (tap[1] - tap[0]), lower = tap[2] + across[x] * (tap[3] - tap[2]);
+            const Vector<4> value = upper + down[x] * (lower - upper);
+            std::memcpy(row + 4 * x, &value, sizeof value);
+        }
+        to_bytes(row, 4 * static_cast<std::ptrdiff_t>(width), bytes);
+        for (int x = 0; x < width; ++x) std::memcpy(out + 3 * x, bytes + 4 * x, 3);
+    }
+};
+
+void run(const WarpJob& job, float fill, Scratch& scratch) {
+    pad(job, fill, scratch);
+    const float* padded = scratch.padded.at_least(0);
+    uint8_t* bytes = scratch.bytes.at_least(0);
+    float *across = scratch.across.at_least(job.width), *down = scratch.down.at_least(job.width), *row = scratch.row.at_least(4 * job.width);
+    int* corner = scratch.corner.at_least(job.width);
+    for (int y = 0; y < job.height; ++y) {
+        widest(Locate{}, &job, y, corner, across, down);
+        widest(Sample{}, padded, padded_row(job), corner, across, down, job.width, row, bytes,
+               job.out + 3 * static_cast<std::ptrdiff_t>(y) * job.width);
     }
 }
 
 }  // namespace
 
 void warp(const std::vector<WarpJob>& jobs, float fill, int threads) {
-    for_each_parallel<None>(jobs.size(), threads, [&](std::size_t i, None&) {
-        for (int y = 0; y < jobs[i].height; ++y) warp_row(jobs[i], y, fill);
-    });
+    for_each_parallel<Scratch>(jobs.size(), threads, [&](std::size_t i, Scratch& scratch) { run(jobs[i], fill, scratch); });
 }
 
 }  // namespace vise
