@@ -254,3 +254,12 @@ def test_the_command_says_where_the_page_is(tmp_path, capsys):
     run = fake_run.write(tmp_path / "run", steps=2)
     assert report.main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
+    """A query the judge does not see is gated: zeros stand where no verdict was asked for."""
+    run = fake_run.write(tmp_path / "run", steps=1)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {"seen": 0.3, "gone": [0.0] * 8}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    verdicts = report.cards(record.read(run))[0][1][0].verdicts
+    assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right

@@ -21,6 +21,7 @@ from torch import Tensor
 from vise_fast import decode, geometry, views
 from vise_fast.config import Config
 from vise_fast.errors import DataError
+from vise_fast.experience import WITHOUT_GHOSTS
 from vise_fast.record import Record
 
 LONGEST = 480  # pixels of a picture on the page
@@ -93,7 +94,13 @@ def _card(record: Record, sample: dict[str, Any]) -> Card:
     if best is not None:
         pictures += _views(image, boxes[best], sample, record.config) + _ghost(image, boxes[best], record.config)
     written = (sample.get("written") or [""])[best or 0]
-    return Card(sample["query"], sample.get("name", ""), written, rewards[best] if best is not None else None, pictures, _verdicts(sample, best))
+    judged = best is not None and _ghosts_were_judged(record.config, float(sample["seen"]))
+    return Card(sample["query"], sample.get("name", ""), written, rewards[best] if best is not None else None, pictures, _verdicts(sample, best if judged else None))
+
+
+def _ghosts_were_judged(config: Config, seen: float) -> bool:
+    """Whether the run asked about ghosts at all: zeros stand in the samples where it did not."""
+    return seen >= config.reward.gate and config.reward.w_sem > 0 and config.reward.name not in WITHOUT_GHOSTS
 
 
 def _count(placed: int, total: int) -> str:
@@ -118,7 +125,7 @@ def _ghost(image: Tensor, box: np.ndarray, config: Config) -> list[Picture]:
 
 
 def _verdicts(sample: dict[str, Any], best: int | None) -> list[Verdict]:
-    """What the judge said of the image and, where it was asked, of the ghosts of the chosen box."""
+    """What the judge said of the image and, where a judged box is given, of its ghosts."""
     found = [Verdict("as it is", float(sample["seen"]), True)]
     for name, label, wanted in (("gone", "box hidden", False), ("control", "elsewhere hidden", True), ("keep", "the rest hidden", True)):
         values = sample.get(name)

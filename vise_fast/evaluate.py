@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +106,14 @@ def best_scales(engine: Engine, draw: Callable[[int], Scene], config: Config, ar
 # ---- side by side -----------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(evaluation: Mapping[str, dict]) -> dict[str, tuple[str, str]]:
-    """{"before": Figures.json(), "after": …} as title -> (base, adapter), the latter with its paired difference and 95 % interval."""
+def side_by_side(evaluation: Mapping[str, dict], names: Iterable[str] = ENTRIES) -> dict[str, tuple[str, str]]:
+    """{"before": Figures.json(), "after": …} as title -> (base, adapter), the latter with its paired difference and 95 % interval.
+
+    `names`: the figures to show, those that were measured (glossary.BRIEF for a short table).
+    """
     arms = [Figures.read(evaluation[name]) if name in evaluation else None for name in ("before", "after")]
     known = {name for arm in arms if arm is not None for name in arm.values}
-    return {title(name): (_shown(arms[0], name), _shown(arms[1], name) + _gain(*arms, name)) for name in ENTRIES if name in known}
+    return {title(name): (_shown(arms[0], name), _shown(arms[1], name) + _gain(*arms, name)) for name in names if name in known}
 
 
 def _shown(arm: Figures | None, name: str) -> str:

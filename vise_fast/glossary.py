@@ -71,6 +71,11 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "blind_yes_rate": Entry("yes to a grey image", "should be 0", -1),
     },
 }  # fmt: skip
+BRIEF = (
+    "sampled_iou", "sampled_iou_50", "sampled_iou_rescaled", "sampled_area_ratio", "greedy_iou", "greedy_iou_50", "greedy_iou_rescaled", "greedy_centre_error",
+    "visible_accuracy", "pope_accuracy", "invariance", "own_TU", "own_area", "own_parse_rate", "attention_share",
+)  # fmt: skip
+"""The figures of a short table."""
 ENTRIES: dict[str, Entry] = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 

@@ -46,7 +46,7 @@ class Plot:
 def draw(record: Record) -> list[Plot]:
     """Every plot that this run has numbers for."""
     with matplotlib.rc_context(STYLE):
-        return [plot for make in (_reward, _kl, _area, _readable, _verdicts, _gradient, _attention, _time, _speed) if (plot := make(record)) is not None]
+        return [plot for make in (_reward, _kl, _area, _readable, _verdicts, _gradient, _attention, _attention_steps, _time, _speed) if (plot := make(record)) is not None]
 
 
 def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) -> Plot:
@@ -202,6 +202,11 @@ def _attention(record: Record) -> Plot | None:
 
     caption = "Share of attention on image tokens while a box is written, mean over heads and tokens. The paper reports 8.2 % → 11.0 % at 2B."
     return _plot("attention", "Attention on the image, by layer", caption, paint)
+
+
+def _attention_steps(record: Record) -> Plot | None:
+    caption = "Mean over layers, for the boxes that were sampled."
+    return _time_plot(record, "attention_steps", "Attention on the image, by step", caption, {"attention_share": ("share of attention", "c1")})
 
 
 def _time(record: Record) -> Plot | None:

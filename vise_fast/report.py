@@ -113,7 +113,7 @@ def _facts(record: Record) -> dict[str, str]:
     """The run in a few words."""
     config, seconds = record.config, record.series("seconds")[1]
     facts = {
-        "model": config.model.path, "preset": f"{config.reward.preset}, reward {config.reward.name}",
+        "model": config.model.path, "preset": config.reward.preset + ("" if config.reward.name == "vise" else f", reward {config.reward.name}"),
         "updates": f"{record.steps} of {config.train.batch} images, {config.rollout.samples} boxes each",
         "learning rate": f"{config.train.lr:g}", "seed": str(config.train.seed), "data": config.data.dir or "drawn scenes",
     }  # fmt: skip
