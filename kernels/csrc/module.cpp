@@ -12,6 +12,7 @@
 #include "ghost.h"
 #include "patchify.h"
 #include "resize.h"
+#include "sample.h"
 #include "token_logprob.h"
 #include "warp.h"
 
@@ -30,6 +31,8 @@ using Matrices = nb::ndarray<const double, nb::shape<-1, 3, 3>, nb::c_contig, Cp
 using Weights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, Cpu>;
 using AnyMatrix = nb::ndarray<Cpu, nb::ndim<2>>;
 using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, Cpu>;
+using Temperatures = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, Cpu>;
+using Ids = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, Cpu>;
 
 void require(bool holds, const char* what) {
     if (!holds) throw nb::value_error(what);
@@ -184,6 +187,19 @@ void token_logprob_backward(AnyMatrix logits, Longs ids, Floats logsumexp, Float
                                  grad_logprob.data(), grad_logsumexp.data(), grad_entropy.data(), grad.data(), threads);
 }
 
+// Ids drawn from float32 logits (minus infinity: banned), and what token_logprob_forward says of them.
+void sample(Weights logits, Temperatures temperature, Longs seed, Longs position, Ids ids, Floats logprob, Floats logsumexp, Floats entropy, int threads) {
+    const std::size_t rows = logits.shape(0);
+    const std::int64_t columns = static_cast<std::int64_t>(logits.shape(1));
+    require(columns >= 1, "no ids to draw from");
+    const bool fits = temperature.shape(0) == rows && seed.shape(0) == rows && position.shape(0) == rows && ids.shape(0) == rows;
+    require(fits && logprob.shape(0) == rows && logsumexp.shape(0) == rows && entropy.shape(0) == rows, "one entry per row of logits");
+    nb::gil_scoped_release release;
+    vise::sample(logits.data(), rows, columns, columns, temperature.data(), seed.data(), position.data(), ids.data(), threads);
+    vise::token_logprob_forward(logits.data(), vise::Logits::float32, rows, columns, columns, ids.data(), logprob.data(), logsumexp.data(),
+                                entropy.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -194,6 +210,8 @@ NB_MODULE(_native, m) {
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);
     m.def("patchify", &patchify, "sources"_a.noconvert(), "out"_a.noconvert(), "table"_a.noconvert(), "patch"_a, "merge"_a, "taps"_a, "threads"_a);
+    m.def("sample", &sample, "logits"_a.noconvert(), "temperature"_a.noconvert(), "seed"_a.noconvert(), "position"_a.noconvert(), "ids"_a.noconvert(),
+          "logprob"_a.noconvert(), "logsumexp"_a.noconvert(), "entropy"_a.noconvert(), "threads"_a);
     m.def("token_logprob_forward", &token_logprob_forward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logprob"_a.noconvert(),
           "logsumexp"_a.noconvert(), "entropy"_a.noconvert(), "threads"_a);
     m.def("token_logprob_backward", &token_logprob_backward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logsumexp"_a.noconvert(),

@@ -28,7 +28,7 @@ NATIVE_OPS = {
     "token_logprob": True,
     "linear_logprob": False,  # a matmul: PyTorch's own is the fast CPU path
     "linear_logprob_kl": False,
-    "sample": False,
+    "sample": True,
 }
 PATHS = ("plain", "native", "triton")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vise_kernels.dispatch import choose, jit, tl
+from vise_kernels.dispatch import choose, jit, native, tl
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIER = 0xD256D193  # Philox2x32's multiplier and key increment, from the paper
@@ -23,6 +23,7 @@ LARGEST_U = 1 - 2.0**-24  # float32 rounds the topmost bits up to 1, whose noise
 SERIES_BELOW = 0.125  # of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
 BLOCK = 1024  # logits per step of a Triton program
 MAX_SPLITS = 64  # programs that share a row where there are too few rows to fill the device
+LOGITS_PER_THREAD = 2**17  # starting a thread takes as long as this many logits
 PROGRAMS = 1024  # about eight per multiprocessor of a large GPU
 
 
@@ -44,7 +45,7 @@ def sample(
     _check(logits, banned, seed)
     temperature = _per_row(temperature, seed, torch.float32)
     position = _per_row(position, seed, torch.int64)
-    draw = _draw if _path(logits.device, logits.dtype, path) == "triton" else plain
+    draw = {"triton": _draw, "native": _draw_native, "plain": plain}[_path(logits.device, logits.dtype, path)]
     return draw(logits.detach(), temperature, banned, seed, position)
 
 
@@ -83,6 +84,17 @@ def _philox(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ((product >> 32) ^ key ^ right) & MASK32, product & MASK32
         key = (key + WEYL) & MASK32
     return left, right
+
+
+@torch.no_grad()
+def _draw_native(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain` in C++: exact noise only for the ids that can win."""
+    z = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
+    z = z.contiguous()
+    ids, results = torch.empty_like(seed), z.new_empty(3, len(z))
+    threads = min(torch.get_num_threads(), 1 + z.numel() // LOGITS_PER_THREAD)
+    native().sample(z, temperature.contiguous(), seed.contiguous(), position.contiguous(), ids, *results, threads)
+    return ids, results[0]
 
 
 @torch.library.custom_op("vise_kernels::sample", mutates_args=())

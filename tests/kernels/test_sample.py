@@ -7,7 +7,7 @@ from excess import assert_close
 from vise_kernels.dispatch import choose
 from vise_kernels.sample import _philox, gumbel, sample, uniform_bits
 
-PATHS = ["plain", "triton"]
+PATHS = ["plain", "native", "triton"]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -135,18 +135,30 @@ def test_neighbouring_draws_are_independent(other):
 # --- what a draw depends on --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows, columns", [(1, 1), (7, 13), (23, 131), (3, 2600)])
-def test_paths_draw_the_same_ids(rows, columns, dtype):
-    runs("triton")
+def test_paths_draw_the_same_ids(rows, columns, dtype, path):
+    runs(path)
     logits, seed, position = drawn(rows, columns, dtype)
     temperature = torch.linspace(0, 2, rows)
     banned = torch.arange(columns) % 3 == 1
     for barred in (None, banned):
         options = dict(temperature=temperature, banned=barred, seed=seed, position=position)
-        (ids, logprob), (plain_ids, plain_logprob) = (sample(logits, **options, path=path) for path in ("triton", "plain"))
+        (ids, logprob), (plain_ids, plain_logprob) = (sample(logits, **options, path=path) for path in (path, "plain"))
         assert torch.equal(ids, plain_ids)
         assert_close(logprob, plain_logprob, absolute=3e-6, what="logprob")
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_native_bounds_miss_no_winner(spread):
+    """Flat logits leave the choice to the noise, steep ones to the logits; either way the bound must not hide the best id."""
+    runs("native")
+    generator = torch.Generator().manual_seed(5)
+    logits, seed = spread * torch.randn(300, 4001, generator=generator), torch.arange(300) * 7919
+    draws = [sample(logits, temperature=1.0, seed=seed, position=11, path=path)[0] for path in ("native", "plain")]
+    assert torch.equal(*draws)
+    assert len(draws[0].unique()) > 150
 
 
 @pytest.mark.gpu
@@ -253,8 +265,8 @@ def test_what_does_not_fit_is_refused():
     for bad in (logits[0], logits.long(), logits[:, :0]):
         with pytest.raises(ValueError, match="sample"):
             sample(bad, **good)
-    with pytest.raises(ValueError, match="native"):
-        sample(logits, **good, path="native")
+    with pytest.raises(ValueError, match="cuda"):
+        sample(logits, **good, path="cuda")
 
 
 def test_the_op_is_registered_as_torch_wants_it_and_traces_whole():
