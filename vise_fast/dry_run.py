@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from vise_fast import adapter, checkpoint, estimate, model, settings
+from vise_fast import adapter, checkpoint, estimate, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.console import Console, duration
 from vise_fast.engine import Engine
-from vise_fast.errors import UserError
+from vise_fast.errors import EnvironmentFault, UserError
 from vise_fast.images import Source
 from vise_fast.learner import Learner
 
@@ -25,6 +25,7 @@ from vise_fast.learner import Learner
 def dry_run(config: Config, open_source, play_batch) -> int:
     """Explain, then try. Returns the exit code: 0, or that of the first fault."""
     console = Console()
+    rewards.resolve(config.reward)
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -34,7 +35,7 @@ def dry_run(config: Config, open_source, play_batch) -> int:
         plan = _try(faults, lambda: estimate.plan(config, source))
         if plan is not None:
             console.say(str(plan))
-        policy = _try(faults, lambda: model.load(config))
+        policy = _try(faults, lambda: _load(config))
         if policy is not None and source is not None:
             with contextlib.closing(source):
                 _one_step(console, config, policy, source, play_batch, Path(scratch))
@@ -52,6 +53,13 @@ def explain(console: Console, config: Config) -> None:
     changed = settings.changed(config)
     if changed:
         console.say("  settings that differ from their defaults: " + ", ".join(f"{key} {value}" for key, value in changed.items()))
+
+
+def _load(config: Config) -> model.Policy:
+    """The policy, if no download is needed for it: a dry run does not start one."""
+    if not model.at_hand(config.model.path):
+        raise EnvironmentFault(f"the weights of {config.model.path} are not on this machine; a run would download them; fetch them with: hf download {config.model.path}")
+    return model.load(config)
 
 
 def _try(faults: list[UserError], work):

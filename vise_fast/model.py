@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -27,6 +28,7 @@ from vise_fast.prompts import style_for
 from vise_fast.tokens import Tokens
 
 NANO = Path(__file__).parent / "nano"
+SHAPES = Path(__file__).parents[1] / "configs" / "models"
 FAMILIES = {"qwen3_vl": (Backbone, LORA_TARGETS)}
 
 
@@ -96,9 +98,23 @@ def read_config(path: str):
     return model_config
 
 
+def at_hand(path: str) -> bool:
+    """Whether the model can be loaded without a download."""
+    source = resolve(path)
+    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
+def known_shapes(path: str):
+    """The model's transformers config; for the published sizes from configs/models, where the model itself is not at hand."""
+    file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
+    if file.is_file() and not at_hand(path):
+        return AutoConfig.from_pretrained(file)
+    return read_config(path)
+
+
 def grid_multiple(path: str) -> int:
     """Pixels per image token side: images are resized to multiples of it."""
-    vision = read_config(path).vision_config
+    vision = known_shapes(path).vision_config
     return vision.patch_size * vision.spatial_merge_size
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vise_fast import config as configuration
-from vise_fast import console, model, settings
+from vise_fast import console, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.dry_run import dry_run
 from vise_fast.engine import Engine
@@ -38,6 +38,7 @@ def main(words: Sequence[str]) -> int:
 
 def train(config: Config, truth: Truth | None = None) -> int:
     """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
+    rewards.resolve(config.reward)
     run = Run.begin(config)
     source = open_source(config, run.directory)
     policy = model.load(config)
@@ -76,7 +77,7 @@ def play_batch(engine: Engine, images: list[Image], config: Config, step: int, t
 def open_source(config: Config, directory: Path) -> Source:
     """The user's folder, or the embedded scenes. Raises DataError before any model is loaded."""
     if config.data.dir is None:
-        return Scenes(config)
+        return Scenes(config, multiple=model.grid_multiple(config.model.path))
     return Folder(config.data.dir, config, model.grid_multiple(config.model.path), directory / "bad_images.jsonl")
 
 
