@@ -9,14 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "randomness"},
-    {"settings", "geometry", "attention"},
+    {"settings", "geometry", "attention", "glossary"},
     {"config"},
-    {"prompts", "decode", "scenes", "as_released", "signals", "alarms"},
+    {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words"},
     {"console", "loggers", "checkpoint", "perf", "images", "views", "tokens", "quantise", "backbones", "rewards", "loss"},
     {"engine", "model"},
     {"stock", "roles", "attention_meter", "figures"},
-    {"experience", "estimate"},
-    {"learner", "evaluate"},
+    {"experience", "estimate", "exam", "record"},
+    {"learner", "evaluate", "diagnosis", "plots", "cards"},
     {"report", "adapter", "survive"},
     {"run", "dry_run"},
     {"train"},
