@@ -1,0 +1,134 @@
+"""What the rollout bench runs on: models (the embedded one, a directory, or random weights of configs/models/*.json) and images.
+
+A random model has no tokenizer, so it gets one whose words, digits and marks are one token each; the prompts then have about as many
+tokens as under Qwen's. `Locked` fixes every answer's length by banning the end tokens, and what an answer says (a random model's answers
+say nothing): the same query for every image, a box of its own for every box answer. All engines under test go through the same `Locked`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from vise_fast import model, scenes
+from vise_fast.config import Config, load
+from vise_fast.images import Image
+from vise_fast.nano.blank import CHAT_TEMPLATE
+from vise_fast.prompts import NATURAL
+from vise_fast.tokens import Tokens
+
+SHAPES = Path(__file__).parents[1] / "configs" / "models"
+QUERY_TOKENS, BOX_TOKENS, VERDICT_TOKENS = 14, 22, 8
+QUERIES = {"short": "red circle", "natural": "the brown dog on the old sofa"}
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>")
+PIECE = r"</|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]|\n"
+
+
+class Locked:
+    """A model's `Tokens` with locked answers. Also counts what it was asked to read."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self.box_count = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokens, name)
+
+    def banned(self) -> Tensor:
+        """No answer ends before its limit."""
+        mask = self._tokens.banned()
+        mask[self._tokens.eos] = True
+        return mask
+
+    def text(self, ids: list[int]) -> str:
+        style = self._tokens.style
+        if len(ids) == QUERY_TOKENS:
+            return style.write_query(QUERIES[style.name])
+        if len(ids) == VERDICT_TOKENS:
+            return style.write_verdict(sum(ids) % 2 == 0)
+        self.box_count += 1
+        left, top = 50 + 37 * self.box_count % 400, 60 + 53 * self.box_count % 400
+        return style.write_box((left, top, left + 300, top + 250))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test: the directory it loads from and whether its weights are made up."""
+
+    name: str
+    directory: str
+    random: bool
+
+    def config(self, preset: str, batch: int, extra: list[str]) -> Config:
+        words = [
+            f"--model.path={self.directory}", f"--reward.preset={preset}", f"--train.batch={batch}", "--reward.gate=0", "--train.lr=1e-6",
+            f"--rollout.query_tokens={QUERY_TOKENS}", f"--rollout.box_tokens={BOX_TOKENS}", *extra,
+        ]  # fmt: skip
+        return load(None, words)
+
+    @property
+    def weights(self) -> str | None:
+        return "random" if self.random else None
+
+
+def find(name: str, random: bool, scratch: tempfile.TemporaryDirectory) -> Subject:
+    """The model called `name`: 'nano', a shape of configs/models, or a directory. `scratch` takes the files of a random one."""
+    shape = SHAPES / f"{name}.json"
+    if shape.exists():
+        return Subject(name, _write(json.loads(shape.read_text()), scratch.name), True)
+    directory = model.resolve(name)
+    if not random and any(Path(directory).glob("*.safetensors")):
+        return Subject(name, directory, False)
+    if name != "nano":
+        return Subject(name, directory, random)
+    from vise_fast.nano import blank
+
+    blank.save(blank.model(0), Path(scratch.name))
+    return Subject("nano (random weights)", scratch.name, False)
+
+
+def _write(shape: dict, directory: str) -> str:
+    path = Path(directory)
+    (path / "config.json").write_text(json.dumps(shape))
+    tokenizer(shape).save_pretrained(path)
+    return directory
+
+
+def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
+    """One token per word, digit and mark of the natural prompts and their answers; special tokens at the ids the model's config names."""
+    texts = [NATURAL.ask(), NATURAL.ground(QUERIES["natural"]), NATURAL.verify(QUERIES["natural"]), "system user assistant yes Yes YES no No NO\n"]
+    pieces = sorted({piece for text in texts for piece in _pieces(text)} | set("0123456789"))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    ids = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id", "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
+    vocabulary |= {name: shape[key] for name, key in ids.items()}
+    free = iter(range(len(pieces), len(pieces) + len(SPECIAL)))
+    vocabulary |= {name: next(free) for name in SPECIAL if name not in ids}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=[name for name in SPECIAL if name not in ("<unk>", "<|im_end|>", "<|endoftext|>")], chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def _pieces(text: str) -> list[str]:
+    import re
+
+    return re.findall(PIECE, text)
+
+
+def pictures(height: int, width: int, count: int) -> list[Image]:
+    """Drawn scenes, cropped or tiled to a size."""
+    side = max(height, width)
+    drawn = [scenes.draw(np.random.default_rng(i), size=128).pixels for i in range(count)]
+    tile = -(-side // 128)
+    pixels = [torch.from_numpy(np.tile(image, (tile, tile, 1))[:height, :width].copy()) for image in drawn]
+    return [Image(image, f"scene {i}", i) for i, image in enumerate(pixels)]

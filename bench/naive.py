@@ -1,0 +1,271 @@
+"""The two baselines of the rollout bench: the loop as the paper describes it (NAIVE), and one a good engineer writes in a day (NAIVE+).
+
+Both speak transformers and PEFT only, through the interface of the engine, so that views, ghosts, parsing, rewards and the loss are the
+very same code for every contender. Nobody's answers are cut short: lengths are locked by banning the end tokens, as everywhere.
+
+NAIVE: two copies of the weights (policy with LoRA, untouched reference), one image at a time, one `generate` call per answer, the stock
+processor (image and text) before every call, verdicts as text of 8 tokens, logits of the whole sequence in the update, PEFT defaults.
+NAIVE+: one copy with adapters off for the reference, batched `generate` with left padding, `logits_to_keep`, SDPA attention, one batched
+forward for policy and one for reference. Verdicts are still text: reading them from one forward is one of the tricks under test.
+
+"Stock processor" is transformers' PIL image processor for this family plus the tokenizer, joined as Qwen3VLProcessor joins them: that
+class itself cannot be built without torchvision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+
+import torch
+from _subjects import VERDICT_TOKENS, Subject
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Pillow
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vise_fast import model as loading
+from vise_fast import prompts
+from vise_fast.backbones.qwen3_vl import LORA_TARGETS
+from vise_fast.config import Config
+from vise_fast.engine import Counters, Rollout
+from vise_fast.experience import Played
+from vise_fast.learner import Learner
+
+
+class Processor:
+    """(images, texts) to model inputs, left-padded: chat template, one placeholder per merged patch, pixels, grids, token types."""
+
+    def __init__(self, tokenizer, vision, max_pixels: int) -> None:
+        self.tokenizer, self.merge = tokenizer, vision.spatial_merge_size
+        self.tokenizer.padding_side = "left"
+        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.image = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size, merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 1024, "longest_edge": max_pixels},
+        )  # fmt: skip
+
+    def __call__(self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None) -> dict[str, Tensor]:
+        """`answers`: ids to append, all of one length."""
+        pixels = self.image(images=images, return_tensors="pt")
+        chats = [self._chat(text, int(grid.prod()) // self.merge**2) for text, grid in zip(texts, pixels["image_grid_thw"], strict=True)]
+        batch = self.tokenizer(chats, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if answers is not None:
+            ids = torch.cat([ids, torch.tensor(answers)], 1)
+            mask = torch.cat([mask, torch.ones(len(answers), len(answers[0]), dtype=mask.dtype)], 1)
+        types = (ids == self.image_token).int()
+        return dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, **pixels)
+
+    def _chat(self, text: str, places: int) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        return chat.replace("<|image_pad|>", "<|image_pad|>" * places)
+
+
+@dataclass
+class Pictures:
+    images: list[Pillow.Image]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, chosen: list[int]) -> Pictures:
+        return Pictures([self.images[i] for i in chosen])
+
+
+@dataclass
+class Prefixes:
+    pictures: Pictures
+    adapters: bool
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def select(self, chosen: list[int]) -> Prefixes:
+        return Prefixes(self.pictures.select(chosen), self.adapters)
+
+
+@dataclass
+class Prompts:
+    prefixes: Prefixes
+    owner: list[int]
+    rows: list[str]
+
+
+class Texts:
+    """The bench's locked tokens, except that a row is its text: the processor tokenizes it again before every call."""
+
+    def __init__(self, locked) -> None:
+        self._locked = locked
+
+    def __getattr__(self, name: str):
+        return getattr(self._locked, name)
+
+    def row(self, text: str) -> str:
+        return text
+
+    def verdict_row(self, text: str) -> str:
+        return text
+
+
+class NaiveEngine:
+    """NAIVE. The interface is `engine.Engine`'s; rows are texts."""
+
+    batched = False
+
+    def __init__(self, subject: Subject, config: Config, locked) -> None:
+        self.tokens, self.counters = Texts(locked), Counters()
+        self.config = config
+        self.device = loading.device_of(config.model.device)
+        base = self._base(subject)
+        self.reference = self._reference(base)
+        lora = LoraConfig(
+            r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        )
+        self.model = get_peft_model(base, lora).eval()
+        self.processor = Processor(AutoTokenizer.from_pretrained(subject.directory), base.config.vision_config, config.data.max_pixels)
+        self.suppressed = locked.banned().nonzero()[:, 0].tolist()
+        self.banned = locked.banned()
+        self.backbone = Unfused(base.lm_head)
+        self.interrupted = lambda: None
+
+    def _base(self, subject: Subject) -> nn.Module:
+        dtype = loading.dtype_of(self.config.model.dtype, self.device)
+        settings = dict(dtype=dtype, attn_implementation="sdpa")
+        torch.manual_seed(0)
+        if subject.random:
+            with torch.device(self.device):
+                base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(subject.directory), **settings)
+        else:
+            base = AutoModelForImageTextToText.from_pretrained(subject.directory, **settings).to(self.device)
+        return base.requires_grad_(False).eval()
+
+    def _reference(self, base: nn.Module) -> nn.Module:
+        """A second copy of all weights."""
+        return copy.deepcopy(base)
+
+    @contextlib.contextmanager
+    def _judge(self, adapters: bool):
+        yield self.model if adapters else self.reference
+
+    def encode(self, images: list[Tensor]) -> Pictures:
+        return Pictures([Pillow.fromarray(image.numpy()) for image in images])
+
+    def prefill(self, features: Pictures, adapters: bool) -> Prefixes:
+        return Prefixes(features, adapters)
+
+    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Prompts:
+        return Prompts(prefixes, owner, rows)
+
+    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+        order = [r for r, count in enumerate(fan) for _ in range(count)]
+        images = [prompts.prefixes.pictures.images[prompts.owner[r]] for r in order]
+        ids = self._answers(images, [prompts.rows[r] for r in order], limit, prompts.prefixes.adapters)
+        return Rollout(ids, torch.zeros(ids.shape, device=ids.device), [limit] * len(order))
+
+    def _answers(self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool) -> Tensor:
+        """Sampled ids (N, limit)."""
+        size = len(images) if self.batched else 1
+        return torch.cat([self._call(images[i : i + size], texts[i : i + size], limit, adapters) for i in range(0, len(images), size)])
+
+    def _call(self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool) -> Tensor:
+        inputs = self._inputs(images, texts)
+        self.counters.decode_steps += limit - 1
+        with torch.no_grad(), self._judge(adapters) as model:
+            out = model.generate(
+                **inputs, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=self.suppressed,
+                pad_token_id=self.tokens.pad,
+            )  # fmt: skip
+        return out[:, -limit:]
+
+    def _inputs(self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None) -> dict[str, Tensor]:
+        self.counters.forwards += 1
+        self.counters.images_encoded += len(images)
+        self.counters.prefixes += len(images)
+        return {name: value.to(self.device) for name, value in self.processor(images, texts, answers).items()}
+
+    def verdict_logits(self, features: Pictures, rows: list[str], adapters: bool) -> Tensor:
+        return self.forked_verdict_logits(Prefixes(features, adapters), list(range(len(rows))), rows)
+
+    def forked_verdict_logits(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Tensor:
+        """Verdicts written as text, read, and put as logits of yes and no."""
+        answers = self._answers([prefixes.pictures.images[i] for i in owner], rows, VERDICT_TOKENS, prefixes.adapters).tolist()
+        logits = torch.zeros(len(answers), len(self.banned))
+        for row, ids in zip(logits, answers, strict=True):
+            row[self.tokens.yes[0] if prompts.read_verdict(self.tokens.text(ids)) else self.tokens.no[0]] = 20.0
+        return logits
+
+    def logprobs(self, pictures: Pictures, owner: list[int], texts: list[str], answers: list[list[int]], adapters: bool) -> Tensor:
+        """Log-softmax of every position of every sequence, then the answers' own: full rows (N, T, V)."""
+        inputs = self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers)
+        with self._judge(adapters) as model:
+            logits = model(**inputs, use_cache=False).logits
+        length = len(answers[0])
+        return torch.log_softmax(logits.float(), -1)[:, -length - 1 : -1]
+
+
+class NaivePlusEngine(NaiveEngine):
+    """NAIVE+."""
+
+    batched = True
+
+    def _reference(self, base: nn.Module) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def _judge(self, adapters: bool):
+        with contextlib.nullcontext() if adapters else self.model.disable_adapter():
+            yield self.model
+
+    def logprobs(self, pictures: Pictures, owner: list[int], texts: list[str], answers: list[list[int]], adapters: bool) -> Tensor:
+        """Log-softmax (N, T, V) of the answers' positions only."""
+        inputs, length = self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers), len(answers[0])
+        with self._judge(adapters) as model:
+            logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
+        return torch.log_softmax(logits[:, :-1].float(), -1)
+
+
+@dataclass
+class Unfused:
+    """What the learner asks of a backbone."""
+
+    head: nn.Module
+
+    def refresh(self) -> None:
+        """Nothing is cached."""
+
+
+class NaivePolicy:
+    """What the learner asks of a policy."""
+
+    def __init__(self, engine: NaiveEngine) -> None:
+        self.engine, self.backbone = engine, engine.backbone
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}
+
+
+class NaiveLearner(Learner):
+    """The learner with the update's log-probs from whole stock forwards, one per sampled box and model (NAIVE+: one for all)."""
+
+    def _logprobs(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        boxes, engine = played.boxes, self.engine
+        size = len(chosen) if engine.batched else 1
+        calls = [self._one_call(played, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return *[torch.cat(parts) for parts in zip(*calls, strict=True)], [boxes.answers.lengths[n] for n in chosen]
+
+    def _one_call(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per model."""
+        boxes, engine = played.boxes, self.engine
+        answers, owner = boxes.answers.select(chosen), [boxes.owner[n] for n in chosen]
+        place = played.features, owner, boxes.rows, answers.rows()
+        with torch.no_grad():
+            reference = engine.logprobs(*place, False)
+        current = engine.logprobs(*place, True)
+        exact = self.config.update.kl == "exact"
+        kl = (current.exp() * (current - reference)).sum(-1) if exact else torch.zeros(current.shape[:2], device=current.device)
+        pick = lambda table: table.gather(-1, answers.ids[..., None])[..., 0].flatten()  # noqa: E731
+        return pick(current), pick(reference), kl.flatten()
