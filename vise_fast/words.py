@@ -78,11 +78,13 @@ def _run_file(adapter: str | None) -> str | None:
 
 
 def _base_of(adapter: str | None) -> str | None:
-    """The base that PEFT wrote down. None without an adapter or a readable note (loading says what is wrong with a directory)."""
+    """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None without an adapter or its file
+    (loading says what is wrong with a directory)."""
     file = Path(adapter) / "adapter_config.json" if adapter else None
     if file is None or not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
         raise ConfigError(f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point at RUN/adapter") from None
+    return "nano" if base and Path(base).parts[-2:] == ("vise_fast", "nano") else base
