@@ -28,7 +28,8 @@ RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
 MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
 DISTRACTOR = 0.3  # how often a further object shares colour or shape with an earlier one
 LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
-GRAIN = 24  # grey levels of speckle on an object: without it, blurring a square within its exact box changes nothing
+RIM = 2.5 / 128  # width of the dark outline as a share of the side: without it, blurring a square within its exact box changes nothing
+RIM_SHADE = 0.55  # how much darker the outline is
 TRIES = 24  # places tried for one object before it is left out
 
 
@@ -64,11 +65,11 @@ def draw(rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_ob
     full: list[int] = []
     for _ in range(int(rng.integers(min_objects, max_objects + 1))):
         name = _new_name(rng, names)
-        window, alpha = _place(rng, name.split()[1], owner, full)
-        if alpha is None:
+        window, distance = _place(rng, name.split()[1], owner, full)
+        if distance is None:
             continue
-        _paint(rng, canvas[window], alpha, name.split()[0])
-        mask = alpha > 0.5
+        _paint(rng, canvas[window], distance, name.split()[0], RIM * size)
+        mask = distance < 0
         owner[window][mask] = len(names)
         names.append(name)
         full.append(int(mask.sum()))
@@ -128,26 +129,26 @@ def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[int]):
-    """(window, alpha) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of itself; alpha None when none was found."""
+    """(window, distance) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of itself; distance None: none was found."""
     size = owner.shape[0]
     seen = np.bincount(owner.ravel() + 1, minlength=len(full) + 1)[1:]
     for _ in range(TRIES):
         radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random() ** 1.3)
         x, y = rng.uniform(radius, size - radius, 2)
         window = tuple(slice(max(int(c - radius) - 1, 0), min(int(c + radius) + 2, size)) for c in (y, x))
-        alpha = _alpha(shape, radius, x, y, window)
-        covered = owner[window][alpha > 0.5]
+        distance = _distance_in(window, shape, radius, x, y)
+        covered = owner[window][distance < 0]
         lost = np.bincount(covered + 1, minlength=len(full) + 1)[1:]
         if np.all(seen - lost >= (1 - MAX_HIDDEN) * np.array(full)):
-            return window, alpha
+            return window, distance
     return window, None
 
 
-def _alpha(shape: str, radius: float, x: float, y: float, window: tuple[slice, slice]) -> np.ndarray:
-    """Coverage in 0..1 of one shape at the window's pixel centres, from its distance to the edge (one pixel of smoothing)."""
+def _distance_in(window: tuple[slice, slice], shape: str, radius: float, x: float, y: float) -> np.ndarray:
+    """Signed distance (pixels, negative inside) from the window's pixel centres to the edge of a shape centred at (x, y)."""
     v = (np.arange(window[0].start, window[0].stop, dtype=np.float32) + 0.5 - y)[:, None]
     u = (np.arange(window[1].start, window[1].stop, dtype=np.float32) + 0.5 - x)[None, :]
-    return np.clip(0.5 - _distance(shape, radius, u, v), 0, 1)
+    return _distance(shape, radius, u, v)
 
 
 def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -163,12 +164,12 @@ def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.nda
     return np.minimum(np.maximum(a - arm, b - half), np.maximum(a - half, b - arm))
 
 
-def _paint(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray, color: str) -> None:
-    """Blends one shaded shape into a float32 view of the canvas, in place."""
-    height, width = alpha.shape
+def _paint(rng: np.random.Generator, patch: np.ndarray, distance: np.ndarray, color: str, rim: float) -> None:
+    """Blends one shaded, outlined shape into a float32 view of the canvas, in place; its edge is smoothed over one pixel."""
+    height, width = distance.shape
     tilt = rng.uniform(-0.15, 0.15, 2)
     light = rng.uniform(0.88, 1.05) + tilt[0] * np.linspace(-1, 1, height)[:, None] + tilt[1] * np.linspace(-1, 1, width)[None, :]
     tone = np.array(COLORS[color]) + rng.uniform(-10, 10, 3)
-    grain = rng.integers(-GRAIN, GRAIN + 1, (height, width, 1))
-    paint = (light[:, :, None] * tone + grain).astype(np.float32)
-    patch += alpha[:, :, None].astype(np.float32) * (paint - patch)
+    light = light * (1 - RIM_SHADE * np.clip(distance + rim + 0.5, 0, 1))
+    paint = (light[:, :, None] * tone).astype(np.float32)
+    patch += np.clip(0.5 - distance, 0, 1)[:, :, None] * (paint - patch)

@@ -54,8 +54,9 @@ class Row:
     weights: tuple[float, ...]
 
 
-def batch(rng: np.random.Generator, size: int, max_objects: int = 4, ghosted: float = GHOSTED) -> Batch:
-    lessons = [_lesson(rng, max_objects, ghosted) for _ in range(size)]
+def batch(rng: np.random.Generator, size: int, max_objects: int = 4, ghosted: float = GHOSTED, find: float = 1.0) -> Batch:
+    """`size` lessons; `ghosted` is the share of ghosted images, `find` scales the loss weights of the boxes."""
+    lessons = [_lesson(rng, max_objects, ghosted, find) for _ in range(size)]
     return Batch(*(np.stack(column) for column in zip(*lessons)))
 
 
@@ -149,14 +150,14 @@ def shown_shares(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
     return np.bincount(owner.ravel() + 1, minlength=count + 1)[1:] / before
 
 
-def _lesson(rng: np.random.Generator, max_objects: int, ghosted: float):
+def _lesson(rng: np.random.Generator, max_objects: int, ghosted: float, find: float):
     scene = scenes.draw(rng, SIDE, max_objects)
     pixels, owner = ghosted_scene(rng, scene) if rng.random() < ghosted else (scene.pixels, scene.owner)
     shown = shown_shares(scene, owner)
     rows = _rows(rng, scene, shown)
     ids = [TOKEN[token] for row in rows for token in (row.question + TURN + row.answer)[:-1]]
     targets = [TOKEN[token] for row in rows for token in row.answer]
-    weights = [weight for row in rows for weight in row.weights]
+    weights = [weight * (find if row.kind == "find" else 1) for row in rows for weight in row.weights]
     return pixels, np.array(ids), np.array(targets), np.array(weights, np.float32), *_cells(scene, owner, shown)
 
 

@@ -29,7 +29,8 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run: `share` of its minutes, learning rate at both ends (as a share of the peak), what is drawn and asked."""
+    """A stretch of the run: `share` of its minutes, learning rate at both ends (as a share of the peak), what is drawn and
+    asked; `find` scales the loss of the boxes."""
 
     name: str
     share: float
@@ -38,13 +39,14 @@ class Phase:
     dense: float = 0.3
     max_objects: int = 4
     ghosted: float = lessons.GHOSTED
+    find: float = 1.0
 
 
 PHASES = (
-    Phase("look", 0.16, (1.0, 1.0), questions=False, dense=1.0, ghosted=0.0),
-    Phase("easy", 0.12, (1.0, 0.9), max_objects=2, ghosted=0.0),
-    Phase("full", 0.36, (0.9, 0.465)),
-    Phase("judge", 0.36, (0.465, 0.03), ghosted=0.65),
+    Phase("look", 0.24, (1.0, 1.0), questions=False, dense=1.0, ghosted=0.0),
+    Phase("easy", 0.08, (1.0, 0.9), max_objects=2, ghosted=0.0),
+    Phase("full", 0.38, (0.9, 0.4)),
+    Phase("judge", 0.30, (0.4, 0.03), ghosted=0.7, find=0.3),
 )
 
 
@@ -58,7 +60,8 @@ class Lessons(IterableDataset):
         index = self.start
         while True:
             rng = generator(self.seed, index, f"pretrain/{self.phase.name}")
-            yield tuple(torch.from_numpy(part) for part in astuple(lessons.batch(rng, BATCH, self.phase.max_objects, self.phase.ghosted)))
+            batch = lessons.batch(rng, BATCH, self.phase.max_objects, self.phase.ghosted, self.phase.find)
+            yield tuple(torch.from_numpy(part) for part in astuple(batch))
             index += 1
 
 
