@@ -48,8 +48,8 @@ def patchify(
 
 
 def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., 3) grey levels to float32, in the order of operations of transformers' image processors."""
-    scaled = levels.float() * (1 / 255)
+    """(..., 3) grey levels to float32, rounded where transformers' image processors round: after the float64 product too."""
+    scaled = (levels.double() * (1 / 255)).float()
     return (scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)
 
 
@@ -65,14 +65,14 @@ def _patchify_one(values: Tensor, patch: int, merge: int, taps: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _levels(mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
-    """(3,256): the value of every grey level of every channel."""
-    return normalise(torch.arange(256)[:, None].expand(-1, 3), mean, std).to(dtype).T.contiguous()
+def _levels(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3,256): the value of every grey level of every channel, so that the fast paths look up instead of computing."""
+    return normalise(torch.arange(256)[:, None].expand(-1, 3), mean, std).to(dtype).T.contiguous().to(device)
 
 
 def _native(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
     out = _allocate(images, patch, taps, dtype)
-    native().patchify(images, out, _levels(mean, std, dtype), patch, merge, taps, torch.get_num_threads())
+    native().patchify(images, out, _levels(mean, std, dtype, out.device), patch, merge, taps, torch.get_num_threads())
     return out
 
 
@@ -86,8 +86,7 @@ VALUES = 1024  # per program
 
 
 @jit
-def _patchify_kernel(table, normal, out, COLUMNS: tl.constexpr, VALUES: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr, TAPS: tl.constexpr):
-    """`normal` holds the three means and the three standard deviations."""
+def _patchify_kernel(table, levels, out, COLUMNS: tl.constexpr, VALUES: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr, TAPS: tl.constexpr):
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     begin, columns, patches = tl.load(row + 1), tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
@@ -100,11 +99,10 @@ def _patchify_kernel(table, normal, out, COLUMNS: tl.constexpr, VALUES: tl.const
     line = (square // squares * MERGE + member // MERGE) * PATCH + y
     column = (square % squares * MERGE + member % MERGE) * PATCH + x
     level = tl.load(source + (line.to(tl.int64) * columns * PATCH + column) * 3 + channel, mask=inside, other=0)
-    mean = tl.load(normal + channel, mask=inside, other=0)
-    value = (level.to(tl.float32) * (1 / 255) - mean) / tl.load(normal + 3 + channel, mask=inside, other=1)
+    value = tl.load(levels + channel * 256 + level, mask=inside)
     to = out + ((begin + token) * 3 + channel) * TAPS * plane + y * PATCH + x
     for tap in tl.static_range(TAPS):
-        tl.store(to + tap * plane, value.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + tap * plane, value, mask=inside)
 
 
 def _triton(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
@@ -113,7 +111,6 @@ def _triton(images: Images, patch: int, merge: int, taps: int, mean: tuple, std:
     width = torch.tensor([image.shape[1] // patch for image in images])
     patches = torch.tensor([image.shape[0] * image.shape[1] // patch**2 for image in images])
     table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(device, non_blocking=True)
-    normal = torch.tensor([*mean, *std], dtype=torch.float32).to(device, non_blocking=True)
     grid = (triton.cdiv(int(patches.max()) * 3 * patch**2, VALUES), len(images))
-    _patchify_kernel[grid](table, normal, out, COLUMNS, VALUES, patch, merge, taps)
+    _patchify_kernel[grid](table, _levels(mean, std, dtype, device), out, COLUMNS, VALUES, patch, merge, taps)
     return out
