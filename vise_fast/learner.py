@@ -43,20 +43,26 @@ class Learner:
         self.baseline = loss.Baseline(update.ema_momentum)
         self.beta = loss.Beta(update.beta, update.tau, update.eta, update.beta_min, update.beta_max)
         self.skipped = 0
+        self.moving = False
+        """The adapter is being changed: a step that fails now cannot be done again."""
 
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
         """One update from the whole batch. Raises NumericFault after several non-finite gradients in a row."""
         evidence = join(slices)
         scores = rewards.score(evidence, self.config.reward, generator(self.config.train.seed, step, "reward"))
+        for played, part in zip(slices, scores.reward.split([len(p.images) * self.config.rollout.samples for p in slices]), strict=True):
+            played.rewards = part
         targets, metrics = self._targets(slices, evidence, scores)
         self.optimizer.zero_grad(set_to_none=True)
         samples, scored = len(scores.reward), max(sum(int(t.scored.sum()) for t in targets), 1)
-        sums = [self._backward(played, target, samples) for played, target in zip(slices, targets, strict=True) if target.scored.any()]
+        with self.engine.clock.phase("update"):
+            sums = [self._backward(played, target, samples) for played, target in zip(slices, targets, strict=True) if target.scored.any()]
         totals = {name: float(sum(s[name] for s in sums)) for name in (sums[0] if sums else {})}
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / scored
         metrics |= totals | {"scored": scored / samples, "beta": self.beta.value, "lr": self._set_lr(step)}
-        metrics["grad_norm"] = self._apply() if sums else 0.0
+        with self.engine.clock.phase("optimizer"):
+            metrics["grad_norm"] = self._apply() if sums else 0.0
         if sums and math.isfinite(metrics["grad_norm"]):
             self.beta.update(metrics["kl"])
         if scores.carries.any():
@@ -139,10 +145,23 @@ class Learner:
                 raise NumericFault(f"the gradient was not finite {self.skipped} times in a row; the run has diverged; lower train.lr or use float32")
             return norm
         self.skipped = 0
+        self._make_room()
+        self.moving = True
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # no gradients in memory during the next rollout
+        self.forget()  # no gradients in memory during the next rollout
         self.policy.backbone.refresh()
+        self.moving = False
         return norm
+
+    def _make_room(self) -> None:
+        """Runs out of memory here, where nothing has changed yet, rather than halfway through: moments not made yet and one more copy of all masters."""
+        made = any(self.optimizer.state.get(p) for p in self.parameters.values())
+        size = sum(p.numel() for p in self.parameters.values()) * (4 if made else 12)
+        torch.empty(size, dtype=torch.uint8, device=self.policy.device)
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_lr(self, step: int) -> float:
         lr = learning_rate(step, self.config)
