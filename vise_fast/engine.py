@@ -16,6 +16,7 @@ from vise_kernels import sample
 
 from vise_fast.attention import Grid
 from vise_fast.backbones.qwen3_vl import Backbone, Features, Level, Ragged, Segment
+from vise_fast.perf import Clock
 from vise_fast.tokens import Tokens
 
 
@@ -110,6 +111,7 @@ class Engine:
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
         self.chunk = chunk
         self.interrupted = lambda: None
+        self.clock = Clock(self.device)
 
     # ---- images and prefixes ------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class Played:
     evidence: Evidence
     features: Features
     reference: Prefixes | None
+    rewards: Tensor | None = None
+    """(samples,) of this slice, once the learner has scored the batch."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,33 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     """Ask, ground on images and views in one batch, then verify images and ghosts."""
     count, samples, many, limits = len(images), config.rollout.samples, config.rollout.views, config.rollout
     pixels, originals = [image.pixels for image in images], list(range(len(images)))
-    drawn = [[views.draw_view(draws.generator("view", i * many + k, many), *image.shape[:2], config.view) for k in range(many)] for i, image in enumerate(pixels)]
-    moved = views.apply([image for image in pixels for _ in range(many)], [view for group in drawn for view in group])
-    features = engine.encode(pixels + moved)
-    prefixes = engine.prefill(features, adapters=True)
-    queries = roles.ask(engine, prefixes, originals, draws.keys("ask", count), limits.query_tokens, limits.temperature)
+    phase = engine.clock.phase
+    with phase("views"):
+        drawn = [[views.draw_view(draws.generator("view", i * many + k, many), *image.shape[:2], config.view) for k in range(many)] for i, image in enumerate(pixels)]
+        moved = views.apply([image for image in pixels for _ in range(many)], [view for group in drawn for view in group])
+    with phase("encode"):
+        features = engine.encode(pixels + moved)
+    with phase("prefill"):
+        prefixes = engine.prefill(features, adapters=True)
+    with phase("ask"):
+        queries = roles.ask(engine, prefixes, originals, draws.keys("ask", count), limits.query_tokens, limits.temperature)
     texts = queries.texts + [views.query_for(text, view, config.view) for text, group in zip(queries.texts, drawn, strict=True) for view in group]
     seeds = draws.keys("ground", count * samples, samples) + draws.keys("reground", count * many, many)
     fan = [samples] * count + [1] * (count * many)
-    boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
+    with phase("ground"):
+        boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
     kept = features if config.update.views_too else features.select(originals)
     judges = prefixes if config.reward.judge == "policy" else None
     del features, prefixes, moved  # from here on nothing lies about that the verdicts do not need
-    judges = judges or engine.prefill(kept.select(originals), adapters=False)
-    seen = roles.verify_forked(engine, judges, originals, queries.texts)
+    with phase("verify"):
+        judges = judges or engine.prefill(kept.select(originals), adapters=False)
+        seen = roles.verify_forked(engine, judges, originals, queries.texts)
     # A batch that had to be cut into slices has no room for the prefixes of all: the update computes them again.
     reference = judges if config.reward.judge == "reference" and config.train.micro_batch in (0, config.train.batch) else None
     del judges
     known = _before_ghosts(pixels, drawn, queries, boxes, seen, config)
-    ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
+    with phase("verify"):
+        ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
     truths = None if truth is None else _truths(truth, images, queries.texts, samples)
     return Played(images, drawn, queries, boxes, Evidence(**known, **ghosts, truth_1000=truths), kept, reference)
 

@@ -28,6 +28,7 @@ from vise_fast.console import Console, JsonLines
 from vise_fast.engine import Engine
 from vise_fast.errors import EnvironmentFault
 from vise_fast.experience import Played
+from vise_fast.glossary import BRIEF
 from vise_fast.images import Source
 from vise_fast.learner import Learner
 from vise_fast.loggers import Loggers
@@ -173,7 +174,7 @@ class Run:
         """Final checkpoint, evaluation, table, adapter, report."""
         self._save(done, learner)
         self._evaluate("after", engine, source, adapters=True)
-        figures = evaluate.side_by_side(self.evaluation) if self.evaluation else {}
+        figures = evaluate.side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
         if figures:
             self.console.table("held-out images, before and after", ["", "base", "adapter"], [[name, *pair] for name, pair in figures.items()])
         place = adapter.export(policy, self.config, self.directory / "adapter", figures)
@@ -197,6 +198,7 @@ def card(played: Played, index: int) -> dict:
         "name": played.images[index].name, "query": played.queries.texts[index], "query_written": played.queries.written[index],
         "boxes_1000": listed(e.box_1000), "readable": listed(e.readable), "written": played.boxes.written[rows],
         "seen": float(e.seen[rows][0]), "gone": listed(e.gone), "control": listed(e.control), "keep": listed(e.keep),
+        "rewards": played.rewards[rows].tolist(), "judged": listed(e.judged),
         "views": [{"kind": view.kind, "matrix_px": view.matrix_px.tolist()} for view in played.views[index]],
         "view_boxes_1000": e.view_box_1000[rows][0].tolist(),
     }  # fmt: skip

@@ -55,7 +55,7 @@ def train(config: Config, truth: Truth | None = None) -> int:
                     slices = play_batch(engine, source.batch(step, config.train.batch), config, step, truth)
                     metrics = learner.learn(slices, step)
                     done = step + 1
-                    advance(step, metrics | engine.counters.take(), slices)
+                    advance(step, metrics | engine.counters.take() | {"phases": engine.clock.take()}, slices)
                     run.keep(done, learner)
                     stop.check()
                     if run.should_stop(done):
