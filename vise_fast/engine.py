@@ -136,7 +136,7 @@ class Engine:
         embeds = self.backbone.embed(torch.tensor(ids, device=self.device)).index_copy(0, image_rows, merged.to(self.backbone.dtype))
         self.counters.prefixes += len(features)
         positions = torch.cat(positions, 1).to(self.device)
-        return Level(embeds, positions, Ragged(lengths, self.device), deep_rows=image_rows, deep=deep), following
+        return Level(embeds, positions, Ragged(lengths, self.device), deep_rows=image_rows, deep=deep, read="none"), following
 
     @torch.no_grad()
     def prefill(self, features: Features, adapters: bool) -> Prefixes:
@@ -148,11 +148,11 @@ class Engine:
         self.counters.forwards += 1
         return self.backbone.forward(levels, adapters, recompute, keep)
 
-    def _text_level(self, rows: list[list[int]], starts: list[int], parents: list) -> Level:
+    def _text_level(self, rows: list[list[int]], starts: list[int], parents: list, read: str = "last") -> Level:
         """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …"""
         ids = torch.tensor([token for row in rows for token in row], device=self.device)
         positions = torch.tensor([start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))], device=self.device)
-        return Level(self.backbone.embed(ids), positions.expand(3, -1), Ragged([len(row) for row in rows], self.device), parents)
+        return Level(self.backbone.embed(ids), positions.expand(3, -1), Ragged([len(row) for row in rows], self.device), parents, read=read)
 
     # ---- questions ----------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Engine:
         level = self._text_level(rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))])
         (hidden,), (segment,) = self._forward([level], prefixes.adapters)
         following = [start + len(row) for start, row in zip(starts, rows, strict=True)]
-        return Prompts(prefixes, owner, segment, following, hidden[_last_rows(level.rag)])
+        return Prompts(prefixes, owner, segment, following, hidden)
 
     @torch.no_grad()
     def verdict_logits(self, features: Features, rows: list[list[int]], adapters: bool) -> Tensor:
@@ -173,7 +173,7 @@ class Engine:
             chosen = list(range(start, min(start + self.chunk, len(features))))
             levels, _ = self._tree(features.select(chosen), [rows[i] for i in chosen], adapters)
             (_, hidden), _ = self._forward(levels, adapters, keep=False)
-            outs.append(self.backbone.logits(hidden[_last_rows(levels[1].rag)]))
+            outs.append(self.backbone.logits(hidden))
         self.counters.verdicts += len(features)
         return torch.cat(outs)
 
@@ -271,10 +271,8 @@ class Engine:
         One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
         all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient.
         """
-        levels, hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
-        question = len(levels) - 1 - (max(answers.lengths) > 1)
-        first = hidden[question][_last_rows(levels[question].rag)]
-        return torch.cat([first, *hidden[question + 1 :]])[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
+        hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
+        return torch.cat(hidden)[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
 
     def score_released(
         self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool
@@ -283,7 +281,7 @@ class Engine:
 
         Hidden states (tokens, E) and the ids (tokens,) they are scored on, packed; tokens per answer. Image tokens are among them.
         """
-        _, hidden = self._score_tree(features, rows, answers, owner, adapters, None, False)
+        hidden = self._score_tree(features, rows, answers, owner, adapters, None, False, read_all=True)
         hidden += [hidden[0][:0]] * (3 - len(hidden))
         tokens, merge = self.tokens, self.backbone.merge_size
         prefixes = [tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail for r, c in features.grids]
@@ -296,8 +294,10 @@ class Engine:
             lengths.append(len(ids[-1]))
         return torch.cat(states), torch.cat(ids), lengths
 
-    def _score_tree(self, features, rows, answers: Rollout, owner, adapters: bool, prefixes: Prefixes | None, recompute: bool):
-        """[prefix], question and (where any answer has more than one token) answer levels, and their hidden states."""
+    def _score_tree(
+        self, features, rows, answers: Rollout, owner, adapters: bool, prefixes: Prefixes | None, recompute: bool, read_all: bool = False
+    ) -> list[Tensor]:
+        """Hidden states of the levels: [prefix], question (its last tokens) and, where any answer has more than one token, answers."""
         if prefixes is None:
             levels, following = self._tree(features, rows, adapters)
         else:
@@ -307,13 +307,15 @@ class Engine:
         if max(answers.lengths) > 1:
             inputs = [row[:-1] for row in answers.rows()]
             levels.append(self._answer_level(inputs, owner, starts, question, prefixes))
+        for level in levels[: question + 1] if read_all else []:
+            level.read = "all"
         hidden, _ = self._forward(levels, adapters, recompute, keep=False)
-        return levels, hidden
+        return hidden
 
     def _answer_level(self, inputs, owner, starts, question: int, prefixes: Prefixes | None) -> Level:
         grid = Grid(owner, len(starts), self.device)
         prefix = 0 if prefixes is None else prefixes.segment
-        return self._text_level(inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)])
+        return self._text_level(inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)], read="all")
 
 
 def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Tensor, int]:
@@ -324,11 +326,6 @@ def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Te
     start = head + max(height, width)
     after = (torch.arange(tail) + start).expand(3, -1)
     return torch.cat([before, image, after], 1), start + tail
-
-
-def _last_rows(rag: Ragged) -> Tensor:
-    """Packed index of each row's last token."""
-    return torch.tensor(rag.lengths).cumsum(0) - 1
 
 
 def _scored_rows(owner: list[int], lengths: list[int], questions: int) -> Tensor:

@@ -103,12 +103,17 @@ class Ragged:
     """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain views."""
 
     def __init__(self, lengths: list[int], device: torch.device | str) -> None:
+        self.device = device
         self.lengths, self.longest, self.count = lengths, max(lengths), sum(lengths)
         self.uniform = min(lengths) == self.longest
         self.valid = None if self.uniform else torch.tensor(lengths, device=device)
         if not self.uniform:
             slots = [row * self.longest + t for row, length in enumerate(lengths) for t in range(length)]
             self.slots = torch.tensor(slots, device=device)
+
+    def last(self) -> Tensor:
+        """Packed index of each row's last token."""
+        return torch.tensor(self.lengths, device=self.device).cumsum(0) - 1
 
     def pad(self, x: Tensor) -> Tensor:
         if not self.uniform:
@@ -125,7 +130,8 @@ class Level:
     """Rows of new tokens at one depth of the tree.
 
     embeds (n, E) packed; positions (3, n); parents: what the rows see besides themselves, each a cached Segment or the index of an
-    earlier level, with the Grid that says which entry each row sees; deep: packed image rows and what each early layer adds there.
+    earlier level, with the Grid that says which entry each row sees; deep: packed image rows and what each early layer adds there;
+    read: whose final hidden states are wanted: "all" tokens, the "last" of each row, or "none".
     """
 
     embeds: Tensor
@@ -134,6 +140,11 @@ class Level:
     parents: list[tuple[Segment | int, Grid | None]] = field(default_factory=list)
     deep_rows: Tensor | None = None
     deep: list[Tensor] = field(default_factory=list)
+    read: str = "all"
+
+    def rows_read(self) -> int:
+        """How many hidden states come back."""
+        return {"all": self.rag.count, "last": len(self.rag.lengths), "none": 0}[self.read]
 
 
 class Backbone:
@@ -261,7 +272,10 @@ class Backbone:
         return angles.cos(), angles.sin()
 
     def forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
-        """Final-normed hidden states (n, E) and, with `keep`, the Segment of each level. `recompute`: save no activations inside a layer."""
+        """Final-normed hidden states of what each level's `read` asks for and, with `keep`, the Segment of each level.
+
+        The last layer computes nothing beyond keys and values for tokens that nobody reads. `recompute`: save no activations inside a layer.
+        """
         x = torch.cat([level.embeds for level in levels])
         cos, sin = self.rope(torch.cat([level.positions for level in levels], 1))
         sizes = [level.rag.count for level in levels]
@@ -272,21 +286,30 @@ class Backbone:
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
                 segment.keys.append(k), segment.values.append(v)
-            x = self._deepstack(x, index, levels, sizes)
+            if len(x) == sum(sizes):
+                x = self._deepstack(x, index, levels, sizes)
         hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
-        return list(hidden.split(sizes)), segments if keep else []
+        return list(hidden.split([level.rows_read() for level in levels])), segments if keep else []
 
     def _layer(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs) -> tuple:
-        layer = self.layers[index]
+        layer, final = self.layers[index], index + 1 == len(self.layers)
         q, k, v = self._qkv(layer, x, cos, sin, packs[0])
-        sizes, outs, banks = [level.rag.count for level in levels], [], []
-        for level, q_, k_, v_ in zip(levels, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        sizes, outs, kept, banks = [level.rag.count for level in levels], [], [], []
+        for level, x_, q_, k_, v_ in zip(levels, x.split(sizes), q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
             own = level.rag.pad(k_).transpose(1, 2), level.rag.pad(v_).transpose(1, 2)
             banks.append(own)
             parts = [self._parent(index, source, grid, banks, levels) for source, grid in level.parents]
-            out = attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
-            outs.append(level.rag.pack(out).flatten(1))
-        x = x + layer.linears[1](outs[0] if len(outs) == 1 else torch.cat(outs), packs[1])
+            if final and level.read == "last":
+                last = level.rag.last()
+                out = attend(q_[last][:, None], [*parts, Part(*own, level.rag.valid)], self.scale)
+                outs.append(out.flatten(1)), kept.append(x_[last])
+            elif not final or level.read == "all":
+                out = attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
+                outs.append(level.rag.pack(out).flatten(1)), kept.append(x_)
+        if not outs:
+            return (x[:0], *[bank for pair in banks for bank in pair])
+        x, out = (pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in (kept, outs))
+        x = x + layer.linears[1](out, packs[1])
         return (self._mlp(layer, x, packs), *[bank for pair in banks for bank in pair])
 
     def _parent(self, index: int, source: Segment | int, grid: Grid | None, banks: list, levels: list[Level]) -> Part:
