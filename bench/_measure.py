@@ -1,0 +1,147 @@
+"""How the benches measure: interleaved repeats, median and spread, ceilings taken in the same run, and one form of result file.
+
+On a GPU the clock is wall time between synchronisations; on a CPU it is the process's CPU time, so that other work on the machine costs
+little, and contenders run on one thread. Left out: what is measured.
+"""
+
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "pillow", "opencv-python-headless", "torchvision", "kornia", "trl")
+PACKAGES += ("liger-kernel", "cut-cross-entropy", "nanobind")
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@dataclass
+class Times:
+    """Seconds per call, one entry per repeat."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def summary(self) -> dict[str, float]:
+        return {"median_s": self.median, "least_s": min(self.seconds), "most_s": max(self.seconds)}
+
+
+def clock(device: torch.device) -> float:
+    """Now, in seconds: after all queued work on a GPU, CPU time of this process otherwise."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def interleaved(contenders: dict[str, Callable], device: torch.device, repeats: int, least_s: float) -> dict[str, Times]:
+    """Every contender once per repeat, A B C A B C ...; each turn repeats the call until about `least_s` have passed."""
+    calls = {name: _calls(run, device, least_s) for name, run in contenders.items()}
+    times = {name: Times() for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            start = clock(device)
+            for _ in range(calls[name]):
+                run()
+            times[name].seconds.append((clock(device) - start) / calls[name])
+    return times
+
+
+def _calls(run: Callable, device: torch.device, least_s: float) -> int:
+    run()  # compiles, allocates
+    start = clock(device)
+    run()
+    return max(1, min(1000, round(least_s / max(clock(device) - start, 1e-6))))
+
+
+def extra_bytes(run: Callable, device: torch.device) -> int:
+    """Most tensor memory alive at once during `run()`, beyond what was there before; its results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = run()  # alive until the profile ends
+    del kept
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = most = 0
+    for size in sizes:
+        alive += size
+        most = max(most, alive)
+    return most
+
+
+def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
+    """Measured copy bandwidth (bytes read and written per second) and matmul rate (FLOP/s; bf16 on a GPU, fp32 on a CPU)."""
+    cuda = device.type == "cuda"
+    size = 2**20 if smoke else 2**30 if cuda else 2**27
+    side = 256 if smoke else 8192 if cuda else 1024
+    source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    left = torch.randn(side, side, dtype=torch.bfloat16 if cuda else torch.float32, device=device)
+    runs = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ left}
+    times = interleaved(runs, device, repeats=5, least_s=0.05)
+    return {"copy_bytes_per_s": 2 * size / times["copy"].median, "matmul_flop_per_s": 2 * side**3 / times["matmul"].median}
+
+
+def machine(device: torch.device, sources: tuple[str, ...] = ("vise_fast", "kernels", "bench", "CMakeLists.txt")) -> dict:
+    """What a reader needs to judge the numbers; `sources` are the paths that the numbers depend on."""
+    versions = {name: metadata.version(name) for name in PACKAGES if _has(name)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "clock": "wall, synchronised" if device.type == "cuda" else "CPU time of the process",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(sources),
+        "date": date.today().isoformat(),
+    }
+
+
+def _has(package: str) -> bool:
+    return any(True for _ in metadata.distributions(name=package))
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit(sources: tuple[str, ...]) -> str:
+    """The commit measured, with a plus sign where `sources` differ from it; "unknown" outside a checkout."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT)
+    return head.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def finish(results: dict, path: Path | None) -> None:
+    """Adds the command, writes the result file where there is one to write, prints the document as the last line."""
+    results["command"] = "python " + " ".join([str(Path(sys.argv[0]).name), *sys.argv[1:]])
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))

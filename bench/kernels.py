@@ -1,0 +1,254 @@
+"""Every op of vise_kernels beside its plain version, beside the peers that are installed, and beside the machine's ceilings.
+
+    python bench/kernels.py                          on the GPU if there is one (Triton), else on one CPU thread (native C++)
+    python bench/kernels.py --op ghost --write       one op; --write puts the document under bench/results/
+    python bench/kernels.py --smoke                  tiny shapes, one repeat: does everything run?
+
+Contenders of a case do the same work on the same inputs; `ours` is the path that the op takes by itself. "ceiling" is the time the case's
+bytes or FLOPs would take at the copy bandwidth or matmul rate measured in the same run, as a share of our time. Figures from a CPU are ratios:
+its seconds are in the JSON only. Left out: correctness (tests/kernels/).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import _measure as measure  # noqa: E402
+import _peers as peers  # noqa: E402
+import vise_kernels  # noqa: E402
+from vise_kernels import ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
+
+
+@dataclass
+class Case:
+    """One comparison. `moved` and `flop` are the least that the work needs; `memory`: report the extra memory too."""
+
+    op: str
+    shape: str
+    contenders: dict[str, Callable]
+    moved: int = 0
+    flop: int = 0
+    memory: bool = False
+
+
+def noise(count: int, height: int, width: int, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator) for _ in range(count)]
+    return [picture.to(device) for picture in pictures]
+
+
+def random_boxes(count: int, height: int, width: int) -> torch.Tensor:
+    """Sides uniform over 0.1..0.7 of the image's, places uniform."""
+    generator = torch.Generator().manual_seed(1)
+    share, place = torch.rand(2, count, 2, generator=generator)
+    sides = (0.1 + 0.6 * share) * torch.tensor([width, height])
+    corner = place * (torch.tensor([width, height]) - sides)
+    return torch.cat([corner, corner + sides], 1).round().long()
+
+
+def image_cases(device: torch.device, smoke: bool):
+    count = 2 if smoke else 64 if device.type == "cuda" else 16
+    height, width = (96, 128) if smoke else (480, 640)
+    images, index, boxes = noise(count, height, width, device), torch.arange(count), random_boxes(count, height, width)
+    pixels = count * height * width * 3
+    shape = f"{count} x {height}x{width}"
+    for sigma, radius in ((25.0, 75), (25.0, 25)):
+        options = {"sigma": sigma, "radius": radius}
+        contenders = {
+            "ours": lambda options=options: ghost(images, index, boxes, **options),
+            "plain": lambda options=options: ghost(images, index, boxes, **options, path="plain"),
+            **peers.ghost(images, boxes, sigma, radius),
+        }
+        yield Case("ghost", f"{shape}, blur, {2 * radius + 1} taps, random boxes", contenders, moved=2 * pixels)
+    for method in ("mean", "pixelate"):
+        contenders = {
+            "ours": lambda method=method: ghost(images, index, boxes, method=method),
+            "plain": lambda method=method: ghost(images, index, boxes, method=method, path="plain"),
+        }
+        yield Case("ghost", f"{shape}, {method}, random boxes", contenders, moved=2 * pixels)
+    yield warp_case(images, shape, pixels)
+
+
+def warp_case(images: list[torch.Tensor], shape: str, pixels: int) -> Case:
+    height, width = images[0].shape[:2]
+    turn = torch.tensor([[0.98, -0.17, 60.0], [0.17, 0.98, -40.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    matrices = turn.expand(len(images), 3, 3).contiguous()
+    contenders = {
+        "ours": lambda: warp(images, matrices),
+        "plain": lambda: warp(images, matrices, path="plain"),
+        **peers.warp(images, matrices),
+    }
+    return Case("warp", f"{shape}, rotation by 10 degrees", contenders, moved=2 * pixels)
+
+
+def patch_cases(device: torch.device, smoke: bool):
+    count = 1 if smoke else 32 if device.type == "cuda" else 4
+    old, new = ((96, 128), (64, 96)) if smoke else ((768, 1024), (480, 640))
+    images, small = noise(count, *old, device), noise(count, *new, device)
+    sizes, options = [new] * count, {"patch": 16, "merge": 2}
+    read, kept = count * old[0] * old[1] * 3, count * new[0] * new[1] * 3
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    item = torch.empty(0, dtype=dtype).element_size()
+    contenders = {"ours": lambda: resize(images, sizes), "plain": lambda: resize(images, sizes, path="plain"), **peers.resize(images, new)}
+    yield Case("resize", f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}", contenders, moved=read + kept)
+    for single in (False, True):
+        case = {**options, "dtype": dtype, "single_tap": single}
+        contenders = {
+            "ours": lambda case=case: patchify(small, **case),
+            "plain": lambda case=case: patchify(small, **case, path="plain"),
+        }
+        taps = "one tap" if single else "two taps"
+        yield Case("patchify", f"{count} x {new[0]}x{new[1]}, {taps}", contenders, moved=kept * (1 + item * (1 if single else 2)))
+    contenders = {
+        "ours": lambda: patchify(resize(images, sizes), **options, dtype=dtype),
+        "plain": lambda: patchify(resize(images, sizes, path="plain"), **options, dtype=dtype, path="plain"),
+        **peers.stock_processor(images, new),
+    }
+    yield Case("resize + patchify", f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}", contenders, moved=read + 2 * kept + 2 * item * kept)
+
+
+def with_backward(run: Callable, leaf: torch.Tensor) -> Callable:
+    def both():
+        leaf.grad = None
+        out = run()
+        out.backward(torch.ones_like(out))
+        return leaf.grad
+
+    return both
+
+
+def token_cases(device: torch.device, smoke: bool):
+    rows, vocabulary = (4, 1000) if smoke else (2048, 151_936) if device.type == "cuda" else (64, 151_936)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(rows, vocabulary, device=device).to(dtype)
+        ids = torch.randint(vocabulary, (rows,), device=device)
+        runs = {
+            "ours": lambda x, ids=ids: token_logprob(x, ids)[0],
+            "plain": lambda x, ids=ids: token_logprob(x, ids, path="plain")[0],
+            "log_softmax + gather": lambda x, ids=ids: x.log_softmax(-1).gather(1, ids[:, None])[:, 0],
+            **peers.token_logprob(ids),
+        }
+        shape, size = f"({rows}, {vocabulary}) {str(dtype)[6:]}", logits.numel() * logits.element_size()
+        forward = {name: lambda run=run, x=logits: run(x) for name, run in runs.items()}
+        yield Case("token_logprob", f"{shape}, forward", forward, moved=size, memory=True)
+        leaf = logits.clone().requires_grad_()
+        both = {name: with_backward(lambda run=run, x=leaf: run(x), leaf) for name, run in runs.items()}
+        yield Case("token_logprob", f"{shape}, forward + backward", both, moved=3 * size, memory=True)
+
+
+def linear_cases(device: torch.device, smoke: bool):
+    cuda = device.type == "cuda"
+    rows, width, vocabulary = (8, 32, 500) if smoke else (8192, 2048, 151_936) if cuda else (64, 256, 32_000)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    hidden = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
+    reference = torch.randn(rows, width, device=device, dtype=dtype)
+    head = (torch.randn(vocabulary, width, device=device) * width**-0.5).to(dtype)
+    ids = torch.randint(vocabulary, (rows,), device=device)
+    flop, shape = 2 * rows * width * vocabulary, f"({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}"
+    single = {
+        "ours": lambda: linear_logprob(hidden, head, ids),
+        "plain": lambda: linear_logprob(hidden, head, ids, path="plain"),
+        "full logits": lambda: (hidden @ head.T).float().log_softmax(-1).gather(1, ids[:, None])[:, 0],
+        **peers.linear_logprob(hidden, head, ids),
+    }
+    both = {name: with_backward(run, hidden) for name, run in single.items()}
+    yield Case("linear_logprob", f"{shape}, forward + backward", both, flop=2 * flop, memory=True)
+    rows = min(rows, 1024)  # completions: two dozen positions of a few dozen samples
+    states, others, chosen = hidden.detach()[:rows].requires_grad_(), reference[:rows], ids[:rows]
+    paired = {
+        "ours": lambda: linear_logprob_kl(states, others, head, chosen)[2],
+        "plain": lambda: linear_logprob_kl(states, others, head, chosen, path="plain")[2],
+        "full logits": lambda: peers.full_kl(states, others, head),
+    }
+    both = {name: with_backward(run, states) for name, run in paired.items()}
+    shape = f"2 x ({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}"
+    yield Case("linear_logprob_kl", f"{shape}, forward + backward", both, flop=3 * 2 * rows * width * vocabulary, memory=True)
+
+
+def sample_cases(device: torch.device, smoke: bool):
+    rows, vocabulary = (4, 500) if smoke else (256, 151_936) if device.type == "cuda" else (16, 151_936)
+    logits = torch.randn(rows, vocabulary, device=device)
+    seed = torch.arange(rows, device=device)
+    contenders = {
+        "ours": lambda: sample(logits, temperature=1.0, seed=seed, position=3),
+        "plain": lambda: sample(logits, temperature=1.0, seed=seed, position=3, path="plain"),
+        "softmax + multinomial + gather": lambda: peers.multinomial(logits),
+    }
+    yield Case("sample", f"({rows}, {vocabulary}) float32, T = 1", contenders, moved=logits.numel() * 4, memory=True)
+
+
+CASES = {
+    "ghost": image_cases,
+    "warp": image_cases,
+    "resize": patch_cases,
+    "patchify": patch_cases,
+    "token_logprob": token_cases,
+    "linear_logprob": linear_cases,
+    "sample": sample_cases,
+}
+
+
+def measured(case: Case, device: torch.device, ceilings: dict[str, float], smoke: bool) -> dict:
+    """The case's times, ratios to ours, distance to the ceiling and extra memory, as plain data."""
+    times = measure.interleaved(case.contenders, device, repeats=1 if smoke else 7, least_s=0 if smoke else 0.1)
+    least = max(case.moved / ceilings["copy_bytes_per_s"], case.flop / ceilings["matmul_flop_per_s"])
+    ours = times["ours"].median
+    path, reason = vise_kernels.available()[case.op.split(" ")[0]]
+    row = {"op": case.op, "shape": case.shape, "path": path, "reason": reason, "ceiling_s": least, "share_of_ceiling": least / ours}
+    row["contenders"] = {name: {**time.summary(), "times_ours": time.median / ours} for name, time in times.items()}
+    if case.memory:
+        for name, run in case.contenders.items():
+            row["contenders"][name]["extra_bytes"] = measure.extra_bytes(run, device)
+    return row
+
+
+def print_row(row: dict, device: torch.device) -> None:
+    """Ours with its share of the ceiling, then how many times longer each other contender takes."""
+    time = f"{1e3 * row['contenders']['ours']['median_s']:.3f} ms, " if device.type == "cuda" else ""
+    print(f"\n{row['op']}  {row['shape']}\n  ours ({row['path']})  {time}{row['share_of_ceiling']:.0%} of the ceiling" + memory(row, "ours"))
+    for name, other in row["contenders"].items():
+        if name != "ours":
+            ours = row["contenders"]["ours"]
+            spread = f"{other['least_s'] / ours['most_s']:.2f}..{other['most_s'] / ours['least_s']:.2f}"
+            print(f"  {name:<44}{other['times_ours']:8.2f} x our time  ({spread})" + memory(row, name))
+
+
+def memory(row: dict, name: str) -> str:
+    extra = row["contenders"][name].get("extra_bytes")
+    return "" if extra is None else f", {extra / 1e6:.2f} MB extra"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, one repeat")
+    parser.add_argument("--write", action="store_true", help="write bench/results/kernels-<device>.json")
+    chosen = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else torch.device(chosen.device)
+    if device.type == "cpu":
+        peers.one_thread()
+    ceilings = measure.ceilings(device, chosen.smoke)
+    print(f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {ceilings['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s")
+    makers = dict.fromkeys(CASES.values() if chosen.op == "all" else [CASES[chosen.op]])
+    rows = []
+    for maker in makers:
+        for case in maker(device, chosen.smoke):
+            if chosen.op in ("all", *case.op.replace("_kl", "").split(" + ")):
+                rows.append(measured(case, device, ceilings, chosen.smoke))
+                print_row(rows[-1], device)
+    facts = measure.machine(device, ("kernels", "bench/kernels.py", "bench/_measure.py", "bench/_peers.py", "CMakeLists.txt"))
+    results = {"bench": "kernels", **facts, "ceilings": ceilings, "missing_peers": peers.missing(), "rows": rows}
+    name = "kernels-cpu.json" if device.type == "cpu" else f"kernels-{torch.cuda.get_device_name(device).split()[-1].lower()}.json"
+    measure.finish(results, ROOT / "bench" / "results" / name if chosen.write else None)
+
+
+if __name__ == "__main__":
+    main()
