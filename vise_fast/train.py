@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vise_fast import config as configuration
-from vise_fast import console, model, rewards, settings
+from vise_fast import console, estimate, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.dry_run import dry_run
 from vise_fast.engine import Engine
@@ -22,6 +22,7 @@ from vise_fast.images import Folder, Image, Scenes, Source
 from vise_fast.learner import Learner
 from vise_fast.run import Run
 from vise_fast.signals import Interrupted, Signals
+from vise_fast.survive import Halving
 
 
 def main(words: Sequence[str]) -> int:
@@ -41,9 +42,12 @@ def train(config: Config, truth: Truth | None = None) -> int:
     rewards.resolve(config.reward)
     run = Run.begin(config)
     source = open_source(config, run.directory)
+    if config.memory.budget_gb is not None:
+        config, source = fitted(config, source, run)
     policy = model.load(config)
     engine = Engine(policy.backbone, policy.tokens)
     learner = Learner(policy, engine, config)
+    in_memory = Halving(config, engine, learner)
     done = run.resume(learner)
     run.opening(policy, source)
     run.before(engine, source)
@@ -52,10 +56,10 @@ def train(config: Config, truth: Truth | None = None) -> int:
         try:
             with run.progress() as advance:
                 for step in range(done, config.train.steps):
-                    slices = play_batch(engine, source.batch(step, config.train.batch), config, step, truth)
-                    metrics = learner.learn(slices, step)
+                    images = source.batch(step, config.train.batch)
+                    slices, metrics = in_memory(lambda images=images, step=step: one_step(engine, learner, images, config, step, truth))
                     done = step + 1
-                    advance(step, metrics | engine.counters.take() | {"phases": engine.clock.take()}, slices)
+                    advance(step, metrics | engine.counters.take() | in_memory.figures() | {"phases": engine.clock.take()}, slices)
                     run.keep(done, learner)
                     stop.check()
                     if run.should_stop(done):
@@ -67,11 +71,28 @@ def train(config: Config, truth: Truth | None = None) -> int:
     return 0
 
 
+def one_step(engine: Engine, learner: Learner, images: list[Image], config: Config, step: int, truth: Truth | None) -> tuple[list[Played], dict]:
+    """Play the batch and learn from it: (slices, metrics)."""
+    slices = play_batch(engine, images, config, step, truth)
+    return slices, learner.learn(slices, step)
+
+
 def play_batch(engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None) -> list[Played]:
     """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the slices."""
     size = config.train.micro_batch or len(images)
     cuts = range(0, len(images), size)
     return [play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth) for i in cuts]
+
+
+def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:
+    """What `memory.budget_gb` makes of the configuration, and the source at its pixel budget. Raises MemoryFloor."""
+    plan = estimate.plan(config, source)
+    run.console.say(str(plan))
+    run.config = plan.config
+    if plan.config.data.max_pixels == config.data.max_pixels:
+        return plan.config, source
+    source.close()
+    return plan.config, open_source(plan.config, run.directory)
 
 
 def open_source(config: Config, directory: Path) -> Source:
