@@ -16,13 +16,17 @@ namespace {
 
 constexpr int kTerms = 4;  // cosines advanced together, their state in registers
 
+struct Factors {
+    float constant = 0;
+    float bend[kTerms] = {};   // 4 sin^2(frequency / 2)
+    float outer[kTerms] = {};  // amplitude cos(frequency radius)
+    float inner[kTerms] = {};  // amplitude cos(frequency (radius + 1))
+};
+
 // One group of cosines; unused ones are zero. The constant belongs to the first group.
 struct Terms {
-    float constant = 0;
-    float bend[kTerms] = {};    // 4 sin^2(frequency / 2)
-    float outer[kTerms] = {};   // amplitude cos(frequency radius)
-    float inner[kTerms] = {};   // amplitude cos(frequency (radius + 1))
-    std::vector<float> first;   // (reach, 1 + kTerms): weights of each sample in the first output: count, cosines
+    Factors factors;
+    std::vector<float> first;  // (reach, 1 + kTerms): weights of each sample in the first output: count, cosines
 };
 
 int reflect_101(int t, int n) {
@@ -34,9 +38,9 @@ int reflect_101(int t, int n) {
 
 void set_cosine(Terms& terms, int k, double frequency, double amplitude, int radius, int n) {
     const double half = std::sin(frequency / 2);
-    terms.bend[k] = static_cast<float>(4 * half * half);
-    terms.outer[k] = static_cast<float>(amplitude * std::cos(frequency * radius));
-    terms.inner[k] = static_cast<float>(amplitude * std::cos(frequency * (radius + 1)));
+    terms.factors.bend[k] = static_cast<float>(4 * half * half);
+    terms.factors.outer[k] = static_cast<float>(amplitude * std::cos(frequency * radius));
+    terms.factors.inner[k] = static_cast<float>(amplitude * std::cos(frequency * (radius + 1)));
     for (int d = -radius; d <= radius; ++d)
         terms.first[reflect_101(d, n) * (1 + kTerms) + 1 + k] += static_cast<float>(amplitude * std::cos(frequency * d));
 }
@@ -46,7 +50,7 @@ std::vector<Terms> make_terms(const Cosines& kernel, int n) {
     const int cosines = static_cast<int>(kernel.frequency.size()) - 1;
     std::vector<Terms> groups(std::max(1, (cosines + kTerms - 1) / kTerms));
     for (Terms& terms : groups) terms.first.assign(std::min(n, kernel.radius + 1) * (1 + kTerms), 0.0f);
-    groups[0].constant = static_cast<float>(kernel.amplitude[0]);
+    groups[0].factors.constant = static_cast<float>(kernel.amplitude[0]);
     for (int d = -kernel.radius; d <= kernel.radius; ++d) groups[0].first[reflect_101(d, n) * (1 + kTerms)] += 1;
     for (int c = 0; c < cosines; ++c)
         set_cosine(groups[c / kTerms], c % kTerms, kernel.frequency[c + 1], kernel.amplitude[c + 1], kernel.radius, n);
@@ -67,37 +71,58 @@ Sweep make_sweep(const Cosines& kernel, int n, int step, Buffer<int>& buffer) {
     return {n, step, kernel.radius, mirror, make_terms(kernel, n)};
 }
 
+// W of the sixteen signals on their way along the samples.
+template <int W>
+struct Sliding {
+    Vector<W> box = {}, z[kTerms] = {}, v[kTerms] = {};
+
+    VISE_INLINE void start(const Block* strip, const Sweep& sweep, const Terms& terms, int part) {
+        const int reach = std::min(sweep.n, sweep.radius + 1);
+        for (int j = 0; j < reach; ++j) {
+            const float* weight = &terms.first[j * (1 + kTerms)];
+            const Vector<W> sample = get<W>(strip[j * sweep.step], part);
+            box += weight[0] * sample;
+            for (int k = 0; k < kTerms; ++k) z[k] += weight[1 + k] * sample;
+        }
+    }
+
+    // From sample x to sample x + 1. The signal is symmetric about its first sample, so the first step is half a push.
+    VISE_INLINE void advance(const Block* strip, const Sweep& sweep, const Factors& factors, int part, int x, bool first) {
+        const int* mirror = sweep.mirror + x;
+        const Vector<W> before = get<W>(strip[mirror[0]], part), left = get<W>(strip[mirror[1]], part);
+        const Vector<W> right = get<W>(strip[mirror[2 * sweep.radius + 1]], part), after = get<W>(strip[mirror[2 * sweep.radius + 2]], part);
+        const Vector<W> outer = after + before, inner = right + left;
+        box += after - left;
+        for (int k = 0; k < kTerms; ++k) {
+            v[k] += factors.outer[k] * outer;
+            v[k] -= factors.inner[k] * inner;
+            v[k] -= factors.bend[k] * z[k];
+            if (first) v[k] *= 0.5f;
+            z[k] += v[k];
+        }
+    }
+
+    VISE_INLINE void emit(const Factors& factors, bool add, int part, Block& sum) const {
+        Vector<W> total = factors.constant * box + ((z[0] + z[1]) + (z[2] + z[3]));
+        if (add) total += get<W>(sum, part);
+        put<W>(sum, part, total);
+    }
+};
+
 // Sixteen signals: sum = or += one group's share of the blurred strip.
 struct Slide {
     template <int W>
-    VISE_INLINE void operator()(const Block* strip, const Sweep* sweep, const Terms* terms, bool add, Block* sum) const {
-        for (int part = 0; part < kLanes / W; ++part) slide<W>(strip, *sweep, *terms, add, part, sum);
-    }
-
-    template <int W>
-    VISE_INLINE void slide(const Block* strip, const Sweep& sweep, const Terms& terms, bool add, int part, Block* sum) const {
-        const int* mirror = sweep.mirror;
-        const int step = sweep.step, reach = std::min(sweep.n, sweep.radius + 1), span = 2 * sweep.radius + 1;
-        Vector<W> box = {}, z[kTerms] = {}, v[kTerms] = {};
-        for (int j = 0; j < reach; ++j) {
-            const float* weight = &terms.first[j * (1 + kTerms)];
-            box += weight[0] * get<W>(strip[j * step], part);
-            for (int k = 0; k < kTerms; ++k) z[k] += weight[1 + k] * get<W>(strip[j * step], part);
-        }
-        float share = 0.5f;  // the signal is symmetric about its first sample: the first step is half a push
-        for (int x = 0; x < sweep.n; ++x) {
-            const Vector<W> before = get<W>(strip[mirror[x]], part), left = get<W>(strip[mirror[x + 1]], part);
-            const Vector<W> right = get<W>(strip[mirror[x + span]], part), after = get<W>(strip[mirror[x + span + 1]], part);
-            const Vector<W> outer = after + before, inner = right + left;
-            Vector<W> total = terms.constant * box + ((z[0] + z[1]) + (z[2] + z[3]));
-            if (add) total += get<W>(sum[x * step], part);
-            put<W>(sum[x * step], part, total);
-            box += after - left;
-            for (int k = 0; k < kTerms; ++k) {
-                v[k] += share * (terms.outer[k] * outer - terms.inner[k] * inner - terms.bend[k] * z[k]);
-                z[k] += v[k];
+    VISE_INLINE void operator()(const Block* strip, const Sweep* sweep, const Terms* group, bool add, Block* sum) const {
+        const Factors factors = group->factors;  // a copy, so that stores to `sum` cannot change it
+        for (int part = 0; part < kLanes / W; ++part) {
+            Sliding<W> sliding;
+            sliding.start(strip, *sweep, *group, part);
+            sliding.emit(factors, add, part, sum[0]);
+            sliding.advance(strip, *sweep, factors, part, 0, true);
+            for (int x = 1; x < sweep->n; ++x) {
+                sliding.emit(factors, add, part, sum[x * sweep->step]);
+                sliding.advance(strip, *sweep, factors, part, x, false);
             }
-            share = 1;
         }
     }
 };
