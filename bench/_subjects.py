@@ -8,12 +8,13 @@ say nothing): the same query for every image, a box of its own for every box ans
 from __future__ import annotations
 
 import json
-import tempfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image as Pillow
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -79,11 +80,11 @@ class Subject:
         return "random" if self.random else None
 
 
-def find(name: str, random: bool, scratch: tempfile.TemporaryDirectory) -> Subject:
+def find(name: str, random: bool, scratch: str) -> Subject:
     """The model called `name`: 'nano', a shape of configs/models, or a directory. `scratch` takes the files of a random one."""
     shape = SHAPES / f"{name}.json"
     if shape.exists():
-        return Subject(name, _write(json.loads(shape.read_text()), scratch.name), True)
+        return Subject(name, _write(json.loads(shape.read_text()), scratch), True)
     directory = model.resolve(name)
     if not random and any(Path(directory).glob("*.safetensors")):
         return Subject(name, directory, False)
@@ -91,8 +92,8 @@ def find(name: str, random: bool, scratch: tempfile.TemporaryDirectory) -> Subje
         return Subject(name, directory, random)
     from vise_fast.nano import blank
 
-    blank.save(blank.model(0), Path(scratch.name))
-    return Subject("nano (random weights)", scratch.name, False)
+    blank.save(blank.model(0), Path(scratch))
+    return Subject("nano (random weights)", scratch, False)
 
 
 def _write(shape: dict, directory: str) -> str:
@@ -120,9 +121,17 @@ def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
 
 
 def _pieces(text: str) -> list[str]:
-    import re
-
     return re.findall(PIECE, text)
+
+
+def folder(directory: Path, size: tuple[int, int], count: int) -> list[Image]:
+    """The first images of a folder by name, resized to one size."""
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:count]
+    if len(files) < count:
+        raise SystemExit(f"{directory} holds {len(files)} images; {count} are needed")
+    height, width = size
+    arrays = [np.array(Pillow.open(file).convert("RGB").resize((width, height), Pillow.Resampling.BICUBIC)) for file in files]
+    return [Image(torch.from_numpy(array), file.name, i) for i, (array, file) in enumerate(zip(arrays, files, strict=True))]
 
 
 def pictures(height: int, width: int, count: int) -> list[Image]:

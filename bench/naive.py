@@ -33,6 +33,7 @@ from vise_fast.config import Config
 from vise_fast.engine import Counters, Rollout
 from vise_fast.experience import Played
 from vise_fast.learner import Learner
+from vise_fast.perf import Clock
 
 
 class Processor:
@@ -131,6 +132,7 @@ class NaiveEngine:
         self.banned = locked.banned()
         self.backbone = Unfused(base.lm_head)
         self.interrupted = lambda: None
+        self.clock = Clock(self.device)
 
     def _base(self, subject: Subject) -> nn.Module:
         dtype = loading.dtype_of(self.config.model.dtype, self.device)
@@ -242,7 +244,7 @@ class NaivePolicy:
     """What the learner asks of a policy."""
 
     def __init__(self, engine: NaiveEngine) -> None:
-        self.engine, self.backbone = engine, engine.backbone
+        self.engine, self.backbone, self.device = engine, engine.backbone, engine.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}

@@ -31,7 +31,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,12 @@ def fence(device: torch.device | str) -> None:
 class Clock:
     """Seconds per phase, added up until `take`. A phase inside another counts for the outer one only."""
 
-    def __init__(self, device: torch.device | str = "cpu", fenced: bool = False) -> None:
-        """fenced: wait for the GPU at both ends of a phase, so that it is charged with its own work (two host syncs each)."""
-        self.device, self.fenced = device, fenced
+    def __init__(self, device: torch.device | str = "cpu", fenced: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+        """fenced: wait for the GPU at both ends of a phase, so that it is charged with its own work (two host syncs each).
+
+        now: anything that only grows; a counter of FLOPs or launches in place of seconds splits those by phase.
+        """
+        self.device, self.fenced, self.now = device, fenced, now
         self.seconds: dict[str, float] = {}
         self._inside = False
 
@@ -87,7 +90,7 @@ class Clock:
     def _now(self) -> float:
         if self.fenced:
             fence(self.device)
-        return time.perf_counter()
+        return self.now()
 
 
 def reset_peak_memory(device: torch.device | str) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify, sample
 
 from vise_fast.engine import Counters, Rollout
+from vise_fast.perf import Clock
 from vise_fast.tokens import Tokens
 
 
@@ -98,6 +99,7 @@ class StockEngine:
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
         self.interrupted = lambda: None
+        self.clock = Clock(self.device)
 
     def encode(self, images: list[Tensor]) -> Pictures:
         b, grids = self.backbone, []
