@@ -96,11 +96,12 @@ class FusedLinear:
         return y if pack is None else y.addmm_(F.linear(x, pack.down), pack.up.T)
 
     def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
-        """fp32 gradients of the masters from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
+        """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
         rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
-        downs = list((low.T @ x).float().split(rank))
+        dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
+        downs = list((low.T @ x).to(dtype).split(rank))
         ups = [g.T @ h for g, h in zip(grad.split([b.out_features for b in self.bases], 1), high.split(rank, 1), strict=True)]
-        return downs + [u.float() * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)]
+        return downs + [u.to(dtype) * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)]
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
@@ -138,6 +139,28 @@ class _Adapted(torch.autograd.Function):
             dz = linear._input_gradient(grad).addmm_(low, down)
             dx = dz if ctx.before is None else torch.autograd.grad(z, leaf, dz)[0]
         return dx, None, None, None, *factors
+
+
+def recomputed(function: Before, x: Tensor) -> Tensor:
+    """function(x), saving x alone for the backward pass: for chains of cheap steps, whose intermediates are fp32 and larger than x."""
+    return _Recomputed.apply(x, function) if torch.is_grad_enabled() else function(x)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, function: Before) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(leaf)
+        return torch.autograd.grad(y, leaf, grad)[0], None
 
 
 def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

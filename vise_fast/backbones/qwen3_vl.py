@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify
 
 from vise_fast.attention import Grid, Part, attend
-from vise_fast.backbones.linear import FusedLinear, Norm, Pack, swiglu
+from vise_fast.backbones.linear import FusedLinear, Norm, Pack, recomputed, swiglu
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
 LORA_TARGETS = (
@@ -148,7 +148,7 @@ class Level:
 
 
 class Backbone:
-    """The fast forward of one Qwen3-VL model. `packs` holds the LoRA factors for no-grad calls; `refresh` after each optimizer step."""
+    """The fast forward of one Qwen3-VL model. It computes with a copy of the LoRA masters: `refresh` after each change of them."""
 
     def __init__(self, model: nn.Module) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -171,6 +171,7 @@ class Backbone:
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = self.visual.patch_embed.proj.bias
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.encode_at_once = ENCODE_AT_ONCE if self.device.type == "cpu" else None
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +182,7 @@ class Backbone:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recast the LoRA masters for the no-grad passes, in place (addresses stay valid for captured graphs)."""
+        """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
         for linear in self.fused():
             fresh = linear.pack(self.dtype)
             old = getattr(linear, "cached", None)
@@ -191,9 +192,7 @@ class Backbone:
                 old.down.copy_(fresh.down), old.up.copy_(fresh.up)
 
     def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
-        if not adapters:
-            return None
-        return linear.pack(self.dtype) if torch.is_grad_enabled() else linear.cached
+        return linear.cached if adapters else None
 
     # ---- vision -------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +205,7 @@ class Backbone:
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
-        parts = [self._tower(part, some) for part, some in _slices(patches, grids, ENCODE_AT_ONCE if patches.device.type == "cpu" else len(patches))]
+        parts = [self._tower(part, some) for part, some in _slices(patches, grids, self.encode_at_once or len(patches))]
         if len(parts) == 1:
             return Features(*parts[0], grids)
         lasts, taps = zip(*parts, strict=True)
@@ -285,10 +284,11 @@ class Backbone:
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
-                segment.keys.append(k), segment.values.append(v)
+                # k and v are views of the whole qkv product: kept as they are, they would keep it alive
+                segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             if len(x) == sum(sizes):
                 x = self._deepstack(x, index, levels, sizes)
-        hidden = F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
+        hidden = recomputed(Norm(self.text.norm.weight, self.eps), x)
         return list(hidden.split([level.rows_read() for level in levels])), segments if keep else []
 
     def _layer(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs) -> tuple:
@@ -321,8 +321,7 @@ class Backbone:
         """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
         qkv = layer.linears[0](x, pack, layer.norm1).view(x.shape[0], -1, self.head_dim)
         split = self.heads + self.kv_heads
-        qk = F.rms_norm(qkv[:, :split], (self.head_dim,), None, self.eps) * layer.qk_norm
-        qk = _rotate(qk, cos, sin)
+        qk = recomputed(lambda x: _rotate(F.rms_norm(x, (self.head_dim,), None, self.eps) * layer.qk_norm, cos, sin), qkv[:, :split])
         return qk[:, : self.heads], qk[:, self.heads :], qkv[:, split:]
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
@@ -384,6 +383,11 @@ class _Merger:
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """A copy with a storage of its own, whatever the strides of `x` look like."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
