@@ -1,0 +1,80 @@
+"""Every command of the README is run: as written where it is small, with fewer updates and scenes where it is not."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import skimage.data
+
+from vise_fast import console, train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TRAIN = ["--train.steps", "2", "--train.batch", "2", "--rollout.samples", "2", "--rollout.views", "1", "--eval.scenes", "4"]
+# What is added to a command to make it small, and the exit code it has on a machine without the real weights.
+SMALL = {
+    "python -m vise_fast.train": ([*TRAIN, "--run.dir", "{tmp}/fresh"], 0),
+    "python -m vise_fast.train --help": ([], 0),
+    "python -m vise_fast.doctor": ([], None),
+    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos --dry-run": ([], 4),
+    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos": (["--model.path", "nano", *TRAIN, "--run.dir", "{tmp}/real"], 0),
+    "python -m vise_fast.evaluate --adapter runs/nano/adapter": (["--scenes", "4"], 0),
+    "python -m vise_fast.report runs/nano": ([], 0),
+    "python -m vise_fast.infer --adapter runs/nano/adapter --image photo.jpg": ([], 0),
+    "python -m vise_fast.merge --adapter runs/nano/adapter --out merged": ([], 0),
+    "python -m vise_fast.estimate --config configs/qwen3-vl-8b.yaml": (["--data.dir", "photos"], None),
+}
+ELSEWHERE = {"make train", "make test", "pip install -c constraints.txt -e ."}  # .ci/run and test_packaging.py
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`(python -m [^`]+)`", README)
+    return list(dict.fromkeys(line for line in [*lines, *inline] if line))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with what the README's commands find: a finished run, photographs, one photograph, the configs."""
+    home = tmp_path_factory.mktemp("readme")
+    (home / "photos").mkdir()
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        PIL.Image.fromarray(getattr(skimage.data, name)()).resize((160, 120)).save(home / "photos" / f"{name}.png")
+    PIL.Image.fromarray(skimage.data.chelsea()).save(home / "photo.jpg")
+    (home / "configs").symlink_to(ROOT / "configs")
+    assert console.run(train.main, [*TRAIN, "--run.dir", str(home / "runs" / "nano")]) == 0
+    return home
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, workplace, tmp_path, monkeypatch, capsys):
+    if command in ELSEWHERE:
+        return
+    assert command in SMALL, f"a new command in the README: {command}"
+    extra, code = SMALL[command]
+    monkeypatch.chdir(workplace)
+    program, *words = shlex.split(command.removeprefix("python -m "))
+    got = console.run(importlib.import_module(program).main, [*words, *(word.format(tmp=tmp_path) for word in extra)])
+    assert got == code or code is None and got in (0, 4, 5), capsys.readouterr().err
+
+
+def test_ci_runs_what_is_not_run_here():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in script and "make train" in script
+
+
+def test_reading_order_names_files_that_exist():
+    section = README.split("## Read the code in this order")[1].split("\n## ")[0]
+    names = re.findall(r"`((?:vise_fast/|kernels/)?[\w/]+(?:\.py|/))`", section)
+    assert len(names) > 20
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "vise_fast" / name).exists(), name
+
+
+def test_linked_files_exist():
+    for name in re.findall(r"`?((?:docs|configs|bench|tests)/[\w./-]+\.(?:md|yaml|py|json|sh))`?", README):
+        assert (ROOT / name).exists(), name
