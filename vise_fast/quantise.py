@@ -50,7 +50,8 @@ def settings(config: Config, dtype: torch.dtype):
 
 def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """`shell`, a transformers model on the meta device, with random weights: module by module, so that no full-precision whole ever exists."""
-    for name, module in list(shell.named_modules()):
+    for name in [name for name, _ in shell.named_modules()]:  # names only: a list of the modules would keep what is replaced
+        module = shell.get_submodule(name)
         if any(True for _ in module.children()):
             continue
         if any(x.is_meta for x in [*module.parameters(), *module.buffers()]):
