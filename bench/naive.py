@@ -149,6 +149,9 @@ class NaiveEngine:
         """A second copy of all weights."""
         return copy.deepcopy(base)
 
+    def models(self) -> list[nn.Module]:
+        return [model for model in (self.model, self.reference) if model is not None]
+
     @contextlib.contextmanager
     def _judge(self, adapters: bool):
         yield self.model if adapters else self.reference

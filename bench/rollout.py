@@ -36,11 +36,12 @@ from vise_fast.config import Config  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
 from vise_fast.images import Image  # noqa: E402
 from vise_fast.learner import Learner  # noqa: E402
-from vise_fast.perf import Clock, Plan, Shapes, Work  # noqa: E402
+from vise_fast.perf import Clock, Plan, Shapes  # noqa: E402
 from vise_fast.prompts import style_for  # noqa: E402
 from vise_fast.stock import StockBackbone, StockEngine  # noqa: E402
 from vise_fast.tokens import Tokens  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
+from vise_fast.work import Work  # noqa: E402
 
 ENGINES = ("fast", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}
@@ -55,6 +56,7 @@ class Contender:
     learner: Learner
     config: Config
     images: list[Image]
+    modules: list[torch.nn.Module]
     steps: int = 0
 
     def play(self) -> list:
@@ -85,11 +87,11 @@ def contender(name: str, subject: subjects.Subject, args: argparse.Namespace, im
     config = subject.config(args.preset, len(images), [*args.override, *own])
     if name.startswith("naive"):
         engine = (NaivePlusEngine if name == "naive+" else NaiveEngine)(subject, config, _locked(subject))
-        return Contender(name, engine, NaiveLearner(NaivePolicy(engine), engine, config), config, images)
+        return Contender(name, engine, NaiveLearner(NaivePolicy(engine), engine, config), config, images, engine.models())
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
     engine = Engine(policy.backbone, policy.tokens) if name == "fast" else StockEngine(StockBackbone(policy.model), policy.tokens)
-    return Contender(name, engine, Learner(policy, engine, config), config, images)
+    return Contender(name, engine, Learner(policy, engine, config), config, images, [policy.model])
 
 
 def _locked(subject: subjects.Subject) -> subjects.Locked:
@@ -121,7 +123,7 @@ def look(c: Contender, shapes: Shapes, ceilings: dict[str, float], device: torch
     found = {"counts": _counts(c, the_plan), "seconds": c.phases(Clock(now=lambda: measure.clock(device)))}
     with perf.executed_flops() as counter:
         found["flops"] = c.phases(Clock(now=counter.get_total_flops))
-    with Work() as work:
+    with Work([p for module in c.modules for p in module.parameters()]) as work:
         found["launches"] = c.phases(Clock(now=lambda: work.ops))
     found["syncs"] = dict(work.syncs) | {"all": work.total}
     minimal = batch * sum(perf.minimal_step(shapes, the_plan).values())

@@ -12,7 +12,7 @@ LAYERS = [
     {"settings", "geometry", "attention", "glossary"},
     {"config"},
     {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words"},
-    {"console", "loggers", "checkpoint", "perf", "images", "views", "tokens", "quantise", "backbones", "rewards", "loss"},
+    {"console", "loggers", "checkpoint", "perf", "work", "images", "views", "tokens", "quantise", "backbones", "rewards", "loss"},
     {"engine", "model"},
     {"stock", "roles", "attention_meter", "figures"},
     {"experience", "estimate", "exam", "record"},

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tiny import build
 
 from vise_fast import perf
-from vise_fast.perf import Ceiling, Clock, Plan, Shapes, Work, decode_bytes, encode_flops, executed_flops, minimal_step
+from vise_fast.perf import Ceiling, Clock, Plan, Shapes, decode_bytes, encode_flops, executed_flops, minimal_step
+from vise_fast.work import Work
 
 QWEN_2B = Shapes(
     hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocabulary=151_936, depth=24, width=1024, vision_mlp=4096, patch=16, merge=2,
@@ -105,6 +107,36 @@ def test_quiet_code_has_no_syncs_and_views_launch_nothing():
         y = x.view(16).unsqueeze(0).T
         y * 2
     assert work.total == 0 and work.ops == 1
+
+
+def test_only_what_would_live_on_a_device_counts_when_weights_are_named():
+    weight, host = torch.randn(4, 4), torch.randn(4)
+    with Work([weight]) as work:
+        x = torch.zeros(4)
+        x[:] = weight @ host
+        y = (x * 2).relu().unsqueeze(0)[0]
+        host.sum().item()
+        host.tolist()
+        host[host > 0]
+        assert work.total == 0
+        y.tolist()
+        (y > 0).any().item()
+        host[y > 0]
+        home = y.cpu()
+        home.tolist()
+        (home * 2).sum().item()
+    assert work.syncs == {"tolist": 1, "_local_scalar_dense": 1, "boolean index": 1, "cpu": 1}
+
+
+def test_gradients_are_followed_through_custom_functions():
+    model = build("gqa2")
+    weights = list(model.parameters())
+    leaf = next(p for p in weights if p.requires_grad)
+    with Work(weights) as work:
+        loss = torch.utils.checkpoint.checkpoint(lambda w: (w * 2).sum(), leaf, use_reentrant=False)
+        loss.backward()
+        float(leaf.grad.norm())
+    assert work.syncs == {"_local_scalar_dense": 1}
 
 
 def test_counting_stops_outside():

@@ -1,7 +1,7 @@
-"""What a step costs: phase clocks, peak memory, host syncs, executed FLOPs; and what it must cost: minimal FLOPs, bytes, roofline.
+"""What a step costs: phase clocks, peak memory, executed FLOPs; and what it must cost: minimal FLOPs, bytes, roofline.
 
 The first half observes running code, the second is arithmetic on a model's shapes and an answer's lengths. Nothing here changes what it
-watches; fences and modes slow it down, so times and counts are taken in separate runs (bench/rollout.py does). Left out: printing.
+watches; fences and modes slow it down, so times and counts are taken in separate runs (bench/rollout.py does). Left out: host syncs (work.py), printing.
 
 The closed form of the minimum (`minimal_step`), per image, one term per line; a product of (m, k) by (k, n) is 2mkn FLOPs:
 
@@ -30,14 +30,11 @@ import contextlib
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---- clocks and memory ----------------------------------------------------------------------------------------------------------
@@ -118,81 +115,10 @@ def peak_memory(device: torch.device | str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- host syncs and launches ----------------------------------------------------------------------------------------------------
+# ---- executed FLOPs -------------------------------------------------------------------------------------------------------------
+
 
 aten = torch.ops.aten
-SYNCING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.unique2 if hasattr(aten, "unique2") else aten._unique2}
-READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}
-
-
-class Work:
-    """Counts what running code makes the host do: `syncs` by cause, `ops` that launch work (views do not). Use as `with Work() as work`.
-
-    Seen on any device: aten::_local_scalar_dense (`.item()`, `bool(x)`, `float(x)`), nonzero and what hides one (a boolean index,
-    masked_select, unique), and copies from another device to the CPU. On a CPU there is no such copy; there `.tolist()`, `.numpy()` and
-    `.cpu()` are seen as Python calls instead, whether or not their tensor would live on a GPU: an upper bound of what a GPU run shows.
-    Not seen: waits inside a native extension, and the copies to the device (they do not wait for queued work).
-    """
-
-    def __init__(self) -> None:
-        self.syncs: Counter[str] = Counter()
-        self.ops = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.syncs.values())
-
-    def __enter__(self) -> Work:
-        self._modes = contextlib.ExitStack()
-        self._modes.enter_context(_Reads(self))
-        self._modes.enter_context(_Ops(self))
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._modes.close()
-
-
-class _Reads(TorchFunctionMode):
-    """Python calls that read a CPU tensor's memory without any op."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.work = work
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in READS and args[0].device.type == "cpu":
-            self.work.syncs[READS[function]] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class _Ops(TorchDispatchMode):
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.work = work
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        packet = function.overloadpacket
-        if packet in SYNCING:
-            self.work.syncs[packet.__name__] += 1
-        elif packet in (aten.index, aten.index_put, aten.index_put_) and _masks(args[1]):
-            self.work.syncs["boolean index"] += 1
-        elif packet in (aten._to_copy, aten.copy_) and _leaves_device(packet, args, out):
-            self.work.syncs["device to host"] += 1
-        self.work.ops += not function.is_view
-        return out
-
-
-def _masks(indices) -> bool:
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _leaves_device(packet, args, out) -> bool:
-    source = args[1] if packet is aten.copy_ else args[0]
-    return isinstance(source, torch.Tensor) and source.device.type != "cpu" and out.device.type == "cpu"
-
-
-# ---- executed FLOPs -------------------------------------------------------------------------------------------------------------
 
 
 def _pairs(query, key, causal: bool) -> int:

@@ -1,0 +1,112 @@
+"""What running code makes the host do: the syncs that let a GPU run dry, and the ops it launches. Watched from outside, on any device.
+
+    with Work(model.parameters()) as work:
+        step()
+    work.syncs, work.ops
+
+Left out: time (perf.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+aten = torch.ops.aten
+SYNCING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.unique2 if hasattr(aten, "unique2") else aten._unique2}
+READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}
+
+
+class Work:
+    """Counts what running code makes the host do: `syncs` by cause, `ops` that launch work (views do not). Use as `with Work() as work`.
+
+    Seen on a GPU's tensors: aten::_local_scalar_dense (`.item()`, `bool(x)`, `float(x)`), nonzero and what hides one (a boolean index,
+    masked_select, unique), and copies to the CPU. On a machine without a GPU the same is counted for the tensors that would live on one:
+    everything computed from `weights` (a model's parameters), until `.cpu()` brings it home; there `.tolist()`, `.numpy()` and `.cpu()` are
+    seen as Python calls. Without `weights` every tensor counts. Not seen: waits inside a native extension, and copies to the device.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor] | None = None) -> None:
+        self.syncs: Counter[str] = Counter()
+        self.ops = 0
+        self._away = None if weights is None else WeakIdKeyDictionary({weight: True for weight in weights})
+
+    @property
+    def total(self) -> int:
+        return sum(self.syncs.values())
+
+    def away(self, value) -> bool:
+        """Whether reading this makes the host wait for a device (or would, were there one)."""
+        if not isinstance(value, torch.Tensor):
+            return False
+        return value.device.type != "cpu" or self._away is None or value in self._away
+
+    def follow(self, inputs, outputs) -> None:
+        """Results live where their inputs do."""
+        if self._away and any(self.away(x) for x in inputs):
+            self._away.update({x: True for x in tree_iter(outputs) if isinstance(x, torch.Tensor)})
+
+    def bring_home(self, value: torch.Tensor) -> torch.Tensor:
+        if self._away is not None:
+            value = value.clone()
+            self._away.pop(value, None)
+        return value
+
+    def __enter__(self) -> Work:
+        self._modes = contextlib.ExitStack()
+        self._modes.enter_context(_Reads(self))
+        self._modes.enter_context(_Ops(self))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._modes.close()
+
+
+class _Reads(TorchFunctionMode):
+    """Python calls that read a CPU tensor's memory without any op."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in READS and args[0].device.type == "cpu" and self.work.away(args[0]):
+            self.work.syncs[READS[function]] += 1
+            return self.work.bring_home(result) if function is torch.Tensor.cpu else result
+        return result
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        cause, source = _cause(function.overloadpacket, args, out)
+        if cause and self.work.away(source):
+            self.work.syncs[cause] += 1
+        self.work.follow(tree_iter((args, kwargs)), out)
+        self.work.ops += not function.is_view
+        return out
+
+
+def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
+    """Why this op makes the host wait, and for which tensor; (None, None) where it does not."""
+    if packet in SYNCING:
+        return packet.__name__, args[0]
+    if packet in (aten.index, aten.index_put, aten.index_put_):
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return ("boolean index", masks[0]) if masks else (None, None)
+    source = args[1] if packet is aten.copy_ else args[0] if packet is aten._to_copy else None
+    if isinstance(source, torch.Tensor) and source.device.type != "cpu" and out.device.type == "cpu":
+        return "device to host", source
+    return None, None
