@@ -92,16 +92,27 @@ void widest(const Body& body, Args... args) {
 #endif
 
 // Plain loops, which compilers turn into vector conversions; inlined into bodies for their machine.
-VISE_INLINE void to_floats(const uint8_t* from, std::ptrdiff_t count, float* to) {
+VISE_INLINE void to_floats(const uint8_t* __restrict from, std::ptrdiff_t count, float* __restrict to) {
     for (std::ptrdiff_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 // The nearest whole numbers (halves up) within 0..255.
-VISE_INLINE void to_bytes(const float* from, std::ptrdiff_t count, uint8_t* to) {
+VISE_INLINE void to_bytes(const float* __restrict from, std::ptrdiff_t count, uint8_t* __restrict to) {
     for (std::ptrdiff_t i = 0; i < count; ++i) {
         const float low = from[i] > 0 ? from[i] : 0;
         to[i] = static_cast<uint8_t>(static_cast<int>((low < 255 ? low : 255) + 0.5f));
     }
+}
+
+// Pixels of three bytes to pixels of four (the fourth is anything) and back. Four bytes move at a time; the last pixel's three.
+VISE_INLINE void widen_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step, uint8_t* __restrict to) {
+    for (int x = 0; x < count - 1; ++x) std::memcpy(to + x * step, from + 3 * x, 4);
+    std::memcpy(to + (count - 1) * step, from + 3 * (count - 1), 3);
+}
+
+VISE_INLINE void narrow_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step, uint8_t* __restrict to) {
+    for (int x = 0; x < count - 1; ++x) std::memcpy(to + 3 * x, from + x * step, 4);
+    std::memcpy(to + 3 * (count - 1), from + (count - 1) * step, 3);
 }
 
 // Memory that grows and is not cleared.

@@ -23,7 +23,7 @@ struct GatherPixels {
     VISE_INLINE void operator()(const uint8_t* source, int rows, int width, uint8_t* bytes, Block* pixels) const {
         for (int r = 0; r < kRows; ++r) {
             const uint8_t* row = source + 3 * static_cast<std::ptrdiff_t>(std::min(r, rows - 1)) * width;
-            for (int x = 0; x < width; ++x) std::memcpy(bytes + x * kLanes + 4 * r, row + 3 * x, 3);
+            widen_pixels(row, width, kLanes, bytes + 4 * r);
         }
         to_floats(bytes, static_cast<std::ptrdiff_t>(width) * kLanes, pixels->lane);
     }
@@ -48,8 +48,7 @@ struct PutPixels {
     VISE_INLINE void operator()(const Block* sums, int rows, int width, uint8_t* bytes, uint8_t* out) const {
         to_bytes(sums->lane, static_cast<std::ptrdiff_t>(width) * kLanes, bytes);
         for (int r = 0; r < rows; ++r) {
-            uint8_t* row = out + 3 * static_cast<std::ptrdiff_t>(r) * width;
-            for (int x = 0; x < width; ++x) std::memcpy(row + 3 * x, bytes + x * kLanes + 4 * r, 3);
+            narrow_pixels(bytes + 4 * r, width, kLanes, out + 3 * static_cast<std::ptrdiff_t>(r) * width);
         }
     }
 };
@@ -57,11 +56,11 @@ struct PutPixels {
 // One output row from the `count` rows it needs, two at a time.
 struct Stack {
     template <int W>
-    VISE_INLINE void operator()(const uint8_t* rows, std::ptrdiff_t stride, const float* weight, int count, float* total, uint8_t* out) const {
+    VISE_INLINE void operator()(const uint8_t* rows, std::ptrdiff_t stride, const float* weight, int count, float* __restrict total, uint8_t* out) const {
         std::fill_n(total, stride, 0.0f);
         for (int t = 0; t < count; t += 2) {
-            const uint8_t* upper = rows + t * stride;
-            const uint8_t* lower = t + 1 < count ? upper + stride : upper;
+            const uint8_t* __restrict upper = rows + t * stride;
+            const uint8_t* __restrict lower = t + 1 < count ? upper + stride : upper;
             const float a = weight[t], b = t + 1 < count ? weight[t + 1] : 0.0f;
             for (std::ptrdiff_t j = 0; j < stride; ++j) total[j] += a * upper[j] + b * lower[j];
         }

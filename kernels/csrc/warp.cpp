@@ -23,7 +23,7 @@ struct PadRow {
     template <int W>
     VISE_INLINE void operator()(const uint8_t* source, int width, float fill, uint8_t* bytes, float* padded) const {
         std::fill_n(padded, 4, fill);
-        for (int x = 0; x < width; ++x) std::memcpy(bytes + 4 * x, source + 3 * x, 3);
+        widen_pixels(source, width, 4, bytes);
         to_floats(bytes, 4 * static_cast<std::ptrdiff_t>(width), padded + 4);
         std::fill_n(padded + 4 * (width + 1), 8, fill);
     }
@@ -43,19 +43,25 @@ void pad(const WarpJob& job, float fill, Scratch& scratch) {
 // Where a row's pixels are sampled: the pixel of the padded source up and left of the point, and the way from it.
 struct Locate {
     template <int W>
-    VISE_INLINE void operator()(const WarpJob* job, int y, int* corner, float* across, float* down) const {
-        const double* m = job->inverse;
-        const double py = y + 0.5, right = job->width, low = job->height;
-        for (int x = 0; x < job->width; ++x) {
-            const double px = x + 0.5, depth = m[6] * px + m[7] * py + m[8];
-            const double u = (m[0] * px + m[1] * py + m[2]) / depth - 0.5, v = (m[3] * px + m[4] * py + m[5]) / depth - 0.5;
-            // far points, and nan for points at infinity, land where all four samples are `fill`; + 1 for the border
-            const double cu = (u > -1 ? (u < right ? u : right) : -1) + 1, cv = (v > -1 ? (v < low ? v : low) : -1) + 1;
-            const int cx = static_cast<int>(cu), cy = static_cast<int>(cv);
-            corner[x] = cy * (job->width + 3) + cx;
-            across[x] = static_cast<float>(cu - cx);
-            down[x] = static_cast<float>(cv - cy);
-        }
+    VISE_INLINE void operator()(const WarpJob* shared, int y, int* corner, float* across, float* down) const {
+        const WarpJob job = *shared;  // a copy, so that no store below can change it
+        const double* m = job.inverse;
+        const double py = y + 0.5;
+        if (m[6] == 0 && m[7] == 0)
+            for (int x = 0; x < job.width; ++x) locate(job, x, py, 1 / m[8], corner, across, down);
+        else
+            for (int x = 0; x < job.width; ++x) locate(job, x, py, 1 / (m[6] * (x + 0.5) + m[7] * py + m[8]), corner, across, down);
+    }
+
+    VISE_INLINE static void locate(const WarpJob& job, int x, double py, double nearness, int* corner, float* across, float* down) {
+        const double *m = job.inverse, px = x + 0.5, right = job.width, low = job.height;
+        const double u = (m[0] * px + m[1] * py + m[2]) * nearness - 0.5, v = (m[3] * px + m[4] * py + m[5]) * nearness - 0.5;
+        // far points, and nan for points at infinity, land where all four samples are `fill`; + 1 for the border
+        const double cu = (u > -1 ? (u < right ? u : right) : -1) + 1, cv = (v > -1 ? (v < low ? v : low) : -1) + 1;
+        const int cx = static_cast<int>(cu), cy = static_cast<int>(cv);
+        corner[x] = cy * (job.width + 3) + cx;
+        across[x] = static_cast<float>(cu - cx);
+        down[x] = static_cast<float>(cv - cy);
     }
 };
 
@@ -73,7 +79,7 @@ struct Sample {
             std::memcpy(row + 4 * x, &value, sizeof value);
         }
         to_bytes(row, 4 * static_cast<std::ptrdiff_t>(width), bytes);
-        for (int x = 0; x < width; ++x) std::memcpy(out + 3 * x, bytes + 4 * x, 3);
+        narrow_pixels(bytes, width, 4, out);
     }
 };
 
