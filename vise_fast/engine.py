@@ -109,6 +109,7 @@ class Engine:
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
+        self.joins = self.device.type == "cpu"
         self.chunk = chunk
         self.interrupted = lambda: None
         self.clock = Clock(self.device)
@@ -238,7 +239,7 @@ class Engine:
 
         On a CPU, where a step costs calls rather than bytes, rows that share nothing get prefix, question and answer in one bank.
         """
-        if self.device.type != "cpu" or set(fan) != {1}:
+        if not self.joins or set(fan) != {1}:
             return self.backbone.buffer(sum(fan), limit), 0
         owner = torch.tensor(prompts.owner, device=self.device)
         bank = prompts.prefixes.segment.join(owner, prompts.segment, limit)

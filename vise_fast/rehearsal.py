@@ -227,12 +227,12 @@ class _Engine(Engine):
         rows, index = len(owner), torch.tensor(owner, device=META)
         ids, logprob = torch.zeros(rows, limit, dtype=torch.long, device=META), torch.zeros(rows, limit, device=META)
         logits = self.backbone.logits(prompts.last)[index]
-        buffer = self.backbone.buffer(rows, limit)
+        buffer, start = self._continuation(prompts, fan, limit)
         prefix, prompt = Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META), Grid(owner, len(prompts.owner), META)
-        parents = [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
+        parents = [] if start else [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
         draw = lambda z: sample(z, temperature=temperature, banned=self.banned, seed=index, position=0)  # noqa: E731
         token, _ = draw(logits)
-        hidden = self.backbone.decode(token, index, parents, buffer, limit - 1, prompts.prefixes.adapters)
+        hidden = self.backbone.decode(token, index, parents, buffer, start + limit - 1, prompts.prefixes.adapters)
         logits = self.backbone.logits(hidden)
         draw(logits)
         return _Script(ids, logprob, [limit] * rows)
@@ -305,7 +305,7 @@ def _rehearse(
     with Live("meta") as live, _NoScores():
         with live.labelled("weights"):
             policy, engine = meta_policy(config, model_config, lengths, dtype)
-        engine.backbone.encode_at_once = ENCODE_AT_ONCE if device == "cpu" else None
+        engine.joins, engine.backbone.encode_at_once = device == "cpu", ENCODE_AT_ONCE if device == "cpu" else None
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
         live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in linear.cached], "LoRA in compute dtype")
