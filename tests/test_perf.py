@@ -121,11 +121,14 @@ def test_only_what_would_live_on_a_device_counts_when_weights_are_named():
         assert work.total == 0
         y.tolist()
         (y > 0).any().item()
-        host[y > 0]
+        y[y > 0]
         home = y.cpu()
         home.tolist()
+        table = torch.zeros(3, 4)
+        table[torch.tensor([0, 2]), 1] = y[:2]
+        table.tolist()
         (home * 2).sum().item()
-    assert work.syncs == {"tolist": 1, "_local_scalar_dense": 1, "boolean index": 1, "cpu": 1}
+    assert work.syncs == {"tolist": 2, "_local_scalar_dense": 1, "boolean index": 1, "cpu": 1}
 
 
 def test_gradients_are_followed_through_custom_functions():

@@ -68,11 +68,15 @@ class Prompts:
 
 @dataclass
 class Rollout:
-    """Sampled answers: ids (N, T) padded, logprob (N, T) under the sampling distribution, lengths including the end token."""
+    """Sampled answers: ids (N, T) padded, logprob (N, T) under the sampling distribution, lengths including the end token.
+
+    home: the padded ids as lists, where they came to the host together with the lengths.
+    """
 
     ids: Tensor
     logprob: Tensor
     lengths: list[int]
+    home: list[list[int]] | None = None
 
     def mask(self) -> Tensor:
         """fp32 (N, T): 1 on sampled tokens."""
@@ -80,10 +84,17 @@ class Rollout:
         return (steps < torch.tensor(self.lengths, device=self.ids.device)[:, None]).float()
 
     def rows(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths, strict=True)]
+        return [row[:n] for row, n in zip(self.ids.tolist() if self.home is None else self.home, self.lengths, strict=True)]
+
+    def packed(self) -> Tensor:
+        """The sampled ids (sum of lengths,), row by row; no host sync."""
+        width = self.ids.shape[1]
+        places = [row * width + t for row, length in enumerate(self.lengths) for t in range(length)]
+        return self.ids.flatten()[torch.tensor(places, device=self.ids.device)]
 
     def select(self, rows: list[int]) -> Rollout:
-        return Rollout(self.ids[rows], self.logprob[rows], [self.lengths[r] for r in rows])
+        home = None if self.home is None else [self.home[r] for r in rows]
+        return Rollout(self.ids[rows], self.logprob[rows], [self.lengths[r] for r in rows], home)
 
 
 @dataclass
@@ -216,23 +227,21 @@ class Engine:
             logprob[where, step] = torch.where(fresh, score, 0.0)
             ended = fresh & torch.isin(token, eos)
             done_at[where] = torch.where(ended, step + 1, done_at[where])
-            if step + 1 == limit:
-                break
-            if (step + 1) % self.poll == 0:
+            if step + 1 == limit or (step + 1) % self.poll == 0:
                 self.interrupted()
-                alive = (done_at[where] > step + 1).tolist()
-                if not any(alive):
+                home = torch.cat([ids, done_at[:, None]], 1).tolist()  # the one host sync: answers and lengths together
+                alive = [home[row][-1] > step + 1 for row in active.rows]
+                if step + 1 == limit or not any(alive):
                     break
                 if sum(alive) <= 0.75 * len(alive):
-                    token = token[alive]
-                    self._compact(active, alive, prompts, step)
+                    token = token[self._compact(active, alive, prompts)]
             hidden = self.backbone.decode(token, active.positions + step, active.parents, active.buffer, active.start + step, prompts.prefixes.adapters)
             self.counters.decode_steps += 1
             self.counters.tokens_decoded += len(active.rows)
             logits = self.backbone.logits(hidden)
-        lengths = done_at.tolist()
+        lengths = [row[-1] for row in home]
         longest = max(lengths)
-        return Rollout(ids[:, :longest], logprob[:, :longest], lengths)
+        return Rollout(ids[:, :longest], logprob[:, :longest], lengths, [row[:longest] for row in home])
 
     def _continuation(self, prompts: Prompts, fan: list[int], limit: int) -> tuple[Segment, int]:
         """The buffer for new keys, and where in it they start.
@@ -252,14 +261,15 @@ class Engine:
         prompt_grid = Grid(active.owner_prompt, len(prompts.owner), self.device)
         active.parents = [(prompts.prefixes.segment, prefix_grid), (prompts.segment, prompt_grid)]
 
-    def _compact(self, active: _Active, alive: list[bool], prompts: Prompts, step: int) -> None:
-        """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer."""
+    def _compact(self, active: _Active, alive: list[bool], prompts: Prompts) -> Tensor:
+        """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer. Returns the places kept."""
         keep = torch.tensor([i for i, lives in enumerate(alive) if lives], device=self.device)
         pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]  # noqa: E731
         active.rows, active.owner_prefix, active.owner_prompt = pick(active.rows), pick(active.owner_prefix), pick(active.owner_prompt)
         active.positions, active.seeds = active.positions[keep], active.seeds[keep]
         active.buffer = active.buffer.select(keep)
         self._attach(active, prompts)
+        return keep
 
     # ---- scoring ------------------------------------------------------------------------------------------------------------
 

@@ -57,12 +57,13 @@ class Learner:
         samples, scored = len(scores.reward), max(sum(int(t.scored.sum()) for t in targets), 1)
         with self.engine.clock.phase("update"):
             sums = [self._backward(played, target, samples) for played, target in zip(slices, targets, strict=True) if target.scored.any()]
-        totals = {name: float(sum(s[name] for s in sums)) for name in (sums[0] if sums else {})}
+            totals = self._totals(sums)
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / scored
         metrics |= totals | {"scored": scored / samples, "beta": self.beta.value, "lr": self._set_lr(step)}
-        with self.engine.clock.phase("optimizer"):
-            metrics["grad_norm"] = self._apply() if sums else 0.0
+        if sums:
+            with self.engine.clock.phase("optimizer"):
+                self._apply(metrics["grad_norm"])
         if sums and math.isfinite(metrics["grad_norm"]):
             self.beta.update(metrics["kl"])
         if scores.carries.any():
@@ -122,8 +123,7 @@ class Learner:
             cached = played.reference.select(images) if played.reference is not None and images[-1] < len(played.reference) else None
             reference = engine.score(*args, False, prefixes=cached)
         hidden = engine.score(*args, True, recompute=self.config.train.checkpointing)
-        ids = args[2].ids[args[2].mask().bool()]
-        return *linear_logprob_kl(hidden, reference, head, ids, banned=engine.banned), args[2].lengths
+        return *linear_logprob_kl(hidden, reference, head, args[2].packed(), banned=engine.banned), args[2].lengths
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
@@ -136,14 +136,21 @@ class Learner:
         value.backward()
         return figures
 
-    def _apply(self) -> float:
-        """Clip and step; a non-finite gradient changes nothing. Returns the gradient norm before clipping."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip))
+    def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Figures of the whole batch and the gradient norm before clipping, which happens here; the update's one host sync."""
+        if not sums:
+            return {"grad_norm": 0.0}
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip)
+        totals = {name: sum(s[name] for s in sums) for name in sums[0]} | {"grad_norm": norm}
+        return dict(zip(totals, torch.stack([value.float() for value in totals.values()]).tolist(), strict=True))
+
+    def _apply(self, norm: float) -> None:
+        """Step by the clipped gradient; one that is not finite changes nothing."""
         if not math.isfinite(norm):
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
                 raise NumericFault(f"the gradient was not finite {self.skipped} times in a row; the run has diverged; lower train.lr or use float32")
-            return norm
+            return
         self.skipped = 0
         self._make_room()
         self.moving = True
@@ -151,7 +158,6 @@ class Learner:
         self.forget()  # no gradients in memory during the next rollout
         self.policy.backbone.refresh()
         self.moving = False
-        return norm
 
     def _make_room(self) -> None:
         """Runs out of memory here, where nothing has changed yet, rather than halfway through: moments not made yet and one more copy of all masters."""

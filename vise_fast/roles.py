@@ -63,14 +63,15 @@ def ground(
     return Boxes(box_1000, readable, written, answers, rows, [r for r, count in enumerate(fan) for _ in range(count)])
 
 
-def verify(engine: Engine, features: Features, queries: list[str], adapters: bool) -> Tensor:
-    """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference)."""
-    return _probability(engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters))
+def verify(engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False) -> Tensor:
+    """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference). stay: leave it on the device."""
+    p = _probability(engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters))
+    return p if stay else p.cpu()
 
 
 def verify_forked(engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str]) -> Tensor:
     """The same where the images' prefixes are at hand."""
-    return _probability(engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries)))
+    return _probability(engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))).cpu()
 
 
 def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
@@ -81,4 +82,4 @@ def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
 def _probability(engine: Engine, logits: Tensor) -> Tensor:
     """P(yes) / (P(yes) + P(no)) from next-token logits (N, V), all one-token spellings counted (METHOD section 4)."""
     yes, no = (logits[:, ids].logsumexp(-1) for ids in (engine.tokens.yes, engine.tokens.no))
-    return torch.sigmoid(yes - no).double().cpu()
+    return torch.sigmoid(yes - no).double()

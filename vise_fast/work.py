@@ -36,7 +36,8 @@ class Work:
     def __init__(self, weights: Iterable[torch.Tensor] | None = None) -> None:
         self.syncs: Counter[str] = Counter()
         self.ops = 0
-        self._away = None if weights is None else WeakIdKeyDictionary({weight: True for weight in weights})
+        # by storage: what is written into a view is seen through every other view
+        self._away = None if weights is None else WeakIdKeyDictionary({weight.untyped_storage(): True for weight in weights})
 
     @property
     def total(self) -> int:
@@ -46,17 +47,17 @@ class Work:
         """Whether reading this makes the host wait for a device (or would, were there one)."""
         if not isinstance(value, torch.Tensor):
             return False
-        return value.device.type != "cpu" or self._away is None or value in self._away
+        return value.device.type != "cpu" or self._away is None or value.untyped_storage() in self._away
 
     def follow(self, inputs, outputs) -> None:
         """Results live where their inputs do."""
         if self._away and any(self.away(x) for x in inputs):
-            self._away.update({x: True for x in tree_iter(outputs) if isinstance(x, torch.Tensor)})
+            self._away.update({x.untyped_storage(): True for x in tree_iter(outputs) if isinstance(x, torch.Tensor)})
 
     def bring_home(self, value: torch.Tensor) -> torch.Tensor:
         if self._away is not None:
             value = value.clone()
-            self._away.pop(value, None)
+            self._away.pop(value.untyped_storage(), None)
         return value
 
     def __enter__(self) -> Work:
@@ -105,7 +106,7 @@ def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
         return packet.__name__, args[0]
     if packet in (aten.index, aten.index_put, aten.index_put_):
         masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-        return ("boolean index", masks[0]) if masks else (None, None)
+        return ("boolean index", args[0]) if masks else (None, None)
     source = args[1] if packet is aten.copy_ else args[0] if packet is aten._to_copy else None
     if isinstance(source, torch.Tensor) and source.device.type != "cpu" and out.device.type == "cpu":
         return "device to host", source

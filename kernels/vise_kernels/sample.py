@@ -91,7 +91,7 @@ def _draw_native(logits: Tensor, temperature: Tensor, banned: Tensor | None, see
     """`plain` in C++: exact noise only for the ids that can win."""
     z = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     z = z.contiguous()
-    ids, results = torch.empty_like(seed), z.new_empty(3, len(z))
+    ids, results = z.new_empty(len(z), dtype=torch.int64), z.new_empty(3, len(z))
     threads = min(torch.get_num_threads(), 1 + z.numel() // LOGITS_PER_THREAD)
     native().sample(z, temperature.contiguous(), seed.contiguous(), position.contiguous(), ids, *results, threads)
     return ids, results[0]
