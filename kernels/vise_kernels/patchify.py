@@ -67,7 +67,7 @@ def _patchify_one(values: Tensor, patch: int, merge: int, taps: int) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _levels(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(3,256): the value of every grey level of every channel, so that the fast paths look up instead of computing."""
-    return normalise(torch.arange(256)[:, None].expand(-1, 3), mean, std).to(dtype).T.contiguous().to(device)
+    return normalise(torch.arange(256)[:, None].expand(-1, 3), mean, std).to(dtype).T.contiguous().to(device, non_blocking=True)
 
 
 def _native(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
