@@ -140,7 +140,7 @@ def _commit(sources: tuple[str, ...]) -> str:
 
 def finish(results: dict, path: Path | None) -> None:
     """Adds the command, writes the result file where there is one to write, prints the document as the last line."""
-    results["command"] = "python " + " ".join([str(Path(sys.argv[0]).name), *sys.argv[1:]])
+    results["command"] = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -5,8 +5,8 @@
     python bench/kernels.py --smoke                  tiny shapes, one repeat: does everything run?
 
 Contenders of a case do the same work on the same inputs; `ours` is the path that the op takes by itself. "ceiling" is the time the case's
-bytes or FLOPs would take at the copy bandwidth or matmul rate measured in the same run, as a share of our time. Figures from a CPU are ratios:
-its seconds are in the JSON only. Left out: correctness (tests/kernels/).
+bytes or FLOPs would take at the copy bandwidth or matmul rate measured in the same run, as a share of our time (above 100 %: the data fit a
+cache, which the copy does not). Figures from a CPU are ratios: its seconds are in the JSON only. Left out: correctness (tests/kernels/).
 """
 
 import argparse
