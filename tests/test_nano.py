@@ -210,3 +210,23 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
     assert again.clock["step"] == 1
     assert [_one_step(again, 1), _one_step(again, 2)] == pytest.approx(straight, rel=1e-3)
     assert straight[0] != pytest.approx(straight[1], rel=1e-3)  # the second loss does depend on the first update
+
+
+def test_boxes_on_held_out_scenes(figures):
+    """Bounds are below the measured figures (vise_fast/nano/README.md) by three standard errors of 160 scenes or more."""
+    assert figures["well_formed"] >= 0.96
+    assert figures["iou"] >= 0.38 and figures["named"] >= 0.9
+    assert figures["area"] == pytest.approx(figures["true_area"], rel=0.25)
+
+
+def test_sampled_boxes_leave_room(figures):
+    """The base is meant to have something to learn: neither saturated nor deterministic."""
+    assert figures["iou"] < 0.7
+    assert 0.03 < figures["iou"] - figures["sampled_iou"] < 0.25
+
+
+@pytest.mark.parametrize(
+    "kind", ["present", "absent", "blur_covered", "mean_covered", "blur_kept", "mean_kept", "blur_elsewhere", "mean_elsewhere"]
+)
+def test_verdicts_on_held_out_scenes(figures, kind):
+    assert figures[f"visible_{kind}"] >= 0.87

@@ -46,7 +46,7 @@ PHASES = (
     Phase("look", 0.24, (1.0, 1.0), questions=False, dense=1.0, ghosted=0.0),
     Phase("easy", 0.08, (1.0, 0.9), max_objects=2, ghosted=0.0),
     Phase("full", 0.38, (0.9, 0.4)),
-    Phase("judge", 0.30, (0.4, 0.03), ghosted=0.7, find=0.3),
+    Phase("judge", 0.30, (0.4, 0.03), ghosted=0.7, find=0.5),
 )
 
 
