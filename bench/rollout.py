@@ -267,10 +267,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="write a PNG")
     parser.add_argument("--write", action="store_true", help="put the document under bench/results/")
-    parser.add_argument("--smoke", action="store_true", help="the embedded model, two images, one repeat, all engines")
+    parser.add_argument("--smoke", action="store_true", help="the embedded model, one image, one repeat, all engines")
     args = parser.parse_args(words)
     if args.smoke:
-        args.model, args.batch, args.repeats, args.engine = "nano", [2], 1, list(ENGINES)
+        args.model, args.batch, args.repeats, args.engine = "nano", [1], 1, list(ENGINES)
     nano = args.model == "nano"
     width, height = (int(side) for side in (args.size or ("128x128" if nano else "640x480")).split("x"))
     args.size, args.batch = (height, width), args.batch or ([1, 16] if nano else [8])

@@ -30,6 +30,7 @@ class Counters:
     decode_steps: int = 0
     verdicts: int = 0
     tokens_decoded: int = 0
+    host_reads: int = 0
 
     def take(self) -> dict[str, int]:
         values = asdict(self)
@@ -230,6 +231,7 @@ class Engine:
             if step + 1 == limit or (step + 1) % self.poll == 0:
                 self.interrupted()
                 home = torch.cat([ids, done_at[:, None]], 1).tolist()  # the one host sync: answers and lengths together
+                self.counters.host_reads += 1
                 alive = [home[row][-1] > step + 1 for row in active.rows]
                 if step + 1 == limit or not any(alive):
                     break

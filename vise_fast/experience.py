@@ -153,7 +153,7 @@ def _judge_ghosts(engine: Engine, pixels: list[Tensor], queries: list[str], know
 def _verdicts(engine: Engine, images: list[Tensor], queries: list[str], adapters: bool, at_once: int) -> Tensor:
     """p(visible) of query n on image n, `at_once` images in memory at a time."""
     cuts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
-    return torch.cat([roles.verify(engine, engine.encode(images[cut]), queries[cut], adapters, stay=True) for cut in cuts]).cpu()
+    return roles.home(engine, torch.cat([roles.verify(engine, engine.encode(images[cut]), queries[cut], adapters, stay=True) for cut in cuts]))
 
 
 def _ghost_jobs(slots: list[tuple], first: list[int], config: Config, draws: Draws, samples: int) -> list[tuple[str, Tensor, str]]:

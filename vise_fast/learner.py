@@ -142,6 +142,7 @@ class Learner:
             return {"grad_norm": 0.0}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip)
         totals = {name: sum(s[name] for s in sums) for name in sums[0]} | {"grad_norm": norm}
+        self.engine.counters.host_reads += 1
         return dict(zip(totals, torch.stack([value.float() for value in totals.values()]).tolist(), strict=True))
 
     def _apply(self, norm: float) -> None:

@@ -66,12 +66,18 @@ def ground(
 def verify(engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False) -> Tensor:
     """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference). stay: leave it on the device."""
     p = _probability(engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters))
-    return p if stay else p.cpu()
+    return p if stay else home(engine, p)
 
 
 def verify_forked(engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str]) -> Tensor:
     """The same where the images' prefixes are at hand."""
-    return _probability(engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))).cpu()
+    return home(engine, _probability(engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))))
+
+
+def home(engine: Engine, p: Tensor) -> Tensor:
+    """Verdicts on the CPU: a host sync."""
+    engine.counters.host_reads += 1
+    return p.cpu()
 
 
 def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
