@@ -29,9 +29,9 @@ CELLS = ROOT / "bench" / "results" / "learning"
 ROWS = {
     "base": None,
     "robust": [],
-    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "2", "--train.batch", "8", "--update.advantage", "rloo"],
-    "geometric only": ["--reward.w_sem", "0", "--reward.gate", "0"],
-    "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1"],
+    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "2", "--train.batch", "8", "--update.advantage", "rloo", "--update.tau", "0.3"],
+    "geometric only": ["--reward.w_geo", "1", "--reward.w_sem", "0", "--reward.w_area", "0"],
+    "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1", "--reward.w_area", "0"],
     "area term only": ["--reward.name", "area_only", "--reward.w_area", "1"],
     "random": ["--reward.name", "random"],
     "shuffled": ["--reward.name", "shuffled"],

@@ -149,7 +149,7 @@ def test_a_wrong_override_is_one_line(words, parts):
         (["--view.crop", "0.9,1.1"], "view.crop"),
         (["--view.crop", "0,1"], "view.crop"),
         (["--optim.betas", "0.9,1"], "optim.betas"),
-        (["--reward.w_geo", "0", "--reward.w_sem", "0"], "nothing is rewarded"),
+        (["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"], "nothing is rewarded"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words, part):
