@@ -88,12 +88,13 @@ class Planner:
 
     def choose(self, budget: float) -> dict[str, object] | None:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity first; None where nothing does."""
+        fits = lambda base, knobs: self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget  # noqa: E731
         for base in self._bases():
-            if self.rehearse(_with(self.config, {**base, **_knobs(1, True, "adamw8bit")})).peak > budget:
+            if not fits(base, _knobs(1, True, "adamw8bit")):
                 continue
-            for knobs in self._speeds():
-                if self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget:
-                    return {key: value for key, value in {**base, **knobs}.items() if value != _get(self.config, key)}
+            micro = next(m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, "adamw8bit")))
+            knobs = next(k for k in self._speeds(micro) if fits(base, k))
+            return {key: value for key, value in {**base, **knobs}.items() if value != _get(self.config, key)}
         return None
 
     def _bases(self) -> Iterator[dict[str, object]]:
@@ -103,15 +104,19 @@ class Planner:
             for quant in kinds[kinds.index(self.config.model.quant) :]:
                 yield {"model.quant": quant, "data.max_pixels": int(share * self.config.data.max_pixels)}
 
-    def _speeds(self) -> Iterator[dict[str, object]]:
-        """Large micro-batches before stored activations: a rollout of few rows wastes more time than a second forward pass."""
-        optimizers = dict.fromkeys([self.config.optim.name, "adamw8bit"])
-        micro = self.config.train.micro_batch or self.config.train.batch
+    def _micro_batches(self) -> Iterator[int]:
+        """Large ones first: a rollout of few rows wastes more time than a second forward pass. 0 is the whole batch."""
+        whole = self.config.train.batch
+        micro = self.config.train.micro_batch or whole
         while micro >= 1:
-            for checkpointing in dict.fromkeys([self.config.train.checkpointing, True]):
-                for name in optimizers:
-                    yield _knobs(0 if micro == self.config.train.batch else micro, checkpointing, name)
+            yield 0 if micro == whole > 1 else micro
             micro //= 2
+
+    def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
+        """At one micro-batch: stored activations before a second forward pass, exact moments before 8-bit ones."""
+        for checkpointing in dict.fromkeys([self.config.train.checkpointing, True]):
+            for name in dict.fromkeys([self.config.optim.name, "adamw8bit"]):
+                yield _knobs(micro, checkpointing, name)
 
 
 def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:
