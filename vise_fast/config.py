@@ -144,7 +144,7 @@ class RewardConfig(Section):
     gate: float = Field(0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off")
     w_geo: float = Field(0.3, ge=0, description="weight of the geometric term")
     w_sem: float = Field(0.7, ge=0, description="weight of the semantic term")
-    w_area: float = Field(1.0, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
+    w_area: float = Field(1.5, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
     projection: Literal["ellipse", "corners"] = Field("ellipse", description="hull of the inscribed ellipse, or of the four corners")
     controls: int = Field(1, ge=1, description="control ghosts per box")
     plugin: str | None = Field(None, description="python file that registers further rewards")
