@@ -88,7 +88,7 @@ def saved(dtype, monkeypatch=None):
     engine = Engine(Backbone(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    own |= {t.untyped_storage().data_ptr() for f in engine.backbone.fused() for t in [*f.cached, getattr(f, "weight", f.cached[0])]}
+    own |= {t.untyped_storage().data_ptr() for f in engine.backbone.fused() for t in [f.cached.down, *f.cached.up, getattr(f, "weight", f.cached.down)]}
     found = {}
 
     def keep(tensor):
@@ -115,3 +115,18 @@ def test_the_fused_node_saves_less_than_three_quarters(monkeypatch):
     assert fused < 0.75 * plain, (fused, plain)
 
 
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_separate_factors_equal_block_diagonal_ones(monkeypatch, shape):
+    """Large models hold each module's B by itself; same hidden states, same gradients."""
+    results = []
+    for limit in (2**18, 0):
+        monkeypatch.setattr("vise_fast.backbones.linear.BLOCKS_UP_TO", limit)
+        model, engine = engine_of(shape)
+        assert len(engine.backbone.layers[0].linears[0].cached.up) == (1 if limit else 3)
+        features, answers = sampled(engine, images(SIZES))
+        hidden = engine.score(features, ROWS, answers, OWNER, True)
+        results.append([hidden.detach(), *torch.autograd.grad(hidden.square().sum(), leaves(model))])
+        engine.backbone.refresh()
+    assert worst(results[1], results[0]) <= 1e-5

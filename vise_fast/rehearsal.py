@@ -308,7 +308,7 @@ def _rehearse(
         engine.joins, engine.backbone.encode_at_once = device == "cpu", ENCODE_AT_ONCE if device == "cpu" else None
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
-        live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in linear.cached], "LoRA in compute dtype")
+        live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in (linear.cached.down, *linear.cached.up)], "LoRA in compute dtype")
         live.hold([torch.empty(sum(_moments(p, config.optim.name) for p in trained), dtype=torch.uint8, device=META)], "optimizer")
         step = _Step(config, engine, live, trained)
         step.run(sizes)
@@ -340,6 +340,10 @@ class _Step:
         played = self._play(largest)
         with self._phase("verify ghosts", "rollout"):
             self._judge(largest)
+        if others:
+            with self.live.labelled("LoRA gradients"):
+                for p in self.trained:
+                    p.grad = torch.empty_like(p)
         self._learn(*played)
         with self._phase("optimizer step", "optimizer"):
             self._apply()

@@ -1,7 +1,8 @@
 """One matrix product for several projections of the same input, with their LoRA terms: y = x Wᵀ + (x Aᵀ) Bᵀ.
 
 The projections' frozen weights are stacked into one tensor that the original modules keep as views, so there is still one copy of
-every weight. The A matrices are stacked and the scaled B matrices set block-diagonally, which turns three LoRA products into one.
+every weight. The A matrices are stacked; the scaled B matrices are set block-diagonally, one product instead of three, as long as the
+zeros cost less than the calls.
 LoRA stays in fp32 masters owned by PEFT; a pack holds them in the compute dtype, cast once per optimizer step. Dropout is off by design.
 
 With gradients, a call is one autograd node from its input and the masters that computes with the pack and saves nothing but the input:
@@ -24,15 +25,30 @@ from torch.nn import functional as F
 from vise_fast import quantise
 
 ADAPTER = "default"
+BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
 Before = Callable[[Tensor], Tensor]
 """What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass."""
 
 
 class Pack(NamedTuple):
-    """Stacked LoRA factors: down (k·r, in), up (out, k·r) with alpha / r folded in."""
+    """LoRA factors: down (k·r, in); up with alpha / r folded in: one block-diagonal (sum of outs, k·r), or each module's (out, r)."""
 
     down: Tensor
-    up: Tensor
+    up: tuple[Tensor, ...]
+
+    def raise_(self, y: Tensor, low: Tensor) -> Tensor:
+        """y (n, sum of outs) += low (n, k·r) · upᵀ."""
+        if len(self.up) == 1:
+            return y.addmm_(low, self.up[0].T)
+        for out, part, up in zip(y.split([len(u) for u in self.up], 1), low.split(self.up[0].shape[1], 1), self.up, strict=True):
+            out.addmm_(part, up.T)
+        return y
+
+    def lower(self, grad: Tensor) -> Tensor:
+        """grad (n, sum of outs) · up: (n, k·r)."""
+        if len(self.up) == 1:
+            return grad @ self.up[0]
+        return torch.cat([g @ up for g, up in zip(grad.split([len(u) for u in self.up], 1), self.up, strict=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,9 @@ class FusedLinear:
         if not self.adapted:
             return None
         down = torch.cat([m.lora_A[ADAPTER].weight for m in self.modules])
-        ups = [m.lora_B[ADAPTER].weight * m.scaling[ADAPTER] for m in self.modules]
-        return Pack(down.to(dtype), (ups[0] if len(ups) == 1 else torch.block_diag(*ups)).to(dtype))
+        ups = [(m.lora_B[ADAPTER].weight * m.scaling[ADAPTER]).to(dtype) for m in self.modules]
+        blocks = len(ups) > 1 and sum(map(len, ups)) * len(down) <= BLOCKS_UP_TO
+        return Pack(down.to(dtype), (torch.block_diag(*ups),) if blocks else tuple(ups))
 
     def masters(self) -> list[nn.Parameter]:
         """The fp32 factors: A of each module, then B of each."""
@@ -85,7 +102,7 @@ class FusedLinear:
         """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every intermediate. Unquantised bases only."""
         x = x if before is None else before(x)
         y = F.linear(x, self.weight, self.bias)
-        return y if pack is None else y + F.linear(F.linear(x, pack.down), pack.up)
+        return y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
         if self.stacked:
@@ -93,7 +110,7 @@ class FusedLinear:
         else:
             outs = [quantise.product(base, x) for base in self.bases]
             y = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
-        return y if pack is None else y.addmm_(F.linear(x, pack.down), pack.up.T)
+        return y if pack is None else pack.raise_(y, F.linear(x, pack.down))
 
     def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
         """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
@@ -107,12 +124,9 @@ class FusedLinear:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
         if self.stacked:
             return grad @ self.weight
-        total, start = None, 0
-        for base in self.bases:
-            piece = grad[:, start : start + base.out_features]
-            weight = quantise.dequantised(base, grad.dtype)
-            total = piece @ weight if total is None else total.addmm_(piece, weight)
-            start += base.out_features
+        total = grad.new_zeros(len(grad), self.bases[0].in_features)
+        for base, piece in zip(self.bases, grad.split([base.out_features for base in self.bases], 1), strict=True):
+            total.addmm_(piece, quantise.dequantised(base, grad.dtype))  # one dequantised weight at a time
         return total
 
 
@@ -128,15 +142,15 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (x,), (down, up), linear = ctx.saved_tensors, ctx.pack, ctx.linear
+        (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
         wanted = ctx.needs_input_grad[0]
         leaf = x.detach().requires_grad_(wanted)
         with torch.enable_grad():
             z = leaf if ctx.before is None else ctx.before(leaf)
-        low, dx = grad @ up, None
-        factors = linear._factor_gradients(z.detach(), low, grad, down)
+        low, dx = pack.lower(grad), None
+        factors = linear._factor_gradients(z.detach(), low, grad, pack.down)
         if wanted:
-            dz = linear._input_gradient(grad).addmm_(low, down)
+            dz = linear._input_gradient(grad).addmm_(low, pack.down)
             dx = dz if ctx.before is None else torch.autograd.grad(z, leaf, dz)[0]
         return dx, None, None, None, *factors
 

@@ -189,7 +189,8 @@ class Backbone:
             if old is None or fresh is None:
                 linear.cached = fresh
             else:
-                old.down.copy_(fresh.down), old.up.copy_(fresh.up)
+                for held, new in zip([old.down, *old.up], [fresh.down, *fresh.up], strict=True):
+                    held.copy_(new)
 
     def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
         return linear.cached if adapters else None
