@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify
 
 from vise_fast.attention import Grid, Part, attend
-from vise_fast.backbones.linear import FusedLinear, Norm, Pack, recomputed, swiglu
+from vise_fast.backbones.linear import FusedLinear, Norm, Pack, Swiglu, recomputed
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
 LORA_TARGETS = (
@@ -28,6 +28,7 @@ LORA_TARGETS = (
     r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 )
 
+SWIGLU = Swiglu()
 # On a CPU: patches that go through the vision tower together, so that a block's activations stay in the cache.
 ENCODE_AT_ONCE = 1024
 
@@ -326,7 +327,7 @@ class Backbone:
         return qk[:, : self.heads], qk[:, self.heads :], qkv[:, split:]
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
-        return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], swiglu)
+        return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], SWIGLU)
 
     def _deepstack(self, x: Tensor, index: int, levels: list[Level], sizes: list[int]) -> Tensor:
         start = 0
