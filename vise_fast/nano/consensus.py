@@ -30,10 +30,16 @@ def back_projected(pupil: exam.Pupil, images: list[Tensor], ask: list[str], gree
     """One view per image: the greedy boxes found there, projected back (ellipse hull), (N, 4); NaN where the view lost the object."""
     drawn = [views.draw_view(generator(SEED, round_, "view", index), SIDE, SIDE, ViewConfig()) for index in range(len(images))]
     matrices = torch.stack([view.matrix_px for view in drawn])
-    boxes, read = exam.boxes_of(pupil.answer(pupil.look(torch.stack(views.apply(images, drawn))), ask, 18))
+    boxes = _readable(pupil.answer(pupil.look(torch.stack(views.apply(images, drawn))), ask, 18))
     back = geometry.project_1000(boxes, torch.linalg.inv(matrices), SIDE, SIDE, "ellipse", clamp=False)
     kept = geometry.kept_share(greedy, matrices, SIDE, SIDE) >= ViewConfig().min_kept
-    return torch.where((kept & torch.from_numpy(read))[:, None], back, torch.nan)
+    return torch.where(kept[:, None], back, torch.nan)
+
+
+def _readable(answers: list[str]) -> Tensor:
+    """(N, 4) boxes in 0..1000; NaN where the answer could not be read."""
+    boxes, read = exam.boxes_of(answers)
+    return torch.where(torch.from_numpy(read)[:, None], boxes, torch.nan)
 
 
 def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
@@ -46,13 +52,13 @@ def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
     past = pupil.look(torch.stack(images))
     greedy, _ = exam.boxes_of(pupil.answer(past, ask, 18))
     draw = torch.Generator().manual_seed(SEED)
-    sampled = torch.stack([exam.boxes_of(pupil.answer(past, ask, 18, draw))[0] for _ in range(rounds)])
+    sampled = torch.stack([_readable(pupil.answer(past, ask, 18, draw)) for _ in range(rounds)])
     seen = torch.stack([back_projected(pupil, images, ask, greedy, index) for index in range(rounds)])
     ways = {
         "greedy": greedy,
-        "one sample": sampled[0],
-        "mean of samples": sampled.mean(0),
-        "median of samples": sampled.median(0).values,
+        "one sample": sampled[0].nan_to_num(0),
+        "mean of samples": sampled.nanmean(0),
+        "median of samples": sampled.nanmedian(0).values,
         "one view": torch.where(seen[0].isnan(), greedy, seen[0]),
         "mean over views": torch.cat([greedy[None], seen]).nanmean(0),
         "median over views": torch.cat([greedy[None], seen]).nanmedian(0).values,

@@ -1,8 +1,8 @@
 """Makes the embedded model: supervised pretraining on drawn scenes, on one CPU thread plus one drawing process.
 
 Four phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions, two objects at most, no
-ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are learned last). Interrupted runs go on from the last checkpoint in --out. Progress is time, so that the figures, not the exact
-weights, repeat from run to run.
+ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are learned last). Interrupted runs go on from
+the last checkpoint in --out. Progress is time, so that the figures, not the exact weights, repeat from run to run.
 
 Run: python -m vise_fast.nano.pretrain --out DIR --minutes 45 --seed 0
 """
