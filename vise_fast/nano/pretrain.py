@@ -4,7 +4,7 @@ Four phases share one clock: "look" (vision only, with a throw-away dense head),
 ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are learned last). Interrupted runs go on from
 the last checkpoint in --out. Progress is time, so that the figures, not the exact weights, repeat from run to run.
 
-Run: python -m vise_fast.nano.pretrain --out DIR --minutes 45 --seed 0
+Run: python -m vise_fast.nano.pretrain --out DIR --minutes 14 --seed 0
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="directory of the run; the model is in its folder 'model'")
-    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--minutes", type=float, default=14, help="on the run's clock, compilation excluded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-lr", type=float, default=3e-3, help="peak rate of the hidden matrices; 0: AdamW for all")
     parser.add_argument("--adam-lr", type=float, default=1.5e-3, help="peak rate of everything else")
