@@ -11,17 +11,18 @@ LAYERS = [
     {"errors", "randomness"},
     {"settings", "geometry", "attention", "glossary"},
     {"config"},
-    {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words"},
-    {"console", "loggers", "checkpoint", "perf", "work", "images", "views", "tokens", "quantise", "backbones", "rewards", "loss"},
+    {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words", "quantise"},
+    {"console", "loggers", "checkpoint", "perf", "work", "images", "views", "tokens", "backbones", "rewards", "loss"},
     {"engine", "model"},
     {"stock", "roles", "attention_meter", "figures"},
-    {"experience", "estimate", "exam", "record"},
-    {"learner", "evaluate", "diagnosis", "plots", "cards"},
-    {"report", "adapter", "survive"},
+    {"experience", "exam", "record"},
+    {"learner", "evaluate", "diagnosis", "plots", "cards", "rehearsal"},
+    {"report", "adapter", "estimate"},
+    {"survive", "lowmem"},
     {"run", "dry_run"},
     {"train"},
 ]
-LEAVES = {"doctor", "infer", "merge", "nano"}
+LEAVES = {"doctor", "checks", "infer", "merge", "nano"}
 FREE = {"vise_kernels"}
 PRINTERS = {"console"}
 
