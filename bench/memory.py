@@ -142,11 +142,11 @@ def compare(name: str) -> dict:
 
 
 def lean(name: str, quant: str) -> Config:
-    """The leanest settings of a published model: one image at a time, checkpointing, 8-bit Adam; r 32 from 8B on."""
+    """The leanest settings of a published model: one image at a time, checkpointing, paged 8-bit Adam; r 32 from 8B on."""
     config, rank = Config(), 32 if name in ("qwen3-vl-8b", "qwen3-vl-32b") else 16
     config.model.path, config.model.quant, config.model.dtype = f"Qwen/{name}", quant, "bfloat16"
     config.lora.r, config.lora.alpha = rank, 2 * rank
-    config.train.micro_batch, config.train.checkpointing, config.optim.name = 1, True, "adamw8bit"
+    config.train.micro_batch, config.train.checkpointing, config.optim.name = 1, True, "paged_adamw8bit"
     config.data.dir = "images"
     return config
 
@@ -170,7 +170,7 @@ def capped(name: str, quant: str, goal: float) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.find(name, True, scratch)
         config = lean(name, quant)
-        config = subject.config("robust", config.train.batch, [f"--model.quant={quant}", f"--lora.r={config.lora.r}", "--model.dtype=bfloat16", "--train.micro_batch=1", "--train.checkpointing=true", "--optim.name=adamw8bit"])
+        config = subject.config("robust", config.train.batch, [f"--model.quant={quant}", f"--lora.r={config.lora.r}", "--model.dtype=bfloat16", "--train.micro_batch=1", "--train.checkpointing=true", "--optim.name=paged_adamw8bit"])
         try:
             engine, learner = prepared(subject, config)
             images = subjects.pictures(480, 640, config.train.batch)

@@ -27,6 +27,7 @@ from vise_fast.tokens import Tokens
 
 GIB = 2**30
 SHAPES = Path(__file__).parents[1] / "configs" / "models"
+LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT, FRAGMENTS = 0.6 * GIB, 0.03
 """Of a card: what CUDA and its libraries take, and what the allocator loses to rounding and fragments. Allowances, not measurements."""
@@ -89,10 +90,13 @@ class Planner:
     def choose(self, budget: float) -> dict[str, object] | None:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity first; None where nothing does."""
         fits = lambda base, knobs: self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget  # noqa: E731
+        leanest = _knobs(1, True, LEANEST)
+        if not fits({"model.quant": "nf4", "data.max_pixels": int(PIXEL_SHARES[-1] * self.config.data.max_pixels)}, leanest):
+            return None
         for base in self._bases():
-            if not fits(base, _knobs(1, True, "adamw8bit")):
+            if not fits(base, leanest):
                 continue
-            micro = next(m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, "adamw8bit")))
+            micro = next(m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, LEANEST)))
             knobs = next(k for k in self._speeds(micro) if fits(base, k))
             return {key: value for key, value in {**base, **knobs}.items() if value != _get(self.config, key)}
         return None
@@ -113,9 +117,9 @@ class Planner:
             micro //= 2
 
     def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
-        """At one micro-batch: stored activations before a second forward pass, exact moments before 8-bit ones."""
+        """At one micro-batch: stored activations before a second forward pass, exact moments before 8-bit ones, those before paged ones."""
         for checkpointing in dict.fromkeys([self.config.train.checkpointing, True]):
-            for name in dict.fromkeys([self.config.optim.name, "adamw8bit"]):
+            for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
                 yield _knobs(micro, checkpointing, name)
 
 
@@ -133,7 +137,7 @@ def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None
     if config.memory.budget_gb is None:
         return Plan(config, asked, budget, advice=changes or {})
     if changes is None:
-        floor = planner.rehearse(_with(config, {"model.quant": "nf4", **_knobs(1, True, "adamw8bit")}))
+        floor = planner.rehearse(_with(config, {"model.quant": "nf4", **_knobs(1, True, LEANEST)}))
         raise MemoryFloor(
             f"{config.model.path} needs {floor.peak / GIB:.1f} GiB at least (nf4, one image at a time), of which {budget / GIB:.1f} GiB can be used; "
             f"memory.budget_gb is {config.memory.budget_gb}; take a smaller model, a smaller data.max_pixels or a larger card"

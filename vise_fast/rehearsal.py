@@ -309,8 +309,11 @@ def _rehearse(
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
         live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in (linear.cached.down, *linear.cached.up)], "LoRA in compute dtype")
-        live.hold([torch.empty(sum(_moments(p, config.optim.name) for p in trained), dtype=torch.uint8, device=META)], "optimizer")
-        step = _Step(config, engine, live, trained)
+        moments = sum(_moments(p, config.optim.name) for p in trained)
+        # On a GPU paged moments lie in managed memory and are fetched for the optimizer step, when there is room.
+        paged = moments if config.optim.name.startswith("paged") and device == "cuda" else 0
+        live.hold([torch.empty(moments - paged, dtype=torch.uint8, device=META)], "optimizer")
+        step = _Step(config, engine, live, trained, paged)
         step.run(sizes)
     block = sum(p.numel() * p.dtype.itemsize for p in engine.backbone.visual.blocks[0].parameters())
     return step.phases, block
@@ -326,8 +329,8 @@ def _moments(p: Tensor, name: str) -> int:
 class _Step:
     """experience.play and learner.learn, as far as they need memory."""
 
-    def __init__(self, config: Config, engine: _Engine, live: Live, trained: list[Tensor]) -> None:
-        self.config, self.engine, self.live, self.trained = config, engine, live, trained
+    def __init__(self, config: Config, engine: _Engine, live: Live, trained: list[Tensor], paged: int) -> None:
+        self.config, self.engine, self.live, self.trained, self.paged = config, engine, live, trained, paged
         self.phases: dict[str, dict[str, int]] = {}
         self.lengths = engine.tokens.lengths
 
@@ -419,5 +422,6 @@ class _Step:
     def _apply(self) -> None:
         """torch's multi-tensor AdamW works on one more copy of all parameters; the 8-bit kinds on none."""
         scratch = [torch.empty_like(p) for p in self.trained] if self.config.optim.name == "adamw" else []
+        scratch.append(torch.empty(self.paged, dtype=torch.uint8, device=META))
         self.engine.backbone.refresh()
         del scratch

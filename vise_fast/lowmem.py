@@ -1,0 +1,80 @@
+"""Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings the planner chose and what else would fit.
+
+    python -m vise_fast.estimate --write-presets
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from vise_fast.config import Config
+from vise_fast.console import Console
+from vise_fast.errors import MemoryFloor
+from vise_fast.estimate import GIB, Plan, plan
+
+CARDS = {8: "4b", 12: "8b", 16: "8b", 24: "32b"}
+WEIGHTS_GB = {"2b": 4.3, "4b": 8.9, "8b": 17.5, "32b": 66.7}
+SMALL = dict(rank=16, alpha=32, lr=1.0e-6, eta=0.1)
+LARGE = dict(rank=32, alpha=64, lr=1.5e-7, eta=0.15)
+"""METHOD section 1: what the paper trains 2B and 4B with, and 8B and 32B."""
+
+
+def write(directory: Path, console: Console) -> int:
+    """One file per card; says what it wrote. Returns the exit code."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for card, size in CARDS.items():
+        plans = {name: planned(name, card) for name in WEIGHTS_GB}
+        path = directory / f"lowmem-{card}gb.yaml"
+        path.write_text(text(card, size, plans), encoding="utf-8")
+        console.say(f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted")
+    return 0
+
+
+def asked(size: str, card: float) -> Config:
+    """The robust preset on photographs, before the planner changes anything."""
+    paper, config = (SMALL if size in ("2b", "4b") else LARGE), Config()
+    config.model.path, config.data.dir = f"Qwen/Qwen3-VL-{size.upper()}-Instruct", "images"
+    config.lora.r, config.lora.alpha, config.train.lr, config.update.eta = paper["rank"], paper["alpha"], paper["lr"], paper["eta"]
+    config.memory.budget_gb = float(card)
+    return config
+
+
+def planned(size: str, card: float) -> Plan | None:
+    """The plan of a model on a card, None where nothing fits."""
+    try:
+        return plan(asked(size, card), dtype=torch.bfloat16)
+    except MemoryFloor:
+        return None
+
+
+def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
+    """The file: what this run is and needs, what the card holds otherwise, and the settings."""
+    chosen, name = plans[size], f"qwen3-vl-{size}"
+    config, dtype = chosen.config, chosen.config.model
+    lines = [
+        f"# Qwen3-VL-{size.upper()} on a {card} GB card, robust preset: 500 updates of {config.train.batch} images.",
+        f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from the hub or from a directory (--model.path).",
+        f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the {chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by",
+        "# `python -m vise_fast.estimate --write-presets`; for the sizes of your images ask `train --dry-run`.",
+        "# The same card also holds:" if any(p for other, p in plans.items() if other != size) else "#",
+    ]
+    lines += [f"#   {other.upper():4s}{_words(p)}  (peak {p.rehearsed.peak / GIB:.1f} GiB)" for other, p in plans.items() if p is not None and other != size]
+    sections: dict[str, dict] = {
+        "model": {"path": dtype.path} | ({"quant": dtype.quant} if dtype.quant != "none" else {}),
+        "lora": {"r": config.lora.r, "alpha": config.lora.alpha},
+        "data": {"dir": "images", "max_pixels": config.data.max_pixels},
+        "train": {"steps": 500, "batch": config.train.batch, "lr": config.train.lr, "micro_batch": config.train.micro_batch, "checkpointing": config.train.checkpointing},
+        "optim": {"name": config.optim.name},
+        "update": {"eta": config.update.eta},
+        "run": {"dir": f"runs/{name}-{card}gb", "checkpoint_every": 50},
+    }
+    bodies = [yaml.safe_dump({section: values}, sort_keys=False) for section, values in sections.items()]
+    return "\n".join(lines) + "\n\n" + "\n".join(bodies)
+
+
+def _words(p: Plan) -> str:
+    """What the planner chose over the defaults, as command-line words."""
+    return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in p.changes.items()) or "as it is"
