@@ -1,5 +1,8 @@
 """Quantised bases: what is quantised, the fast forward and its gradients against the stock bitsandbytes modules, random bases, 8-bit optimizers."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_engine import ROWS, SIZES, relative, sampled, stock_logits
@@ -11,7 +14,7 @@ from vise_fast import checkpoint, quantise
 from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.config import Config
 from vise_fast.engine import Engine
-from vise_fast.errors import ConfigError
+from vise_fast.errors import ConfigError, EnvironmentFault
 from vise_fast.rehearsal import Live
 from vise_fast.learner import make_optimizer
 
@@ -193,3 +196,18 @@ def test_optimizer_state_round_trips_bitwise(tmp_path, name):
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
     left, right = checkpoint.moments(optimizer, straight)[0], checkpoint.moments(again, resumed)[0]
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = Config()
+    config.optim.name = "adamw8bit"
+    with pytest.raises(EnvironmentFault, match="need bitsandbytes"):
+        make_optimizer([nn.Parameter(torch.zeros(3))], config)
+    with pytest.raises(EnvironmentFault, match="need bitsandbytes"):
+        quantise.settings(settings("nf4"), torch.float32)
+
+
+def test_nothing_upcasts_the_base():
+    for file in (Path(__file__).parent.parent / "vise_fast").rglob("*.py"):
+        assert "prepare_model_for_kbit_training(" not in file.read_text(), file

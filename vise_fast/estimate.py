@@ -2,7 +2,7 @@
 
 Predicts the peak of a step by component from shapes alone (rehearsal.py), for the image sizes of the actual folder, and says what would
 make it fit. With `memory.budget_gb` (a number, or auto: this machine's) it chooses pixel budget, quantisation, micro-batch, checkpointing
-and optimizer. `--write-presets` writes configs/lowmem-*.yaml. Left out: what torch does not see; `usable` leaves room for it.
+and optimizer; lowmem.py writes presets so. Left out: what torch does not see; `usable` leaves room for it.
 """
 
 from __future__ import annotations
@@ -204,16 +204,12 @@ def _with(config: Config, changes: dict[str, object]) -> Config:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command: predict, explain; or write the presets."""
-    command = settings.command(words, flags=("debug", "help", "write-presets"))
+    """The command: predict and explain."""
+    command = settings.command(words, flags=("debug", "help"))
     out = console.Console()
     if "help" in command.flags:
         out.say(__doc__)
         return 0
-    if "write-presets" in command.flags:
-        from vise_fast import lowmem
-
-        return lowmem.write(Path("configs"), out)
     config = configuration.load(command.config, command.overrides)
     source = None
     if config.data.dir is not None and Path(config.data.dir).is_dir():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vise_kernels import linear_logprob_kl
 
-from vise_fast import checkpoint, loss, rewards
+from vise_fast import checkpoint, loss, quantise, rewards
 from vise_fast.config import Config
 from vise_fast.engine import Engine
 from vise_fast.errors import NumericFault
@@ -206,9 +206,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: Config) -> torc
     settings = dict(lr=config.train.lr, betas=config.optim.betas, eps=config.optim.eps, weight_decay=config.train.weight_decay)
     if config.optim.name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes
-
-    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    library = quantise.bitsandbytes()
+    kinds = {"adamw8bit": library.optim.AdamW8bit, "paged_adamw8bit": library.optim.PagedAdamW8bit}
     return kinds[config.optim.name](parameters, **settings)
 
 

@@ -1,15 +1,18 @@
 """Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings the planner chose and what else would fit.
 
-    python -m vise_fast.estimate --write-presets
+    python -m vise_fast.lowmem
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 
+from vise_fast import console
 from vise_fast.config import Config
 from vise_fast.console import Console
 from vise_fast.errors import MemoryFloor
@@ -22,14 +25,14 @@ LARGE = dict(rank=32, alpha=64, lr=1.5e-7, eta=0.15)
 """METHOD section 1: what the paper trains 2B and 4B with, and 8B and 32B."""
 
 
-def write(directory: Path, console: Console) -> int:
+def write(directory: Path, out: Console) -> int:
     """One file per card; says what it wrote. Returns the exit code."""
     directory.mkdir(parents=True, exist_ok=True)
     for card, size in CARDS.items():
         plans = {name: planned(name, card) for name in WEIGHTS_GB}
         path = directory / f"lowmem-{card}gb.yaml"
         path.write_text(text(card, size, plans), encoding="utf-8")
-        console.say(f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted")
+        out.say(f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted")
     return 0
 
 
@@ -58,7 +61,7 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
         f"# Qwen3-VL-{size.upper()} on a {card} GB card, robust preset: 500 updates of {config.train.batch} images.",
         f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from the hub or from a directory (--model.path).",
         f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the {chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by",
-        "# `python -m vise_fast.estimate --write-presets`; for the sizes of your images ask `train --dry-run`.",
+        "# `python -m vise_fast.lowmem`; for the sizes of your images ask `train --dry-run`.",
         "# The same card also holds:" if any(p for other, p in plans.items() if other != size) else "#",
     ]
     lines += [f"#   {other.upper():4s}{_words(p)}  (peak {p.rehearsed.peak / GIB:.1f} GiB)" for other, p in plans.items() if p is not None and other != size]
@@ -78,3 +81,12 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
 def _words(p: Plan) -> str:
     """What the planner chose over the defaults, as command-line words."""
     return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in p.changes.items()) or "as it is"
+
+
+def main(words: Sequence[str]) -> int:
+    """The command: into `configs`, or the directory given."""
+    return write(Path(words[0] if words else "configs"), Console())
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
