@@ -58,7 +58,7 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
     chosen, name = plans[size], f"qwen3-vl-{size}"
     config, dtype = chosen.config, chosen.config.model
     lines = [
-        f"# Qwen3-VL-{size.upper()} on a {card} GB card, robust preset: 500 updates of {config.train.batch} images.",
+        f"# A card of {card} GB: Qwen3-VL-{size.upper()}, robust preset, 500 updates of {config.train.batch} images.",
         f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from the hub or from a directory (--model.path).",
         f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the {chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by",
         "# `python -m vise_fast.lowmem`; for the sizes of your images ask `train --dry-run`.",
