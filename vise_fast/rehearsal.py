@@ -149,10 +149,14 @@ class _NoScores(TorchFunctionMode):
 
 
 class Packed(nn.Module):
-    """A quantised linear's sizes: what it holds, and what its products need for a moment."""
+    """A quantised linear's sizes: what it holds, and what its products need for a moment.
 
-    def __init__(self, linear: nn.Linear, config: Config) -> None:
+    On a GPU that includes what bitsandbytes takes from torch's allocator inside its operators; on a CPU such scratch is nobody's tensor.
+    """
+
+    def __init__(self, linear: nn.Linear, config: Config, device: str) -> None:
         super().__init__()
+        self.inside = device != "cpu"
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         size, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
         self.int8 = config.model.quant == "int8"
@@ -165,7 +169,10 @@ class Packed(nn.Module):
         self.weight = nn.Parameter(torch.empty(held, dtype=torch.uint8, device=META), requires_grad=False)
 
     def product(self, x: Tensor) -> Tensor:
-        scratch = x.new_empty(x.shape[0], 3 * x.shape[1] + 4 * self.out_features, dtype=torch.uint8) if self.int8 else self.dequantised(x.dtype)
+        if self.int8:
+            scratch = x.new_empty(x.shape[0], 3 * x.shape[1] + 4 * self.out_features * self.inside, dtype=torch.uint8)
+        else:
+            scratch = self.dequantised(x.dtype) if self.inside else None
         out = x.new_empty(x.shape[0], self.out_features)
         del scratch
         return out
@@ -238,7 +245,7 @@ class _Engine(Engine):
         return _Script(ids, logprob, [limit] * rows)
 
 
-def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dtype) -> tuple[PeftModel, _Engine]:
+def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dtype, device: str) -> tuple[PeftModel, _Engine]:
     """The run's model on the meta device with its adapters; quantised linears are `Packed`."""
     with META:
         base = AutoModelForImageTextToText.from_config(model_config, dtype=dtype).requires_grad_(False).eval()
@@ -246,7 +253,7 @@ def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dty
     if config.model.quant != "none":
         for name, module in list(base.named_modules()):
             if isinstance(module, LoraLayer) and quantise.LANGUAGE.match(name):
-                module.base_layer = Packed(module.base_layer, config)
+                module.base_layer = Packed(module.base_layer, config, device)
     family, _ = model.FAMILIES[model_config.model_type]
     return policy, _Engine(family(policy), _Tokens(lengths, base.lm_head.weight.shape[0]))
 
@@ -304,7 +311,7 @@ def _rehearse(
     """(components at the peak of each phase, bytes of one vision block)."""
     with Live("meta") as live, _NoScores():
         with live.labelled("weights"):
-            policy, engine = meta_policy(config, model_config, lengths, dtype)
+            policy, engine = meta_policy(config, model_config, lengths, dtype, device)
         engine.joins, engine.backbone.encode_at_once = device == "cpu", ENCODE_AT_ONCE if device == "cpu" else None
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
