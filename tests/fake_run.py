@@ -20,7 +20,7 @@ SCENES = 96
 def write(directory, kind="healthy", steps=60, config_words=(), query=None, seed=0):
     directory = Path(directory)
     (directory / "samples").mkdir(parents=True)
-    settings = config.load(None, [f"--train.steps={steps}", "--run.dir", str(directory), *config_words])
+    settings = config.load(None, [f"--train.steps={steps}", "--update.tau=0.02", "--run.dir", str(directory), *config_words])
     (directory / "config.yaml").write_text(config.to_yaml(settings))
     environment = {"vise_fast": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "device": "x86_64", "cpus": 2, "argv": ["--seed", "1"]}
     (directory / "env.json").write_text(json.dumps(environment))

@@ -12,7 +12,7 @@ LAYERS = [
     {"settings", "geometry", "attention", "glossary"},
     {"config"},
     {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words", "quantise"},
-    {"console", "loggers", "checkpoint", "perf", "work", "images", "views", "tokens", "backbones", "rewards", "loss"},
+    {"console", "loggers", "checkpoint", "perf", "work", "live", "images", "views", "tokens", "backbones", "rewards", "loss"},
     {"engine", "model"},
     {"stock", "roles", "attention_meter", "figures"},
     {"experience", "exam", "record"},

@@ -202,3 +202,13 @@ def test_stop_on_alarm_keeps_the_last_healthy_checkpoint(tmp_path, monkeypatch, 
     assert go("--run.dir", run, "--train.steps", 40, "--run.checkpoint_every", 2, "--train.stop_on_alarm", "true", *SMALL, "--eval.scenes", 0) == 0
     assert len(lines(run / "metrics.jsonl")) < 40
     assert "last healthy checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--model.engine", "stock"], ["--model.kernels", "plain"], ["--model.attention", "plain"], ["--train.deterministic", "true"]])
+def test_every_choice_of_engine_and_kernels_writes_the_same(words, tmp_path):
+    common = ["--train.steps", 1, *SMALL, "--eval.scenes", 0, "--run.report", "false"]
+    assert go(*common, "--run.dir", tmp_path / "usual") == 0
+    assert go(*common, *words, "--run.dir", tmp_path / "other") == 0
+    torch.use_deterministic_algorithms(False)
+    usual, other = ([record["written"] for record in lines(tmp_path / name / "samples.jsonl")] for name in ("usual", "other"))
+    assert usual == other

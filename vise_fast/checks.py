@@ -212,7 +212,7 @@ def compute_capability() -> Check:
         return ok("compute capability", "no GPU")
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 0):
-        return warn("compute capability", f"{major}.{minor}", "FlashAttention and fast bfloat16 need 8.0 (Ampere); use --model.attention sdpa")
+        return warn("compute capability", f"{major}.{minor}", "FlashAttention and fast bfloat16 need 8.0 (Ampere); use --model.dtype float32 --model.attention plain")
     return ok("compute capability", f"{major}.{minor}")
 
 

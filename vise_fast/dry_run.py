@@ -16,10 +16,10 @@ import torch
 from vise_fast import adapter, checkpoint, estimate, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.console import Console, duration
-from vise_fast.engine import Engine
 from vise_fast.errors import EnvironmentFault, UserError
 from vise_fast.images import Source
 from vise_fast.learner import Learner
+from vise_fast.stock import open_engine
 
 
 def dry_run(config: Config, open_source, play_batch) -> int:
@@ -72,7 +72,7 @@ def _try(faults: list[UserError], work):
 
 def _one_step(console: Console, config: Config, policy: model.Policy, source: Source, play_batch, scratch: Path) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = open_engine(policy, config)
     learner = Learner(policy, engine, config)
     for step in range(2):
         start = time.monotonic()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import vise_kernels
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from vise_fast import quantise
+from vise_fast.attention import attend_plain
 from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.config import Config
 from vise_fast.errors import ConfigError, EnvironmentFault
@@ -134,7 +136,11 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = Tokens(tokenizer, style, base.lm_head.weight.shape[0], model_config.image_token_id)
     family, _ = FAMILIES[model_config.model_type]
-    return Policy(model, tokens, family(model), source)
+    backbone = family(model)
+    if config.model.attention == "plain":
+        backbone.attend = attend_plain
+    vise_kernels.prefer("plain" if config.model.kernels == "plain" else None)
+    return Policy(model, tokens, backbone, source)
 
 
 def _load_base(config: Config, model_config, device: torch.device, weights: str | None) -> nn.Module:

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify, sample
 
-from vise_fast.engine import Counters, Rollout
+from vise_fast.config import Config
+from vise_fast.engine import Counters, Engine, Rollout
+from vise_fast.model import Policy
 from vise_fast.perf import Clock
 from vise_fast.tokens import Tokens
 
@@ -193,3 +195,10 @@ class StockEngine:
         rows, columns = pictures.grids[image]
         places = rows * columns // self.backbone.merge_size**2
         return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail
+
+
+def open_engine(policy: Policy, config: Config) -> Engine | StockEngine:
+    """The engine that `model.engine` asks for."""
+    if config.model.engine == "stock":
+        return StockEngine(StockBackbone(policy.model), policy.tokens)
+    return Engine(policy.backbone, policy.tokens)

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from vise_fast import config as configuration
 from vise_fast import console, estimate, model, rewards, settings
 from vise_fast.config import Config
@@ -22,6 +24,7 @@ from vise_fast.images import Folder, Image, Scenes, Source
 from vise_fast.learner import Learner
 from vise_fast.run import Run
 from vise_fast.signals import Interrupted, Signals
+from vise_fast.stock import open_engine
 from vise_fast.survive import Halving
 
 
@@ -40,12 +43,13 @@ def main(words: Sequence[str]) -> int:
 def train(config: Config, truth: Truth | None = None) -> int:
     """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
     rewards.resolve(config.reward)
+    torch.use_deterministic_algorithms(config.train.deterministic)
     run = Run.begin(config)
     source = open_source(config, run.directory)
     if config.memory.budget_gb is not None:
         config, source = fitted(config, source, run)
     policy = model.load(config)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = open_engine(policy, config)
     learner = Learner(policy, engine, config)
     in_memory = Halving(config, engine, learner)
     done = run.resume(learner)

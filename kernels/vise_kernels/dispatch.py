@@ -4,6 +4,7 @@ Also the one guarded import of Triton: op files take `triton`, `tl` and `jit` fr
 without it. Leaves out the ops themselves.
 """
 
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -31,6 +32,7 @@ NATIVE_OPS = {
     "sample": True,
 }
 PATHS = ("plain", "native", "triton")
+_PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,16 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
     return Choice(path, "asked for")
 
 
+def prefer(path: str | None) -> None:
+    """From here on every op takes "plain" unless a call says otherwise; None: the best that runs, as at the start."""
+    if path not in (None, "plain"):
+        raise ValueError(f"prefer: {path!r}; one of None, 'plain'")
+    _PREFERRED.set(path)
+
+
 def _automatic(op: str, device: torch.device) -> Choice:
+    if _PREFERRED.get() == "plain":
+        return Choice("plain", "asked for by `prefer`")
     preferred = "triton" if device.type == "cuda" else "native"
     obstacle = _obstacle(op, device, preferred)
     if obstacle:

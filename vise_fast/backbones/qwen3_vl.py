@@ -157,6 +157,7 @@ class Backbone:
         self.visual, self.text, self.head = core.model.visual, core.model.language_model, core.lm_head
         text, vision = core.config.text_config, core.config.vision_config
         self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        self.attend = attend
         self.eps, self.scale = text.rms_norm_eps, text.head_dim**-0.5
         self.patch, self.merge_size, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
@@ -303,10 +304,10 @@ class Backbone:
             parts = [self._parent(index, source, grid, banks, levels) for source, grid in level.parents]
             if final and level.read == "last":
                 last = level.rag.last()
-                out = attend(q_[last][:, None], [*parts, Part(*own, level.rag.valid)], self.scale)
+                out = self.attend(q_[last][:, None], [*parts, Part(*own, level.rag.valid)], self.scale)
                 outs.append(out.flatten(1)), kept.append(x_[last])
             elif not final or level.read == "all":
-                out = attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
+                out = self.attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
                 outs.append(level.rag.pack(out).flatten(1)), kept.append(x_)
         if not outs:
             return (x[:0], *[bank for pair in banks for bank in pair])
@@ -346,7 +347,7 @@ class Backbone:
             q, k, v = self._qkv(layer, x, cos, sin, packs[0])
             buffer.keys[index][:, :, at], buffer.values[index][:, :, at] = k, v
             parts = [source.part(index, grid) for source, grid in parents]
-            out = attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)
+            out = self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)
             x = x + layer.linears[1](out.flatten(1), packs[1])
             x = self._mlp(layer, x, packs)
         return F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
