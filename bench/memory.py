@@ -34,7 +34,8 @@ from vise_fast.config import Config  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
 from vise_fast.estimate import SHAPES, Planner  # noqa: E402
 from vise_fast.learner import Learner  # noqa: E402
-from vise_fast.rehearsal import Lengths, Live, rehearse  # noqa: E402
+from vise_fast.live import Live  # noqa: E402
+from vise_fast.rehearsal import Lengths, rehearse  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
 
 GB = 1e9

@@ -15,7 +15,7 @@ from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.config import Config
 from vise_fast.engine import Engine
 from vise_fast.errors import ConfigError, EnvironmentFault
-from vise_fast.rehearsal import Live
+from vise_fast.live import Live
 from vise_fast.learner import make_optimizer
 
 KINDS = {"nf4": dict(quant="nf4"), "nf4_single": dict(quant="nf4", double_quant=False), "int8": dict(quant="int8"), "int8_no_outliers": dict(quant="int8", int8_threshold=0.0)}

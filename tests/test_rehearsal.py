@@ -15,7 +15,8 @@ from memory import CONFIGURATIONS, MODELS, compare, shape_of  # noqa: E402
 
 from vise_fast import rehearsal  # noqa: E402
 from vise_fast.config import Config  # noqa: E402
-from vise_fast.rehearsal import Lengths, Live, rehearse  # noqa: E402
+from vise_fast.live import Live  # noqa: E402
+from vise_fast.rehearsal import Lengths, rehearse  # noqa: E402
 
 BOUND = 0.05
 SAMPLED = ["nano-like, one slice an image", "G 16", "views too", "wide, int8", "wide, nf4, 8-bit Adam"]

@@ -1,7 +1,6 @@
-"""One step with shapes only: the engine's own code run on the meta device, every live byte counted. No weights, no GPU, seconds.
+"""One step with shapes only: the engine's own code run on the meta device. No weights, no GPU, seconds.
 
-`Live` counts the bytes of all tensor storages alive, activations saved for the backward pass included, on any device: on meta it predicts
-(`rehearse`), around a real step on a CPU it measures. Answers are as long as the limits allow, every box is judged and differs from every
+Every live byte is counted as in a real step (live.py). Answers are as long as the limits allow, every box is judged and differs from every
 other: the most a step can need. Left out: what lies below torch (allocator rounding, workspaces of libraries, CUDA context).
 """
 
@@ -9,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,8 +17,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoModelForImageTextToText
 from vise_kernels import linear_logprob_kl, sample
 
@@ -31,6 +26,7 @@ from vise_fast.backbones.qwen3_vl import ENCODE_AT_ONCE
 from vise_fast.config import Config
 from vise_fast.engine import Engine, Features, Prefixes, Prompts, Rollout
 from vise_fast.experience import GHOSTS_AT_ONCE, WITHOUT_GHOSTS
+from vise_fast.live import Live
 
 META = torch.device("meta")
 
@@ -57,86 +53,15 @@ def _pointwise(args: tuple) -> Tensor | None:
     return torch.empty(shape, dtype=like.dtype, device=META) if like.is_contiguous() else torch.empty_like(like)
 
 
-@dataclass
-class _Storage:
-    label: str
-    size: int
-    alive: weakref.ref
+class _MetaLive(Live):
+    """The counter on meta, with quick rules for pointwise ops."""
 
+    def __init__(self) -> None:
+        super().__init__("meta")
 
-class Live(TorchDispatchMode):
-    """Bytes of tensor storages alive: `now`, their `peak`, and `at_peak` by the label under which each was made.
-
-    Counts what is made while it is entered, plus what `adopt` is told of; on one device type.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.device, self.label = device, "other"
-        self.now = self.peak = 0
-        self.by: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self._known: dict[int, _Storage] = {}
-        self._held: list[Tensor] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = _pointwise(args) if function in POINTWISE and self.device == "meta" else None
-        out = function(*args, **(kwargs or {})) if out is None else out
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        return out
-
-    def adopt(self, tensors, label: str) -> None:
-        """Count tensors made earlier."""
-        with self.labelled(label):
-            for tensor in tensors:
-                self._count(tensor)
-
-    @contextlib.contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        """What is made inside bears this label."""
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
-
-    def _count(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device:
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size == 0:
-            return
-        self._known[key] = _Storage(self.label, size, weakref.ref(storage, lambda _: self._forget(key)))
-        self.by[self.label] += size
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self.by.copy()
-
-    def _forget(self, key: int) -> None:
-        gone = self._known.pop(key)
-        self.by[gone.label] -= gone.size
-        self.now -= gone.size
-
-    def hold(self, tensors: list[Tensor], label: str) -> None:
-        """Keep tensors alive, and counted, as long as this is."""
-        self._held += tensors
-        self.relabel(tensors, label)
-
-    def relabel(self, tensors, label: str) -> None:
-        """What these tensors hold is counted under another label from now on."""
-        for tensor in tensors:
-            known = self._known.get(tensor.untyped_storage()._cdata) if tensor is not None else None
-            if known is not None:
-                self.by[known.label] -= known.size
-                self.by[label] += known.size
-                known.label = label
-
-    def restart(self) -> None:
-        """Begin a new peak."""
-        self.peak, self.at_peak = self.now, self.by.copy()
+    def compute(self, function, args: tuple, kwargs: dict):
+        out = _pointwise(args) if function in POINTWISE else None
+        return function(*args, **kwargs) if out is None else out
 
 
 class _NoScores(TorchFunctionMode):
@@ -309,7 +234,7 @@ def _rehearse(
     config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths, device: str
 ) -> tuple[dict[str, dict[str, int]], int]:  # fmt: skip
     """(components at the peak of each phase, bytes of one vision block)."""
-    with Live("meta") as live, _NoScores():
+    with _MetaLive() as live, _NoScores():
         with live.labelled("weights"):
             policy, engine = meta_policy(config, model_config, lengths, dtype, device)
         engine.joins, engine.backbone.encode_at_once = device == "cpu", ENCODE_AT_ONCE if device == "cpu" else None
