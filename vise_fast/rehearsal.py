@@ -273,8 +273,9 @@ class _Step:
         others = -(-len(sizes) // size) - 1
         self.live.hold([torch.empty(others * self._kept_bytes(largest), dtype=torch.uint8, device=META)], "kept of other slices")
         played = self._play(largest)
-        with self._phase("verify ghosts", "rollout"):
-            self._judge(largest)
+        if self.config.reward.w_sem > 0 and self.config.reward.name not in WITHOUT_GHOSTS:
+            with self._phase("verify ghosts", "rollout"):
+                self._judge(largest)
         if others:
             with self.live.labelled("LoRA gradients"):
                 for p in self.trained:
