@@ -35,6 +35,7 @@ def dry_run(config: Config, open_source, play_batch) -> int:
         plan = _try(faults, lambda: estimate.plan(config, source))
         if plan is not None:
             console.say(str(plan))
+            config = plan.config  # what fits, where a budget is set
         policy = _try(faults, lambda: _load(config))
         if policy is not None and source is not None:
             with contextlib.closing(source):
