@@ -86,7 +86,7 @@ MACHINES = {
     "a card torch cannot use": (lambda m: [m.setattr(Path, "exists", lambda self: True), m.setattr(torch.version, "cuda", "13.0"), gpu(m, is_available=lambda: False)], checks.driver, "WARN", "update the driver"),
     "a card, torch for CPUs": (lambda m: [m.setattr(Path, "exists", lambda self: True), m.setattr(torch.version, "cuda", None), gpu(m, is_available=lambda: False)], checks.driver, "WARN", "CPU build"),
     "no card": (lambda m: gpu(m, is_available=lambda: False), checks.accelerator, "OK", "none"),
-    "an old card": (lambda m: gpu(m, get_device_capability=lambda: (7, 5)), checks.compute_capability, "WARN", "sdpa"),
+    "an old card": (lambda m: gpu(m, get_device_capability=lambda: (7, 5)), checks.compute_capability, "WARN", "--model.attention plain"),
     "a new card": (gpu, checks.compute_capability, "OK", "9.0"),
     "no bfloat16": (lambda m: gpu(m, is_bf16_supported=lambda including_emulation=True: False), checks.bfloat16, "WARN", "float32"),
     "bfloat16": (gpu, checks.bfloat16, "OK", "GPU"),
