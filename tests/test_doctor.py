@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+import transformers  # noqa: F401 - loaded before versions are faked: it checks them on import
 import torch
 
 from vise_fast import checks, doctor
