@@ -56,7 +56,7 @@ class Locked:
         if len(ids) == VERDICT_TOKENS:
             return style.write_verdict(sum(ids) % 2 == 0)
         self.box_count += 1
-        left, top = 50 + 37 * self.box_count % 400, 60 + 53 * self.box_count % 400
+        left, top = 200 + 37 * self.box_count % 200, 200 + 53 * self.box_count % 200  # so central that no view loses one
         return style.write_box((left, top, left + 300, top + 250))
 
 

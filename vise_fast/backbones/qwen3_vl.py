@@ -161,6 +161,7 @@ class Backbone:
         self.eps, self.scale = text.rms_norm_eps, text.head_dim**-0.5
         self.patch, self.merge_size, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
+        self.tanh_gelu = vision.hidden_act == "gelu_pytorch_tanh"
         self.dtype = self.text.embed_tokens.weight.dtype
         self._build()
         self.refresh()
@@ -223,7 +224,7 @@ class Backbone:
         runs, taps = _runs([rows * columns for rows, columns in grids]), []
         for index, block in enumerate(self.visual.blocks):
             x = x + self._vision_attention(block.attn, block.norm1(x), cos, sin, runs)
-            x = x + block.mlp(block.norm2(x))
+            x = x + self._vision_mlp(block.mlp, block.norm2(x))
             if index in self.visual.deepstack_visual_indexes:
                 taps.append(x)
         return x, taps
@@ -238,6 +239,10 @@ class Backbone:
             out = F.scaled_dot_product_attention(q, k, v[start:stop].unflatten(0, (images, size)).transpose(1, 2))
             outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+    def _vision_mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        hidden = mlp.linear_fc1(x)
+        return mlp.linear_fc2(_gelu_tanh(hidden) if self.tanh_gelu else mlp.act_fn(hidden))
 
     def _grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Position embedding (P, C) and rotary cos, sin (P, d) of one patch grid, in merge order; computed once per grid."""
@@ -323,9 +328,9 @@ class Backbone:
     def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
         qkv = layer.linears[0](x, pack, layer.norm1).view(x.shape[0], -1, self.head_dim)
-        split = self.heads + self.kv_heads
-        qk = recomputed(lambda x: _rotate(F.rms_norm(x, (self.head_dim,), None, self.eps) * layer.qk_norm, cos, sin), qkv[:, :split])
-        return qk[:, : self.heads], qk[:, self.heads :], qkv[:, split:]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = recomputed(_Heads(layer.qk_norm, cos, sin), qk).split([self.heads, self.kv_heads], 1)
+        return q, k, v
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
         return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], SWIGLU)
@@ -373,7 +378,7 @@ class _Layer:
         qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
         self.linears = [qkv, FusedLinear([attn.o_proj]), FusedLinear([mlp.gate_proj, mlp.up_proj]), FusedLinear([mlp.down_proj])]
         heads, kv = attn.config.num_attention_heads, attn.config.num_key_value_heads
-        self.qk_norm = torch.cat([attn.q_norm.weight.expand(heads, -1), attn.k_norm.weight.expand(kv, -1)]).detach()
+        self.qk_norm = Norm(torch.cat([attn.q_norm.weight.expand(heads, -1), attn.k_norm.weight.expand(kv, -1)]).detach(), eps)
 
 
 class _Merger:
@@ -386,6 +391,30 @@ class _Merger:
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Norm and rotation of queries and keys (n, heads, D)."""
+
+    norm: Norm
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _rotate(self.norm(x), self.cos, self.sin)
+
+    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        """A rotation's gradient is turned back by the same angle."""
+        return self.norm.gradient(x, _turn(dz, self.cos, self.sin, direction=-1))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU; overwrites nothing. On a CPU as x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³): its tanh is slow there."""
+    if x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    twice = torch.addcmul(x.new_tensor(1.5957691216057), x, x, value=0.0713548162726)
+    return twice.mul_(x).sigmoid_().mul_(x)
 
 
 def _compact(x: Tensor) -> Tensor:
