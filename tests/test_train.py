@@ -53,6 +53,15 @@ def test_a_run_leaves_everything_behind(finished):
     assert set(json.loads((finished / "evaluation.json").read_text())) == {"before", "after"}
 
 
+def test_attention_as_a_training_figure_changes_nothing_else(finished, tmp_path):
+    assert go("--run.dir", tmp_path / "run", "--train.steps", 3, "--train.attention_every", 2, "--run.report", "false", *SMALL) == 0
+    records, plain = lines(tmp_path / "run" / "metrics.jsonl"), lines(finished / "metrics.jsonl")
+    assert ["attention_share" in record for record in records] == [True, False, True]
+    assert all(0 < record.pop("attention_share", 0.5) < 1 for record in records)
+    same = lambda record: {name: value for name, value in record.items() if name not in CHANGING}  # noqa: E731
+    assert [same(record) for record in records] == [same(record) for record in plain[:3]]
+
+
 def test_peft_loads_the_adapter_and_gives_the_policys_logits(finished):
     from vise_fast import config as configuration
     from vise_fast import model

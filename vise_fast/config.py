@@ -87,6 +87,7 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="gradient norm clip")
     seed: int = Field(0, ge=0, description="names every random draw of the run")
     checkpointing: bool = Field(False, description="recompute activations layer by layer in the update")
+    attention_every: int = Field(0, ge=0, description="steps between measurements of the attention on the image, as a training figure; 0: never")
     deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
     stop_on_alarm: bool = Field(False, description="end early, keeping the best healthy checkpoint, when an alarm stays on")

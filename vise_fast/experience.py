@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vise_fast import geometry, randomness, roles, views
+from vise_fast.attention_meter import image_share
 from vise_fast.config import Config
 from vise_fast.engine import Engine, Features, Prefixes
 from vise_fast.images import Image
@@ -42,6 +43,8 @@ class Played:
     evidence: Evidence
     features: Features
     reference: Prefixes | None
+    attention: Tensor | None = None
+    """(images,) share of attention on the image while the first box was written, mean over layers; on steps that measure it"""
     rewards: Tensor | None = None
     """(samples,) of this slice, once the learner has scored the batch."""
 
@@ -80,6 +83,7 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     fan = [samples] * count + [1] * (count * many)
     with phase("ground"):
         boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
+    attention = _attention(engine, prefixes, boxes, originals, samples) if _measures_attention(engine, config, draws.step) else None
     kept = features if config.update.views_too else features.select(originals)
     judges = prefixes if config.reward.judge == "policy" else None
     del features, prefixes, moved  # from here on nothing lies about that the verdicts do not need
@@ -93,7 +97,22 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     with phase("verify"):
         ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
     truths = None if truth is None else _truths(truth, images, queries.texts, samples)
-    return Played(images, drawn, queries, boxes, Evidence(**known, **ghosts, truth_1000=truths), kept, reference)
+    return Played(images, drawn, queries, boxes, Evidence(**known, **ghosts, truth_1000=truths), kept, reference, attention)
+
+
+def attention_share(slices: list[Played]) -> dict[str, float]:
+    """The training figure `attention_share` of the batch; nothing on steps that did not measure it."""
+    measured = [played.attention for played in slices if played.attention is not None]
+    return {"attention_share": float(torch.cat(measured).mean())} if measured else {}
+
+
+def _measures_attention(engine: Engine, config: Config, step: int) -> bool:
+    """The stock engine keeps no keys to measure."""
+    return config.train.attention_every > 0 and step % config.train.attention_every == 0 and isinstance(engine, Engine)
+
+
+def _attention(engine: Engine, prefixes: Prefixes, boxes: roles.Boxes, images: list[int], samples: int) -> Tensor:
+    return image_share(engine, prefixes, images, boxes.rows[: len(images)], boxes.answers.select([i * samples for i in images])).mean(0)
 
 
 def join(slices: list[Played]) -> Evidence:

@@ -19,7 +19,7 @@ from vise_fast import console, estimate, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.dry_run import dry_run
 from vise_fast.engine import Engine
-from vise_fast.experience import Draws, Played, Truth, play
+from vise_fast.experience import Draws, Played, Truth, attention_share, play
 from vise_fast.images import Folder, Image, Scenes, Source
 from vise_fast.learner import Learner
 from vise_fast.run import Run
@@ -78,7 +78,7 @@ def train(config: Config, truth: Truth | None = None) -> int:
 def one_step(engine: Engine, learner: Learner, images: list[Image], config: Config, step: int, truth: Truth | None) -> tuple[list[Played], dict]:
     """Play the batch and learn from it: (slices, metrics)."""
     slices = play_batch(engine, images, config, step, truth)
-    return slices, learner.learn(slices, step)
+    return slices, learner.learn(slices, step) | attention_share(slices)
 
 
 def play_batch(engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None) -> list[Played]:
