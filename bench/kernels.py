@@ -76,10 +76,15 @@ def image_cases(device: torch.device, smoke: bool):
     yield warp_case(images, shape, pixels)
 
 
+def turned(count: int) -> torch.Tensor:
+    """(count,3,3): a rotation by 10 degrees, with a shift that keeps most of a 640x480 image in sight."""
+    turn = torch.tensor([[0.98, -0.17, 60.0], [0.17, 0.98, -40.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return turn.expand(count, 3, 3).contiguous()
+
+
 def warp_case(images: list[torch.Tensor], shape: str, pixels: int) -> Case:
     height, width = images[0].shape[:2]
-    turn = torch.tensor([[0.98, -0.17, 60.0], [0.17, 0.98, -40.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    matrices = turn.expand(len(images), 3, 3).contiguous()
+    matrices = turned(len(images))
     contenders = {
         "ours": lambda: warp(images, matrices),
         "plain": lambda: warp(images, matrices, path="plain"),
@@ -106,12 +111,25 @@ def patch_cases(device: torch.device, smoke: bool):
         }
         taps = "one tap" if single else "two taps"
         yield Case("patchify", f"{count} x {new[0]}x{new[1]}, {taps}", contenders, moved=kept * (1 + item * (1 if single else 2)))
+    yield warped_case(small, {**options, "dtype": dtype, "single_tap": True}, kept * (1 + item))
     contenders = {
         "ours": lambda: patchify(resize(images, sizes), **options, dtype=dtype),
         "plain": lambda: patchify(resize(images, sizes, path="plain"), **options, dtype=dtype, path="plain"),
         **peers.stock_processor(images, new),
     }
     yield Case("resize + patchify", f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}", contenders, moved=read + 2 * kept + 2 * item * kept)
+
+
+def warped_case(images: list[torch.Tensor], options: dict, moved: int) -> Case:
+    """Ours reads patches through the matrices; the others write the warped images first."""
+    height, width = images[0].shape[:2]
+    matrices = turned(len(images))
+    contenders = {
+        "ours": lambda: patchify(images, matrices_px=matrices, **options),
+        "warp, then patchify": lambda: patchify(warp(images, matrices), **options),
+        "plain": lambda: patchify(images, matrices_px=matrices, **options, path="plain"),
+    }
+    return Case("warp + patchify", f"{len(images)} x {height}x{width}, rotation by 10 degrees, one tap", contenders, moved=moved, memory=True)
 
 
 def with_backward(run: Callable, leaf: torch.Tensor) -> Callable:

@@ -3,11 +3,13 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "ghost.h"
 #include "patchify.h"
@@ -131,24 +133,27 @@ void resize(std::vector<Source> sources, std::vector<Target> outs, std::vector<A
     vise::resize(jobs, threads);
 }
 
-void patchify(std::vector<Source> sources, AnyMatrix out, AnyMatrix table, int patch, int merge, int taps, int threads) {
+void patchify(std::vector<Source> sources, AnyMatrix out, AnyMatrix table, int patch, int merge, int taps, int threads,
+              std::optional<Matrices> inverses, float fill) {
     const int bytes = static_cast<int>(table.itemsize());
     require((bytes == 2 || bytes == 4) && out.dtype() == table.dtype(), "values of 2 or 4 bytes, the table's like the output's");
     require(table.shape(0) == 3 && table.shape(1) == 256 && table.stride(1) == 1 && table.stride(0) == 256, "the table is (3, 256)");
     require(patch >= 1 && merge >= 1 && taps >= 1, "patch, merge and taps are at least 1");
     const std::size_t row = static_cast<std::size_t>(3) * taps * patch * patch;
     require(out.shape(1) == row && out.stride(1) == 1 && out.stride(0) == static_cast<int64_t>(row), "an output row holds one patch");
+    require(!inverses || inverses->shape(0) == sources.size(), "one matrix per image");
     std::vector<vise::PatchJob> jobs;
     std::size_t done = 0;
     for (const Source& image : sources) {
         const int height = extent(image, 0), width = extent(image, 1);
         require(height % (patch * merge) == 0 && width % (patch * merge) == 0, "an image is not a whole number of merged patches");
-        jobs.push_back({image.data(), static_cast<char*>(out.data()) + done * row * bytes, height, width});
+        const double* inverse = inverses ? inverses->data() + 9 * jobs.size() : nullptr;
+        jobs.push_back({image.data(), static_cast<char*>(out.data()) + done * row * bytes, height, width, inverse});
         done += static_cast<std::size_t>(height / patch) * (width / patch);
     }
     require(done == out.shape(0), "the output has not as many rows as there are patches");
     nb::gil_scoped_release release;
-    vise::patchify(jobs, table.data(), bytes, patch, merge, taps, threads);
+    vise::patchify(jobs, table.data(), bytes, patch, merge, taps, fill, threads);
 }
 
 vise::Logits to_logits(const AnyMatrix& matrix) {
@@ -209,7 +214,8 @@ NB_MODULE(_native, m) {
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);
-    m.def("patchify", &patchify, "sources"_a.noconvert(), "out"_a.noconvert(), "table"_a.noconvert(), "patch"_a, "merge"_a, "taps"_a, "threads"_a);
+    m.def("patchify", &patchify, "sources"_a.noconvert(), "out"_a.noconvert(), "table"_a.noconvert(), "patch"_a, "merge"_a, "taps"_a, "threads"_a,
+          "inverses"_a.noconvert() = nb::none(), "fill"_a = 0.0f);
     m.def("sample", &sample, "logits"_a.noconvert(), "temperature"_a.noconvert(), "seed"_a.noconvert(), "position"_a.noconvert(), "ids"_a.noconvert(),
           "logprob"_a.noconvert(), "logsumexp"_a.noconvert(), "entropy"_a.noconvert(), "threads"_a);
     m.def("token_logprob_forward", &token_logprob_forward, "logits"_a.noconvert(), "ids"_a.noconvert(), "logprob"_a.noconvert(),

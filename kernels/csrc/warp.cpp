@@ -9,15 +9,6 @@
 namespace vise {
 namespace {
 
-struct Scratch {
-    Buffer<uint8_t> bytes;
-    Buffer<float> padded;  // (height + 3, width + 3, 4): a border of `fill`, so that every sample exists
-    Buffer<float> across, down, row;
-    Buffer<int> corner;
-};
-
-std::ptrdiff_t padded_row(const WarpJob& job) { return 4 * static_cast<std::ptrdiff_t>(job.width + 3); }
-
 // One row of pixels, four values each, between one pixel of `fill` and two.
 struct PadRow {
     template <int W>
@@ -28,17 +19,6 @@ struct PadRow {
         std::fill_n(padded + 4 * (width + 1), 8, fill);
     }
 };
-
-void pad(const WarpJob& job, float fill, Scratch& scratch) {
-    const std::ptrdiff_t stride = padded_row(job);
-    float* padded = scratch.padded.at_least((job.height + 3) * stride);
-    uint8_t* bytes = scratch.bytes.at_least(4 * static_cast<std::size_t>(job.width));
-    std::fill_n(bytes, 4 * static_cast<std::size_t>(job.width), uint8_t{0});
-    std::fill_n(padded, stride, fill);
-    for (int y = 0; y < job.height; ++y)
-        widest(PadRow{}, job.source + 3 * static_cast<std::ptrdiff_t>(y) * job.width, job.width, fill, bytes, padded + (y + 1) * stride);
-    std::fill_n(padded + (job.height + 1) * stride, 2 * stride, fill);
-}
 
 // Where a row's pixels are sampled: the pixel of the padded source up and left of the point, and the way from it.
 struct Locate {
@@ -83,23 +63,32 @@ struct Sample {
     }
 };
 
-void run(const WarpJob& job, float fill, Scratch& scratch) {
-    pad(job, fill, scratch);
-    const float* padded = scratch.padded.at_least(0);
-    uint8_t* bytes = scratch.bytes.at_least(0);
-    float *across = scratch.across.at_least(job.width), *down = scratch.down.at_least(job.width), *row = scratch.row.at_least(4 * job.width);
-    int* corner = scratch.corner.at_least(job.width);
-    for (int y = 0; y < job.height; ++y) {
-        widest(Locate{}, &job, y, corner, across, down);
-        widest(Sample{}, padded, padded_row(job), corner, across, down, job.width, row, bytes,
-               job.out + 3 * static_cast<std::ptrdiff_t>(y) * job.width);
-    }
-}
-
 }  // namespace
 
+void Warper::begin(const WarpJob& job, float fill) {
+    job_ = job;
+    const std::ptrdiff_t stride = padded_row();
+    float* padded = padded_.at_least((job.height + 3) * stride);
+    uint8_t* bytes = bytes_.at_least(4 * static_cast<std::size_t>(job.width));
+    std::fill_n(bytes, 4 * static_cast<std::size_t>(job.width), uint8_t{0});
+    std::fill_n(padded, stride, fill);
+    for (int y = 0; y < job.height; ++y)
+        widest(PadRow{}, job.source + 3 * static_cast<std::ptrdiff_t>(y) * job.width, job.width, fill, bytes, padded + (y + 1) * stride);
+    std::fill_n(padded + (job.height + 1) * stride, 2 * stride, fill);
+}
+
+void Warper::row(int y, uint8_t* out) {
+    float *across = across_.at_least(job_.width), *down = down_.at_least(job_.width);
+    int* corner = corner_.at_least(job_.width);
+    widest(Locate{}, &job_, y, corner, across, down);
+    widest(Sample{}, padded_.at_least(0), padded_row(), corner, across, down, job_.width, row_.at_least(4 * job_.width), bytes_.at_least(0), out);
+}
+
 void warp(const std::vector<WarpJob>& jobs, float fill, int threads) {
-    for_each_parallel<Scratch>(jobs.size(), threads, [&](std::size_t i, Scratch& scratch) { run(jobs[i], fill, scratch); });
+    for_each_parallel<Warper>(jobs.size(), threads, [&](std::size_t i, Warper& warper) {
+        warper.begin(jobs[i], fill);
+        for (int y = 0; y < jobs[i].height; ++y) warper.row(y, jobs[i].out + 3 * static_cast<std::ptrdiff_t>(y) * jobs[i].width);
+    });
 }
 
 }  // namespace vise

@@ -3,17 +3,22 @@
     value = (level / 255 - mean) / std;  row order: images, then squares of merge x merge patches row by row, then the patches of
     a square row by row;  within a row: channel, temporal tap, y, x. The taps of a still are the same picture `temporal` times.
 
-single_tap leaves out the repeats, half the bytes, for a patch embedding whose temporal taps were added up. Leaves out resizing.
+single_tap leaves out the repeats, half the bytes, for a patch embedding whose temporal taps were added up. matrices_px warps on
+the way: each value is read through its image's matrix, to the byte that `warp` would have written, and no warped image is.
+Leaves out resizing, and ghosts: a blurred box needs all its pixels before the first is known (docs/LOG.md has what fusing could save).
 """
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vise_kernels.dispatch import choose, jit, native, tl, triton
 from vise_kernels.pixels import Images, addresses, checked
+from vise_kernels.views import inverted, sampled
+from vise_kernels.views import plain as warp_plain
 
 
 def patchify(
@@ -26,12 +31,16 @@ def patchify(
     std: Sequence[float] = (0.5, 0.5, 0.5),
     dtype: torch.dtype = torch.float32,
     single_tap: bool = False,
+    matrices_px: Tensor | None = None,
+    fill: int = 128,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(patches (sum of tokens, 3 * temporal * patch^2) of dtype, grid_thw (N,3) int64 on the CPU) of uint8 (H,W,3) images.
 
-    H and W are multiples of patch * merge. With single_tap a row has 3 * patch^2 values. path forces "plain", "native" or
-    "triton". ValueError: no image, sizes off the grid, a dtype that is not float16, bfloat16 or float32, a path that cannot run.
+    H and W are multiples of patch * merge. With single_tap a row has 3 * patch^2 values. matrices_px (N,3,3), fill: the images are
+    those of `warp(images, matrices_px, fill=fill)`; an identity costs nothing. path forces "plain", "native" or "triton".
+    ValueError: no image, sizes off the grid, a dtype that is not float16, bfloat16 or float32, what `warp` refuses, a path that
+    cannot run.
     """
     images = checked("patchify", images)
     if not images or dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -41,10 +50,34 @@ def patchify(
         if image.shape[0] % side or image.shape[1] % side:
             raise ValueError(f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x merge {merge})")
     taps = 1 if single_tap else temporal
+    inverses = None if matrices_px is None else inverted("patchify", images, matrices_px, fill)
     grid = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
     path = choose("patchify", images[0].device, path).path
     run = {"plain": plain, "native": _native, "triton": _triton}[path]
-    return run(images, patch, merge, taps, tuple(mean), tuple(std), dtype), grid
+    return run(images, Layout(patch, merge, taps), Values(tuple(mean), tuple(std), dtype), inverses, fill), grid
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Pixels along a patch's side, patches along a square's, repeats of each channel."""
+
+    patch: int
+    merge: int
+    taps: int
+
+    @property
+    def row(self) -> int:
+        """Values of one patch."""
+        return 3 * self.taps * self.patch**2
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a grey level becomes."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
 
 
 def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -53,36 +86,42 @@ def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)
 
 
-def plain(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
-    """A view of each image in nine axes, permuted."""
-    return torch.cat([_patchify_one(normalise(image, mean, std).to(dtype), patch, merge, taps) for image in images])
+def plain(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+    """A view of each image, warped where it is to be, in nine axes, permuted."""
+    images = images if inverses is None else warp_plain(images, inverses, fill)
+    return torch.cat([_patchify_one(normalise(image, values.mean, values.std).to(values.dtype), layout) for image in images])
 
 
-def _patchify_one(values: Tensor, patch: int, merge: int, taps: int) -> Tensor:
+def _patchify_one(values: Tensor, layout: Layout) -> Tensor:
+    patch, merge = layout.patch, layout.merge
     rows, columns = (size // (patch * merge) for size in values.shape[:2])
     squares = values.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
-    return squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, taps, -1, -1).reshape(-1, 3 * taps * patch * patch)
+    return squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, layout.taps, -1, -1).reshape(-1, layout.row)
 
 
 @functools.lru_cache(maxsize=16)
-def _levels(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _levels(values: Values, device: torch.device) -> Tensor:
     """(3,256): the value of every grey level of every channel, so that the fast paths look up instead of computing."""
-    return normalise(torch.arange(256)[:, None].expand(-1, 3), mean, std).to(dtype).T.contiguous().to(device, non_blocking=True)
+    every = torch.arange(256)[:, None].expand(-1, 3)
+    return normalise(every, values.mean, values.std).to(values.dtype).T.contiguous().to(device, non_blocking=True)
 
 
-def _native(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
-    out = _allocate(images, patch, taps, dtype)
-    native().patchify(images, out, _levels(mean, std, dtype, out.device), patch, merge, taps, torch.get_num_threads())
+def _native(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+    out = _allocate(images, layout, values)
+    inverses = None if inverses is None else inverses.contiguous()
+    table, threads = _levels(values, out.device), torch.get_num_threads()
+    native().patchify(images, out, table, layout.patch, layout.merge, layout.taps, threads, inverses, float(fill))
     return out
 
 
-def _allocate(images: Images, patch: int, taps: int, dtype: torch.dtype) -> Tensor:
-    tokens = sum(image.shape[0] * image.shape[1] for image in images) // patch**2
-    return torch.empty(tokens, 3 * taps * patch * patch, dtype=dtype, device=images[0].device)
+def _allocate(images: Images, layout: Layout, values: Values) -> Tensor:
+    tokens = sum(image.shape[0] * image.shape[1] for image in images) // layout.patch**2
+    return torch.empty(tokens, layout.row, dtype=values.dtype, device=images[0].device)
 
 
 COLUMNS = 4  # of the table: address of the image, first row of the output, width in patches, patches
 VALUES = 1024  # per program
+PIXELS = 512  # per program, warped
 
 
 @jit
@@ -105,12 +144,43 @@ def _patchify_kernel(table, levels, out, COLUMNS: tl.constexpr, VALUES: tl.const
         tl.store(to + tap * plane, value, mask=inside)
 
 
-def _triton(images: Images, patch: int, merge: int, taps: int, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
-    out = _allocate(images, patch, taps, dtype)
+@jit
+def _warped_kernel(
+    table, levels, out, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """The same through a warp: a program's pixels in the order of the output, so that the three channels share their coordinates."""
+    row = table + tl.program_id(1).to(tl.int64) * COLUMNS
+    source = tl.load(row).to(tl.pointer_type(tl.uint8))
+    begin, columns, patches = tl.load(row + 1), tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    plane: tl.constexpr = PATCH * PATCH
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)  # counts patches, y, x
+    inside = p < patches * plane
+    token, y, x = p // plane, p // PATCH % PATCH, p % PATCH
+    square, member = token // (MERGE * MERGE), token % (MERGE * MERGE)
+    squares = columns // MERGE
+    line = (square // squares * MERGE + member // MERGE) * PATCH + y
+    column = (square % squares * MERGE + member % MERGE) * PATCH + x
+    width, height = columns * PATCH, patches // columns * PATCH
+    red, green, blue = sampled(source, inverses + tl.program_id(1) * 9, column + 0.5, line + 0.5, width, height, fill)
+    to = out + (begin + token) * (3 * TAPS * plane) + p % plane
+    for channel in tl.static_range(3):
+        level = red if channel == 0 else green if channel == 1 else blue
+        value = tl.load(levels + channel * 256 + level, mask=inside)
+        for tap in tl.static_range(TAPS):
+            tl.store(to + (channel * TAPS + tap) * plane, value, mask=inside)
+
+
+def _triton(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+    out, patch = _allocate(images, layout, values), layout.patch
     device = out.device
     width = torch.tensor([image.shape[1] // patch for image in images])
     patches = torch.tensor([image.shape[0] * image.shape[1] // patch**2 for image in images])
     table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(device, non_blocking=True)
-    grid = (triton.cdiv(int(patches.max()) * 3 * patch**2, VALUES), len(images))
-    _patchify_kernel[grid](table, _levels(mean, std, dtype, device), out, COLUMNS, VALUES, patch, merge, taps)
+    levels, most = _levels(values, device), int(patches.max()) * patch**2
+    if inverses is None:
+        _patchify_kernel[(triton.cdiv(3 * most, VALUES), len(images))](table, levels, out, COLUMNS, VALUES, patch, layout.merge, layout.taps)
+        return out
+    inverses = inverses.float().contiguous().to(device, non_blocking=True)
+    grid = (triton.cdiv(most, PIXELS), len(images))
+    _warped_kernel[grid](table, levels, out, inverses, float(fill), COLUMNS, PIXELS, patch, layout.merge, layout.taps)
     return out

@@ -23,18 +23,24 @@ def warp(images: Images, matrices_px: Tensor, *, fill: int = 128, path: str | No
     "triton". ValueError: what does not fit, a matrix that cannot be inverted, or a path that cannot run.
     """
     images = checked("warp", images)
-    matrices = on_host("warp", "matrices_px", matrices_px).double()
-    if matrices.shape != (len(images), 3, 3):
-        raise ValueError(f"warp: matrices_px must be ({len(images)},3,3), got {tuple(matrices.shape)}")
-    if not 0 <= fill <= 255:
-        raise ValueError(f"warp: fill must be a grey level 0..255, got {fill}")
+    inverses = inverted("warp", images, matrices_px, fill)
     if not images:
         return []
-    inverses, fault = torch.linalg.inv_ex(matrices)
-    if bool(fault.any()) or not bool(inverses.isfinite().all()):
-        raise ValueError(f"warp: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be inverted")
     path = choose("warp", images[0].device, path).path
     return {"plain": plain, "native": _native, "triton": _triton}[path](images, inverses, fill)
+
+
+def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
+    """(N,3,3) float64, view -> source, of `warp`'s arguments. ValueError: what does not fit, or a matrix that cannot be inverted."""
+    matrices = on_host(op, "matrices_px", matrices_px).double()
+    if matrices.shape != (len(images), 3, 3):
+        raise ValueError(f"{op}: matrices_px must be ({len(images)},3,3), got {tuple(matrices.shape)}")
+    if not 0 <= fill <= 255:
+        raise ValueError(f"{op}: fill must be a grey level 0..255, got {fill}")
+    inverses, fault = torch.linalg.inv_ex(matrices)
+    if bool(fault.any()) or not bool(inverses.isfinite().all()):
+        raise ValueError(f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be inverted")
+    return inverses
 
 
 def plain(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
@@ -64,15 +70,8 @@ PIXELS = 512  # per program
 
 
 @jit
-def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
-    row = table + tl.program_id(1).to(tl.int64) * COLUMNS
-    source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-    width, height = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    inside = p < width * height
-    x, y = p % width + 0.5, p // width + 0.5
-    m = inverses + tl.program_id(1) * 9
+def sampled(source, m, x, y, width, height, fill):
+    """Red, green and blue (int32) of the view's pixels in columns x and rows y; m points at nine floats, view -> source."""
     depth = tl.load(m + 6) * x + tl.load(m + 7) * y + tl.load(m + 8)
     u = (tl.load(m) * x + tl.load(m + 1) * y + tl.load(m + 2)) / depth - 0.5
     v = (tl.load(m + 3) * x + tl.load(m + 4) * y + tl.load(m + 5)) / depth - 0.5
@@ -81,19 +80,31 @@ def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.conste
     v = tl.where((v > -1) & (v < height), v, -1.0)
     left, top = tl.floor(u), tl.floor(v)
     across, down = u - left, v - top
-    red, green, blue = tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32)
+    red, green, blue = across * 0, across * 0, across * 0
     for tap in tl.static_range(4):
         sx, sy = left.to(tl.int32) + tap % 2, top.to(tl.int32) + tap // 2
         weight = (across if tap % 2 == 1 else 1 - across) * (down if tap // 2 == 1 else 1 - down)
-        seen = inside & (sx >= 0) & (sx < width) & (sy >= 0) & (sy < height)
+        seen = (sx >= 0) & (sx < width) & (sy >= 0) & (sy < height)
         at = source + (sy.to(tl.int64) * width + sx) * 3
         red += weight * tl.where(seen, tl.load(at, mask=seen, other=0).to(tl.float32), fill)
         green += weight * tl.where(seen, tl.load(at + 1, mask=seen, other=0).to(tl.float32), fill)
         blue += weight * tl.where(seen, tl.load(at + 2, mask=seen, other=0).to(tl.float32), fill)
+    return tl.floor(red + 0.5).to(tl.int32), tl.floor(green + 0.5).to(tl.int32), tl.floor(blue + 0.5).to(tl.int32)
+
+
+@jit
+def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
+    row = table + tl.program_id(1).to(tl.int64) * COLUMNS
+    source = tl.load(row).to(tl.pointer_type(tl.uint8))
+    out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
+    width, height = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    inside = p < width * height
+    red, green, blue = sampled(source, inverses + tl.program_id(1) * 9, p % width + 0.5, p // width + 0.5, width, height, fill)
     to = out + p.to(tl.int64) * 3
-    tl.store(to, tl.floor(red + 0.5).to(tl.uint8), mask=inside)
-    tl.store(to + 1, tl.floor(green + 0.5).to(tl.uint8), mask=inside)
-    tl.store(to + 2, tl.floor(blue + 0.5).to(tl.uint8), mask=inside)
+    tl.store(to, red.to(tl.uint8), mask=inside)
+    tl.store(to + 1, green.to(tl.uint8), mask=inside)
+    tl.store(to + 2, blue.to(tl.uint8), mask=inside)
 
 
 def _triton(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:

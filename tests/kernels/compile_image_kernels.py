@@ -31,6 +31,8 @@ def patchify(module):
     for value, taps in (("*bf16", 1), ("*fp32", 2)):
         sizes = {"COLUMNS": module.COLUMNS, "VALUES": module.VALUES, "PATCH": 16, "MERGE": 2, "TAPS": taps}
         yield "_patchify_kernel", {**TABLE, "levels": value, "out": value}, sizes
+    sizes = {"COLUMNS": module.COLUMNS, "PIXELS": module.PIXELS, "PATCH": 16, "MERGE": 2, "TAPS": 1}
+    yield "_warped_kernel", {**TABLE, "levels": "*bf16", "out": "*bf16", "inverses": "*fp32", "fill": "fp32"}, sizes
 
 
 if __name__ == "__main__":

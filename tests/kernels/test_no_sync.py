@@ -11,6 +11,7 @@ CALLS = {
     "warp": lambda images: warp(images, torch.eye(3, dtype=torch.float64).expand(2, 3, 3)),
     "resize": lambda images: resize(images, [(32, 48), (70, 21)]),
     "patchify": lambda images: patchify([images[0]], patch=8, merge=2, dtype=torch.bfloat16),
+    "patchify, warped": lambda images: patchify([images[0]], patch=8, merge=2, matrices_px=torch.eye(3)[None] * torch.tensor([-1, 1, 1])),
 }
 
 

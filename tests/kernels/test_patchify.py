@@ -1,11 +1,13 @@
-"""patchify on every path against transformers' own image processor, and the single-tap form against a folded convolution."""
+"""patchify on every path against transformers' own image processor, the single-tap form against a folded convolution, and the warp on the
+way against `warp` before."""
 
 import numpy as np
 import pytest
 import torch
-from pictures import PATHS, noise, on
+from hypothesis import given, settings, strategies as st
+from pictures import PATHS, device, noise, on
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from vise_kernels import patchify
+from vise_kernels import patchify, warp
 
 SIZES = [(64, 96), (32, 32), (96, 64)]
 NORMALS = [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.481, 0.457, 0.408), (0.268, 0.261, 0.275))]
@@ -76,6 +78,64 @@ def test_merged_squares_stay_together(path):
     assert seen == [(y + dy, x + dx) for y, x in squares for dy in (0, 1) for dx in (0, 1)]
 
 
+WARPS = [  # identity, flip of 63 columns, enlarged crop, rotation with shear, a homography, everything out of sight
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    [[-1, 0, 63], [0, 1, 0], [0, 0, 1]],
+    [[1.25, 0, -3.3], [0, 1.25, -2.1], [0, 0, 1]],
+    [[0.98, -0.17, 4.2], [0.21, 0.95, -3.1], [0, 0, 1]],
+    [[0.9, 0.1, 1], [-0.05, 1.1, 2], [1e-3, 2e-3, 1]],
+    [[1, 0, 500], [0, 1, 0], [0, 0, 1]],
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "options", [{"single_tap": True}, {"temporal": 3, "dtype": torch.bfloat16}, {"mean": NORMALS[1][0], "std": NORMALS[1][1], "fill": 7}]
+)
+@pytest.mark.parametrize(
+    "patch, merge, sizes",
+    [
+        (7, 3, [(21, 63), (42, 63), (63, 21), (21, 21), (84, 42), (42, 42)]),
+        (8, 2, [(32, 48)] * 6),
+        (1, 1, [(1, 63), (5, 63), (2, 3), (1, 1), (9, 1), (13, 11)]),
+    ],
+)
+def test_a_warp_on_the_way_is_the_warp_before(path, patch, merge, sizes, options):
+    images, matrices = [noise(*size) for size in sizes], torch.tensor(WARPS, dtype=torch.float64)
+    before = {"fill": options["fill"]} if "fill" in options else {}
+    after = {name: value for name, value in options.items() if name != "fill"}
+    warped = warp(on(path, images), matrices, **before, path=path)
+    truth, truth_grid = patches_of(warped, path, patch=patch, merge=merge, **after)
+    patches, grid = patches_of(images, path, patch=patch, merge=merge, matrices_px=matrices, **options)
+    assert torch.equal(grid, truth_grid) and patches.dtype == truth.dtype
+    if device(path) == "cpu":
+        assert torch.equal(patches, truth)
+    else:  # a compiler may contract products differently in two kernels: a half may round the other way
+        level = 1 / 255 / min(options.get("std", (0.5,)))
+        assert (patches.float() - truth.float()).abs().max() <= 1.01 * level + (patches.dtype != torch.float32) * 2**-7
+
+
+@pytest.mark.parametrize("path", PATHS[:2])
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 5), st.lists(st.floats(-3, 3), min_size=6, max_size=6), st.integers(0, 255))
+def test_any_affine_warp_on_the_way(path, rows, columns, entries, fill):
+    matrix = torch.eye(3, dtype=torch.float64)
+    matrix[:2] += torch.tensor(entries, dtype=torch.float64).view(2, 3) * torch.tensor([1, 1, 10])
+    if matrix.det().abs() < 1e-3:
+        return
+    images = [noise(6 * rows, 6 * columns)]
+    before = warp(images, matrix[None], fill=fill, path=path)
+    patches, _ = patchify(images, patch=3, merge=2, matrices_px=matrix[None], fill=fill, path=path)
+    assert torch.equal(patches, patchify(before, patch=3, merge=2, path=path)[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_identity_reads_the_source_itself(path):
+    images = [noise(32, 48), noise(16, 16)]
+    patches, _ = patches_of(images, path, patch=8, merge=2, matrices_px=torch.eye(3).expand(2, 3, 3))
+    assert torch.equal(patches, patches_of(images, path, patch=8, merge=2)[0])
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -84,6 +144,9 @@ def test_merged_squares_stay_together(path):
         ({"dtype": torch.float64}, "dtype"),
         ({"dtype": torch.int32}, "dtype"),
         ({"images": [noise(16, 16).float()]}, "uint8"),
+        ({"matrices_px": torch.eye(3)}, "patchify: matrices_px"),
+        ({"matrices_px": torch.zeros(1, 3, 3)}, "inverted"),
+        ({"matrices_px": torch.eye(3)[None], "fill": -1}, "fill"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):
