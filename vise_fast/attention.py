@@ -7,7 +7,7 @@ calculation for softmax"), and the backward pass of each part uses the merged ou
 softmax weights are exp(score - merged log-sum-exp).
 
 Shapes: N rows, T new tokens per row, M entries, F rows per entry, S keys per entry, H query heads, KV key heads, D head dimension.
-`attend` is the fast path (torch's FlashAttention on a CPU), `attend_plain` the same formula with everything written out.
+`attend` is the fast path (torch's fused kernels, see flash.py), `attend_plain` the same formula with everything written out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vise_fast.flash import choose, kernel
 
 
 class Grid:
@@ -59,15 +61,14 @@ class Part:
     causal: bool = False
     bias: Tensor | None = None
 
-    def mask(self, queries: int) -> Tensor | None:
-        """Additive (M, 1, queries, S): -inf on padding; None when there is none."""
+    def key_bias(self) -> Tensor | None:
+        """Additive (M, S): -inf on padding; None when there is none."""
         if self.bias is not None:
-            return self.bias[:, None, None, : self.keys.shape[2]].expand(-1, 1, queries, -1)
+            return self.bias[:, : self.keys.shape[2]]
         if self.lengths is None:
             return None
         valid = torch.arange(self.keys.shape[2], device=self.keys.device) < self.lengths[:, None]
-        mask = torch.zeros(valid.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(~valid, -torch.inf)
-        return mask[:, None, None, :].expand(-1, 1, queries, -1)
+        return torch.zeros(valid.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(~valid, -torch.inf)
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:
@@ -100,22 +101,16 @@ def _banks(part: Part, heads: int) -> tuple[Tensor, Tensor]:
 
 def _part_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part."""
-    folded = _fold(part, q)
-    keys, values = _banks(part, q.shape[2])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        folded, keys, values, 0.0, part.causal, attn_mask=part.mask(folded.shape[2]), scale=scale
-    )
+    folded, bias = _fold(part, q), part.key_bias()
+    out, lse = kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
     return _unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1])
 
 
 def _part_backward(part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and log-sum-exp."""
-    folded = _fold(part, q)
-    keys, values = _banks(part, q.shape[2])
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _fold(part, grad), folded, keys, values, _fold(part, out), _fold(part, lse[..., None])[..., 0].contiguous(), 0.0,
-        part.causal, attn_mask=part.mask(folded.shape[2]), scale=scale,
-    )  # fmt: skip
+    folded, bias, banks = _fold(part, q), part.key_bias(), _banks(part, q.shape[2])
+    merged = _fold(part, out), _fold(part, lse[..., None])[..., 0]
+    dq, dk, dv = kernel(folded, bias).backward(_fold(part, grad), folded, *banks, *merged, bias, part.causal, scale)
     kv = part.keys.shape[1]
     if dk.shape[1] != kv:
         dk, dv = dk.unflatten(1, (kv, -1)).sum(2), dv.unflatten(1, (kv, -1)).sum(2)
@@ -158,7 +153,7 @@ class _Attend(torch.autograd.Function):
 
 def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     """Attention of q (N, T, H, D) over all parts together; differentiable in q and in every part's keys and values."""
-    if q.device.type not in ("cpu", "meta"):
+    if choose(q.device, q.dtype).path == "plain":
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
         return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])
@@ -171,15 +166,15 @@ def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     heads, scores, values = q.shape[2], [], []
     for part in parts:
         keys, bank = part.keys, part.values
-        mask = part.mask(q.shape[1])
+        bias = part.key_bias()
         if part.grid is not None:
             keys, bank = keys[part.grid.owner], bank[part.grid.owner]
-            mask = mask if mask is None else mask[part.grid.owner]
+            bias = bias if bias is None else bias[part.grid.owner]
         keys = keys.repeat_interleave(heads // keys.shape[1], 1)
         score = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale
         if part.causal:
             score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-        scores.append(score if mask is None else score + mask)
+        scores.append(score if bias is None else score + bias[:, None, None])
         values.append(bank.repeat_interleave(heads // bank.shape[1], 1))
     weights = torch.cat(scores, -1).softmax(-1)
     return torch.einsum("nhts,nhsd->nthd", weights.to(q.dtype), torch.cat(values, 2))
