@@ -11,6 +11,7 @@ import torch
 
 from vise_fast import attention, flash
 from vise_fast.attention import Grid, Part, attend, attend_plain
+from vise_fast.model import Policy
 
 GPU = torch.cuda.is_available()
 CUDA = torch.device("cuda")
@@ -173,17 +174,19 @@ def test_a_causal_rectangle_is_refused(kernel):
 def test_the_choice_and_its_reason(monkeypatch, device, capability, dtype, path, words):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    choice = flash.choose.__wrapped__(torch.device(device), dtype)
+    choice = flash.look(torch.device(device), dtype)
     assert choice.path == path and words in choice.reason
 
 
 def test_a_torch_without_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert flash.choose.__wrapped__(CUDA, torch.bfloat16).path == "efficient"
+    assert flash.look(CUDA, torch.bfloat16).path == "efficient"
 
 
-@pytest.mark.parametrize("best, dim, ragged, name", [("flash", 128, False, "flash"), ("flash", 128, True, "efficient"), ("flash", 264, False, "efficient"), ("efficient", 64, False, "efficient")])
+@pytest.mark.parametrize(
+    "best, dim, ragged, name", [("flash", 128, False, "flash"), ("flash", 128, True, "efficient"), ("flash", 264, False, "efficient"), ("efficient", 64, False, "efficient")]
+)
 def test_the_kernel_of_a_part_on_a_gpu(monkeypatch, best, dim, ragged, name):
     monkeypatch.setattr(flash, "choose", lambda device, dtype: types.SimpleNamespace(path=best))
     q = types.SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(1, 1, 1, dim))
@@ -194,6 +197,12 @@ def test_where_no_kernel_runs_the_formula_does(monkeypatch):
     monkeypatch.setattr(attention, "choose", lambda device, dtype: types.SimpleNamespace(path="plain"))
     q, parts = build(2, 2, 8, 3)
     assert torch.equal(attend(q, parts, 0.3), attend_plain(q, parts, 0.3))
+
+
+@pytest.mark.parametrize("attended, path, words", [(attend, "flash", "CPU"), (attend_plain, "plain", "model.attention")])
+def test_a_policy_says_how_it_attends(attended, path, words):
+    policy = Policy(None, None, types.SimpleNamespace(attend=attended, dtype=torch.float32, device=torch.device("cpu")), "nano")
+    assert policy.attention.path == path and words in policy.attention.reason
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]

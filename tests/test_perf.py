@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from tiny import build
 
 from vise_fast import perf
+from vise_fast import flash
 from vise_fast.perf import Ceiling, Clock, Plan, Shapes, decode_bytes, encode_flops, executed_flops, minimal_step
 from vise_fast.work import Work
 
@@ -72,6 +73,19 @@ def test_executed_cpu_attention_is_counted(causal):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         forward = counter.get_total_flops()
         out.sum().backward()
+    assert forward == 4 * 2 * 4 * 8 * pairs
+    assert counter.get_total_flops() - forward == 10 * 2 * 4 * 8 * pairs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kernel", [flash.FLASH, flash.EFFICIENT])
+def test_executed_gpu_attention_is_counted(kernel, causal):
+    q = torch.empty(2, 4, 6, 8, dtype=torch.bfloat16, device="meta")
+    pairs = 21 if causal else 36
+    with executed_flops() as counter:
+        out, lse = kernel.forward(q, q, q, None, causal, 0.3)
+        forward = counter.get_total_flops()
+        kernel.backward(q, q, q, q, out, lse, None, causal, 0.3)
     assert forward == 4 * 2 * 4 * 8 * pairs
     assert counter.get_total_flops() - forward == 10 * 2 * 4 * 8 * pairs
 

@@ -155,14 +155,16 @@ def flash_attention() -> Check:
     if not present:
         return ok("flash-attn", "not installed; torch's own FlashAttention serves")
     importlib.import_module(present[0])
-    return ok("flash-attn", present[0])
+    return ok("flash-attn", f"{present[0]} installed, not needed: torch's own FlashAttention serves")
 
 
-def varlen_attention() -> Check:
-    if _absent("torch.nn.attention.varlen"):
-        return warn("torch varlen attention", "not in this torch", "pip install 'torch>=2.10'; until then SDPA serves")
-    importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    return ok("torch varlen attention", "present")
+def attention() -> Check:
+    torch = _torch()
+    kind = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    choice = importlib.import_module("vise_fast.flash").look(torch.device(kind[0]), kind[1])
+    if choice.path == "plain":
+        return warn("attention", f"plain: {choice.reason}", "use --model.dtype float32, where a fused kernel may run")
+    return ok("attention", f"{choice.path}: {choice.reason}")
 
 
 def triton() -> Check:
@@ -212,7 +214,7 @@ def compute_capability() -> Check:
         return ok("compute capability", "no GPU")
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 0):
-        return warn("compute capability", f"{major}.{minor}", "FlashAttention and fast bfloat16 need 8.0 (Ampere); use --model.dtype float32 --model.attention plain")
+        return warn("compute capability", f"{major}.{minor}", "FlashAttention and fast bfloat16 need 8.0 (Ampere); use --model.dtype float32")
     return ok("compute capability", f"{major}.{minor}")
 
 

@@ -41,7 +41,7 @@ class ModelConfig(Section):
     double_quant: bool = Field(True, description="nf4: quantise the quantisation constants too")
     int8_threshold: float = Field(6.0, ge=0, description="LLM.int8 outlier threshold")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    attention: Literal["auto", "plain"] = Field("auto", description="auto: torch's FlashAttention, on a CPU; plain: the formula written out, also what a GPU gets so far")
+    attention: Literal["auto", "plain"] = Field("auto", description="auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written out")
     engine: Literal["fast", "stock"] = Field("fast", description="fast: own forward over the same weights; stock: transformers' forward")
     kernels: Literal["auto", "plain"] = Field("auto", description="auto: Triton / native kernels where they run; plain: PyTorch only")
 

@@ -38,8 +38,7 @@ class Kernel:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-@functools.cache
-def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+def look(device: torch.device, dtype: torch.dtype) -> Choice:
     """The best path for tensors of this kind: "flash", "efficient" or "plain" (no kernel here), and why."""
     if device.type in ("cpu", "meta"):
         return Choice("flash", "torch's FlashAttention for a CPU")
@@ -57,6 +56,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     if not torch.backends.cuda.is_flash_attention_available():
         return Choice("efficient", "torch's memory-efficient kernel: this torch was built without FlashAttention")
     return Choice("flash", "torch's FlashAttention; its memory-efficient kernel for ragged banks")
+
+
+choose = functools.cache(look)  # asked in every layer
 
 
 def kernel(q: Tensor, bias: Tensor | None) -> Kernel:
@@ -85,9 +87,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: None, causal: bool, sc
 def _flash_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
     wide = [_wide(x) for x in (grad, q, k, v, out)]
     seed = q.new_empty(2, dtype=torch.uint64)  # of the dropout, which there is not: never read
-    found = aten._scaled_dot_product_flash_attention_backward(
-        *wide, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, q.new_empty(0), scale=scale
-    )
+    found = aten._scaled_dot_product_flash_attention_backward(*wide, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, q.new_empty(0), scale=scale)
     return tuple(x[..., : q.shape[3]] for x in found)
 
 

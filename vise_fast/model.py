@@ -20,12 +20,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
+from vise_kernels.dispatch import Choice
 
 from vise_fast import quantise
 from vise_fast.attention import attend_plain
 from vise_fast.backbones.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.config import Config
 from vise_fast.errors import ConfigError, EnvironmentFault
+from vise_fast.flash import choose
 from vise_fast.prompts import style_for
 from vise_fast.tokens import Tokens
 
@@ -46,6 +48,13 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def attention(self) -> Choice:
+        """How the decoder attends, and why."""
+        if self.backbone.attend is attend_plain:
+            return Choice("plain", "asked for by model.attention")
+        return choose(self.device, self.backbone.dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable fp32 LoRA masters by name."""

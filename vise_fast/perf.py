@@ -128,20 +128,39 @@ def _pairs(query, key, causal: bool) -> int:
     return seen * (seen + 1) // 2 + max(0, queries - keys) * keys if causal else queries * keys
 
 
-def _cpu_flash(query, key, value, dropout_p=0.0, is_causal=False, *args, out_val=None, **kwargs) -> int:
+def _flash(query, key, value, dropout_p=0.0, is_causal=False, *args, out_val=None, **kwargs) -> int:
     return 4 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
 
 
-def _cpu_flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal, *args, out_val=None, **kwargs) -> int:
+def _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal, *args, out_val=None, **kwargs) -> int:
     """Five products: the scores again, then the gradients of weights, values, queries and keys."""
     return 10 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
 
 
-_cpu_flash._get_raw = _cpu_flash_backward._get_raw = True
+def _gpu_flash_backward(grad, query, key, value, out, logsumexp, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, *args, out_val=None, **kwargs) -> int:
+    return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
+
+
+def _efficient(query, key, value, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *args, out_val=None, **kwargs) -> int:
+    return _flash(query, key, value, dropout_p, is_causal)
+
+
+def _efficient_backward(
+    grad, query, key, value, bias, out, logsumexp, seed, offset, dropout_p, wanted, is_causal=False, *args, out_val=None, **kwargs
+) -> int:  # fmt: skip
+    return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
+
+
 FORMULAS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    aten._scaled_dot_product_flash_attention: _flash,
+    aten._scaled_dot_product_flash_attention_backward: _gpu_flash_backward,
+    aten._scaled_dot_product_efficient_attention: _efficient,
+    aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,
 }
+for formula in FORMULAS.values():
+    formula._get_raw = True
 
 
 @contextlib.contextmanager

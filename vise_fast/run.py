@@ -89,6 +89,7 @@ class Run:
         self.console.say(f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; {check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained")
         self.console.say(f"data     {source.describe()}")
         self.console.say(f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}")
+        self.console.say(f"attention {policy.attention.path}: {policy.attention.reason}")
 
     def before(self, engine: Engine, source: Source) -> None:
         """The base's figures on held-out images, once per run."""
@@ -211,5 +212,6 @@ def environment(policy: Policy) -> dict:
         "vise_fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "dtype": str(policy.backbone.dtype), "argv": sys.argv[1:],
+        "attention": [policy.attention.path, policy.attention.reason],
         "kernels": {op: [path, reason] for op, (path, reason) in vise_kernels.available().items()},
     }  # fmt: skip
