@@ -8,6 +8,9 @@ import types
 
 import pytest
 import torch
+from test_engine import ROWS, SIZES, engine_of
+from tiny import SHAPES as SMALL_MODELS
+from tiny import images
 
 from vise_fast import attention, flash
 from vise_fast.attention import Grid, Part, attend, attend_plain
@@ -33,6 +36,7 @@ def gradients(grad, q, k, v, out, lse, bias, causal, scale):
 def check_operands(causal, *tensors):
     q, k = tensors[:2]
     assert all(x.shape[3] % 8 == 0 and x.stride(3) == 1 for x in tensors), "head dimension"
+    assert not any(stride % 8 for x in tensors for stride in x.stride()[:3]), "rows that do not start at 16 bytes"
     assert len({x.shape[1] for x in tensors}) == 1, "heads"
     assert not causal or q.shape[2] == k.shape[2], "the two operators align a causal rectangle differently"
 
@@ -103,21 +107,54 @@ def with_gradients(path, q, parts, weight=None):
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), [q] + [bank for part in parts for bank in (part.keys, part.values)])]
 
 
-@pytest.mark.parametrize("best", ["flash", "efficient"])
-@pytest.mark.parametrize("kv, rep, dim, tokens", SHAPES)
-def test_gpu_kernels_are_called_as_they_are_made(monkeypatch, best, kv, rep, dim, tokens):
-    monkeypatch.setattr(flash, "aten", STANDINS)
+def with_standins(monkeypatch, best):
+    """From here on attention takes the stand-ins, as a GPU with this best kernel would; returns the names of the kernels used."""
     used = []
 
     def kernel(q, bias):
-        used.append(flash.FLASH if best == "flash" and bias is None else flash.EFFICIENT)
-        return used[-1]
+        chosen = flash.FLASH if best == "flash" and bias is None else flash.EFFICIENT
+        used.append(chosen.name)
+        return chosen
 
+    monkeypatch.setattr(flash, "aten", STANDINS)
     monkeypatch.setattr(attention, "kernel", kernel)
+    return used
+
+
+@pytest.mark.parametrize("best", ["flash", "efficient"])
+@pytest.mark.parametrize("kv, rep, dim, tokens", SHAPES)
+def test_gpu_kernels_are_called_as_they_are_made(monkeypatch, best, kv, rep, dim, tokens):
+    used = with_standins(monkeypatch, best)
     q, parts = build(kv, rep, dim, tokens)
     for found, truth in zip(with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True):
         assert (found - truth).abs().max() < 2e-6, f"worst {(found - truth).abs().max()}"  # the plain path scores in fp32
-    assert {k.name for k in used} == {best, "efficient"}
+    assert set(used) == {best, "efficient"}
+
+
+@pytest.mark.parametrize("shape", SMALL_MODELS)
+def test_an_engine_gives_gpu_kernels_what_they_assume(monkeypatch, shape):
+    """Prefixes, forks, ragged rows, a fan of answers and their update, once on the CPU's kernel and once on the stand-ins."""
+    model, engine = engine_of(shape)
+    engine.joins = False  # as on a GPU
+    ids, hidden, grads = played(model, engine)
+    used = with_standins(monkeypatch, "flash")
+    found_ids, found_hidden, found_grads = played(model, engine)
+    assert set(used) == {"flash", "efficient"} and torch.equal(found_ids, ids)
+    assert (found_hidden - hidden).abs().max() <= 1e-5 * hidden.abs().max()
+    for found, truth in zip(found_grads, grads, strict=True):
+        assert (found - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1e-3)
+
+
+def played(model, engine):
+    """Greedy ids, scored hidden states and the adapters' gradients of two answers to each of four questions."""
+    features = engine.encode(images(SIZES))
+    prompts = engine.prompt(engine.prefill(features, True), [0, 1, 2, 3], ROWS)
+    answers = engine.generate(prompts, [2] * 4, 4, list(range(8)), temperature=0.0)
+    hidden = engine.score(features, ROWS, answers, [0, 0, 1, 1, 2, 2, 3, 3], True)
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+    found = torch.autograd.grad((hidden * weight).sum(), leaves, allow_unused=True)
+    return answers.ids, hidden.detach(), [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)]
 
 
 @pytest.mark.parametrize("kernel, dtype", [("FLASH", torch.bfloat16), ("FLASH", torch.float16), ("EFFICIENT", torch.bfloat16), ("EFFICIENT", torch.float32)])

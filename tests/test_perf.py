@@ -8,8 +8,7 @@ import torch
 import torch.utils.checkpoint
 from tiny import build
 
-from vise_fast import perf
-from vise_fast import flash
+from vise_fast import flash, perf
 from vise_fast.perf import Ceiling, Clock, Plan, Shapes, decode_bytes, encode_flops, executed_flops, minimal_step
 from vise_fast.work import Work
 
