@@ -18,6 +18,8 @@ from vise_fast.rewards import LARGE_AREA
 class Pupil:
     """Stands for engine and roles: images are their own features; `box` and `sees` answer with the scene's truth at hand."""
 
+    device = torch.device("cpu")
+
     def __init__(self, source, box, sees, query=lambda scene: scene.names[0]):
         self.source, self.box, self.sees, self.query = source, box, sees, query
         keys = [image.key for image in source.held_out(10_000)]

@@ -33,7 +33,7 @@ class Look:
 
     def __init__(self, engine: Engine, images: list[Image], first: int, config: Config) -> None:
         self.engine, self.images, self.first, self.config = engine, images, first, config
-        self.pixels = [image.pixels for image in images]
+        self.pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
         self.everyone = list(range(len(images)))
         self.features = engine.encode(self.pixels)
         self._prefixes: dict[bool, Prefixes] = {}

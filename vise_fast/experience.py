@@ -67,7 +67,7 @@ class Draws:
 def play(engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None) -> Played:
     """Ask, ground on images and views in one batch, then verify images and ghosts."""
     count, samples, many, limits = len(images), config.rollout.samples, config.rollout.views, config.rollout
-    pixels, originals = [image.pixels for image in images], list(range(len(images)))
+    pixels, originals = [image.pixels.to(engine.device, non_blocking=True) for image in images], list(range(len(images)))
     phase = engine.clock.phase
     with phase("views"):
         drawn = [[views.draw_view(draws.generator("view", i * many + k, many), *image.shape[:2], config.view) for k in range(many)] for i, image in enumerate(pixels)]
