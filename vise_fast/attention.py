@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vise_fast.flash import choose, kernel
+from vise_fast.flash import BIAS_ROW, choose, kernel
 
 
 class Grid:
@@ -62,13 +62,14 @@ class Part:
     bias: Tensor | None = None
 
     def key_bias(self) -> Tensor | None:
-        """Additive (M, S): -inf on padding; None when there is none."""
+        """Additive (M, S): -inf on padding; None when there is none. Rows start where GPU kernels want them."""
+        size = self.keys.shape[2]
         if self.bias is not None:
-            return self.bias[:, : self.keys.shape[2]]
+            return self.bias[:, :size]
         if self.lengths is None:
             return None
-        valid = torch.arange(self.keys.shape[2], device=self.keys.device) < self.lengths[:, None]
-        return torch.zeros(valid.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(~valid, -torch.inf)
+        beyond = torch.arange(-(-size // BIAS_ROW) * BIAS_ROW, device=self.keys.device) >= self.lengths[:, None]
+        return torch.zeros(beyond.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(beyond, -torch.inf)[:, :size]
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:
@@ -101,9 +102,18 @@ def _banks(part: Part, heads: int) -> tuple[Tensor, Tensor]:
 
 def _part_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part."""
-    folded, bias = _fold(part, q), part.key_bias()
-    out, lse = kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
+    out, lse = _folded_forward(part, q, scale)
     return _unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1])
+
+
+def _part_output(part: Part, q: Tensor, scale: float) -> Tensor:
+    """The output alone: while decoding, the views that a log-sum-exp takes are a twentieth of the calls."""
+    return _unfold(part, _folded_forward(part, q, scale)[0], q.shape[1])
+
+
+def _folded_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    folded, bias = _fold(part, q), part.key_bias()
+    return kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
 
 
 def _part_backward(part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,6 +167,8 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
         return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])
+    if len(parts) == 1:
+        return _part_output(parts[0], q, scale)
     results = [_part_forward(part, q, scale) for part in parts]
     return _merge([r[0] for r in results], [r[1] for r in results])[0]
 
