@@ -137,11 +137,12 @@ class Engine:
         merged, deep = self.backbone.merge(features, adapters)
         merge, head, tail = self.backbone.merge_size, self.tokens.head, self.tokens.tail
         ids, rows, positions, lengths, following, start = [], [], [], [], [], 0
-        for grid_rows, grid_columns in features.grids:
-            height, width = grid_rows // merge, grid_columns // merge
-            ids += head + [self.tokens.image_token] * (height * width) + tail
-            rows.append(torch.arange(height * width) + start + len(head))
-            position, after = _prefix_positions(len(head), height, width, len(tail))
+        known = {grid: _prefix_positions(len(head), grid[0] // merge, grid[1] // merge, len(tail)) for grid in set(features.grids)}
+        for grid in features.grids:
+            places = grid[0] // merge * (grid[1] // merge)
+            ids += head + [self.tokens.image_token] * places + tail
+            rows.append(torch.arange(places) + start + len(head))
+            position, after = known[grid]
             positions.append(position), following.append(after)
             lengths.append(position.shape[1])
             start += lengths[-1]

@@ -23,11 +23,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vise_fast import quantise
+from vise_fast.backbones import onednn
 
 ADAPTER = "default"
 BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
 Before = Callable[[Tensor], Tensor]
 """What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass."""
+Pull = Callable[[Tensor], Tensor]
+"""dL/dz to dL/dx of z = before(x). A `Before` may bring its own: by `gradient(x, dz)`, or by `pull(x) -> (z, Pull)` where both share work."""
 
 
 class Pack(NamedTuple):
@@ -66,20 +69,30 @@ class Norm:
             return (x * self._inverse(x)).mul_(self.weight)
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight if self.weight.dim() > 1 else F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
+    def pull(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """The norm once more, and what takes dL/dz, which it overwrites, to dL/dx."""
+        if not _fp32_on_cpu(x):
+            return self(x), lambda dz: _by_autograd(self, x, dz)
+        inverse = self._inverse(x)
+        unit = x * inverse
+        return unit * self.weight, lambda dz: self._gradient(unit, inverse, dz)
+
     def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
-        """dL/dx from dL/dz; overwrites dz."""
+        """dL/dx from dL/dz, which it overwrites."""
         if not _fp32_on_cpu(x):
             return _by_autograd(self, x, dz)
         inverse = self._inverse(x)
-        unit = x * inverse
+        return self._gradient(x * inverse, inverse, dz)
+
+    def _gradient(self, unit: Tensor, inverse: Tensor, dz: Tensor) -> Tensor:
         dz.mul_(self.weight)
         along = (dz * unit).mean(-1, keepdim=True)
         return dz.addcmul_(unit, along, value=-1).mul_(inverse)
 
     def _inverse(self, x: Tensor) -> Tensor:
         """1 / root mean square of each row, (..., 1)."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (length * length / x.shape[-1] + self.eps).rsqrt()
+        length, size = torch.linalg.vector_norm(x, dim=-1, keepdim=True), x.shape[-1]
+        return torch.addcmul(x.new_full((), self.eps), length, length, value=1 / size).rsqrt_()
 
 
 class Swiglu:
@@ -89,14 +102,19 @@ class Swiglu:
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up) if not torch.is_grad_enabled() else F.silu(gate) * up
 
-    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
-        """dL/dx from dL/dz; overwrites dz."""
+    def pull(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """The product once more, and what takes dL/dz, which it overwrites, to dL/dx."""
         gate, up = x.chunk(2, -1)
-        dx = torch.empty_like(x)
-        dgate, dup = dx.chunk(2, -1)
-        torch.mul(dz, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dz.mul_(up), gate))
-        return dx
+        kept = [F.silu(gate)]
+
+        def gradient(dz: Tensor) -> Tensor:
+            dx = torch.empty_like(x)
+            dgate, dup = dx.chunk(2, -1)
+            torch.mul(dz, kept.pop(), out=dup)
+            torch.ops.aten.silu_backward.grad_input(dz.mul_(up), gate, grad_input=dgate)
+            return dx
+
+        return kept[0] * up, gradient
 
 
 class FusedLinear:
@@ -137,7 +155,7 @@ class FusedLinear:
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
         if self.stacked:
-            y = F.linear(x, self.weight, self.bias)
+            y = onednn.linear(x, self.weight, self.bias)
         else:
             y = x.new_empty(len(x), sum(base.out_features for base in self.bases))
             for base, place in zip(self.bases, y.split([base.out_features for base in self.bases], 1), strict=True):
@@ -175,22 +193,22 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
-        low, z = pack.lower(grad), x if ctx.before is None else ctx.before(x)
+        low, (z, pull) = pack.lower(grad), _pull(ctx.before, x)
         factors = linear._factor_gradients(z, low, grad, pack.down)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *factors
         del z
         dz = linear._input_gradient(grad).addmm_(low, pack.down)
-        return _through(ctx.before, x, dz), None, None, None, *factors
+        return pull(dz), None, None, None, *factors
 
 
-def _through(before: Before | None, x: Tensor, dz: Tensor) -> Tensor:
-    """dL/dx of z = before(x)."""
+def _pull(before: Before | None, x: Tensor) -> tuple[Tensor, Pull]:
+    """z = before(x), and what takes dL/dz to dL/dx."""
     if before is None:
-        return dz
-    if hasattr(before, "gradient"):
-        return before.gradient(x, dz)
-    return _by_autograd(before, x, dz)
+        return x, lambda dz: dz
+    if hasattr(before, "pull"):
+        return before.pull(x)
+    return before(x), lambda dz: _by_autograd(before, x, dz)
 
 
 def _by_autograd(before: Before, x: Tensor, dz: Tensor) -> Tensor:
@@ -219,7 +237,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return _through(ctx.function, *ctx.saved_tensors, grad.clone()), None
+        (x,), function = ctx.saved_tensors, ctx.function
+        return function.gradient(x, grad.clone()) if hasattr(function, "gradient") else _by_autograd(function, x, grad), None
 
 
 def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

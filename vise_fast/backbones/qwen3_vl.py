@@ -21,6 +21,7 @@ from vise_kernels import patchify
 
 from vise_fast.attention import Grid, Part, attend
 from vise_fast.backbones.linear import FusedLinear, Norm, Pack, Swiglu, recomputed
+from vise_fast.backbones.onednn import linear, linear_gelu_tanh
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
 LORA_TARGETS = (
@@ -173,6 +174,11 @@ class Backbone:
         # A still image shows the same pixels at every temporal tap, so the taps fold into one product.
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = self.visual.patch_embed.proj.bias
+        self.rope_inverse = self.text.rotary_emb.inv_freq.float().to(self.device)
+        self.rope_axis = torch.zeros(len(self.rope_inverse), dtype=torch.long)
+        for dim in (1, 2):
+            self.rope_axis[dim : self.sections[dim] * 3 : 3] = dim
+        self.rope_axis = self.rope_axis.to(self.device)
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.encode_at_once = ENCODE_AT_ONCE if self.device.type == "cpu" else None
 
@@ -241,8 +247,8 @@ class Backbone:
         return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
 
     def _vision_mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        hidden = mlp.linear_fc1(x)
-        return mlp.linear_fc2(_gelu_tanh(hidden) if self.tanh_gelu else mlp.act_fn(hidden))
+        first = mlp.linear_fc1
+        return mlp.linear_fc2(linear_gelu_tanh(x, first.weight, first.bias) if self.tanh_gelu else mlp.act_fn(first(x)))
 
     def _grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Position embedding (P, C) and rotary cos, sin (P, d) of one patch grid, in merge order; computed once per grid."""
@@ -270,11 +276,7 @@ class Backbone:
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin (n, 1, D) in fp32 for positions (3, n); the three axes interleave as mrope_section says."""
-        inverse = self.text.rotary_emb.inv_freq.float().to(positions.device)
-        axis = torch.zeros(inverse.shape[0], dtype=torch.long, device=positions.device)
-        for dim in (1, 2):
-            axis[dim : self.sections[dim] * 3 : 3] = dim
-        angles = positions[axis].T.float() * inverse
+        angles = positions[self.rope_axis].T.float() * self.rope_inverse
         angles = torch.cat([angles, angles], 1)[:, None]
         return angles.cos(), angles.sin()
 
@@ -350,7 +352,7 @@ class Backbone:
         for index, layer in enumerate(self.layers):
             packs = [self._pack(linear, adapters) for linear in layer.linears]
             q, k, v = self._qkv(layer, x, cos, sin, packs[0])
-            buffer.keys[index][:, :, at], buffer.values[index][:, :, at] = k, v
+            buffer.keys[index].select(2, at).copy_(k), buffer.values[index].select(2, at).copy_(v)
             parts = [source.part(index, grid) for source, grid in parents]
             out = self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)
             x = x + layer.linears[1](out.flatten(1), packs[1])
@@ -365,7 +367,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (n, V) of hidden states (n, E)."""
-        return F.linear(hidden, self.head.weight).float()
+        return linear(hidden, self.head.weight).float()
 
 
 class _Layer:
@@ -409,14 +411,6 @@ class _Heads:
         return self.norm.gradient(x, _turn(dz, self.cos, self.sin, direction=-1))
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh form of GELU; overwrites nothing. On a CPU as x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³): its tanh is slow there."""
-    if x.device.type != "cpu":
-        return F.gelu(x, approximate="tanh")
-    twice = torch.addcmul(x.new_tensor(1.5957691216057), x, x, value=0.0713548162726)
-    return twice.mul_(x).sigmoid_().mul_(x)
-
-
 def _compact(x: Tensor) -> Tensor:
     """A copy with a storage of its own, whatever the strides of `x` look like."""
     return x.clone(memory_format=torch.contiguous_format)
@@ -428,10 +422,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
-    wide, half = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, x.shape[-1] // 2
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     out = wide * cos
-    out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-direction)
-    out[..., half:].addcmul_(wide[..., :half], sin[..., half:], value=direction)
+    (left, right), (low, high), (before, after) = wide.chunk(2, -1), out.chunk(2, -1), sin.chunk(2, -1)
+    low.addcmul_(right, before, value=-direction)
+    high.addcmul_(left, after, value=direction)
     return out.to(x.dtype)
 
 
