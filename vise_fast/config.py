@@ -107,6 +107,9 @@ class RolloutConfig(Section):
     samples: int = Field(8, ge=1, description="G: boxes sampled per image")
     views: int = Field(2, ge=1, description="K: transformed views per image")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; 1 is what REINFORCE assumes")
+    asker: Literal["policy", "reference"] = Field("policy", description="who writes the query; reference: adapters off, so that training boxes cannot spoil queries")
+    regrounder: Literal["policy", "reference"] = Field("policy", description="who boxes the views; reference: boxes that grow together no longer agree more")
+    view_temperature: float = Field(1.0, ge=0, description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth")
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
@@ -258,6 +261,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     """What no single field can say: (holds, complaint)."""
     grouped = c.update.advantage != "ema"
     yield not grouped or c.rollout.samples >= 2, f"update.advantage {c.update.advantage} compares samples of one image; set rollout.samples to 2 or more, or update.advantage to ema"
+    alike = c.rollout.regrounder == "policy" and c.rollout.view_temperature == c.rollout.temperature
+    yield alike or not c.update.views_too, "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy and rollout.view_temperature as rollout.temperature"
     yield c.update.beta_min <= c.update.beta_max, f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; swap them"
     yield c.update.beta <= c.update.beta_max, f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower update.beta"
     yield c.data.min_pixels <= c.data.max_pixels, f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; lower data.min_pixels"

@@ -33,7 +33,7 @@ GHOSTS_AT_ONCE = 8
 class Played:
     """A slice of the batch after its rollouts: the evidence, and what scoring the sampled boxes needs again.
 
-    `boxes` holds the G answers of each image, then one answer per view; `features` the images, then (if asked for) the views.
+    `boxes` holds the G answers of each image, then (if they were sampled in one batch) one answer per view; `features` the images, then (if asked for) the views.
     """
 
     images: list[Image]
@@ -75,29 +75,58 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
     with phase("encode"):
         features = engine.encode(pixels + moved)
     with phase("prefill"):
-        prefixes = engine.prefill(features, adapters=True)
+        prefixes, elsewhere = prefixes_of(engine, features, count, config)
     with phase("ask"):
-        queries = roles.ask(engine, prefixes, originals, draws.keys("ask", count), limits.query_tokens, limits.temperature)
-    texts = queries.texts + [views.query_for(text, view, config.view) for text, group in zip(queries.texts, drawn, strict=True) for view in group]
-    seeds = draws.keys("ground", count * samples, samples) + draws.keys("reground", count * many, many)
-    fan = [samples] * count + [1] * (count * many)
+        asked = prefixes if limits.asker == "policy" else engine.prefill(features.select(originals), adapters=False)
+        queries = roles.ask(engine, asked, originals, draws.keys("ask", count), limits.query_tokens, limits.temperature)
+    texts = [views.query_for(text, view, config.view) for text, group in zip(queries.texts, drawn, strict=True) for view in group]
     with phase("ground"):
-        boxes = roles.ground(engine, prefixes, list(range(len(texts))), texts, fan, seeds, limits.box_tokens, limits.temperature)
+        boxes, view_boxes = _ground(engine, prefixes, elsewhere, queries.texts, texts, config, draws)
     attention = _attention(engine, prefixes, boxes, originals, samples) if _measures_attention(engine, config, draws.step) else None
     kept = features if config.update.views_too else features.select(originals)
-    judges = prefixes if config.reward.judge == "policy" else None
-    del features, prefixes, moved  # from here on nothing lies about that the verdicts do not need
+    judges = prefixes if config.reward.judge == "policy" else asked if limits.asker == "reference" else None
+    del features, prefixes, elsewhere, asked, moved  # from here on nothing lies about that the verdicts do not need
     with phase("verify"):
         judges = judges or engine.prefill(kept.select(originals), adapters=False)
         seen = roles.verify_forked(engine, judges, originals, queries.texts)
     # A batch that had to be cut into slices has no room for the prefixes of all: the update computes them again.
     reference = judges if config.reward.judge == "reference" and config.train.micro_batch in (0, config.train.batch) else None
     del judges
-    known = _before_ghosts(pixels, drawn, queries, boxes, seen, config)
+    known = _before_ghosts(pixels, drawn, queries, boxes, view_boxes, seen, config)
     with phase("verify"):
         ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
     truths = None if truth is None else _truths(truth, images, queries.texts, samples)
     return Played(images, drawn, queries, boxes, Evidence(**known, **ghosts, truth_1000=truths), kept, reference, attention)
+
+
+def prefixes_of(engine: Engine, features: Features, count: int, config: Config) -> tuple[Prefixes, Prefixes]:
+    """Of the images under the policy, and of images and views, or of the views alone, under whoever boxes the views."""
+    if config.rollout.regrounder == "policy":
+        everything = engine.prefill(features, adapters=True)
+        return everything, everything
+    originals, moved = list(range(count)), list(range(count, len(features)))
+    return engine.prefill(features.select(originals), adapters=True), engine.prefill(features.select(moved), adapters=False)
+
+
+def _ground(
+    engine: Engine, prefixes: Prefixes, elsewhere: Prefixes, queries: list[str], view_queries: list[str], config: Config, draws: Draws
+) -> tuple[roles.Boxes, tuple[Tensor, Tensor]]:
+    """The boxes that were sampled, and those in the views: (views, 4), readable (views,).
+
+    One batch where one player samples both alike; the views' answers then follow the samples'.
+    """
+    limits, count, total = config.rollout, len(queries), len(queries) + len(view_queries)
+    fan, seeds = [limits.samples] * count, draws.keys("ground", count * limits.samples, limits.samples)
+    there, view_seeds = [1] * len(view_queries), draws.keys("reground", len(view_queries), limits.views)
+    rows, tokens = count * limits.samples, limits.box_tokens
+    if elsewhere is prefixes and limits.view_temperature == limits.temperature:
+        texts = queries + view_queries
+        boxes = roles.ground(engine, prefixes, list(range(total)), texts, fan + there, seeds + view_seeds, tokens, limits.temperature)
+        return boxes, (boxes.box_1000[rows:], boxes.readable[rows:])
+    boxes = roles.ground(engine, prefixes, list(range(count)), queries, fan, seeds, tokens, limits.temperature)
+    places = list(range(len(elsewhere) - len(view_queries), len(elsewhere)))
+    found = roles.ground(engine, elsewhere, places, view_queries, there, view_seeds, tokens, limits.view_temperature)
+    return boxes, (found.box_1000, found.readable)
 
 
 def attention_share(slices: list[Played]) -> dict[str, float]:
@@ -122,7 +151,9 @@ def join(slices: list[Played]) -> Evidence:
     return Evidence(**{name: torch.cat(v) if v[0] is not None else None for name, v in whole.items()}, group_size=parts[0].group_size)
 
 
-def _before_ghosts(pixels: list[Tensor], drawn, queries: roles.Queries, boxes: roles.Boxes, seen: Tensor, config: Config) -> dict:
+def _before_ghosts(
+    pixels: list[Tensor], drawn, queries: roles.Queries, boxes: roles.Boxes, view_boxes: tuple[Tensor, Tensor], seen: Tensor, config: Config
+) -> dict:
     """Evidence known before the ghosts, one row per sampled box, image-major."""
     count, samples, many = len(pixels), config.rollout.samples, config.rollout.views
     rows = count * samples
@@ -130,7 +161,7 @@ def _before_ghosts(pixels: list[Tensor], drawn, queries: roles.Queries, boxes: r
     sizes = torch.tensor([image.shape[:2] for image in pixels])
     known = dict(
         box_1000=boxes.box_1000[:rows], readable=boxes.readable[:rows], group_size=samples,
-        view_box_1000=spread(boxes.box_1000[rows:].view(count, many, 4)), view_readable=spread(boxes.readable[rows:].view(count, many)),
+        view_box_1000=spread(view_boxes[0].view(count, many, 4)), view_readable=spread(view_boxes[1].view(count, many)),
         matrix_px=spread(views.stack(drawn)),
         height=spread(sizes[:, 0]), width=spread(sizes[:, 1]), seen=spread(seen), query_readable=spread(torch.tensor(queries.readable)),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from vise_fast.attention import Grid
 from vise_fast.backbones.qwen3_vl import ENCODE_AT_ONCE
 from vise_fast.config import Config
 from vise_fast.engine import Engine, Features, Prefixes, Prompts, Rollout
-from vise_fast.experience import GHOSTS_AT_ONCE, WITHOUT_GHOSTS
+from vise_fast.experience import GHOSTS_AT_ONCE, WITHOUT_GHOSTS, prefixes_of
 from vise_fast.live import Live
 
 META = torch.device("meta")
@@ -307,15 +307,18 @@ class _Step:
             moved = self._pixels([size for size in sizes for _ in range(views)])
             features = engine.encode(sizes + [size for size in sizes for _ in range(views)])
         with self._phase("prefill", "prefix keys and values"):
-            prefixes = engine.prefill(features, True)
+            prefixes, elsewhere = prefixes_of(engine, features, count, c)
+        asked = prefixes
+        if c.rollout.asker == "reference":
+            with self._phase("reference prefill", "reference keys and values"):
+                asked = engine.prefill(features.select(originals), False)
         with self._phase("ask", "rollout"):
-            engine.generate(engine.prompt(prefixes, originals, [[0] * self.lengths.ask] * count), [1] * count, c.rollout.query_tokens, [])
+            engine.generate(engine.prompt(asked, originals, [[0] * self.lengths.ask] * count), [1] * count, c.rollout.query_tokens, [])
         with self._phase("ground", "rollout"):
-            everything, fan = list(range(count * (1 + views))), [samples] * count + [1] * (count * views)
-            answers = engine.generate(engine.prompt(prefixes, everything, [[0] * self.lengths.ground] * len(everything)), fan, c.rollout.box_tokens, [])
+            answers = self._ground(prefixes, elsewhere, count)
         kept = features if c.update.views_too else features.select(originals)
-        judges = prefixes if c.reward.judge == "policy" else None
-        del features, prefixes, moved
+        judges = prefixes if c.reward.judge == "policy" else asked if c.rollout.asker == "reference" else None
+        del features, prefixes, elsewhere, asked, moved
         if judges is None:
             with self._phase("reference prefill", "reference keys and values"):
                 judges = engine.prefill(kept.select(originals), False)
@@ -323,8 +326,24 @@ class _Step:
             engine.forked_verdict_logits(judges, originals, [[0] * self.lengths.verify] * count)
         reference = judges if c.reward.judge == "reference" and c.train.micro_batch in (0, c.train.batch) else None
         del judges
+        fan = [samples] * count + [1] * (count * views)
         owner = [r for r, n in enumerate(fan) for _ in range(n)]
         return kept, reference, answers, owner
+
+    def _ground(self, prefixes: Prefixes, elsewhere: Prefixes, count: int) -> Rollout:
+        """The samples' answers, and the views' behind them where one batch makes both."""
+        limits, views = self.config.rollout, count * self.config.rollout.views
+        fan, there = [limits.samples] * count, [1] * views
+
+        def boxes(held: Prefixes, places: range, fan: list[int]) -> Rollout:
+            prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places))
+            return self.engine.generate(prompts, fan, limits.box_tokens, [])
+
+        if elsewhere is prefixes and limits.view_temperature == limits.temperature:
+            return boxes(prefixes, range(count + views), fan + there)
+        answers = boxes(prefixes, range(count), fan)
+        boxes(elsewhere, range(len(elsewhere) - views, len(elsewhere)), there)
+        return answers
 
     def _judge(self, sizes: list[tuple[int, int]]) -> None:
         """Every box differs from every other and is judged."""
