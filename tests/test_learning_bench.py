@@ -1,0 +1,62 @@
+"""The learning study's arithmetic on made-up cells; a cell of one update; the largest effects are not asserted here but shown by --quick."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import learning  # noqa: E402
+
+
+def cell(row, seed, iou, n=200, steps=5):
+    rng = np.random.default_rng(7)  # the scenes are the same for every row
+    noise = rng.normal(0, 0.1, n)
+    top = (iou + noise).tolist()
+    marks = {"greedy_iou": {"top": top, "bottom": [1.0] * n}, "greedy_iou_rescaled": {"top": (np.array(top) + 0.01).tolist(), "bottom": [1.0] * n}}
+    return {"row": row, "seed": seed, "steps": steps, "split": "validation", "marks": marks, "curve": [], "seconds": 1.0}
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "CELLS", tmp_path)
+    made = [cell("base", 0, 0.40), *[cell("robust", s, 0.45 + 0.01 * s) for s in range(3)], *[cell("oracle", s, 0.50) for s in range(3)], cell("random", 0, 0.40)]
+    for one in made:
+        learning.cell_path(one["row"], one["seed"], 5, "validation").write_text(json.dumps(one))
+    learning.cell_path("robust", 0, 9, "validation").write_text(json.dumps(cell("robust", 0, 0.9, steps=9)))
+    return learning.load_cells(5, "validation")
+
+
+def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
+    table = learning.summarise(cells)
+    robust = table["robust"]["greedy_iou"]
+    assert robust["gain"] == pytest.approx(0.06) and robust["seeds"] == 3 and robust["se"] == pytest.approx(0.01 / 3**0.5)
+    assert robust["of_oracle"] == pytest.approx(0.6)
+    assert 0.04 < robust["low"] < 0.06 < robust["high"] < 0.08, "scenes are paired, so their spread of 0.1 is no part of the interval"
+    assert table["random"]["greedy_iou"]["gain"] == pytest.approx(0) and table["random"]["greedy_iou"]["se"] is None
+
+
+def test_cells_of_other_lengths_stay_out(cells):
+    assert [c["seed"] for c in cells["robust"]] == [0, 1, 2]
+
+
+def test_the_base_rescaled_is_a_row_of_its_own(cells):
+    table = learning.summarise(cells)
+    assert list(table)[:2] == ["base", learning.RESCALED]
+    assert table[learning.RESCALED]["greedy_iou"]["gain"] == pytest.approx(0.01)
+    line = next(line for line in learning.show(table, cells).splitlines() if line.startswith(f"| {learning.RESCALED}"))
+    assert line.count("|") == learning.show(table, cells).splitlines()[0].count("|") and " - " in line
+
+
+def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learning, "CELLS", tmp_path)
+    monkeypatch.setitem(learning.SCENES, "validation", 4)
+    result = learning.run_cell("oracle", 0, 1, "validation", ["--train.batch", "2", "--rollout.samples", "2"])
+    assert result["row"] == "oracle" and len(result["curve"]) == 1 and {"greedy_iou", "sampled_iou"} <= set(result["marks"])
+    learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
+    learning.spawn([("oracle", 0)], 1, "validation", 1, [])
+    assert "1 cells finished, 0 to do" in capsys.readouterr().out
