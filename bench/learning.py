@@ -5,7 +5,8 @@
     python bench/learning.py --split validation …         for choosing settings; the reported split is touched by the final table only
     python bench/learning.py --table                      rebuild table, curves and docs/LEARNING.md from the finished cells
 
-A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/. Left out: the method itself,
+A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/; its adapter stays in
+build/learning/, so that another split examines it without training it again. Left out: the method itself,
 which is the trainer's own (experience.py, learner.py); training sees pixels only, the oracle's truth excepted.
 """
 
@@ -26,11 +27,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 CELLS = ROOT / "bench" / "results" / "learning"
+ADAPTERS = ROOT / "build" / "learning"
 
 ROWS = {
     "base": None,
     "robust": [],
-    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "2", "--train.batch", "8", "--update.advantage", "rloo", "--update.tau", "0.3"],
+    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "4", "--train.batch", "8", "--update.advantage", "rloo", "--update.tau", "0.3"],
     "geometric only": ["--reward.w_geo", "1", "--reward.w_sem", "0", "--reward.w_area", "0"],
     "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1", "--reward.w_area", "0"],
     "area term only": ["--reward.name", "area_only", "--reward.w_area", "1"],
@@ -67,34 +69,59 @@ def truth_of(source):
 
 
 def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> dict:
-    """Train one row with one seed and examine it; the base is examined untrained."""
+    """Train one row with one seed, unless its adapter lies there from another split, and examine it; the base is examined untrained."""
     import torch
 
     from vise_fast import config as configuration
     from vise_fast import evaluate, model
     from vise_fast.engine import Engine
     from vise_fast.images import Scenes
-    from vise_fast.learner import Learner
-    from vise_fast.train import play_batch
 
     torch.set_num_threads(1)
     words = ["--train.seed", str(seed), "--train.steps", str(steps), "--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
     config = configuration.load(None, words + (ROWS[row] or []) + extra)
     policy = model.load(config)
     engine, source = Engine(policy.backbone, policy.tokens), Scenes(config)
-    learner, curve, start = Learner(policy, engine, config), [], time.monotonic()
-    for step in range(steps if ROWS[row] is not None else 0):
-        truth = truth_of(source) if config.reward.name == "oracle" else None
-        metrics = learner.learn(play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step)
-        curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
-    seconds = time.monotonic() - start
+    history = trained(policy, engine, source, config, ADAPTERS / cell_path(row, seed, steps, "trained").stem) if ROWS[row] is not None else {"curve": [], "seconds": 0.0}
     figures = evaluate.examine(engine, source, config, (ROWS[row] is not None,))[0].json()
     keep = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
     return {
-        "row": row, "seed": seed, "steps": steps, "split": split, "extra": extra, "seconds": round(seconds, 1), "torch": torch.__version__,
-        "date": date.today().isoformat(), "config": config.model_dump(mode="json"), "values": figures["values"], "marks": keep,
-        "layers": figures["layers"], "n": figures["n"], "curve": curve,
+        "row": row, "seed": seed, "steps": steps, "split": split, "extra": extra, "torch": torch.__version__, "date": date.today().isoformat(),
+        "config": config.model_dump(mode="json"), "values": figures["values"], "marks": keep, "layers": figures["layers"], "n": figures["n"], **history,
     }  # fmt: skip
+
+
+def trained(policy, engine, source, config, path: Path) -> dict:
+    """Leaves the policy trained: {"curve", "seconds"}. `path`: where adapter and history of the same training configuration may lie."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    adapter, about = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    same = config.model_dump(mode="json", exclude={"eval"})
+    parameters = policy.parameters()
+    if about.exists() and (history := json.loads(about.read_text()))["config"] == same:
+        with torch.no_grad():
+            for name, tensor in load_file(adapter).items():
+                parameters[name].copy_(tensor)
+        policy.backbone.refresh()
+    else:
+        history = {"config": same} | train(policy, engine, source, config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().clone() for name, p in parameters.items()}, adapter)
+        about.write_text(json.dumps(history) + "\n")
+    return {name: history[name] for name in ("curve", "seconds")}
+
+
+def train(policy, engine, source, config) -> dict:
+    from vise_fast.learner import Learner
+    from vise_fast.train import play_batch
+
+    learner, curve, start = Learner(policy, engine, config), [], time.monotonic()
+    for step in range(config.train.steps):
+        truth = truth_of(source) if config.reward.name == "oracle" else None
+        metrics = learner.learn(play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step)
+        curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
+    return {"curve": curve, "seconds": round(time.monotonic() - start, 1)}
 
 
 def spawn(cells: list[tuple[str, int]], steps: int, split: str, workers: int, extra: list[str]) -> None:

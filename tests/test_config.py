@@ -231,10 +231,11 @@ PAPER = {
     "reward.judge": "policy", "reward.gate": 0.0, "reward.projection": "corners", "reward.w_area": 0.0, "update.advantage": "ema",
     "update.ema_momentum": 0.9, "update.kl": "exact", "update.beta": 1e-3, "update.beta_min": 1e-6, "update.tau": 0.02, "update.eta": 0.1,
     "ghost.radius_sigmas": 3.0, "view.literal_pixels": False,
+    "rollout.temperature": 1.0, "rollout.asker": "policy", "rollout.regrounder": "policy", "rollout.view_temperature": 1.0,
 }  # fmt: skip
 RELEASED = PAPER | {"update.kl": "k1_loss", "ghost.radius_sigmas": 1.0, "view.literal_pixels": True}
 ROBUST = {
-    "rollout.samples": 8, "rollout.views": 2, "reward.sem": "contrast", "reward.soft": True, "reward.sufficiency": True, "reward.gate": 0.5,
+    "rollout.samples": 8, "rollout.views": 4, "rollout.asker": "reference", "rollout.regrounder": "reference", "rollout.view_temperature": 0.0, "reward.sem": "contrast", "reward.soft": True, "reward.sufficiency": True, "reward.gate": 0.5,
     "reward.judge": "reference", "reward.projection": "ellipse", "update.advantage": "rloo", "update.kl": "exact", "update.beta_min": 1e-3,
 }  # fmt: skip
 

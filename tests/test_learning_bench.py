@@ -54,8 +54,14 @@ def test_the_base_rescaled_is_a_row_of_its_own(cells):
 
 def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learning, "CELLS", tmp_path)
-    monkeypatch.setitem(learning.SCENES, "validation", 4)
-    result = learning.run_cell("oracle", 0, 1, "validation", ["--train.batch", "2", "--rollout.samples", "2"])
+    monkeypatch.setattr(learning, "ADAPTERS", tmp_path / "adapters")
+    for split in learning.SCENES:
+        monkeypatch.setitem(learning.SCENES, split, 4)
+    words = ["--train.batch", "2", "--rollout.samples", "2"]
+    result = learning.run_cell("oracle", 0, 1, "validation", words)
+    monkeypatch.setattr(learning, "train", None)
+    again, elsewhere = (learning.run_cell("oracle", 0, 1, split, words) for split in ("validation", "reported"))
+    assert again == result and elsewhere["curve"] == result["curve"] and elsewhere["marks"] != result["marks"], "examined again, not trained again"
     assert result["row"] == "oracle" and len(result["curve"]) == 1 and {"greedy_iou", "sampled_iou"} <= set(result["marks"])
     learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
     learning.spawn([("oracle", 0)], 1, "validation", 1, [])

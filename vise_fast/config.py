@@ -107,9 +107,9 @@ class RolloutConfig(Section):
     samples: int = Field(8, ge=1, description="G: boxes sampled per image")
     views: int = Field(2, ge=1, description="K: transformed views per image")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; 1 is what REINFORCE assumes")
-    asker: Literal["policy", "reference"] = Field("policy", description="who writes the query; reference: adapters off, so that training boxes cannot spoil queries")
-    regrounder: Literal["policy", "reference"] = Field("policy", description="who boxes the views; reference: boxes that grow together no longer agree more")
-    view_temperature: float = Field(1.0, ge=0, description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth")
+    asker: Literal["reference", "policy"] = Field("reference", description="who writes the query: adapters off, so that training boxes cannot spoil it, or the policy")
+    regrounder: Literal["reference", "policy"] = Field("reference", description="who boxes the views: adapters off, so that agreement cannot be trained, or the policy")
+    view_temperature: float = Field(0.0, ge=0, description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth")
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
@@ -146,9 +146,9 @@ class RewardConfig(Section):
     sufficiency: bool = Field(True, description="multiply by p(visible | everything but the box ghosted)")
     judge: Literal["reference", "policy"] = Field("reference", description="who verifies: adapters off, or the policy itself")
     gate: float = Field(0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off")
-    w_geo: float = Field(0.3, ge=0, description="weight of the geometric term")
-    w_sem: float = Field(0.7, ge=0, description="weight of the semantic term")
-    w_area: float = Field(1.5, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
+    w_geo: float = Field(0.8, ge=0, description="weight of the geometric term")
+    w_sem: float = Field(0.2, ge=0, description="weight of the semantic term")
+    w_area: float = Field(0.5, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
     projection: Literal["ellipse", "corners"] = Field("ellipse", description="hull of the inscribed ellipse, or of the four corners")
     controls: int = Field(1, ge=1, description="control ghosts per box")
     plugin: str | None = Field(None, description="python file that registers further rewards")
@@ -223,6 +223,7 @@ class Config(Section):
 
 PAPER = {
     "rollout.samples": 1, "rollout.views": 1, "rollout.temperature": 1.0, "train.batch": 1,
+    "rollout.asker": "policy", "rollout.regrounder": "policy", "rollout.view_temperature": 1.0,
     "reward.sem": "paper", "reward.soft": False, "reward.sufficiency": False, "reward.judge": "policy", "reward.gate": 0.0,
     "reward.w_geo": 0.5, "reward.w_sem": 0.5, "reward.w_area": 0.0, "reward.projection": "corners",
     "update.advantage": "ema", "update.ema_momentum": 0.9, "update.kl": "exact", "update.views_too": False,
