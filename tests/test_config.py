@@ -235,7 +235,7 @@ PAPER = {
 }  # fmt: skip
 RELEASED = PAPER | {"update.kl": "k1_loss", "ghost.radius_sigmas": 1.0, "view.literal_pixels": True}
 ROBUST = {
-    "rollout.samples": 8, "rollout.views": 4, "rollout.asker": "reference", "rollout.regrounder": "reference", "rollout.view_temperature": 0.0, "reward.sem": "contrast", "reward.soft": True, "reward.sufficiency": True, "reward.gate": 0.5,
+    "rollout.samples": 8, "rollout.asker": "reference", "rollout.regrounder": "reference", "rollout.view_temperature": 0.0, "reward.sem": "contrast", "reward.soft": True, "reward.sufficiency": True, "reward.gate": 0.5,
     "reward.judge": "reference", "reward.projection": "ellipse", "update.advantage": "rloo", "update.kl": "exact", "update.beta_min": 1e-3,
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from vise_fast.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.train import play_batch
 
 SMALL = ["--train.batch", "4", "--rollout.samples", "3", "--rollout.views", "1", "--rollout.box_tokens", "24", "--rollout.query_tokens", "8"]
+SAMPLED_VIEWS = ["--rollout.regrounder", "policy", "--rollout.temperature", "1", "--rollout.view_temperature", "1"]
 
 
 def setup(*words):
@@ -80,7 +81,7 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(monkeypatch)
 
 @pytest.mark.parametrize("kl,advantage", [("exact", "grpo"), ("k2", "ema"), ("k3", "dr_grpo"), ("k1_loss", "rloo"), ("k1_reward", "rloo")])
 def test_every_estimator_takes_a_step(kl, advantage):
-    config, learner, source = setup("--update.kl", kl, "--update.advantage", advantage, "--train.lr", "1e-3", "--update.views_too", "true", "--rollout.views", "2")
+    config, learner, source = setup("--update.kl", kl, "--update.advantage", advantage, "--train.lr", "1e-3", "--update.views_too", "true", "--rollout.views", "2", *SAMPLED_VIEWS)
     before = adapter_of(learner)
     for index in range(2):
         _, metrics = step(config, learner, source, index)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import learning  # noqa: E402
+import signals  # noqa: E402
 
 
 def cell(row, seed, iou, n=200, steps=5):
@@ -66,3 +68,13 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
     learning.spawn([("oracle", 0)], 1, "validation", 1, [])
     assert "1 cells finished, 0 to do" in capsys.readouterr().out
+
+
+def test_what_a_piece_knows_is_measured_within_its_group():
+    group = torch.tensor([0, 0, 1, 1])
+    truth = torch.tensor([0.1, 0.3, 0.9, 0.7], dtype=torch.float64)
+    good, offset = truth * 2, truth + torch.tensor([0, 0, 100, 100], dtype=torch.float64)
+    for values in (good, offset):  # what differs between groups says nothing
+        assert signals.correlation(signals.deviation(values, group), signals.deviation(truth, group)) == pytest.approx(1)
+        assert signals.picked(values, truth, group) == pytest.approx(0.6)
+    assert signals.picked(-truth, truth, group) == pytest.approx(0.4)
