@@ -3,6 +3,7 @@
     python bench/learning.py --quick                      one seed, few updates, every row: minutes on two cores
     python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is never run again
     python bench/learning.py --split validation …         for choosing settings; the reported split is touched by the final table only
+    python bench/learning.py --smoke                      every row, one update each, nothing kept: does it run?
     python bench/learning.py --table                      rebuild table, curves and docs/LEARNING.md from the finished cells
 
 A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/; its adapter stays in
@@ -17,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 CELLS = ROOT / "bench" / "results" / "learning"
 ADAPTERS = ROOT / "build" / "learning"
+INTO: list[str] = []
 
 ROWS = {
     "base": None,
@@ -132,7 +135,7 @@ def spawn(cells: list[tuple[str, int]], steps: int, split: str, workers: int, ex
     def one(cell):
         row, seed = cell
         begun = time.monotonic()
-        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split, "--", *extra]
+        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split, *INTO, "--", *extra]
         done = subprocess.run([sys.executable, str(Path(__file__)), *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
         print(f"{row} seed {seed}: exit {done.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
         return done.returncode
@@ -257,7 +260,7 @@ def write_table(steps: int, split: str, command: str) -> None:
         "split": split, "scenes": any_cell["n"], "updates": steps, "table": table,
         "seconds": {row: [cell["seconds"] for cell in group] for row, group in cells.items()},
     }  # fmt: skip
-    target = ROOT / "bench" / "results" / ("learning.json" if split == "reported" else f"learning-{split}.json")
+    target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
     target.write_text(json.dumps(document, indent=1) + "\n")
     plot(cells, target.with_suffix(".png"))
     print(show(table, cells))
@@ -269,6 +272,7 @@ def _commit() -> str:
 
 
 def main() -> None:
+    global CELLS, ADAPTERS, INTO
     own, extra = sys.argv[1:], []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -279,11 +283,20 @@ def main() -> None:
     parser.add_argument("--split", choices=list(SPLIT_SEED), default="reported")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one seed, 60 updates, the validation split")
+    parser.add_argument("--smoke", action="store_true", help="every row, one small update, in a temporary folder")
+    parser.add_argument("--into", type=Path, help="where the cells lie; their adapters then lie beside them")
     parser.add_argument("--table", action="store_true", help="only rebuild the table")
     parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
     args = parser.parse_args(own)
+    if args.into is not None:
+        CELLS, ADAPTERS, INTO = args.into, args.into / "adapters", ["--into", str(args.into)]
     if args.quick:
         args.seeds, args.steps, args.split = [0], 60, "validation"
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as scratch:
+            small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]
+            words = ["--seeds", "0", "--steps", "1", "--split", "validation", "--into", f"{scratch}/cells", "--", *small]
+            sys.exit(subprocess.run([sys.executable, __file__, *words]).returncode)
     if args.cell:
         result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,9 @@ def main() -> None:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=128)
-    document = measure(parser.parse_args(own).scenes, extra)
+    parser.add_argument("--smoke", action="store_true", help="one small batch")
+    args = parser.parse_args(own)
+    document = measure(2, ["--train.batch", "2", "--rollout.samples", "4"]) if args.smoke else measure(args.scenes, extra)
     print(f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU {document['mean_iou']:.3f}\n")
     print("| piece | with true IoU | with log area | IoU of its pick |\n|---|---|---|---|")
     for name, row in document["pieces"].items():
