@@ -54,7 +54,7 @@ CONFIGURATIONS = {
     "paper preset, batch 6": ("narrow", 192, dict(batch=6, preset="paper")),
     "G 2, K 4": ("narrow", 192, dict(batch=3, samples=2, views=4)),
     "G 16": ("narrow", 128, dict(batch=2, samples=16, views=1)),
-    "views too": ("narrow", 128, dict(batch=4, samples=4, views=3, views_too=True)),
+    "views too": ("narrow", 128, dict(batch=4, samples=4, views=3, views_too=True, regrounder="policy", view_temperature=1.0)),
     "wide": ("wide", 160, dict(batch=3, samples=4, views=1)),
     "wide, checkpointing, cut": ("wide", 160, dict(batch=4, samples=4, views=1, checkpointing=True, micro_batch=2)),
     "wide, int8": ("wide", 160, dict(batch=2, samples=4, views=1, quant="int8")),
@@ -66,7 +66,7 @@ CONFIGURATIONS = {
 }
 KEYS = {
     "batch": "train.batch", "samples": "rollout.samples", "views": "rollout.views", "checkpointing": "train.checkpointing", "micro_batch": "train.micro_batch",
-    "views_too": "update.views_too", "quant": "model.quant", "optimizer": "optim.name", "rank": "lora.r",
+    "views_too": "update.views_too", "regrounder": "rollout.regrounder", "view_temperature": "rollout.view_temperature", "quant": "model.quant", "optimizer": "optim.name", "rank": "lora.r",
 }  # fmt: skip
 TABLE = [("qwen3-vl-2b", "none", 6.0), ("qwen3-vl-2b", "int8", 4.5), ("qwen3-vl-2b", "nf4", 3.5), ("qwen3-vl-4b", "nf4", 6.0), ("qwen3-vl-8b", "nf4", 10.0), ("qwen3-vl-32b", "nf4", 24.7)]
 """(model, quantisation, goal in GB of 1e9 bytes; 23 GiB for the 32B)"""

@@ -98,7 +98,7 @@ def test_as_released_scores_image_tokens_too():
 
 def test_learning_rate_schedules():
     words = ["--train.lr", "1e-3", "--train.warmup", "4", "--train.steps", "12"]
-    constant = configuration.load(None, words)
+    constant = configuration.load(None, [*words, "--train.schedule", "constant"])
     cosine = configuration.load(None, [*words, "--train.schedule", "cosine"])
     assert [learning_rate(s, constant) for s in (0, 1, 3, 4, 11)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3])
     assert learning_rate(4, cosine) == pytest.approx(1e-3)

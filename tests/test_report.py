@@ -92,8 +92,8 @@ def test_sample_cards_show_image_views_ghost_and_verdicts(healthy):
     cards = report.cards(record.read(healthy[0]))
     assert [title for title, _ in cards] == ["Step 1", "Step 30", "Step 60"]
     card = cards[-1][1][0]
-    assert card.query == EVIL and len(card.pictures) == 1 + 2 + 1
-    image, first, _, ghost = card.pictures
+    assert card.query == EVIL and len(card.pictures) == 1 + 4 + 1
+    image, first, *_, ghost = card.pictures
     assert [box.kind for box in image.boxes].count("chosen") == 1 and image.boxes[-1].kind == "chosen", "drawn last, on top"
     assert {box.kind for box in first.boxes} == {"expected", "found"} and ghost.src != image.src != first.src
     assert [v.wanted for v in card.verdicts] == [True, False, True, True]

@@ -229,7 +229,7 @@ class Engine:
             logprob[where, step] = torch.where(fresh, score, 0.0)
             ended = fresh & torch.isin(token, eos)
             done_at[where] = torch.where(ended, step + 1, done_at[where])
-            if step + 1 == limit or (step + 1) % self.poll == 0:
+            if step + 1 == limit or self._polls(step + 1):
                 self.interrupted()
                 home = torch.cat([ids, done_at[:, None]], 1).tolist()  # the one host sync: answers and lengths together
                 self.counters.host_reads += 1
@@ -245,6 +245,10 @@ class Engine:
         lengths = [row[-1] for row in home]
         longest = max(lengths)
         return Rollout(ids[:, :longest], logprob[:, :longest], lengths, [row[:longest] for row in home])
+
+    def _polls(self, written: int) -> bool:
+        """Whether to look for finished rows after this many tokens: every `poll`, and not before two of them, as answers are rarely shorter."""
+        return written % self.poll == 0 and (self.poll == 1 or written >= 2 * self.poll)
 
     def _continuation(self, prompts: Prompts, fan: list[int], limit: int) -> tuple[Segment, int]:
         """The buffer for new keys, and where in it they start.
