@@ -353,3 +353,10 @@ def test_model_shapes(size, total, vision, tmp_path):
     assert tied == (size in ("2b", "4b")) == json.loads(content)["tie_word_embeddings"]
     rope = model.config.text_config.rope_parameters
     assert (rope["rope_theta"], rope["mrope_section"], rope["mrope_interleaved"]) == (5_000_000, [24, 20, 20], True)
+
+
+def test_a_run_shorter_than_the_embedded_warm_up_is_no_mistake():
+    usual = yaml.safe_load(config.NANO.read_text())["train"]["warmup"]
+    assert load().train.warmup == usual > 2 == load(None, ["--train.steps", "2"]).train.warmup
+    with pytest.raises(ConfigError, match="train.warmup"):
+        load(None, ["--train.steps", "2", "--train.warmup", "3"])

@@ -148,7 +148,7 @@ class RewardConfig(Section):
     gate: float = Field(0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off")
     w_geo: float = Field(0.8, ge=0, description="weight of the geometric term")
     w_sem: float = Field(0.2, ge=0, description="weight of the semantic term")
-    w_area: float = Field(0.5, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
+    w_area: float = Field(0.7, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
     projection: Literal["ellipse", "corners"] = Field("ellipse", description="hull of the inscribed ellipse, or of the four corners")
     controls: int = Field(1, ge=1, description="control ghosts per box")
     plugin: str | None = Field(None, description="python file that registers further rewards")
@@ -247,8 +247,11 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     stated = (settings.read(path, Config) if path is not None else {}) | settings.parse(overrides, Config)
     embedded = settings.read(NANO, Config) if stated.get("model.path", "nano") == "nano" and NANO.exists() else {}
     preset = PRESETS.get(str(stated.get("reward.preset", embedded.get("reward.preset", "robust"))), {})
+    merged = embedded | preset | stated
+    if "train.warmup" not in stated and isinstance(merged.get("train.steps"), int | float):
+        merged["train.warmup"] = min(merged.get("train.warmup", 0), max(int(merged["train.steps"]), 0))  # a run shorter than nano's warm-up is no mistake
     try:
-        return Config.model_validate(settings.nest(embedded | preset | stated))
+        return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
 
