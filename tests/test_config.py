@@ -358,5 +358,6 @@ def test_model_shapes(size, total, vision, tmp_path):
 def test_a_run_shorter_than_the_embedded_warm_up_is_no_mistake():
     usual = yaml.safe_load(config.NANO.read_text())["train"]["warmup"]
     assert load().train.warmup == usual > 2 == load(None, ["--train.steps", "2"]).train.warmup
+    assert load(config.NANO, ["--train.steps", "3"]).train.warmup == 3
     with pytest.raises(ConfigError, match="train.warmup"):
         load(None, ["--train.steps", "2", "--train.warmup", "3"])

@@ -244,16 +244,23 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values that contradict each other.
     """
-    stated = (settings.read(path, Config) if path is not None else {}) | settings.parse(overrides, Config)
+    written, typed = settings.read(path, Config) if path is not None else {}, settings.parse(overrides, Config)
+    stated = written | typed
     embedded = settings.read(NANO, Config) if stated.get("model.path", "nano") == "nano" and NANO.exists() else {}
     preset = PRESETS.get(str(stated.get("reward.preset", embedded.get("reward.preset", "robust"))), {})
-    merged = embedded | preset | stated
-    if "train.warmup" not in stated and isinstance(merged.get("train.steps"), int | float):
-        merged["train.warmup"] = min(merged.get("train.warmup", 0), max(int(merged["train.steps"]), 0))  # a run shorter than nano's warm-up is no mistake
+    merged = _shortened(_shortened(embedded | preset, written), typed)
     try:
         return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
+
+
+def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, the upper over the lower; a run that it makes shorter than the lower's warm-up is no mistake but has a shorter warm-up."""
+    steps, warmup = above.get("train.steps"), below.get("train.warmup", 0)
+    if isinstance(steps, int | float) and isinstance(warmup, int) and 0 < steps < warmup:
+        below = below | {"train.warmup": int(steps)}
+    return below | above
 
 
 def to_yaml(config: Config) -> str:
