@@ -22,7 +22,7 @@ from vise_fast.model import NANO
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--train.batch", "2", "--rollout.samples", "2", "--rollout.views", "1", "--eval.scenes", "4", "--eval.attention", "false"]
-SMALL += ["--train.schedule", "constant"]  # a cosine knows how long the run is, and some of these go on for longer than they said
+SMALL += ["--train.schedule", "constant", "--train.warmup", "0"]  # these know how long the run is, and some runs go on for longer than they said
 CHANGING = ("seconds", "images_per_s", "phases", "peak_memory")
 
 
