@@ -280,11 +280,15 @@ def oracle(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.rando
     return reward, geometry.proper(truth)
 
 
+NOISE = 0.1
+"""Standard deviation of the random reward: about what `vise` spreads within a group of the embedded model's samples (docs/LEARNING.md)."""
+
+
 @register("random")
 def random(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Uniform noise in 0..1, unreadable answers included: says nothing."""
+    """Noise of mean 1/2, unreadable answers included: says nothing."""
     rows = evidence.box_1000.shape[0]
-    return torch.as_tensor(rng.random(rows)).to(evidence.box_1000.device), torch.ones_like(evidence.readable)
+    return torch.as_tensor(rng.normal(0.5, NOISE, rows)).to(evidence.box_1000.device), torch.ones_like(evidence.readable)
 
 
 @register("shuffled")
