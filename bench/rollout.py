@@ -1,6 +1,6 @@
 """A whole step of the method, rollout and update, by every engine: the fast one, transformers' own modules, NAIVE and NAIVE+ (naive.py).
 
-    python bench/rollout.py                                     the embedded model at batch 1 and 16, all engines but stock
+    python bench/rollout.py                                     the embedded model at batch 1 and 16: fast, naive, naive+
     python bench/rollout.py --model mid-100m --size 640x480 --batch 8
     python bench/rollout.py --model qwen3-vl-2b --batch 1 32 --plot step.png --write        (a GPU; random weights of the true shapes)
     python bench/rollout.py --smoke                             does everything run? under a minute on a CPU
@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 from vise_fast import model, perf  # noqa: E402
 from vise_fast.config import Config  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
+from vise_fast.graphs import GraphedEngine  # noqa: E402
 from vise_fast.images import Image  # noqa: E402
 from vise_fast.learner import Learner  # noqa: E402
 from vise_fast.perf import Clock, Plan, Shapes  # noqa: E402
@@ -43,7 +44,7 @@ from vise_fast.tokens import Tokens  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
 from vise_fast.work import Work  # noqa: E402
 
-ENGINES = ("fast", "stock", "naive", "naive+")
+ENGINES = ("fast", "graphed", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}
 
 
@@ -90,7 +91,10 @@ def contender(name: str, subject: subjects.Subject, args: argparse.Namespace, im
         return Contender(name, engine, NaiveLearner(NaivePolicy(engine), engine, config), config, images, engine.models())
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
-    engine = Engine(policy.backbone, policy.tokens) if name == "fast" else StockEngine(StockBackbone(policy.model), policy.tokens)
+    if name == "stock":
+        engine = StockEngine(StockBackbone(policy.model), policy.tokens)
+    else:
+        engine = (GraphedEngine if name == "graphed" else Engine)(policy.backbone, policy.tokens)
     return Contender(name, engine, Learner(policy, engine, config), config, images, [policy.model])
 
 

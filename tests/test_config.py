@@ -149,6 +149,8 @@ def test_a_wrong_override_is_one_line(words, parts):
         (["--view.crop", "0.9,1.1"], "view.crop"),
         (["--view.crop", "0,1"], "view.crop"),
         (["--optim.betas", "0.9,1"], "optim.betas"),
+        (["--model.graphs", "true", "--model.quant", "nf4"], "model.graphs"),
+        (["--model.graphs", "true", "--model.engine", "stock"], "model.graphs"),
         (["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"], "nothing is rewarded"),
     ],
 )
@@ -240,8 +242,13 @@ ROBUST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [[], NO_NANO])
-@pytest.mark.parametrize("preset, values", [("paper", PAPER), ("as_released", RELEASED), ("robust", ROBUST)])
+NANO_ROBUST = ROBUST | {"update.beta_min": 0.02}  # the embedded model's own leash
+
+
+@pytest.mark.parametrize(
+    "preset, values, words",
+    [("paper", PAPER, []), ("paper", PAPER, NO_NANO), ("as_released", RELEASED, []), ("as_released", RELEASED, NO_NANO), ("robust", NANO_ROBUST, []), ("robust", ROBUST, NO_NANO)],
+)
 def test_preset_values(preset, values, words):
     conf = load(None, [*words, "--reward.preset", preset])
     assert {key: get(conf, key) for key in values} == values

@@ -14,6 +14,7 @@ LAYERS = [
     {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words", "quantise"},
     {"console", "loggers", "checkpoint", "perf", "work", "live", "images", "views", "tokens", "backbones", "rewards", "loss"},
     {"engine", "model"},
+    {"graphs"},
     {"stock", "roles", "attention_meter", "figures"},
     {"experience", "exam", "record"},
     {"learner", "evaluate", "diagnosis", "plots", "cards", "rehearsal"},

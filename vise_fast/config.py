@@ -43,6 +43,7 @@ class ModelConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     attention: Literal["auto", "plain"] = Field("auto", description="auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written out")
     engine: Literal["fast", "stock"] = Field("fast", description="fast: own forward over the same weights; stock: transformers' forward")
+    graphs: bool = Field(False, description="decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, so off")
     kernels: Literal["auto", "plain"] = Field("auto", description="auto: Triton / native kernels where they run; plain: PyTorch only")
 
 
@@ -274,6 +275,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield not grouped or c.rollout.samples >= 2, f"update.advantage {c.update.advantage} compares samples of one image; set rollout.samples to 2 or more, or update.advantage to ema"
     alike = c.rollout.regrounder == "policy" and c.rollout.view_temperature == c.rollout.temperature
     yield alike or not c.update.views_too, "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy and rollout.view_temperature as rollout.temperature"
+    graphable = c.model.engine == "fast" and c.model.quant == "none"
+    yield graphable or not c.model.graphs, f"model.graphs needs engine fast and quant none, not {c.model.engine} and {c.model.quant}; change them or leave model.graphs false"
     yield c.update.beta_min <= c.update.beta_max, f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; swap them"
     yield c.update.beta <= c.update.beta_max, f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower update.beta"
     yield c.data.min_pixels <= c.data.max_pixels, f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; lower data.min_pixels"

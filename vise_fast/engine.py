@@ -238,7 +238,8 @@ class Engine:
                     break
                 if sum(alive) <= 0.75 * len(alive):
                     token = token[self._compact(active, alive, prompts)]
-            hidden = self.backbone.decode(token, active.positions + step, active.parents, active.buffer, active.start + step, prompts.prefixes.adapters)
+            see = self.backbone.growing(active.parents, active.buffer, active.start + step)
+            hidden = self.backbone.decode(token, active.positions + step, see, prompts.prefixes.adapters)
             self.counters.decode_steps += 1
             self.counters.tokens_decoded += len(active.rows)
             logits = self.backbone.logits(hidden)

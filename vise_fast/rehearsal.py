@@ -164,7 +164,7 @@ class _Engine(Engine):
         parents = [] if start else [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
         draw = lambda z: sample(z, temperature=temperature, banned=self.banned, seed=index, position=0)  # noqa: E731
         token, _ = draw(logits)
-        hidden = self.backbone.decode(token, index, parents, buffer, start + limit - 1, prompts.prefixes.adapters)
+        hidden = self.backbone.decode(token, index, self.backbone.growing(parents, buffer, start + limit - 1), prompts.prefixes.adapters)
         logits = self.backbone.logits(hidden)
         draw(logits)
         return _Script(ids, logprob, [limit] * rows)

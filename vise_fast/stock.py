@@ -22,6 +22,8 @@ from vise_kernels import patchify, sample
 
 from vise_fast.config import Config
 from vise_fast.engine import Counters, Engine, Rollout
+from vise_fast.errors import EnvironmentFault
+from vise_fast.graphs import GraphedEngine
 from vise_fast.model import Policy
 from vise_fast.perf import Clock
 from vise_fast.tokens import Tokens
@@ -198,7 +200,11 @@ class StockEngine:
 
 
 def open_engine(policy: Policy, config: Config) -> Engine | StockEngine:
-    """The engine that `model.engine` asks for."""
+    """The engine that `model.engine` and `model.graphs` ask for. Raises EnvironmentFault for graphs without a GPU."""
     if config.model.engine == "stock":
         return StockEngine(StockBackbone(policy.model), policy.tokens)
+    if config.model.graphs:
+        if policy.device.type != "cuda":
+            raise EnvironmentFault(f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; leave it false, or use a GPU")
+        return GraphedEngine(policy.backbone, policy.tokens)
     return Engine(policy.backbone, policy.tokens)

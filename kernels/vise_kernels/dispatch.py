@@ -30,6 +30,7 @@ NATIVE_OPS = {
     "linear_logprob": False,  # a matmul: PyTorch's own is the fast CPU path
     "linear_logprob_kl": False,
     "sample": True,
+    "decode_attention": False,  # engine.py has a CPU's own way to decode
 }
 PATHS = ("plain", "native", "triton")
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)

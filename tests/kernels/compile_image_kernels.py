@@ -5,7 +5,7 @@ Run by test_image_kernels_compile.py in a process of its own, because interprete
 
 import importlib
 
-from compile_logprob_kernels import compiled
+from compile_token_kernels import compiled
 
 TABLE = {"table": "*i64"}
 

@@ -9,7 +9,7 @@ import torch
 import vise_kernels
 from vise_kernels import dispatch
 
-OPS = {"ghost", "warp", "resize", "patchify", "token_logprob", "linear_logprob", "linear_logprob_kl", "sample"}
+OPS = {"ghost", "warp", "resize", "patchify", "token_logprob", "linear_logprob", "linear_logprob_kl", "sample", "decode_attention"}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -9,7 +9,7 @@ Shapes: P patches, n packed tokens, N rows of a level, T tokens of a row, C visi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,8 @@ LORA_TARGETS = (
 )
 
 SWIGLU = Swiglu()
+See = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q (N, H, D), k, v (N, KV, D)) -> attention output (N, H, D) of one new token per row."""
 # On a CPU: patches that go through the vision tower together, so that a block's activations stay in the cache.
 ENCODE_AT_ONCE = 1024
 
@@ -345,19 +347,26 @@ class Backbone:
             start += size
         return x
 
-    def decode(self, ids: Tensor, positions: Tensor, parents: list[tuple[Segment, Grid | None]], buffer: Segment, at: int, adapters: bool) -> Tensor:
-        """One token per row: ids (N,), positions (N,), keys and values written to `buffer` at `at`; hidden states (N, E)."""
+    def decode(self, ids: Tensor, positions: Tensor, see: See, adapters: bool) -> Tensor:
+        """One token per row: ids (N,), positions (N,); `see` keeps the keys and values and attends. Hidden states (N, E)."""
         x = self.embed(ids)
         cos, sin = self.rope(positions.expand(3, -1))
         for index, layer in enumerate(self.layers):
             packs = [self._pack(linear, adapters) for linear in layer.linears]
-            q, k, v = self._qkv(layer, x, cos, sin, packs[0])
-            buffer.keys[index].select(2, at).copy_(k), buffer.values[index].select(2, at).copy_(v)
-            parts = [source.part(index, grid) for source, grid in parents]
-            out = self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)
+            out = see(index, *self._qkv(layer, x, cos, sin, packs[0]))
             x = x + layer.linears[1](out.flatten(1), packs[1])
             x = self._mlp(layer, x, packs)
         return F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
+
+    def growing(self, parents: list[tuple[Segment, Grid | None]], buffer: Segment, at: int) -> See:
+        """For `decode`: rows see their parents and what `buffer` holds; the new keys and values go to its place `at`."""
+
+        def see(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            buffer.keys[index].select(2, at).copy_(k), buffer.values[index].select(2, at).copy_(v)
+            parts = [source.part(index, grid) for source, grid in parents]
+            return self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)[:, 0]
+
+        return see
 
     def buffer(self, rows: int, tokens: int) -> Segment:
         """Empty keys and values for `tokens` new tokens of each row."""

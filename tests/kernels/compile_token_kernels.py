@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of the log-prob ops and of sampling to machine code for two GPU generations; needs no GPU.
+"""Compiles the Triton kernels of the log-prob ops, of sampling and of decoding to machine code for two GPU generations; needs no GPU.
 
 The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot be tiled), so this is the
 only look at the compiled form on a machine without a GPU. Run by test_triton_compiles.py in a process of its own, because
@@ -40,6 +40,13 @@ def linear_logprob(h):
         yield "_finish_kernel", {**rows, **dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT)}, constants
 
 
+def decode_attention(q):
+    rows = {"owner": LONGS, "length": LONGS, "table": LONGS}
+    sizes = {"BANKS": 3, "GROUP": 2, "TILE": 16, "DIM": 128, "WIDE": 128, "BLOCK": 64}
+    yield "_partial_kernel", {"q": q, **rows, "partial": FLOATS, "lse": FLOATS, "scale": "fp32"}, sizes
+    yield "_merge_kernel", {"partial": FLOATS, "lse": FLOATS, "out": q}, {"SPLITS": 5, "LANES": 8, "DIM": 40, "WIDE": 64}
+
+
 def compiled(kernel, arguments, constants, capability):
     constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
     signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
@@ -48,7 +55,7 @@ def compiled(kernel, arguments, constants, capability):
 
 
 if __name__ == "__main__":
-    for op in (token_logprob, sample, linear_logprob):
+    for op in (token_logprob, sample, linear_logprob, decode_attention):
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
             for name, arguments, constants in op(dtype):
