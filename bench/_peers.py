@@ -152,6 +152,12 @@ def full_kl(hidden: Tensor, reference: Tensor, head: Tensor) -> Tensor:
     return (policy.exp() * (policy - other)).sum(-1)
 
 
+def copied_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], owner: Tensor) -> Tensor:
+    """q (N, H, D) over full banks, each row's keys and values copied next to each other first."""
+    k, v = (torch.cat([bank[entry] for bank, entry in zip(banks, owner, strict=True)], 2) for banks in (keys, values))
+    return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+
 def multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.multinomial(logits.softmax(-1), 1)
     return ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]

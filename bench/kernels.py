@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import _measure as measure  # noqa: E402
 import _peers as peers  # noqa: E402
 import vise_kernels  # noqa: E402
-from vise_kernels import ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
+from vise_kernels import decode_attention, ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
+from vise_kernels.decode_attention import Banks, locate  # noqa: E402
 
 
 @dataclass
@@ -202,6 +203,25 @@ def sample_cases(device: torch.device, smoke: bool):
     yield Case("sample", f"({rows}, {vocabulary}) float32, T = 1", contenders, moved=logits.numel() * 4, memory=True)
 
 
+def decode_cases(device: torch.device, smoke: bool):
+    """One decode step's attention in one layer of 2B: a group of 8 answers to each image, sharing its prefix and question."""
+    images, group, (heads, kv, dim) = (2, 2, (4, 2, 16)) if smoke else (8, 8, (16, 8, 128)) if device.type == "cuda" else (2, 8, (16, 8, 128))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows, sizes = images * group, ((images, 310), (images, 100), (images * group, 22))
+    keys, values = ([torch.randn(m, kv, tokens, dim, device=device, dtype=dtype) for m, tokens in sizes] for _ in range(2))
+    own = torch.arange(rows, device=device)
+    owner, length = torch.stack([own // group, own // group, own]), torch.tensor([tokens for _, tokens in sizes], device=device)[:, None].expand(-1, rows).contiguous()
+    banks = Banks(keys, values, owner, length, locate(keys, values).to(device))
+    q = torch.randn(rows, heads, dim, device=device, dtype=dtype)
+    contenders = {
+        "ours": lambda: decode_attention(q, banks, scale=dim**-0.5),
+        "plain": lambda: decode_attention(q, banks, scale=dim**-0.5, path="plain"),
+        "keys copied to each row + SDPA": lambda: peers.copied_attention(q, keys, values, owner),
+    }
+    moved = sum(bank.numel() * bank.element_size() for bank in (*keys, *values))
+    yield Case("decode_attention", f"{images} x {group} rows, {heads} heads over {kv}, {dim}, 310 + 100 + 22 tokens, {str(dtype)[6:]}", contenders, moved=moved)
+
+
 CASES = {
     "ghost": image_cases,
     "warp": image_cases,
@@ -210,6 +230,7 @@ CASES = {
     "token_logprob": token_cases,
     "linear_logprob": linear_cases,
     "sample": sample_cases,
+    "decode_attention": decode_cases,
 }
 
 

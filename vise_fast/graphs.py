@@ -156,7 +156,7 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         self.step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # images may be on their way to the GPU in another thread
             self._advance()
         return graph
 
