@@ -4,7 +4,7 @@
     python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is never run again
     python bench/learning.py --split validation …         for choosing settings; the reported split is touched by the final table only
     python bench/learning.py --smoke                      every row, one update each, nothing kept: does it run?
-    python bench/learning.py --table                      rebuild table, curves and docs/LEARNING.md from the finished cells
+    python bench/learning.py --table                      rebuild table and curves, and the table in docs/LEARNING.md, from the finished cells
 
 A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/; its adapter stays in
 build/learning/, so that another split examines it without training it again. Left out: the method itself,
@@ -51,6 +51,7 @@ FIGURES = {
     "attention_share": "attention share",
 }  # fmt: skip
 RESCALED = "base, rescaled"
+MARK = "<!-- bench/learning.py --table -->"
 SPLIT_SEED = {"validation": 70_001, "reported": 110_003}
 SCENES = {"validation": 256, "reported": 512}
 CURVE = ("reward", "geometric", "semantic", "area", "parse_rate", "kl", "beta", "grad_norm", "scored", "TU", "SB", "IG", "ID")
@@ -209,14 +210,32 @@ def _ratio(mark: dict) -> float:
     return float(top.sum() / max(bottom.sum(), 1e-12))
 
 
+SHARES = "of the oracle's gain (sampled, greedy)"
+PANELS = {
+    "Where it points": ("sampled_iou", "greedy_iou", "sampled_iou_50", "greedy_iou_50", SHARES),
+    "Not by size": ("sampled_iou_rescaled", "greedy_iou_rescaled", "greedy_centre_error", "greedy_centre_inside", "sampled_area_ratio", "greedy_area_ratio"),
+    "And nothing lost": ("visible_accuracy", "greedy_parse_rate", "attention_share"),
+}
+
+
 def show(table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
-    """The table as Markdown: value ± s.e. over seeds (paired gain's 95 % interval) for the main figures."""
-    names = [name for name in FIGURES if name in table["base"]]
-    lines = ["| row | seeds | " + " | ".join(FIGURES[n] for n in names) + " | of the oracle's gain (greedy, sampled) |", "|---" * (len(names) + 3) + "|"]
+    """The table as Markdown, in panels: value ± s.e. over seeds (paired gain's 95 % interval)."""
+    return "\n\n".join(_panel(title, names, table, cells) for title, names in PANELS.items())
+
+
+def _panel(title: str, names: tuple[str, ...], table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
+    names = [name for name in names if name in table["base"] or name == SHARES]
+    lines = [f"| {' | '.join([title, 'seeds', *(FIGURES.get(n, n) for n in names)])} |", "|---" * (len(names) + 2) + "|"]
     for row, entries in table.items():
-        shares = ", ".join("-" if (s := entries.get(n, {}).get("of_oracle")) is None or row == "base" else f"{s:.0%}" for n in ("greedy_iou", "sampled_iou"))
-        lines.append(f"| {row} | {len(cells[row])} | " + " | ".join(_cell(entries[n], row) if n in entries else "-" for n in names) + f" | {shares} |")
+        told = [_shares(row, entries) if n == SHARES else _cell(entries[n], row) if n in entries else "-" for n in names]
+        if any(x != "-" for x in told):
+            lines.append(f"| {row} | {len(cells[row])} | " + " | ".join(told) + " |")
     return "\n".join(lines)
+
+
+def _shares(row: str, entries: dict[str, dict]) -> str:
+    shares = [entries.get(n, {}).get("of_oracle") for n in ("sampled_iou", "greedy_iou")]
+    return "-" if row in ("base", RESCALED) or None in shares else ", ".join(f"{share:.0%}" for share in shares)
 
 
 def _cell(entry: dict, row: str) -> str:
@@ -263,8 +282,16 @@ def write_table(steps: int, split: str, command: str) -> None:
     target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
     target.write_text(json.dumps(document, indent=1) + "\n")
     plot(cells, target.with_suffix(".png"))
+    if split == "reported":
+        publish(show(table, cells), ROOT / "docs" / "LEARNING.md")
     print(show(table, cells))
     print(json.dumps({"learning": {row: {n: round(e["mean"], 4) for n, e in entries.items()} for row, entries in table.items()}}))
+
+
+def publish(text: str, page: Path) -> None:
+    """Put the table between the page's two marks."""
+    before, after = page.read_text().split(MARK)[::2]
+    page.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
 
 
 def _commit() -> str:

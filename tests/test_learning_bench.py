@@ -50,8 +50,18 @@ def test_the_base_rescaled_is_a_row_of_its_own(cells):
     table = learning.summarise(cells)
     assert list(table)[:2] == ["base", learning.RESCALED]
     assert table[learning.RESCALED]["greedy_iou"]["gain"] == pytest.approx(0.01)
-    line = next(line for line in learning.show(table, cells).splitlines() if line.startswith(f"| {learning.RESCALED}"))
-    assert line.count("|") == learning.show(table, cells).splitlines()[0].count("|") and " - " in line
+    panels = [panel.splitlines() for panel in learning.show(table, cells).split("\n\n")]
+    assert any(line.startswith(f"| {learning.RESCALED}") for line in panels[0])
+    for panel in panels:
+        assert len({line.count("|") for line in panel}) == 1, "every line has as many cells as the heading"
+
+
+def test_the_page_keeps_what_stands_around_the_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{learning.MARK}\nold\n{learning.MARK}\nbelow\n")
+    learning.publish("new", page)
+    assert page.read_text() == f"above\n{learning.MARK}\nnew\n{learning.MARK}\nbelow\n"
+    assert (ROOT / "docs" / "LEARNING.md").read_text().count(learning.MARK) == 2
 
 
 def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
