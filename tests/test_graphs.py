@@ -67,6 +67,8 @@ def test_one_decoder_serves_other_prefixes_fewer_rows_and_changed_adapters():
                 master.mul_(-1.5)
         plain.backbone.refresh()
     assert len(graphed.decoders) == 1
+    graphed.forget()
+    assert not graphed.decoders and rollout(graphed, images(SIZES)).lengths == rollout(plain, images(SIZES)).lengths
 
 
 def test_the_counts_are_those_of_the_plain_engine():

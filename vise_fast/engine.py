@@ -126,6 +126,9 @@ class Engine:
         self.interrupted = lambda: None
         self.clock = Clock(self.device)
 
+    def forget(self) -> None:
+        """Drop what is kept between calls, when memory runs out: nothing here."""
+
     # ---- images and prefixes ------------------------------------------------------------------------------------------------
 
     def encode(self, images: list[Tensor]) -> Features:

@@ -53,6 +53,10 @@ class GraphedEngine(Engine):
         ids, logprob = (x[: len(owner), :longest].clone() for x in (decoder.ids, decoder.logprob))
         return Rollout(ids, logprob, lengths, [row[:longest] for row in home])
 
+    def forget(self) -> None:
+        """Drop all graphs and their buffers; the next rollout captures anew."""
+        self.decoders.clear()
+
     def _decoder(self, rows: int, limit: int, adapters: bool, temperature: float) -> Decoder:
         key = rows, limit, adapters, temperature
         if key not in self.decoders:

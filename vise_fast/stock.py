@@ -105,6 +105,9 @@ class StockEngine:
         self.interrupted = lambda: None
         self.clock = Clock(self.device)
 
+    def forget(self) -> None:
+        """Nothing is kept between calls."""
+
     def encode(self, images: list[Tensor]) -> Pictures:
         b, grids = self.backbone, []
         patches, grid = patchify(images, patch=b.patch, merge=b.merge_size, temporal=b.temporal, mean=b.mean, std=b.std, dtype=b.dtype)

@@ -47,7 +47,7 @@ class Halving:
 
     def _halve(self, reason: str) -> None:
         self.engine.counters.take(), self.engine.clock.take()
-        self.learner.forget()
+        self.learner.forget(), self.engine.forget()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
         size = self.config.train.micro_batch or self.config.train.batch
