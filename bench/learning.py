@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--split", choices=list(SPLIT_SEED), default="reported")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one seed, 120 updates, the validation split")
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 updates, the validation split")
     parser.add_argument("--smoke", action="store_true", help="every row, one small update, in a temporary folder")
     parser.add_argument("--into", type=Path, help="where the cells lie; their adapters then lie beside them")
     parser.add_argument("--table", action="store_true", help="only rebuild the table")
@@ -318,7 +318,7 @@ def main() -> None:
     if args.into is not None:
         CELLS, ADAPTERS, INTO = args.into, args.into / "adapters", ["--into", str(args.into)]
     if args.quick:
-        args.seeds, args.steps, args.split = [0], 120, "validation"
+        args.seeds, args.steps, args.split = [0], 60, "validation"
     if args.smoke:
         with tempfile.TemporaryDirectory() as scratch:
             small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]
