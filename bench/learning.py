@@ -62,6 +62,13 @@ def cell_path(row: str, seed: int, steps: int, split: str) -> Path:
     return CELLS / f"{split}-{name}.json"
 
 
+def _short(x):
+    """The same with floats of five decimals."""
+    if isinstance(x, dict):
+        return {name: _short(value) for name, value in x.items()}
+    return [_short(value) for value in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+
+
 def truth_of(source):
     """The true box of a query that names exactly one object of the scene: for the oracle's reward only."""
 
@@ -252,7 +259,7 @@ def plot(cells: dict[str, list[dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = ("reward", "area", "kl", "parse_rate")
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4), constrained_layout=True)
     for row, group in cells.items():
         if not group[0]["curve"]:
             continue
@@ -261,8 +268,8 @@ def plot(cells: dict[str, list[dict]], path: Path) -> None:
             width = max(1, runs.shape[1] // 20)
             smooth = np.convolve(runs.mean(0), np.ones(width) / width, "valid")
             axis.plot(np.arange(len(smooth)) + width, smooth, label=row, lw=1.4)
-            axis.set(title=name, xlabel="update")
-    axes[0].legend(fontsize=7, ncols=2)
+            axis.set(title=name, xlabel="update", yscale="log" if name in ("area", "kl") else "linear")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(cells), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -327,7 +334,7 @@ def main() -> None:
     if args.cell:
         result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)
-        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(json.dumps(result) + "\n")
+        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(json.dumps(_short(result), separators=(",", ":")) + "\n")
         return
     if not args.table:
         cells = [(row, seed) for seed in args.seeds for row in args.rows if row != "base" or seed == args.seeds[0]]
