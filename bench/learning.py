@@ -274,15 +274,16 @@ def plot(cells: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-def write_table(steps: int, split: str, command: str) -> None:
+def write_table(steps: int, split: str) -> None:
     """results/learning.json, the curves, and the table on screen; the last line is the JSON."""
     cells = load_cells(steps, split)
+    seeds = {row: [cell["seed"] for cell in group] for row, group in cells.items()}
     if "base" not in cells:
         sys.exit("the base has not been examined yet; run the study first")
     table = summarise(cells)
     any_cell = next(iter(cells.values()))[0]
     document = {
-        "command": command, "commit": _commit(), "date": date.today().isoformat(), "device": "CPU, one thread per cell", "torch": any_cell["torch"],
+        "command": f"python bench/learning.py --steps {steps} --split {split}", "seeds": seeds, "commit": _commit(), "date": date.today().isoformat(), "device": "CPU, one thread per cell", "torch": any_cell["torch"],
         "split": split, "scenes": any_cell["n"], "updates": steps, "table": table,
         "seconds": {row: [cell["seconds"] for cell in group] for row, group in cells.items()},
     }  # fmt: skip
@@ -339,7 +340,7 @@ def main() -> None:
     if not args.table:
         cells = [(row, seed) for seed in args.seeds for row in args.rows if row != "base" or seed == args.seeds[0]]
         spawn([("base", 0)] + [cell for cell in cells if cell[0] != "base"], args.steps, args.split, args.workers, extra)
-    write_table(args.steps, args.split, "python bench/learning.py " + " ".join(sys.argv[1:]))
+    write_table(args.steps, args.split)
 
 
 if __name__ == "__main__":
