@@ -15,7 +15,7 @@ import _subjects as subjects  # noqa: E402
 from vise_fast import learner as learning  # noqa: E402
 from vise_fast import model, perf  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
-from vise_fast.experience import Draws, play  # noqa: E402
+from vise_fast.experience import Draws, play, shares_forward  # noqa: E402
 from vise_fast.learner import Learner  # noqa: E402
 from vise_fast.perf import Plan, Shapes  # noqa: E402
 from vise_fast.work import Work  # noqa: E402
@@ -62,7 +62,7 @@ class Step:
         return Plan(
             height, width, len(tokens.head), len(tokens.tail), len(tokens.row(tokens.style.ask())), len(tokens.row(tokens.style.ground(query))),
             len(tokens.verdict_row(tokens.style.verify(query))), samples=rollout.samples, views=rollout.views, ghosts=GHOSTS[preset] * rollout.samples,
-            policy_judges=preset == "paper",
+            policy_judges=preset == "paper", shares_forward=shares_forward(self.engine, self.config),
         )  # fmt: skip
 
 
@@ -82,19 +82,19 @@ def test_every_distinct_image_is_encoded_and_prefilled_once(directory, preset, s
     assert step.rollout["prefixes"] == distinct + (2 if preset == "robust" else 0)
     assert step.rollout["verdicts"] == 2 * (1 + GHOSTS[preset] * samples)
     assert step.update["images_encoded"] == 0
-    # the policy's own prefix carries gradient; the reference has the judge's, where there is one
-    assert step.update["prefixes"] == (2 if preset == "robust" else 4)
+    # the policy's own is the rollout's; the reference has the judge's, where there is one
+    assert step.update["prefixes"] == (0 if preset == "robust" else 2)
 
 
 def test_sequential_forwards_of_one_image(directory):
     step = Step(directory, "paper", 1).run()
-    prefills = 1
-    assert step.rollout["forwards"] - prefills + step.rollout["decode_steps"] == 38 <= 42
+    prefills = 2  # the image's with gradients, the view's without; so with the two questions for boxes
+    assert step.rollout["forwards"] - prefills + step.rollout["decode_steps"] == 39 <= 42
     assert step.rollout["decode_steps"] == 13 + 21, "queries and boxes are decoded, verdicts are not"
     assert step.update["decode_steps"] == 0 and step.update["forwards"] == 2
 
 
-@pytest.mark.parametrize("preset, words", [("paper", []), ("robust", ["--rollout.samples=4"])])
+@pytest.mark.parametrize("preset, words", [("paper", []), ("robust", ["--rollout.samples=4"]), ("paper", ["--train.share_forward=false"])])
 def test_executed_flops_are_the_minimal_ones(directory, preset, words):
     step = Step(directory, preset, 2, "--lora.r=1", *words)
     with perf.executed_flops() as counter:

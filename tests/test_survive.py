@@ -27,9 +27,9 @@ FAULTS = {
 }
 
 
-def run(steps=1, micro=0, prepare=lambda halving: None):
+def run(steps=1, micro=0, prepare=lambda halving: None, words=()):
     """(adapter after `steps` steps, metrics of each, halving)."""
-    config = configuration.load(None, [*SMALL, f"--train.micro_batch={micro}"])
+    config = configuration.load(None, [*SMALL, f"--train.micro_batch={micro}", *words])
     policy = model.load(config)
     engine = Engine(policy.backbone, policy.tokens)
     learn = Learner(policy, engine, config)
@@ -124,6 +124,16 @@ def test_the_floor_is_one_image(monkeypatch):
     with pytest.raises(MemoryFloor, match=r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4") as caught:
         run()
     assert caught.value.code == 5
+
+
+def test_one_image_gives_up_the_shared_forward_before_it_is_the_floor(monkeypatch):
+    """At batch 1 nothing can be halved, but the activations kept from the rollout can be computed again."""
+    whole = ["--train.batch=1"]
+    truth, *_ = run(words=[*whole, "--train.share_forward=false"])
+    failing(monkeypatch, FusedLinear, "_input_gradient", 3, FAULTS["gpu"])
+    adapter, _, halving = run(words=whole)
+    assert halving.halvings == 1 and halving.config.train.share_forward is False
+    assert all(torch.equal(adapter[name], truth[name]) for name in truth)
 
 
 def test_a_fault_inside_the_optimizer_is_not_done_again(monkeypatch):

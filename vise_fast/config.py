@@ -88,6 +88,7 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="gradient norm clip")
     seed: int = Field(0, ge=0, description="names every random draw of the run")
     checkpointing: bool = Field(False, description="recompute activations layer by layer in the update")
+    share_forward: bool = Field(True, description="the rollout's forward pass over image and question serves the update too; whole batches without checkpointing only")
     attention_every: int = Field(0, ge=0, description="steps between measurements of the attention on the image, as a training figure; 0: never")
     deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")

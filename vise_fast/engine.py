@@ -40,11 +40,15 @@ class Counters:
 
 @dataclass
 class Prefixes:
-    """Image prefixes under one adapter state: their keys and values and the rope position that comes next, per image."""
+    """Image prefixes under one adapter state: their keys and values and the rope position that comes next, per image.
+
+    trained: the first images once more, with the graph of their forward pass.
+    """
 
     segment: Segment
     following: list[int]
     adapters: bool
+    trained: Prefixes | None = None
 
     def __len__(self) -> int:
         return len(self.following)
@@ -58,13 +62,27 @@ class Prefixes:
 
 @dataclass
 class Prompts:
-    """Questions forked from prefixes: owner[r] is the prefix of row r; last (R, E) the hidden state that predicts the first token."""
+    """Questions forked from prefixes: owner[r] is the prefix of row r; last (R, E) the hidden state that predicts the first token.
+
+    trained: the first rows once more, with the graph of their forward pass.
+    """
 
     prefixes: Prefixes
     owner: list[int]
     segment: Segment
     following: list[int]
     last: Tensor
+    trained: Prompts | None = None
+
+    def __len__(self) -> int:
+        return len(self.following)
+
+    def select(self, rows: list[int]) -> Prompts:
+        """The questions in some rows, each of an image of its own, in that order."""
+        if rows == list(range(len(self))):
+            return self
+        prefixes = self.prefixes.select([self.owner[r] for r in rows])
+        return Prompts(prefixes, list(range(len(rows))), self.segment.select(rows), [self.following[r] for r in rows], self.last[rows])
 
 
 @dataclass
@@ -155,8 +173,19 @@ class Engine:
         positions = torch.cat(positions, 1).to(self.device)
         return Level(embeds, positions, Ragged(lengths, self.device), deep_rows=image_rows, deep=deep, read="none"), following
 
-    @torch.no_grad()
-    def prefill(self, features: Features, adapters: bool) -> Prefixes:
+    def prefill(self, features: Features, adapters: bool, trained: int = 0) -> Prefixes:
+        """trained: so many images, the first, keep the graph of this pass (`Prefixes.trained`), for `score`."""
+        if not trained:
+            with torch.no_grad():
+                return self._prefill(features, adapters)
+        with torch.enable_grad():
+            first = self._prefill(features.select(list(range(trained))), adapters)
+        if trained == len(features):
+            return Prefixes(first.segment.detach(), first.following, adapters, first)
+        rest = self.prefill(features.select(list(range(trained, len(features)))), adapters)
+        return Prefixes(first.segment.stack(rest.segment), first.following + rest.following, adapters, first)
+
+    def _prefill(self, features: Features, adapters: bool) -> Prefixes:
         level, following = self.prefix_level(features, adapters)
         _, (segment,) = self._forward([level], adapters)
         return Prefixes(segment, following, adapters)
@@ -173,9 +202,23 @@ class Engine:
 
     # ---- questions ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
-        """Fork prefixes: row r of question ids continues prefix owner[r]."""
+    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]], trained: int = 0) -> Prompts:
+        """Fork prefixes: row r of question ids continues prefix owner[r].
+
+        trained: so many rows, the first, keep the graph of this pass (`Prompts.trained`); their prefixes must have.
+        """
+        if not trained:
+            with torch.no_grad():
+                return self._prompt(prefixes, owner, rows)
+        with torch.enable_grad():
+            first = self._prompt(prefixes.trained, owner[:trained], rows[:trained])
+        if trained == len(rows):
+            return Prompts(prefixes, owner, first.segment.detach(), first.following, first.last.detach(), first)
+        rest = self.prompt(prefixes, owner[trained:], rows[trained:])
+        last = torch.cat([first.last.detach(), rest.last])
+        return Prompts(prefixes, owner, first.segment.stack(rest.segment), first.following + rest.following, last, first)
+
+    def _prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
         starts = [prefixes.following[i] for i in owner]
         level = self._text_level(rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))])
         (hidden,), (segment,) = self._forward([level], prefixes.adapters)
@@ -286,14 +329,18 @@ class Engine:
 
     def score(
         self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool,
-        prefixes: Prefixes | None = None, recompute: bool = False,
+        prefixes: Prefixes | None = None, recompute: bool = False, prompts: Prompts | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states (sum of lengths, E) that predict each sampled token, packed row by row.
 
         One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
-        all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient.
+        all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient. `prompts`: these very questions as
+        they were asked under this adapter state, with their graph (`Prompts.trained`): then only the answers are computed.
         """
-        hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
+        if prompts is None:
+            hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
+        else:
+            hidden = self._score_answers(prompts, answers, owner, recompute)
         return torch.cat(hidden)[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
 
     def score_released(
@@ -333,6 +380,16 @@ class Engine:
             level.read = "all"
         hidden, _ = self._forward(levels, adapters, recompute, keep=False)
         return hidden
+
+    def _score_answers(self, prompts: Prompts, answers: Rollout, owner: list[int], recompute: bool) -> list[Tensor]:
+        """What `_score_tree` gives, where prefix and question have been computed."""
+        if max(answers.lengths) == 1:
+            return [prompts.last]
+        grid = Grid(owner, len(prompts), self.device)
+        starts, parents = [prompts.following[i] for i in owner], [(prompts.prefixes.segment, grid), (prompts.segment, grid)]
+        level = self._text_level([row[:-1] for row in answers.rows()], starts, parents, read="all")
+        hidden, _ = self._forward([level], prompts.prefixes.adapters, recompute, keep=False)
+        return [prompts.last, *hidden]
 
     def _answer_level(self, inputs, owner, starts, question: int, prefixes: Prefixes | None) -> Level:
         grid = Grid(owner, len(starts), self.device)

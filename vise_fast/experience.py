@@ -101,11 +101,22 @@ def play(engine: Engine, images: list[Image], config: Config, draws: Draws, trut
 
 def prefixes_of(engine: Engine, features: Features, count: int, config: Config) -> tuple[Prefixes, Prefixes]:
     """Of the images under the policy, and of images and views, or of the views alone, under whoever boxes the views."""
+    kept = {"trained": len(features) if config.update.views_too else count} if shares_forward(engine, config) else {}
     if config.rollout.regrounder == "policy":
-        everything = engine.prefill(features, adapters=True)
+        everything = engine.prefill(features, adapters=True, **kept)
         return everything, everything
     originals, moved = list(range(count)), list(range(count, len(features)))
-    return engine.prefill(features.select(originals), adapters=True), engine.prefill(features.select(moved), adapters=False)
+    return engine.prefill(features.select(originals), adapters=True, **kept), engine.prefill(features.select(moved), adapters=False)
+
+
+def shares_forward(engine: Engine, config: Config) -> bool:
+    """Whether the update goes on from the rollout's forward pass over prefixes and questions.
+
+    Not where memory is short: their activations live until the update, those of a batch in slices all at once.
+    """
+    train = config.train
+    room = train.share_forward and not train.checkpointing and train.micro_batch in (0, train.batch)
+    return room and config.reward.preset != "as_released" and isinstance(engine, Engine)
 
 
 def _ground(
@@ -119,11 +130,12 @@ def _ground(
     fan, seeds = [limits.samples] * count, draws.keys("ground", count * limits.samples, limits.samples)
     there, view_seeds = [1] * len(view_queries), draws.keys("reground", len(view_queries), limits.views)
     rows, tokens = count * limits.samples, limits.box_tokens
+    trained = len(prefixes.trained) if shares_forward(engine, config) else 0
     if elsewhere is prefixes and limits.view_temperature == limits.temperature:
         texts = queries + view_queries
-        boxes = roles.ground(engine, prefixes, list(range(total)), texts, fan + there, seeds + view_seeds, tokens, limits.temperature)
+        boxes = roles.ground(engine, prefixes, list(range(total)), texts, fan + there, seeds + view_seeds, tokens, limits.temperature, trained)
         return boxes, (boxes.box_1000[rows:], boxes.readable[rows:])
-    boxes = roles.ground(engine, prefixes, list(range(count)), queries, fan, seeds, tokens, limits.temperature)
+    boxes = roles.ground(engine, prefixes, list(range(count)), queries, fan, seeds, tokens, limits.temperature, trained)
     places = list(range(len(elsewhere) - len(view_queries), len(elsewhere)))
     found = roles.ground(engine, elsewhere, places, view_queries, there, view_seeds, tokens, limits.view_temperature)
     return boxes, (found.box_1000, found.readable)

@@ -122,7 +122,8 @@ class Learner:
         with torch.no_grad():
             cached = played.reference.select(images) if played.reference is not None and images[-1] < len(played.reference) else None
             reference = engine.score(*args, False, prefixes=cached)
-        hidden = engine.score(*args, True, recompute=self.config.train.checkpointing)
+        shared = {} if boxes.asked is None or 2 * len(images) < len(boxes.asked) else {"prompts": boxes.asked.select(images)}
+        hidden = engine.score(*args, True, recompute=self.config.train.checkpointing, **shared)
         return *linear_logprob_kl(hidden, reference, head, args[2].packed(), banned=engine.banned), args[2].lengths
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
@@ -134,6 +135,7 @@ class Learner:
         advantage = target.advantage[chosen].to(mask.device)
         value, figures = loss.reinforce(logprob, mask, advantage, kl, reference, self.beta.value, self.config.update.kl, samples)
         value.backward()
+        played.boxes.asked = None  # its graph is spent
         return figures
 
     def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:

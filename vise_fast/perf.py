@@ -246,6 +246,8 @@ class Plan:
     views: int = 1
     ghosts: int = 1
     policy_judges: bool = True
+    shares_forward: bool = False
+    """the update begins where the rollout's pass over prefix and question ended"""
 
 
 def attention_flops(s: Shapes, pairs: float) -> float:
@@ -293,9 +295,12 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
     prompts = forward_flops(s, p.ask, prefix, True) + (1 + p.views) * forward_flops(s, p.ground, prefix, True) + verdicts * forward_flops(s, p.verify, prefix, p.policy_judges)
     decoded = forward_flops(s, p.query - 1, prefix + p.ask, True) + boxes * forward_flops(s, p.box - 1, prompted, True)
 
+    def answers(adapters: bool, backward: bool = False) -> float:
+        return p.samples * forward_flops(s, p.box - 1, prompted, adapters, backward)
+
     def tree(adapters: bool, backward: bool = False, cached: bool = False) -> float:
         shared = 0.0 if cached else forward_flops(s, prefix, 0, adapters, backward) + merge_flops(s, patches, adapters, backward)
-        return shared + forward_flops(s, p.ground, prefix, adapters, backward) + p.samples * forward_flops(s, p.box - 1, prompted, adapters, backward)
+        return shared + forward_flops(s, p.ground, prefix, adapters, backward) + answers(adapters, backward)
 
     row = 2.0 * s.head_weights()
     return {
@@ -305,7 +310,7 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
         "prompt": prompts,
         "decode": decoded,
         "head": row * (p.query + boxes * p.box + verdicts),
-        "update": tree(True) + tree(True, backward=True),
+        "update": (answers(True) if p.shares_forward else tree(True)) + tree(True, backward=True),
         "reference": tree(False, cached=not p.policy_judges),
         "loss": 3 * row * p.samples * p.box,
     }

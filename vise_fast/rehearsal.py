@@ -300,7 +300,7 @@ class _Step:
     def _pixels(self, sizes: list[tuple[int, int]]) -> list[Tensor]:
         return [torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes]
 
-    def _play(self, sizes: list[tuple[int, int]]) -> tuple[Features, Prefixes | None, Rollout, list[int]]:
+    def _play(self, sizes: list[tuple[int, int]]) -> tuple[Features, Prefixes | None, Prompts | None, Rollout, list[int]]:
         engine, c, count = self.engine, self.config, len(sizes)
         samples, views, originals = c.rollout.samples, c.rollout.views, list(range(count))
         with self._phase("vision encode", "images and vision features"):
@@ -315,7 +315,7 @@ class _Step:
         with self._phase("ask", "rollout"):
             engine.generate(engine.prompt(asked, originals, [[0] * self.lengths.ask] * count), [1] * count, c.rollout.query_tokens, [])
         with self._phase("ground", "rollout"):
-            answers = self._ground(prefixes, elsewhere, count)
+            asked_to_box, answers = self._ground(prefixes, elsewhere, count)
         kept = features if c.update.views_too else features.select(originals)
         judges = prefixes if c.reward.judge == "policy" else asked if c.rollout.asker == "reference" else None
         del features, prefixes, elsewhere, asked, moved
@@ -328,22 +328,23 @@ class _Step:
         del judges
         fan = [samples] * count + [1] * (count * views)
         owner = [r for r, n in enumerate(fan) for _ in range(n)]
-        return kept, reference, answers, owner
+        return kept, reference, asked_to_box, answers, owner
 
-    def _ground(self, prefixes: Prefixes, elsewhere: Prefixes, count: int) -> Rollout:
-        """The samples' answers, and the views' behind them where one batch makes both."""
+    def _ground(self, prefixes: Prefixes, elsewhere: Prefixes, count: int) -> tuple[Prompts | None, Rollout]:
+        """The questions kept for the update, the samples' answers, and the views' behind them where one batch makes both."""
         limits, views = self.config.rollout, count * self.config.rollout.views
         fan, there = [limits.samples] * count, [1] * views
 
-        def boxes(held: Prefixes, places: range, fan: list[int]) -> Rollout:
-            prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places))
-            return self.engine.generate(prompts, fan, limits.box_tokens, [])
+        def boxes(held: Prefixes, places: range, fan: list[int]) -> tuple[Prompts | None, Rollout]:
+            trained = 0 if held.trained is None else len(held.trained)
+            prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places), trained)
+            return prompts.trained, self.engine.generate(prompts, fan, limits.box_tokens, [])
 
         if elsewhere is prefixes and limits.view_temperature == limits.temperature:
             return boxes(prefixes, range(count + views), fan + there)
-        answers = boxes(prefixes, range(count), fan)
+        answered = boxes(prefixes, range(count), fan)
         boxes(elsewhere, range(len(elsewhere) - views, len(elsewhere)), there)
-        return answers
+        return answered
 
     def _judge(self, sizes: list[tuple[int, int]]) -> None:
         """Every box differs from every other and is judged."""
@@ -354,7 +355,7 @@ class _Step:
         self.engine.verdict_logits(features, [[0] * self.lengths.verify] * len(features), self.config.reward.judge == "policy")
         del ghosts
 
-    def _learn(self, kept: Features, reference: Prefixes | None, answers: Rollout, owner: list[int]) -> None:
+    def _learn(self, kept: Features, reference: Prefixes | None, asked: Prompts | None, answers: Rollout, owner: list[int]) -> None:
         engine, c = self.engine, self.config
         chosen = list(range(len(answers.lengths) if c.update.views_too else c.rollout.samples * len(kept)))
         answers = _Script(answers.ids[chosen], answers.logprob[chosen], [answers.lengths[n] for n in chosen])
@@ -363,7 +364,7 @@ class _Step:
             cached = reference if reference is not None and len(reference) == len(kept) else None
             truth = engine.score(kept, rows, answers, owner, False, prefixes=cached)
         with self._phase("forward", "activations"):
-            hidden = engine.score(kept, rows, answers, owner, True, recompute=c.train.checkpointing)
+            hidden = engine.score(kept, rows, answers, owner, True, recompute=c.train.checkpointing, prompts=asked)
         with self._phase("head", "head workspace"):
             ids = torch.zeros(len(hidden), dtype=torch.long, device=META)
             logprob, _, kl = linear_logprob_kl(hidden, truth, engine.backbone.head.weight, ids, banned=engine.banned)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vise_fast import geometry, prompts
-from vise_fast.engine import Engine, Features, Prefixes, Rollout
+from vise_fast.engine import Engine, Features, Prefixes, Prompts, Rollout
 
 UNREADABLE_QUERY = "object"
 
@@ -28,7 +28,10 @@ class Queries:
 
 @dataclass
 class Boxes:
-    """One box per answer: box_1000 (N, 4) float64, sorted and clamped, zeros where `readable` (N,) is False."""
+    """One box per answer: box_1000 (N, 4) float64, sorted and clamped, zeros where `readable` (N,) is False.
+
+    asked: the first questions with the graph of their forward pass, where the update will go on from it.
+    """
 
     box_1000: Tensor
     readable: Tensor
@@ -36,6 +39,7 @@ class Boxes:
     answers: Rollout
     rows: list[list[int]]
     owner: list[int]
+    asked: Prompts | None = None
 
 
 def ask(engine: Engine, prefixes: Prefixes, owner: list[int], seeds: list[int], limit: int, temperature: float = 1.0) -> Queries:
@@ -50,17 +54,22 @@ def ask(engine: Engine, prefixes: Prefixes, owner: list[int], seeds: list[int], 
 
 def ground(
     engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str], fan: list[int], seeds: list[int], limit: int,
-    temperature: float = 1.0,
+    temperature: float = 1.0, trained: int = 0,
 ) -> Boxes:  # fmt: skip
-    """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each box belongs to."""
+    """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each box belongs to.
+
+    trained: so many questions, the first, keep their graph (`Boxes.asked`).
+    """
     tokens = engine.tokens
     rows = [tokens.row(tokens.style.ground(query)) for query in queries]
-    answers = engine.generate(engine.prompt(prefixes, owner, rows), fan, limit, seeds, temperature)
+    prompted = engine.prompt(prefixes, owner, rows, trained) if trained else engine.prompt(prefixes, owner, rows)
+    answers = engine.generate(prompted, fan, limit, seeds, temperature)
     written = [tokens.text(ids) for ids in answers.rows()]
     boxes = [prompts.read_box(text) for text in written]
     readable = torch.tensor([box is not None for box in boxes])
     box_1000 = geometry.clean_1000(torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64))
-    return Boxes(box_1000, readable, written, answers, rows, [r for r, count in enumerate(fan) for _ in range(count)])
+    asked = prompted.trained if trained else None
+    return Boxes(box_1000, readable, written, answers, rows, [r for r, count in enumerate(fan) for _ in range(count)], asked)
 
 
 def verify(engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False) -> Tensor:

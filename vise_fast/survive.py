@@ -2,7 +2,8 @@
 
 Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws are named, not consumed, gradients are
 cleared, and the memory of the move itself is asked for before it begins (learner.py). Slices add up to the same gradient, so halving
-changes the result by the order of fp32 sums only. What stays halved stays so for the rest of the run.
+changes the result by the order of fp32 sums only. What stays halved stays so for the rest of the run. A single image that does not fit
+first gives up the activations that its update would have taken over from its rollout.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vise_fast import estimate
 from vise_fast.config import Config
 from vise_fast.engine import Engine
 from vise_fast.errors import MemoryFloor, UserError
+from vise_fast.experience import shares_forward
 from vise_fast.learner import Learner
 
 T = TypeVar("T")
@@ -53,6 +55,10 @@ class Halving:
         size = self.config.train.micro_batch or self.config.train.batch
         if self.learner.moving:
             raise MemoryFloor(f"out of memory inside the optimizer step ({reason}); the adapter may be half moved; resume from the last checkpoint with --optim.name adamw8bit")
+        if size == 1 and shares_forward(self.engine, self.config):
+            self.config.train.share_forward = False
+            self.halvings += 1
+            return
         if size == 1:
             raise MemoryFloor(f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels")
         self.config.train.micro_batch = size // 2

@@ -80,6 +80,24 @@ class Segment:
         lengths, bias = (None if x is None else x[rows] for x in (self.lengths, self.bias))
         return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths, bias)
 
+    def detach(self) -> Segment:
+        """The same keys and values without their graph."""
+        return Segment([k.detach() for k in self.keys], [v.detach() for v in self.values], self.lengths, self.bias)
+
+    def counts(self) -> Tensor:
+        """(N,) tokens of each row; for segments without a bias."""
+        rows, _, tokens, _ = self.keys[0].shape
+        return torch.full((rows,), tokens, device=self.keys[0].device) if self.lengths is None else self.lengths
+
+    @torch.no_grad()
+    def stack(self, below: Segment) -> Segment:
+        """A copy of these rows and, after them, of another segment's; without their graph."""
+        sizes = [segment.keys[0].shape[2] for segment in (self, below)]
+        first, second = ((lambda x, room=max(sizes) - size: F.pad(x, (0, 0, 0, room))) for size in sizes)
+        keys, values = ([torch.cat([first(a), second(b)]) for a, b in zip(x, y, strict=True)] for x, y in ((self.keys, below.keys), (self.values, below.values)))
+        ragged = sizes[0] != sizes[1] or self.lengths is not None or below.lengths is not None
+        return Segment(keys, values, torch.cat([self.counts(), below.counts()]) if ragged else None)
+
     def visible(self) -> Tensor:
         """Additive (N, T): -inf on padding."""
         rows, _, tokens, _ = self.keys[0].shape
