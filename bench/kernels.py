@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import _measure as measure  # noqa: E402
 import _peers as peers  # noqa: E402
 import vise_kernels  # noqa: E402
-from vise_kernels import decode_attention, ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
+from vise_kernels import decode_attention, few_rows, ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
 from vise_kernels.decode_attention import Banks, locate  # noqa: E402
 
 
@@ -222,6 +222,21 @@ def decode_cases(device: torch.device, smoke: bool):
     yield Case("decode_attention", f"{images} x {group} rows, {heads} heads over {kv}, {dim}, 310 + 100 + 22 tokens, {str(dtype)[6:]}", contenders, moved=moved)
 
 
+def few_rows_cases(device: torch.device, smoke: bool):
+    """The products of one decode step of mid-100m, weights one after the other as a step reads them; CPU only."""
+    if device.type != "cpu":
+        return
+    sizes = [(96, 64), (64, 96)] if smoke else [(1280, 640), (640, 640), (3840, 640), (640, 1920)] * 14 + [(24_576, 640)]
+    weights = [torch.randn(outs, width) for outs, width in sizes]
+    for rows in (4, 8, 16, 32):
+        inputs = {width: torch.randn(rows, width) for _, width in sizes}
+        products = lambda product, inputs=inputs: lambda: [product(inputs[weight.shape[1]], weight) for weight in weights]  # noqa: E731
+        contenders = {"ours": products(lambda x, w: few_rows(x, w, path="native")), "plain": products(torch.nn.functional.linear)}
+        contenders["oneDNN"] = products(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None))
+        size = sum(weight.numel() for weight in weights)
+        yield Case("few_rows", f"{rows} rows, {len(weights)} weights of {size / 1e6:.1f} M in all", contenders, moved=4 * size, flop=2 * rows * size)
+
+
 CASES = {
     "ghost": image_cases,
     "warp": image_cases,
@@ -231,6 +246,7 @@ CASES = {
     "linear_logprob": linear_cases,
     "sample": sample_cases,
     "decode_attention": decode_cases,
+    "few_rows": few_rows_cases,
 }
 
 

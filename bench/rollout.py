@@ -31,7 +31,7 @@ import _subjects as subjects  # noqa: E402
 from naive import NaiveEngine, NaiveLearner, NaivePlusEngine, NaivePolicy  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
-from vise_fast import model, perf  # noqa: E402
+from vise_fast import allocator, model, perf  # noqa: E402
 from vise_fast.config import Config  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
 from vise_fast.graphs import GraphedEngine  # noqa: E402
@@ -44,7 +44,7 @@ from vise_fast.tokens import Tokens  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
 from vise_fast.work import Work  # noqa: E402
 
-ENGINES = ("fast", "graphed", "stock", "naive", "naive+")
+ENGINES = ("fast", "graphed", "unshared", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}
 
 
@@ -84,7 +84,7 @@ class Contender:
 
 
 def contender(name: str, subject: subjects.Subject, args: argparse.Namespace, images: list[Image]) -> Contender:
-    own = {"naive": ["--train.micro_batch=1", "--update.kl=k1_loss"]}.get(name, [])
+    own = {"naive": ["--train.micro_batch=1", "--update.kl=k1_loss"], "unshared": ["--train.share_forward=false"]}.get(name, [])
     config = subject.config(args.preset, len(images), [*args.override, *own])
     if name.startswith("naive"):
         engine = (NaivePlusEngine if name == "naive+" else NaiveEngine)(subject, config, _locked(subject))
@@ -288,6 +288,7 @@ def main(words: list[str]) -> None:
     device = model.device_of(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
     ceilings = measure.ceilings(device, args.smoke)
     rate, bandwidth = ceilings["matmul_flop_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9

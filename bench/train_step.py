@@ -35,7 +35,7 @@ import rollout  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from vise_kernels import linear_logprob_kl  # noqa: E402
 
-from vise_fast import model, perf, roles  # noqa: E402
+from vise_fast import allocator, model, perf, roles  # noqa: E402
 from vise_fast.backbones import linear, qwen3_vl  # noqa: E402
 from vise_fast.engine import Engine  # noqa: E402
 
@@ -212,6 +212,7 @@ def main(words: list[str]) -> None:
     device = model.device_of(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
     ceilings = measure.ceilings(device, args.smoke)
     print(f"ceilings measured in this run: {ceilings['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s copied")

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"errors", "randomness", "flash"},
+    {"errors", "randomness", "flash", "allocator"},
     {"settings", "geometry", "attention", "glossary"},
     {"config"},
     {"prompts", "decode", "scenes", "as_released", "signals", "alarms", "words", "quantise"},

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from vise_fast import config as configuration
-from vise_fast import console, estimate, model, rewards, settings
+from vise_fast import allocator, console, estimate, model, rewards, settings
 from vise_fast.config import Config
 from vise_fast.dry_run import dry_run
 from vise_fast.engine import Engine
@@ -43,6 +43,7 @@ def main(words: Sequence[str]) -> int:
 def train(config: Config, truth: Truth | None = None) -> int:
     """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
     rewards.resolve(config.reward)
+    allocator.keep_freed_memory()
     torch.use_deterministic_algorithms(config.train.deterministic)
     run = Run.begin(config)
     source = open_source(config, run.directory)

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "few_rows.h"
 #include "ghost.h"
 #include "patchify.h"
 #include "resize.h"
@@ -205,12 +206,20 @@ void sample(Weights logits, Temperatures temperature, Longs seed, Longs position
                                 entropy.data(), threads);
 }
 
+// Addresses, not arrays: of the microseconds that a call takes, importing three tensors would be most. few_rows.py checks what they are.
+void few_rows(std::uintptr_t x, std::int64_t rows, std::int64_t width, std::uintptr_t weight, std::int64_t outs, std::uintptr_t bias, std::uintptr_t y) {
+    nb::gil_scoped_release release;
+    vise::few_rows(reinterpret_cast<const float*>(x), rows, width, reinterpret_cast<const float*>(weight), outs, reinterpret_cast<const float*>(bias),
+                   reinterpret_cast<float*>(y));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of vise_kernels. Called by the op files, which allocate and document.";
     m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
+    m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "y"_a);
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);

@@ -5,6 +5,7 @@
 
 from vise_kernels.decode_attention import decode_attention
 from vise_kernels.dispatch import available, prefer
+from vise_kernels.few_rows import few_rows
 from vise_kernels.ghost import ghost
 from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
 from vise_kernels.patchify import patchify
@@ -13,4 +14,4 @@ from vise_kernels.sample import sample
 from vise_kernels.token_logprob import token_logprob
 from vise_kernels.views import warp
 
-__all__ = ["available", "decode_attention", "ghost", "linear_logprob", "linear_logprob_kl", "patchify", "prefer", "resize", "sample", "token_logprob", "warp"]
+__all__ = ["available", "decode_attention", "few_rows", "ghost", "linear_logprob", "linear_logprob_kl", "patchify", "prefer", "resize", "sample", "token_logprob", "warp"]

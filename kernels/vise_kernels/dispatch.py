@@ -30,8 +30,10 @@ NATIVE_OPS = {
     "linear_logprob": False,  # a matmul: PyTorch's own is the fast CPU path
     "linear_logprob_kl": False,
     "sample": True,
+    "few_rows": True,
     "decode_attention": False,  # engine.py has a CPU's own way to decode
 }
+CPU_ONLY = {"few_rows"}  # no Triton version
 PATHS = ("plain", "native", "triton")
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
 
@@ -96,7 +98,7 @@ def _automatic(op: str, device: torch.device) -> Choice:
 def _obstacle(op: str, device: torch.device, path: str) -> str | None:
     """Why `path` cannot run `op` on `device`, or None."""
     if path == "triton":
-        return _triton_obstacle(device)
+        return "PyTorch is the GPU path of this op" if op in CPU_ONLY else _triton_obstacle(device)
     if path == "native":
         return _native_obstacle(op, device)
     return None

@@ -9,7 +9,7 @@ import torch
 import vise_kernels
 from vise_kernels import dispatch
 
-OPS = {"ghost", "warp", "resize", "patchify", "token_logprob", "linear_logprob", "linear_logprob_kl", "sample", "decode_attention"}
+OPS = {"ghost", "warp", "resize", "patchify", "token_logprob", "linear_logprob", "linear_logprob_kl", "sample", "decode_attention", "few_rows"}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vise_fast import quantise
-from vise_fast.backbones import onednn
+from vise_fast.backbones import products
 
 ADAPTER = "default"
 BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
@@ -155,7 +155,7 @@ class FusedLinear:
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
         if self.stacked:
-            y = onednn.linear(x, self.weight, self.bias)
+            y = products.linear(x, self.weight, self.bias)
         else:
             y = x.new_empty(len(x), sum(base.out_features for base in self.bases))
             for base, place in zip(self.bases, y.split([base.out_features for base in self.bases], 1), strict=True):

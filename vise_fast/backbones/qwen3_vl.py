@@ -21,7 +21,7 @@ from vise_kernels import patchify
 
 from vise_fast.attention import Grid, Part, attend
 from vise_fast.backbones.linear import FusedLinear, Norm, Pack, Swiglu, recomputed
-from vise_fast.backbones.onednn import linear, linear_gelu_tanh
+from vise_fast.backbones.products import linear, linear_gelu_tanh
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
 LORA_TARGETS = (

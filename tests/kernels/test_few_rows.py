@@ -1,0 +1,106 @@
+"""Few rows times a large weight: the native path against float64 on ugly shapes, when it is taken, what it refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from vise_kernels import few_rows
+from vise_kernels.dispatch import native
+from vise_kernels.few_rows import LARGE, gains
+
+NATIVE = pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+SHAPES = [(rows, width, outs) for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 33) for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))]
+
+
+def operands(rows, width, outs):
+    generator = torch.Generator().manual_seed(rows * 7919 + width)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return draw(rows, width), draw(outs, width) / width**0.5, draw(outs)
+
+
+@NATIVE
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_are_those_of_the_plain_product(shape, biased):
+    x, weight, bias = operands(*shape)
+    bias = bias if biased else None
+    truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    found, plain = (few_rows(x, weight, bias, path=path) for path in ("native", "plain"))
+    assert found.shape == truth.shape and found.dtype == torch.float32
+    assert (found - truth).abs().max() <= max(2 * (plain - truth).abs().max().item(), 3e-6)
+
+
+@NATIVE
+def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_weight():
+    """The weight is the end of its storage, surrounded rows hold nan: a sum that read one would be nan."""
+    x, weight, _ = operands(6, 37, 23)
+    held = torch.full((6 + 2, 37), torch.nan)
+    held[1:-1] = x
+    shelf = torch.full((23 * 37 + 64,), torch.nan)
+    shelf[: 23 * 37] = weight.flatten()
+    assert torch.equal(few_rows(held[1:-1], shelf[: 23 * 37].view(23, 37), path="native"), few_rows(x, weight, path="native"))
+
+
+@NATIVE
+def test_strided_operands_and_empty_ones():
+    x, weight, bias = operands(8, 130, 66)
+    truth = F.linear(x, weight, bias)
+    assert torch.allclose(few_rows(x.T.contiguous().T, weight.T.contiguous().T, bias, path="native"), truth, atol=1e-5)
+    assert torch.allclose(few_rows(torch.cat([x, x], 1)[:, :130], weight, bias[:, None].expand(-1, 2)[:, 0], path="native"), truth, atol=1e-5)
+    assert few_rows(x[:0], weight, path="native").shape == (0, 66)
+    assert few_rows(x, weight[:0], path="native").shape == (8, 0)
+    assert torch.equal(few_rows(x[:, :0], weight[:, :0], bias, path="native"), bias.expand(8, -1))
+
+
+@NATIVE
+def test_rows_do_not_depend_on_their_neighbours():
+    x, weight, _ = operands(13, 640, 411)
+    whole = few_rows(x, weight, path="native")
+    for rows in (slice(0, 4), slice(4, 7), slice(12, 13)):
+        assert torch.allclose(few_rows(x[rows], weight, path="native"), whole[rows], atol=2e-6)
+
+
+@NATIVE
+def test_not_finite_numbers_stay_in_their_row():
+    x, weight, _ = operands(5, 64, 30)
+    x[2, 63] = torch.inf
+    x[3, 0] = torch.nan
+    found = few_rows(x, weight, path="native")
+    assert found[3].isnan().all() and not found[2].isfinite().any() and found[[0, 1, 4]].isfinite().all()
+
+
+@NATIVE
+def test_it_is_taken_on_one_thread_for_few_rows_and_a_large_weight():
+    threads = torch.get_num_threads()
+    large, small = torch.zeros(LARGE // 64, 64), torch.zeros(16, 64)
+    try:
+        torch.set_num_threads(1)
+        assert gains(torch.zeros(8, 64), large)
+        assert not gains(torch.zeros(8, 64), small) and not gains(torch.zeros(500, 64), large) and not gains(torch.zeros(1, 64), large)
+        assert not gains(torch.zeros(8, 64, dtype=torch.float64), large.double())
+        assert not gains(torch.zeros(8, 64, requires_grad=True), large)
+        torch.set_num_threads(2)
+        assert not gains(torch.zeros(8, 64), large)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients_flow_by_itself():
+    x, weight, bias = operands(8, 640, 512)
+    x.requires_grad_()
+    few_rows(x, weight, bias).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand(8, -1), atol=1e-4)
+
+
+@NATIVE
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x, w, b: (x.double(), w.double(), None), "float32"), (lambda x, w, b: (x.requires_grad_(), w, b), "gradients"),
+    (lambda x, w, b: (x, w[:, :-1], b), "do not fit"), (lambda x, w, b: (x, w, b[:-1]), "do not fit"),
+])  # fmt: skip
+def test_what_it_cannot_take_is_refused(spoil, words):
+    with pytest.raises(ValueError, match=words):
+        few_rows(*spoil(*operands(8, 64, 30)), path="native")
+
+
+def test_there_is_no_triton_path():
+    with pytest.raises(ValueError, match="triton"):
+        few_rows(*operands(8, 64, 30), path="triton")
