@@ -302,7 +302,8 @@ def main(words: list[str]) -> None:
         plot(results, args.plot)
     height, width = args.size
     setting = dict(model=subject.name, preset=args.preset, size=f"{width}x{height}", samples=args.samples, quant=args.quant, dtype=args.dtype, repeats=args.repeats)
-    name = f"rollout-{args.model.replace('/', '_')}-{width}x{height}-{args.preset}-{device.type}.json"
+    kind = args.preset if args.dtype == "auto" else f"{args.preset}-{args.dtype}"
+    name = f"rollout-{args.model.replace('/', '_')}-{width}x{height}-{kind}-{device.type}.json"
     measure.finish({"bench": "rollout", "machine": measure.machine(device), "ceilings": ceilings, "setting": setting, "results": results}, measure.ROOT / "bench" / "results" / name if args.write else None)
 
 

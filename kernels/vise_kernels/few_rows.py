@@ -15,11 +15,12 @@ from vise_kernels.dispatch import choose, native
 
 ROWS = range(3, 41)  # one and two: PyTorch streams the weight too; more: libraries are as quick
 LARGE = 2**18  # elements of a weight; smaller ones lie in the cache, arranged or not
+NEAR = 24_576  # elements of x; more do not stay in the cache while the weight passes
 
 
 def gains(x: Tensor, weight: Tensor) -> bool:
     """Whether the native path is there, can take these operands and is the quicker one for them."""
-    sized = len(x) in ROWS and weight.numel() >= LARGE and torch.get_num_threads() == 1
+    sized = len(x) in ROWS and x.numel() <= NEAR and weight.numel() >= LARGE and torch.get_num_threads() == 1
     return sized and _obstacle(x, weight, None) is None and choose("few_rows", x.device).path == "native"
 
 

@@ -76,6 +76,7 @@ def test_it_is_taken_on_one_thread_for_few_rows_and_a_large_weight():
         torch.set_num_threads(1)
         assert gains(torch.zeros(8, 64), large)
         assert not gains(torch.zeros(8, 64), small) and not gains(torch.zeros(500, 64), large) and not gains(torch.zeros(1, 64), large)
+        assert not gains(torch.zeros(16, 1920), torch.zeros(640, 1920))
         assert not gains(torch.zeros(8, 64, dtype=torch.float64), large.double())
         assert not gains(torch.zeros(8, 64, requires_grad=True), large)
         torch.set_num_threads(2)
