@@ -91,13 +91,14 @@ def extra_bytes(run: Callable, device: torch.device) -> int:
     return most
 
 
-def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
-    """Measured copy bandwidth (bytes read and written per second) and matmul rate (FLOP/s; bf16 on a GPU, fp32 on a CPU)."""
+def ceilings(device: torch.device, smoke: bool, dtype: str = "auto") -> dict[str, float]:
+    """Measured copy bandwidth (bytes read and written per second) and matmul rate (FLOP/s) in `dtype`; auto: bf16 on a GPU, fp32 on a CPU."""
     cuda = device.type == "cuda"
     size = 2**20 if smoke else 2**30 if cuda else 2**27
     side = 256 if smoke else 8192 if cuda else 1024
     source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
-    left = torch.randn(side, side, dtype=torch.bfloat16 if cuda else torch.float32, device=device)
+    kind = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
+    left = torch.randn(side, side, dtype=kind, device=device)
     runs = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ left}
     times = interleaved(runs, device, repeats=5, least_s=0.05)
     return {"copy_bytes_per_s": 2 * size / times["copy"].median, "matmul_flop_per_s": 2 * side**3 / times["matmul"].median}

@@ -46,8 +46,8 @@ if [ "$smoke" = "--smoke" ]; then
     [ -f bench/train_step.py ] && part train_step "$python" bench/train_step.py --smoke
 else
     part tests "$python" -m pytest -q -m gpu
-    part rollout-2b-b1 "$python" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed naive+ naive --plot "$out/rollout-2b-b1.png"
-    part rollout-2b-b32 "$python" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed naive+ --repeats 3 --plot "$out/rollout-2b-b32.png"
+    part rollout-2b-b1 "$python" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive --plot "$out/rollout-2b-b1.png"
+    part rollout-2b-b32 "$python" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3 --plot "$out/rollout-2b-b32.png"
     part rollout-2b-group "$python" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
     part rollout-nano "$python" bench/rollout.py --batch 1 16 64
     [ -f bench/kernels.py ] && part kernels "$python" bench/kernels.py

@@ -290,7 +290,7 @@ def main(words: list[str]) -> None:
         torch.set_num_threads(1)
     allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
-    ceilings = measure.ceilings(device, args.smoke)
+    ceilings = measure.ceilings(device, args.smoke, args.dtype)
     rate, bandwidth = ceilings["matmul_flop_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9
     print(f"ceilings measured in this run: {rate:.3g} TFLOP/s, {bandwidth:.3g} GB/s copied")
     with tempfile.TemporaryDirectory() as scratch:

@@ -214,7 +214,7 @@ def main(words: list[str]) -> None:
         torch.set_num_threads(1)
     allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
-    ceilings = measure.ceilings(device, args.smoke)
+    ceilings = measure.ceilings(device, args.smoke, args.dtype)
     print(f"ceilings measured in this run: {ceilings['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s copied")
     steps = whole_steps(args, device, ceilings)
     width, height = (int(side) for side in args.update_size.split("x"))

@@ -66,6 +66,14 @@ def test_fewer_bits_come_before_fewer_pixels_and_speed_before_both(asked):
     assert "model.quant" not in changes and "data.max_pixels" not in changes
 
 
+def test_a_second_forward_pass_comes_before_checkpointing(asked):
+    """Just too little room: what the rollout would have kept for the update is computed again."""
+    config = configuration.load(None, ["--train.batch=4", "--rollout.samples=1", "--reward.preset=paper"])
+    whole = plan(config).rehearsed.peak
+    config.memory.budget_gb = gb_for(whole * 0.99)
+    assert plan(config).changes == {"train.share_forward": False}
+
+
 def test_nothing_fits_a_thimble():
     with pytest.raises(MemoryFloor, match=r"nano needs 0\.\d GiB at least.*take a smaller model"):
         plan(nano(gb=gb_for(2**20)))

@@ -82,7 +82,8 @@ class Planner:
         shrunk = [decode.grid_size(h, w, self.multiple, config.data.min_pixels, config.data.max_pixels) for h, w in self.sizes]
         largest = sorted(shrunk, key=lambda size: -size[0] * size[1])
         batch = (largest * config.train.batch)[: config.train.batch] if len(largest) < config.train.batch else largest[: config.train.batch]
-        key = repr((config.model, config.lora, config.train.micro_batch, config.train.checkpointing, config.optim.name, batch))
+        train = config.train
+        key = repr((config.model, config.lora, train.micro_batch, train.checkpointing, train.share_forward, config.optim.name, batch))
         if key not in self._peaks:
             self._peaks[key] = rehearse(config, self.model_config, batch, self.dtype, self.lengths, self.device)
         return self._peaks[key]
@@ -117,10 +118,11 @@ class Planner:
             micro //= 2
 
     def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
-        """At one micro-batch: stored activations before a second forward pass, exact moments before 8-bit ones, those before paged ones."""
-        for checkpointing in dict.fromkeys([self.config.train.checkpointing, True]):
+        """At one micro-batch: as few forward passes as fit, exact moments before 8-bit ones, those before paged ones."""
+        train = self.config.train
+        for share, checkpointing in dict.fromkeys([(train.share_forward, train.checkpointing), (False, train.checkpointing), (train.share_forward, True)]):
             for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
-                yield _knobs(micro, checkpointing, name)
+                yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
 def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:

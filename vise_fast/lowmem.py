@@ -69,7 +69,8 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
         "model": {"path": dtype.path} | ({"quant": dtype.quant} if dtype.quant != "none" else {}),
         "lora": {"r": config.lora.r, "alpha": config.lora.alpha},
         "data": {"dir": "images", "max_pixels": config.data.max_pixels},
-        "train": {"steps": 500, "batch": config.train.batch, "lr": config.train.lr, "micro_batch": config.train.micro_batch, "checkpointing": config.train.checkpointing},
+        "train": {"steps": 500, "batch": config.train.batch, "lr": config.train.lr, "micro_batch": config.train.micro_batch, "checkpointing": config.train.checkpointing}
+        | ({} if config.train.share_forward else {"share_forward": False}),
         "optim": {"name": config.optim.name},
         "update": {"eta": config.update.eta},
         "run": {"dir": f"runs/{name}-{card}gb", "checkpoint_every": 50},
