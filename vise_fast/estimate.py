@@ -118,11 +118,13 @@ class Planner:
             micro //= 2
 
     def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
-        """At one micro-batch: as few forward passes as fit, exact moments before 8-bit ones, those before paged ones."""
+        """At one micro-batch: stored activations before computing layers again, exact moments before 8-bit ones, those before paged ones, and
+        the rollout's forward pass kept for the update before a second one."""
         train = self.config.train
-        for share, checkpointing in dict.fromkeys([(train.share_forward, train.checkpointing), (False, train.checkpointing), (train.share_forward, True)]):
+        for checkpointing in dict.fromkeys([train.checkpointing, True]):
             for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
-                yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
+                for share in [train.share_forward] if checkpointing else dict.fromkeys([train.share_forward, False]):
+                    yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
 def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:
