@@ -140,6 +140,7 @@ def _kl(record: Record) -> Plot | None:
             bottom.set_yscale("log"), bottom.minorticks_off()
             low, high = record.series("beta")[1].min(), record.series("beta")[1].max()
             bottom.set_yticks(sorted({low, high}), [f"{value:.2g}" for value in sorted({low, high})])
+            bottom.set_ylim(low / 1.3, high * 1.3)  # a constant weight is a line, not the rounding of its mean
             _legend(bottom)
         bottom.set_xlabel("step")
 
