@@ -25,6 +25,7 @@ import _peers as peers  # noqa: E402
 import vise_kernels  # noqa: E402
 from vise_kernels import decode_attention, few_rows, ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
 from vise_kernels.decode_attention import Banks, locate  # noqa: E402
+from vise_kernels.dispatch import native  # noqa: E402
 
 
 @dataclass
@@ -228,10 +229,11 @@ def few_rows_cases(device: torch.device, smoke: bool):
         return
     sizes = [(96, 64), (64, 96)] if smoke else [(1280, 640), (640, 640), (3840, 640), (640, 1920)] * 14 + [(24_576, 640)]
     weights = [torch.randn(outs, width) for outs, width in sizes]
+    path = "plain" if native() is None else "native"
     for rows in (4, 8, 16, 32):
         inputs = {width: torch.randn(rows, width) for _, width in sizes}
         products = lambda product, inputs=inputs: lambda: [product(inputs[weight.shape[1]], weight) for weight in weights]  # noqa: E731
-        contenders = {"ours": products(lambda x, w: few_rows(x, w, path="native")), "plain": products(torch.nn.functional.linear)}
+        contenders = {"ours": products(lambda x, w: few_rows(x, w, path=path)), "plain": products(torch.nn.functional.linear)}
         contenders["oneDNN"] = products(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None))
         size = sum(weight.numel() for weight in weights)
         yield Case("few_rows", f"{rows} rows, {len(weights)} weights of {size / 1e6:.1f} M in all", contenders, moved=4 * size, flop=2 * rows * size)
