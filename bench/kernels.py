@@ -230,7 +230,7 @@ def few_rows_cases(device: torch.device, smoke: bool):
     sizes = [(96, 64), (64, 96)] if smoke else [(1280, 640), (640, 640), (3840, 640), (640, 1920)] * 14 + [(24_576, 640)]
     weights = [torch.randn(outs, width) for outs, width in sizes]
     path = "plain" if native() is None else "native"
-    for rows in (4, 8, 16, 32):
+    for rows in (4, 8, 16, 32, 64):
         inputs = {width: torch.randn(rows, width) for _, width in sizes}
         products = lambda product, inputs=inputs: lambda: [product(inputs[weight.shape[1]], weight) for weight in weights]  # noqa: E731
         contenders = {"ours": products(lambda x, w: few_rows(x, w, path=path)), "plain": products(torch.nn.functional.linear)}

@@ -61,7 +61,8 @@ def test_executed_products_are_counted():
     a, b = torch.randn(3, 5), torch.randn(5, 7)
     with executed_flops() as counter:
         a @ b
-    assert counter.get_total_flops() == 2 * 3 * 5 * 7
+        torch.zeros(3, 7).addmm_(a, b)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 5 * 7)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -36,6 +36,24 @@ def test_every_product_is_counted(shape):
     assert counter.get_total_flops() == 2 * 2 * shape[0] * shape[1] * shape[2]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_the_low_rank_term_is_added_and_counted(shape, threads):
+    (rows, width, out), before = shape, torch.get_num_threads()
+    x, weight, bias = operands(*shape)
+    down, up = torch.randn(16, width) / width**0.5, torch.randn(out, 16)
+    truth = x.double() @ (weight.double() + up.double() @ down.double()).T + bias
+    torch.set_num_threads(threads)
+    try:
+        with executed_flops() as counter:
+            found = products.adapted(x, weight, bias, down, up)
+    finally:
+        torch.set_num_threads(before)
+    assert (found - truth).abs().max() < 2e-5
+    assert counter.get_total_flops() == 2 * rows * (width * out + 16 * width + 16 * out)
+
+
 def test_gradients_flow():
     x, weight, bias = operands(8, 640, 640)
     x.requires_grad_()

@@ -1,9 +1,11 @@
-// Six rows of the weight at a time, which stay in the nearest cache while four rows of x after four pass over them: 24 sums in registers.
-// What makes it quick is the prefetch: while six weight rows are used, the next six, which follow in memory, are asked for line by line.
-// The processor's own prefetcher loses track of six interleaved streams.
+// The lanes of a vector are rows of x, so that a weight is read once, multiplied into all rows, and nothing is summed across lanes. x is
+// arranged for that first: for every k the rows' values side by side. Twelve rows of the weight at a time: twelve sums or more in registers.
+// While they are used, the next twelve, which follow in memory, are asked for, one line after each dozen products: in one go they would
+// fill the queue of outstanding lines, and the processor's own prefetcher loses track of twelve interleaved streams.
 
 #include "few_rows.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "lanes.h"
@@ -11,26 +13,20 @@
 namespace vise {
 namespace {
 
-constexpr int kLine = 16;  // floats of a cache line
+constexpr int kLine = 16;  // floats of a cache line, and k's of a step
 
-struct Product {
-    const float *x;
-    std::int64_t rows, width;
-    const float *weight;
-    std::int64_t outs;
-    const float *bias;
-    float *y;
-};
+typedef double Doubles __attribute__((vector_size(64)));
 
-template <int W>
-VISE_INLINE float total(const Vector<W> &value) {
-    if constexpr (W == 4) {
-        return (value[0] + value[1]) + (value[2] + value[3]);
+// `part` times K neighbouring floats, again and again.
+template <int W, int K>
+VISE_INLINE Vector<W> times(const Vector<W> &part, const float *from) {
+    if constexpr (K == 1) {
+        return *from * part;
     } else {
-        Vector<W / 2> low, high;
-        std::memcpy(&low, &value, sizeof low);
-        std::memcpy(&high, reinterpret_cast<const char *>(&value) + sizeof low, sizeof high);
-        return total<W / 2>(low + high);
+        static_assert(K == 2 && W == 16, "pairs are for wide vectors");
+        double pair;
+        std::memcpy(&pair, from, sizeof pair);
+        return (Vector<W>)(pair - Doubles{}) * part;  // minus zero leaves every value what it is, and compiles to nothing
     }
 }
 
@@ -41,67 +37,129 @@ VISE_INLINE Vector<W> load(const float *from) {
     return value;
 }
 
-// `Outs` outputs from `out` on, of `Rows` rows from `row` on. Each step asks for `Lines` lines from `ahead` on, which may lie behind the
-// weight's end: asking is no reading.
-template <int W, int Outs, int Rows, int Lines>
-VISE_INLINE void tile(const Product &p, std::int64_t out, std::int64_t row, const float *&ahead) {
-    const float *w = p.weight + out * p.width, *x = p.x + row * p.width;
-    Vector<W> sums[Outs][Rows] = {};
-    const std::int64_t whole = p.width / W * W;
-    for (std::int64_t k = 0; k < whole; k += W) {
-        for (int line = 0; line < Lines; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-        Vector<W> part[Rows];
-        for (int r = 0; r < Rows; ++r) part[r] = load<W>(x + r * p.width + k);
-        for (int o = 0; o < Outs; ++o) {
-            const Vector<W> weights = load<W>(w + o * p.width + k);
-            for (int r = 0; r < Rows; ++r) sums[o][r] += weights * part[r];
-        }
+// One factor pair: y += x wᵀ; x (rows, width), w (outs, width).
+struct Factors {
+    const float *x, *w;
+    std::int64_t width;
+};
+
+struct Task {
+    Factors main, more;  // more.width may be 0
+    std::int64_t rows, outs;
+    const float *bias;
+    float *y;
+};
+
+// x of at most V vectors of rows: for every K neighbouring k's V vectors, lane row · K + k; zeros beyond the rows and the width.
+template <int W, int K, int V>
+VISE_INLINE void arrange(const Factors &f, std::int64_t first, std::int64_t rows, float *to) {
+    constexpr int kRows = W / K;
+    const std::int64_t padded = (f.width + kLine - 1) / kLine * kLine;
+    if (rows < V * kRows || padded > f.width) std::fill_n(to, padded * V * kRows, 0.0f);
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const float *from = f.x + (first + r) * f.width;
+        float *lane = to + r / kRows * W + r % kRows * K;
+        for (std::int64_t k = 0; k < f.width; ++k) lane[k / K * V * W + k % K] = from[k];
     }
-    float results[Rows][Outs];
-#pragma GCC unroll 6
-    for (int o = 0; o < Outs; ++o)
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) results[r][o] = total<W>(sums[o][r]);
-    for (std::int64_t k = whole; k < p.width; ++k)
-        for (int r = 0; r < Rows; ++r)
-            for (int o = 0; o < Outs; ++o) results[r][o] += w[o * p.width + k] * x[r * p.width + k];
-    for (int r = 0; r < Rows; ++r)
-        for (int o = 0; o < Outs; ++o) p.y[(row + r) * p.outs + out + o] = results[r][o] + (p.bias ? p.bias[out + o] : 0.0f);
 }
 
-// All rows of `Outs` outputs; each of the `passes` over them asks for its share of the next weight rows.
-template <int W, int Outs, int Lines>
-VISE_INLINE void outputs(const Product &p, std::int64_t out) {
-    const float *ahead = p.weight + (out + Outs) * p.width;
-    std::int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) tile<W, Outs, 4, Lines>(p, out, row, ahead);
-    switch (p.rows - row) {
-        case 3: return tile<W, Outs, 3, Lines>(p, out, row, ahead);
-        case 2: return tile<W, Outs, 2, Lines>(p, out, row, ahead);
-        case 1: return tile<W, Outs, 1, Lines>(p, out, row, ahead);
+template <int W, int V, int Outs>
+struct Sums {
+    Vector<W> of[Outs][V] = {};
+};
+
+// Sixteen k's of `Outs` weight rows, `stride` apart. `Asks`: lines asked for meanwhile, from `ahead` on, which may lie behind the weight's
+// end: asking is no reading.
+template <int W, int K, int V, int Outs, int Asks>
+VISE_INLINE void step(Sums<W, V, Outs> &sums, const float *x, const float *w, std::int64_t stride, const float *&ahead) {
+    constexpr int kTurns = kLine / K;
+#pragma GCC unroll 16
+    for (int turn = 0; turn < kTurns; ++turn) {
+        for (int line = turn * Asks / kTurns; line < (turn + 1) * Asks / kTurns; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
+        __asm__ volatile("" ::: "memory");  // or the compiler asks for all lines at once
+        Vector<W> part[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) part[v] = load<W>(x + (turn * V + v) * W);
+#pragma GCC unroll 12
+        for (int o = 0; o < Outs; ++o)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums.of[o][v] += times<W, K>(part[v], w + o * stride + turn * K);
     }
+}
+
+// The products of weight rows `out` ... `out + Outs - 1` with all rows of x.
+template <int W, int K, int V, int Outs, int Asks>
+VISE_INLINE void add(Sums<W, V, Outs> &sums, const float *x, const Factors &f, std::int64_t out, const float *&ahead) {
+    constexpr int kStride = kLine * V * W / K;  // of x, per step
+    const float *w = f.w + out * f.width;
+    std::int64_t k = 0;
+    for (; k + kLine <= f.width; k += kLine, x += kStride) step<W, K, V, Outs, Asks>(sums, x, w + k, f.width, ahead);
+    if (k == f.width) return;
+    float rest[Outs][kLine] = {};
+    for (int o = 0; o < Outs; ++o) std::memcpy(rest[o], w + o * f.width + k, (f.width - k) * sizeof(float));
+    step<W, K, V, Outs, 0>(sums, x, rest[0], kLine, ahead);
+}
+
+template <int W, int K, int V, int Outs, int Asks>
+VISE_INLINE void outputs(const Task &task, std::int64_t first, std::int64_t rows, const float *x, const float *x_more, std::int64_t out) {
+    const float *ahead = task.main.w + (out + Outs) * task.main.width, *ahead_more = task.more.w + (out + Outs) * task.more.width;
+    Sums<W, V, Outs> sums;
+    add<W, K, V, Outs, Asks>(sums, x, task.main, out, ahead);
+    if (task.more.width) add<W, K, V, Outs, Asks>(sums, x_more, task.more, out, ahead_more);
+    float results[Outs][V * W];
+#pragma GCC unroll 12
+    for (int o = 0; o < Outs; ++o)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) std::memcpy(results[o] + v * W, &sums.of[o][v], sizeof(Vector<W>));
+    for (std::int64_t r = 0; r < rows; ++r) {
+        float *y = task.y + (first + r) * task.outs + out;
+        for (int o = 0; o < Outs; ++o) {
+            float total = task.bias ? task.bias[out + o] : 0.0f;
+            for (int k = 0; k < K; ++k) total += results[o][r * K + k];
+            y[o] = total;
+        }
+    }
+}
+
+// `rows` rows from `first` on, which fill V vectors.
+template <int W, int K, int V>
+VISE_INLINE void group(const Task &task, std::int64_t first, std::int64_t rows) {
+    constexpr int kSums = W == 16 ? 24 : 12;  // AVX2 and SSE2 have half the registers
+    constexpr int kOuts = kSums / V < 12 ? kSums / V : 12;
+    thread_local Buffer<float> held;
+    const auto room = [](const Factors &f) { return (f.width + kLine - 1) / kLine * kLine * V * W / K; };
+    float *x = held.at_least(room(task.main) + room(task.more)), *x_more = x + room(task.main);
+    arrange<W, K, V>(task.main, first, rows, x);
+    arrange<W, K, V>(task.more, first, rows, x_more);
+    std::int64_t out = 0;
+    for (; out + kOuts <= task.outs; out += kOuts) outputs<W, K, V, kOuts, kOuts>(task, first, rows, x, x_more, out);
+    for (; out + 4 <= task.outs; out += 4) outputs<W, K, V, 4, 0>(task, first, rows, x, x_more, out);
+    for (; out < task.outs; ++out) outputs<W, K, V, 1, 0>(task, first, rows, x, x_more, out);
 }
 
 struct Whole {
     template <int W>
-    VISE_INLINE void operator()(const Product &p) const {
-        constexpr int kOuts = W == 16 ? 6 : 2;  // AVX2 and SSE2 have half the registers
-        constexpr int kLines = (kOuts * W + kLine - 1) / kLine;  // of a step through all of them
-        const std::int64_t passes = (p.rows + 3) / 4;
-        std::int64_t out = 0;
-        for (; out + kOuts <= p.outs; out += kOuts) {
-            if (passes == 1) outputs<W, kOuts, kLines>(p, out);
-            else if (passes == 2) outputs<W, kOuts, (kLines + 1) / 2>(p, out);
-            else outputs<W, kOuts, (kLines + 2) / 3>(p, out);
+    VISE_INLINE void operator()(const Task &task) const {
+        if constexpr (W == 16) {
+            if (task.rows <= W / 2) return group<W, 2, 1>(task, 0, task.rows);
         }
-        for (; out < p.outs; ++out) outputs<W, 1, 0>(p, out);
+        for (std::int64_t first = 0; first < task.rows; first += 4 * W) {
+            const std::int64_t rows = std::min<std::int64_t>(task.rows - first, 4 * W);
+            switch ((rows + W - 1) / W) {
+                case 1: group<W, 1, 1>(task, first, rows); break;
+                case 2: group<W, 1, 2>(task, first, rows); break;
+                case 3: group<W, 1, 3>(task, first, rows); break;
+                case 4: group<W, 1, 4>(task, first, rows); break;
+            }
+        }
     }
 };
 
 }  // namespace
 
-void few_rows(const float *x, std::int64_t rows, std::int64_t width, const float *weight, std::int64_t outs, const float *bias, float *y) {
-    widest(Whole(), Product{x, rows, width, weight, outs, bias, y});
+void few_rows(const float *x, std::int64_t rows, std::int64_t width, const float *weight, std::int64_t outs, const float *bias, const float *low,
+              std::int64_t rank, const float *up, float *y) {
+    widest(Whole(), Task{{x, weight, width}, {low, up, rank}, rows, outs, bias, y});
 }
 
 }  // namespace vise

@@ -5,7 +5,9 @@
 
 namespace vise {
 
-// y (rows, outs) = x (rows, width) times weight (outs, width), plus bias (outs,) unless null. All float32 and contiguous. One thread.
-void few_rows(const float *x, std::int64_t rows, std::int64_t width, const float *weight, std::int64_t outs, const float *bias, float *y);
+// y (rows, outs) = x (rows, width) times weight (outs, width), plus low (rows, rank) times up (outs, rank) unless rank is 0, plus bias (outs,)
+// unless null. All float32 and contiguous. One thread.
+void few_rows(const float *x, std::int64_t rows, std::int64_t width, const float *weight, std::int64_t outs, const float *bias, const float *low,
+              std::int64_t rank, const float *up, float *y);
 
 }  // namespace vise

@@ -207,10 +207,11 @@ void sample(Weights logits, Temperatures temperature, Longs seed, Longs position
 }
 
 // Addresses, not arrays: of the microseconds that a call takes, importing three tensors would be most. few_rows.py checks what they are.
-void few_rows(std::uintptr_t x, std::int64_t rows, std::int64_t width, std::uintptr_t weight, std::int64_t outs, std::uintptr_t bias, std::uintptr_t y) {
+void few_rows(std::uintptr_t x, std::int64_t rows, std::int64_t width, std::uintptr_t weight, std::int64_t outs, std::uintptr_t bias, std::uintptr_t low,
+              std::int64_t rank, std::uintptr_t up, std::uintptr_t y) {
+    const auto floats = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
     nb::gil_scoped_release release;
-    vise::few_rows(reinterpret_cast<const float*>(x), rows, width, reinterpret_cast<const float*>(weight), outs, reinterpret_cast<const float*>(bias),
-                   reinterpret_cast<float*>(y));
+    vise::few_rows(floats(x), rows, width, floats(weight), outs, floats(bias), floats(low), rank, floats(up), reinterpret_cast<float*>(y));
 }
 
 }  // namespace
@@ -219,7 +220,7 @@ NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of vise_kernels. Called by the op files, which allocate and document.";
     m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
-    m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "y"_a);
+    m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "low"_a, "rank"_a, "up"_a, "y"_a);
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);

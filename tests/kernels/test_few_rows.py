@@ -8,7 +8,7 @@ from vise_kernels.dispatch import native
 from vise_kernels.few_rows import LARGE, gains
 
 NATIVE = pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
-SHAPES = [(rows, width, outs) for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 33) for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))]
+SHAPES = [(rows, width, outs) for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 49, 64, 65, 131) for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))]
 
 
 def operands(rows, width, outs):
@@ -17,16 +17,33 @@ def operands(rows, width, outs):
     return draw(rows, width), draw(outs, width) / width**0.5, draw(outs)
 
 
+def within_rounding(found, x, weight, bias=None, low=None, up=None):
+    """Eight units in the last place of the sum of magnitudes: a sum of n products may be off by n of them."""
+    operands = [None if t is None else t.double() for t in (x, weight, bias, low, up)]
+    truth = few_rows(*operands, path="plain")
+    magnitude = few_rows(*[None if t is None else t.abs() for t in operands], path="plain")
+    assert found.shape == truth.shape and found.dtype == torch.float32
+    return bool(((found - truth).abs() <= 8 * 2**-24 * magnitude).all())
+
+
 @NATIVE
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_those_of_the_plain_product(shape, biased):
     x, weight, bias = operands(*shape)
     bias = bias if biased else None
-    truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    found, plain = (few_rows(x, weight, bias, path=path) for path in ("native", "plain"))
-    assert found.shape == truth.shape and found.dtype == torch.float32
-    assert (found - truth).abs().max() <= max(2 * (plain - truth).abs().max().item(), 3e-6)
+    for path in ("native", "plain"):
+        assert within_rounding(few_rows(x, weight, bias, path=path), x, weight, bias)
+
+
+@NATIVE
+@pytest.mark.parametrize("rank", [1, 16, 19, 48])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_low_rank_term_is_added(shape, rank):
+    x, weight, bias = operands(*shape)
+    low, up, _ = operands(shape[0], rank, shape[2])
+    for path in ("native", "plain"):
+        assert within_rounding(few_rows(x, weight, bias, low, up, path=path), x, weight, bias, low, up)
 
 
 @NATIVE
@@ -76,7 +93,7 @@ def test_it_is_taken_on_one_thread_for_few_rows_and_a_large_weight():
         torch.set_num_threads(1)
         assert gains(torch.zeros(8, 64), large)
         assert not gains(torch.zeros(8, 64), small) and not gains(torch.zeros(500, 64), large) and not gains(torch.zeros(1, 64), large)
-        assert not gains(torch.zeros(16, 1920), torch.zeros(640, 1920))
+        assert gains(torch.zeros(16, 1920), torch.zeros(640, 1920)) and not gains(torch.zeros(64, 4096), torch.zeros(640, 4096))
         assert not gains(torch.zeros(8, 64, dtype=torch.float64), large.double())
         assert not gains(torch.zeros(8, 64, requires_grad=True), large)
         torch.set_num_threads(2)
@@ -96,6 +113,8 @@ def test_gradients_flow_by_itself():
 @pytest.mark.parametrize("spoil, words", [
     (lambda x, w, b: (x.double(), w.double(), None), "float32"), (lambda x, w, b: (x.requires_grad_(), w, b), "gradients"),
     (lambda x, w, b: (x, w[:, :-1], b), "do not fit"), (lambda x, w, b: (x, w, b[:-1]), "do not fit"),
+    (lambda x, w, b: (x, w, b, x[:, :3], w[:, :4]), "do not fit"), (lambda x, w, b: (x, w, b, x[:-1, :4], w[:, :4]), "do not fit"),
+    (lambda x, w, b: (x, w, b, x[:, :4]), "do not fit"),
 ])  # fmt: skip
 def test_what_it_cannot_take_is_refused(spoil, words):
     with pytest.raises(ValueError, match=words):

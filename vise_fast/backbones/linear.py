@@ -154,6 +154,8 @@ class FusedLinear:
         return y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
+        if self.stacked and pack is not None and len(pack.up) == 1:
+            return products.adapted(x, self.weight, self.bias, pack.down, pack.up[0])
         if self.stacked:
             y = products.linear(x, self.weight, self.bias)
         else:

@@ -1,7 +1,7 @@
 """Two products where something beats torch's own on a CPU in fp32, without gradients: few rows against a large weight, and linear + GELU.
 
-MKL packs the weight before it multiplies; with a few rows that takes longer than the product. On one thread our kernel reads it at the
-memory's speed (8 rows, the 340 MB of a decode step: 0.47 of MKL's time, 0.71 of oneDNN's), on several oneDNN is as quick and starts no threads.
+MKL packs the weight before it multiplies; with a few rows that takes longer than the product. On one thread our kernel reads it once, at nearly
+the memory's speed, and adds the low-rank term in passing; on several oneDNN is as quick and starts no threads.
 And oneDNN applies the tanh form of GELU while the product is in the cache, where torch's own kernel is slow.
 The plain versions are F.linear and F.gelu; they run wherever an operator is absent, elsewhere than on a CPU, and under autograd.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import mm_flop, register_flop_formula
-from vise_kernels.few_rows import few_rows, gains
+from vise_kernels.few_rows import gains
 
 FEW_ROWS = range(3, 65)  # fewer: MKL streams the weight too; more: both run at the cores' speed
 LARGE = 2**18  # elements of a weight; a call costs oneDNN about 10 us more than MKL
@@ -25,7 +25,9 @@ def _flops(x: tuple[int, int], weight: tuple[int, int], *args, out_shape=None, *
     return mm_flop(x, weight[::-1])
 
 
-register_flop_formula(torch.ops.vise_kernels.few_rows)(_flops)
+@register_flop_formula(torch.ops.vise_kernels.few_rows)
+def _few_rows_flops(x, weight, bias=None, low=None, up=None, *args, out_shape=None, **kwargs) -> int:
+    return _flops(x, weight) + (0 if low is None else _flops(low, up))
 
 
 @functools.cache
@@ -40,11 +42,19 @@ def _operator():
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (n, in) times weight (out, in), plus bias (out,)."""
-    if len(x) not in FEW_ROWS or weight.numel() < LARGE or not _applies(x):
+    if not _few(x, weight):
         return F.linear(x, weight, bias)
     if gains(x, weight):
-        return few_rows(x, weight, bias, path="native")
+        return torch.ops.vise_kernels.few_rows(x, weight, bias, None, None)
     return F.linear(x, weight, bias) if _operator() is None else _operator()(x, weight, bias, "none", [], None)
+
+
+def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    """`linear`, plus x times down (r, in) times up (out, r)."""
+    low = F.linear(x, down)
+    if _few(x, weight) and gains(x, weight):
+        return torch.ops.vise_kernels.few_rows(x, weight, bias, low, up)
+    return linear(x, weight, bias).addmm_(low, up.T)
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,6 +62,10 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _applies(x) and _operator() is not None:
         return _operator()(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    return len(x) in FEW_ROWS and weight.numel() >= LARGE and _applies(x)
 
 
 def _applies(x: Tensor) -> bool:
