@@ -13,9 +13,12 @@
 
 #include "few_rows.h"
 #include "ghost.h"
+#include "heads.h"
 #include "patchify.h"
 #include "resize.h"
+#include "rms_norm.h"
 #include "sample.h"
+#include "swiglu.h"
 #include "token_logprob.h"
 #include "warp.h"
 
@@ -206,12 +209,55 @@ void sample(Weights logits, Temperatures temperature, Longs seed, Longs position
                                 entropy.data(), threads);
 }
 
-// Addresses, not arrays: of the microseconds that a call takes, importing three tensors would be most. few_rows.py checks what they are.
-void few_rows(std::uintptr_t x, std::int64_t rows, std::int64_t width, std::uintptr_t weight, std::int64_t outs, std::uintptr_t bias, std::uintptr_t low,
-              std::int64_t rank, std::uintptr_t up, std::uintptr_t y) {
-    const auto floats = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
+// From here on addresses, not arrays: of the microseconds that a call takes, importing the tensors would be most. The op files check what
+// they are.
+using Address = std::uintptr_t;
+
+const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
+float* result(Address address) { return reinterpret_cast<float*>(address); }
+
+void few_rows(Address x, std::int64_t rows, std::int64_t width, Address weight, std::int64_t outs, Address bias, Address low, std::int64_t rank,
+              Address up, Address y) {
     nb::gil_scoped_release release;
-    vise::few_rows(floats(x), rows, width, floats(weight), outs, floats(bias), floats(low), rank, floats(up), reinterpret_cast<float*>(y));
+    vise::few_rows(floats(x), rows, width, floats(weight), outs, floats(bias), floats(low), rank, floats(up), result(y));
+}
+
+void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, Address z, int threads) {
+    nb::gil_scoped_release release;
+    vise::rms_norm(floats(x), floats(weight), rows, width, eps, result(z), threads);
+}
+
+void rms_norm_backward(Address x, Address weight, Address dz, std::int64_t rows, std::int64_t width, float eps, Address dx, int threads) {
+    nb::gil_scoped_release release;
+    vise::rms_norm_backward(floats(x), floats(weight), floats(dz), rows, width, eps, result(dx), threads);
+}
+
+void swiglu(Address x, std::int64_t rows, std::int64_t width, Address z, int threads) {
+    nb::gil_scoped_release release;
+    vise::swiglu(floats(x), rows, width, result(z), threads);
+}
+
+void swiglu_backward(Address x, Address dz, std::int64_t rows, std::int64_t width, Address dx, int threads) {
+    nb::gil_scoped_release release;
+    vise::swiglu_backward(floats(x), floats(dz), rows, width, result(dx), threads);
+}
+
+vise::Heads to_heads(const std::vector<std::int64_t>& sizes, const std::vector<Address>& tables, float eps) {
+    require(sizes.size() == 4 && tables.size() == 4, "four sizes, four tables");
+    return {sizes[0], sizes[1], sizes[2], sizes[3], floats(tables[0]), floats(tables[1]), floats(tables[2]), floats(tables[3]), eps};
+}
+
+void heads(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address q, Address k, Address v, int threads) {
+    const vise::Heads heads = to_heads(sizes, tables, eps);
+    nb::gil_scoped_release release;
+    vise::heads(heads, floats(qkv), result(q), result(k), result(v), threads);
+}
+
+void heads_backward(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address dq, Address dk, Address dv,
+                    Address dqkv, int threads) {
+    const vise::Heads heads = to_heads(sizes, tables, eps);
+    nb::gil_scoped_release release;
+    vise::heads_backward(heads, floats(qkv), floats(dq), floats(dk), floats(dv), result(dqkv), threads);
 }
 
 }  // namespace
@@ -221,6 +267,12 @@ NB_MODULE(_native, m) {
     m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
     m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "low"_a, "rank"_a, "up"_a, "y"_a);
+    m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "v"_a, "threads"_a);
+    m.def("heads_backward", &heads_backward, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "dq"_a, "dk"_a, "dv"_a, "dqkv"_a, "threads"_a);
+    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "rows"_a, "width"_a, "eps"_a, "z"_a, "threads"_a);
+    m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "dz"_a, "rows"_a, "width"_a, "eps"_a, "dx"_a, "threads"_a);
+    m.def("swiglu", &swiglu, "x"_a, "rows"_a, "width"_a, "z"_a, "threads"_a);
+    m.def("swiglu_backward", &swiglu_backward, "x"_a, "dz"_a, "rows"_a, "width"_a, "dx"_a, "threads"_a);
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -33,6 +34,18 @@ void for_each_parallel(std::size_t count, int threads, const Work& work) {
     worker();
     for (std::thread& thread : pool) thread.join();
     if (failure) std::rethrow_exception(failure);
+}
+
+// range(first, last) over 0..count-1 in one stretch per thread; on one thread a plain call.
+template <class Range>
+void for_each_stretch(std::int64_t count, int threads, const Range& range) {
+    struct None {};
+    const std::int64_t stretch = (count + threads - 1) / std::max(threads, 1);
+    if (threads <= 1 || stretch == 0) return range(std::int64_t{0}, count);
+    for_each_parallel<None>((count + stretch - 1) / stretch, threads, [&](std::size_t i, None&) {
+        const std::int64_t first = static_cast<std::int64_t>(i) * stretch;
+        range(first, std::min(first + stretch, count));
+    });
 }
 
 }  // namespace vise

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 
+#include "exponential.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -19,14 +20,6 @@ namespace {
 
 constexpr std::int64_t kBlock = 2048;  // columns between two looks at the maximum; 8 KB of float32 stays in the first cache
 constexpr float kLowest = -std::numeric_limits<float>::max();
-
-template <class To, class From>
-VISE_INLINE To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "same size");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 struct Brain {  // bfloat16: the upper half of a float32
     std::uint16_t bits;
@@ -42,23 +35,6 @@ VISE_INLINE void store(Brain &to, float value) {
     const std::uint32_t bits = bits_as<std::uint32_t>(value);
     const std::uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);  // to nearest, ties to even
     to.bits = std::uint16_t((value == value ? rounded : bits | 0x00400000u) >> 16);  // a nan must not round to infinity
-}
-
-// z cut off at -87, below which exp(z) is subnormal; nan stays nan.
-VISE_INLINE float cut(float z) { return z < -87.0f ? -87.0f : z; }
-
-// exp of -87 <= z <= 0; nan for nan. 2^n exp(r), n the nearest integer to z / ln 2, exp(r) a polynomial fitted on
-// [-ln 2 / 2, ln 2 / 2] for the smallest relative error (2e-9). The error of n ln 2 in one float grows with n, as exp(-n) falls.
-VISE_INLINE float exp_negative(float z) {
-    const float shifted = z * 1.44269504088896341f + 12583039.0f;  // 1.5 * 2^23 + 127: the low bits are n + 127
-    const float r = z - (shifted - 12583039.0f) * 0.693147180559945309f;
-    float p = r * 1.3843653e-3f + 8.374155317e-3f;
-    p = p * r + 4.1668002036e-2f;
-    p = p * r + 1.66664312625e-1f;
-    p = p * r + 4.99999942090e-1f;
-    p = p * r + 1.00000003217f;
-    p = p * r + 1.0f;
-    return p * bits_as<float>(bits_as<std::uint32_t>(shifted) << 23);
 }
 
 struct Sums {

@@ -7,11 +7,17 @@ from vise_kernels.decode_attention import decode_attention
 from vise_kernels.dispatch import available, prefer
 from vise_kernels.few_rows import few_rows
 from vise_kernels.ghost import ghost
+from vise_kernels.heads import heads, heads_backward
 from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
 from vise_kernels.patchify import patchify
 from vise_kernels.resize import resize
+from vise_kernels.rms_norm import rms_norm, rms_norm_backward
 from vise_kernels.sample import sample
+from vise_kernels.swiglu import swiglu, swiglu_backward
 from vise_kernels.token_logprob import token_logprob
 from vise_kernels.views import warp
 
-__all__ = ["available", "decode_attention", "few_rows", "ghost", "linear_logprob", "linear_logprob_kl", "patchify", "prefer", "resize", "sample", "token_logprob", "warp"]
+__all__ = [
+    "available", "decode_attention", "few_rows", "ghost", "heads", "heads_backward", "linear_logprob", "linear_logprob_kl", "patchify", "prefer",
+    "resize", "rms_norm", "rms_norm_backward", "sample", "swiglu", "swiglu_backward", "token_logprob", "warp",
+]  # fmt: skip

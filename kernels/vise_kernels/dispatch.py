@@ -31,10 +31,14 @@ NATIVE_OPS = {
     "linear_logprob_kl": False,
     "sample": True,
     "few_rows": True,
+    "rms_norm": True,
+    "heads": True,
+    "swiglu": True,
     "decode_attention": False,  # engine.py has a CPU's own way to decode
 }
-CPU_ONLY = {"few_rows"}  # no Triton version
+CPU_ONLY = {"few_rows", "rms_norm"}  # no Triton version
 PATHS = ("plain", "native", "triton")
+FLOATS = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
 
 
@@ -76,6 +80,34 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
     if obstacle:
         raise ValueError(f"{op}: path {path!r} cannot run here: {obstacle}")
     return Choice(path, "asked for")
+
+
+def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None) -> str:
+    """The path of an op whose fast paths record no gradients: native takes float32, Triton the usual floats. ValueError as `choose`."""
+    operands = [t for t in operands if t is not None]
+    chosen = choose(op, operands[0].device, path).path
+    if chosen == "plain":
+        return chosen
+    obstacle = _no_gradients(chosen, operands)
+    if obstacle is None:
+        return chosen
+    if path is None:
+        return "plain"
+    raise ValueError(f"{op}: path {path!r} cannot run here: {obstacle}")
+
+
+def _no_gradients(path: str, operands: list[torch.Tensor]) -> str | None:
+    device, taken = operands[0].device, FLOATS[path]
+    if any(t.dtype not in taken or t.device != device for t in operands):
+        return "it takes float32 on a CPU" if path == "native" else "it takes float32, bfloat16 and float16 of one device"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        return "it has no gradients"
+    return None
+
+
+def threads_for(elements: int) -> int:
+    """Threads worth starting for a pass over so many elements."""
+    return min(torch.get_num_threads(), 1 + elements // 2**18)
 
 
 def prefer(path: str | None) -> None:

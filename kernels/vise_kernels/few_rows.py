@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vise_kernels.dispatch import choose, native
+from vise_kernels.dispatch import native, without_gradients
 
 ROWS = range(3, 65)  # one and two: PyTorch streams the weight too; more: libraries are as quick
 LARGE = 2**18  # elements of a weight; smaller ones lie in the cache, arranged or not
@@ -21,7 +21,7 @@ NEAR = 2**17  # elements of x; more do not stay in the second cache while the we
 def gains(x: Tensor, weight: Tensor) -> bool:
     """Whether the native path is there, can take these operands and is the quicker one for them."""
     sized = len(x) in ROWS and x.numel() <= NEAR and weight.numel() >= LARGE and torch.get_num_threads() == 1
-    return sized and _obstacle(x, weight) is None and choose("few_rows", x.device).path == "native"
+    return sized and without_gradients("few_rows", None, x, weight) == "native"
 
 
 def few_rows(
@@ -33,23 +33,10 @@ def few_rows(
     """
     if path is None:
         path = "native" if gains(x, weight) else "plain"
-    if choose("few_rows", x.device, path).path == "plain":
-        y = F.linear(x, weight, bias)
-        return y if low is None else y + F.linear(low, up)
-    obstacle = _obstacle(x, weight, bias, low, up)
-    if obstacle:
-        raise ValueError(f"few_rows: path {path!r} cannot run here: {obstacle}")
-    return torch.ops.vise_kernels.few_rows(x, weight, bias, low, up)
-
-
-def _obstacle(*operands: Tensor | None) -> str | None:
-    """Why the native path cannot take these operands, or None."""
-    operands = [t for t in operands if t is not None]
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in operands):
-        return "it takes float32 on a CPU"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return "it has no gradients"
-    return None
+    if without_gradients("few_rows", path, x, weight, bias, low, up) == "native":
+        return torch.ops.vise_kernels.few_rows(x, weight, bias, low, up)
+    y = F.linear(x, weight, bias)
+    return y if low is None else y + F.linear(low, up)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:

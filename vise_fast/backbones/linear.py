@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 
 from vise_fast import quantise
 from vise_fast.backbones import products
@@ -28,9 +29,10 @@ from vise_fast.backbones import products
 ADAPTER = "default"
 BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
 Before = Callable[[Tensor], Tensor]
-"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass."""
-Pull = Callable[[Tensor], Tensor]
-"""dL/dz to dL/dx of z = before(x). A `Before` may bring its own: by `gradient(x, dz)`, or by `pull(x) -> (z, Pull)` where both share work."""
+"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass.
+
+It may bring its own `gradient(x, dz)`, dL/dx from dL/dz.
+"""
 
 
 class Pack(NamedTuple):
@@ -56,65 +58,26 @@ class Pack(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm with a frozen weight (in,), or (heads, in) for rows of heads.
-
-    On a CPU in fp32 forward and gradient are written out: torch has no kernel there and makes five passes over memory, these make three.
-    """
+    """RMS norm with a frozen weight (in,)."""
 
     weight: Tensor
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _fp32_on_cpu(x):
-            return (x * self._inverse(x)).mul_(self.weight)
-        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight if self.weight.dim() > 1 else F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-    def pull(self, x: Tensor) -> tuple[Tensor, Pull]:
-        """The norm once more, and what takes dL/dz, which it overwrites, to dL/dx."""
-        if not _fp32_on_cpu(x):
-            return self(x), lambda dz: _by_autograd(self, x, dz)
-        inverse = self._inverse(x)
-        unit = x * inverse
-        return unit * self.weight, lambda dz: self._gradient(unit, inverse, dz)
+        return rms_norm(x, self.weight, self.eps)
 
     def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
-        """dL/dx from dL/dz, which it overwrites."""
-        if not _fp32_on_cpu(x):
-            return _by_autograd(self, x, dz)
-        inverse = self._inverse(x)
-        return self._gradient(x * inverse, inverse, dz)
-
-    def _gradient(self, unit: Tensor, inverse: Tensor, dz: Tensor) -> Tensor:
-        dz.mul_(self.weight)
-        along = (dz * unit).mean(-1, keepdim=True)
-        return dz.addcmul_(unit, along, value=-1).mul_(inverse)
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        """1 / root mean square of each row, (..., 1)."""
-        length, size = torch.linalg.vector_norm(x, dim=-1, keepdim=True), x.shape[-1]
-        return torch.addcmul(x.new_full((), self.eps), length, length, value=1 / size).rsqrt_()
+        return rms_norm_backward(x, self.weight, dz, self.eps)
 
 
 class Swiglu:
-    """(n, 2·in), gate and up side by side, to silu(gate) · up (n, in). Its gradient by hand: autograd's keeps twice as much in flight."""
+    """(n, 2·in), gate and up side by side, to silu(gate) · up (n, in)."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up) if not torch.is_grad_enabled() else F.silu(gate) * up
+        return swiglu(x)
 
-    def pull(self, x: Tensor) -> tuple[Tensor, Pull]:
-        """The product once more, and what takes dL/dz, which it overwrites, to dL/dx."""
-        gate, up = x.chunk(2, -1)
-        kept = [F.silu(gate)]
-
-        def gradient(dz: Tensor) -> Tensor:
-            dx = torch.empty_like(x)
-            dgate, dup = dx.chunk(2, -1)
-            torch.mul(dz, kept.pop(), out=dup)
-            torch.ops.aten.silu_backward.grad_input(dz.mul_(up), gate, grad_input=dgate)
-            return dx
-
-        return kept[0] * up, gradient
+    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        return swiglu_backward(x, dz)
 
 
 class FusedLinear:
@@ -195,33 +158,22 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
-        low, (z, pull) = pack.lower(grad), _pull(ctx.before, x)
-        factors = linear._factor_gradients(z, low, grad, pack.down)
+        low = pack.lower(grad)
+        factors = linear._factor_gradients(x if ctx.before is None else ctx.before(x), low, grad, pack.down)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *factors
-        del z
         dz = linear._input_gradient(grad).addmm_(low, pack.down)
-        return pull(dz), None, None, None, *factors
+        return dz if ctx.before is None else _gradient(ctx.before, x, dz), None, None, None, *factors
 
 
-def _pull(before: Before | None, x: Tensor) -> tuple[Tensor, Pull]:
-    """z = before(x), and what takes dL/dz to dL/dx."""
-    if before is None:
-        return x, lambda dz: dz
-    if hasattr(before, "pull"):
-        return before.pull(x)
-    return before(x), lambda dz: _by_autograd(before, x, dz)
-
-
-def _by_autograd(before: Before, x: Tensor, dz: Tensor) -> Tensor:
+def _gradient(function: Before, x: Tensor, dz: Tensor) -> Tensor:
+    """dL/dx of z = function(x)."""
+    if hasattr(function, "gradient"):
+        return function.gradient(x, dz)
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
-        z = before(leaf)
+        z = function(leaf)
     return torch.autograd.grad(z, leaf, dz)[0]
-
-
-def _fp32_on_cpu(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def recomputed(function: Before, x: Tensor) -> Tensor:
@@ -239,8 +191,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (x,), function = ctx.saved_tensors, ctx.function
-        return function.gradient(x, grad.clone()) if hasattr(function, "gradient") else _by_autograd(function, x, grad), None
+        return _gradient(ctx.function, *ctx.saved_tensors, grad), None
 
 
 def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from vise_kernels import patchify
+from vise_kernels import heads, heads_backward, patchify
+from vise_kernels.heads import Parts, Turn
 
 from vise_fast.attention import Grid, Part, attend
 from vise_fast.backbones.linear import FusedLinear, Norm, Pack, Swiglu, recomputed
@@ -295,9 +296,8 @@ class Backbone:
         return F.embedding(ids, self.text.embed_tokens.weight)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (n, 1, D) in fp32 for positions (3, n); the three axes interleave as mrope_section says."""
+        """cos, sin (n, D / 2) in fp32 for positions (3, n); the three axes interleave as mrope_section says."""
         angles = positions[self.rope_axis].T.float() * self.rope_inverse
-        angles = torch.cat([angles, angles], 1)[:, None]
         return angles.cos(), angles.sin()
 
     def forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
@@ -349,10 +349,7 @@ class Backbone:
 
     def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
-        qkv = layer.linears[0](x, pack, layer.norm1).view(x.shape[0], -1, self.head_dim)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        q, k = recomputed(_Heads(layer.qk_norm, cos, sin), qk).split([self.heads, self.kv_heads], 1)
-        return q, k, v
+        return _parted(layer.linears[0](x, pack, layer.norm1), Turn(*layer.qk_norms, cos, sin, self.eps), self.heads)
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
         return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], SWIGLU)
@@ -374,7 +371,7 @@ class Backbone:
             out = see(index, *self._qkv(layer, x, cos, sin, packs[0]))
             x = x + layer.linears[1](out.flatten(1), packs[1])
             x = self._mlp(layer, x, packs)
-        return F.rms_norm(x, (x.shape[-1],), self.text.norm.weight, self.eps)
+        return Norm(self.text.norm.weight, self.eps)(x)
 
     def growing(self, parents: list[tuple[Segment, Grid | None]], buffer: Segment, at: int) -> See:
         """For `decode`: rows see their parents and what `buffer` holds; the new keys and values go to its place `at`."""
@@ -406,8 +403,7 @@ class _Layer:
         self.norm1, self.norm2 = Norm(layer.input_layernorm.weight, eps), Norm(layer.post_attention_layernorm.weight, eps)
         qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
         self.linears = [qkv, FusedLinear([attn.o_proj]), FusedLinear([mlp.gate_proj, mlp.up_proj]), FusedLinear([mlp.down_proj])]
-        heads, kv = attn.config.num_attention_heads, attn.config.num_key_value_heads
-        self.qk_norm = Norm(torch.cat([attn.q_norm.weight.expand(heads, -1), attn.k_norm.weight.expand(kv, -1)]).detach(), eps)
+        self.qk_norms = attn.q_norm.weight, attn.k_norm.weight
 
 
 class _Merger:
@@ -422,20 +418,22 @@ class _Merger:
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """Norm and rotation of queries and keys (n, heads, D)."""
+def _parted(qkv: Tensor, turn: Turn, queries: int) -> Parts:
+    """`heads`, differentiable in qkv, of which alone is saved."""
+    return Parts(*_Parted.apply(qkv, turn, queries)) if torch.is_grad_enabled() else heads(qkv, turn, queries)
 
-    norm: Norm
-    cos: Tensor
-    sin: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _rotate(self.norm(x), self.cos, self.sin)
+class _Parted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, turn: Turn, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv)
+        ctx.turn = turn
+        return tuple(heads(qkv, turn, queries))
 
-    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
-        """A rotation's gradient is turned back by the same angle."""
-        return self.norm.gradient(x, _turn(dz, self.cos, self.sin, direction=-1))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        return heads_backward(*ctx.saved_tensors, ctx.turn, Parts(dq, dk, dv)), None, None
 
 
 def _compact(x: Tensor) -> Tensor:
@@ -444,31 +442,13 @@ def _compact(x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin."""
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
+    """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin; without gradients."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     out = wide * cos
     (left, right), (low, high), (before, after) = wide.chunk(2, -1), out.chunk(2, -1), sin.chunk(2, -1)
-    low.addcmul_(right, before, value=-direction)
-    high.addcmul_(left, after, value=direction)
+    low.addcmul_(right, before, value=-1)
+    high.addcmul_(left, after)
     return out.to(x.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    """A rotation; its gradient is turned back by the same angle."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return _turn(grad, *ctx.saved_tensors, direction=-1), None, None
 
 
 def _slices(patches: Tensor, grids: list[tuple[int, int]], most: int) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:

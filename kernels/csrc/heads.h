@@ -1,0 +1,22 @@
+// Queries, keys and values out of one product, the first two normed and rotated, and back; the formulas stand in vise_kernels/heads.py.
+#pragma once
+
+#include <cstdint>
+
+namespace vise {
+
+// Rows of `queries` + 2 · `keys` heads of 2 · `half` numbers. Everything float32 and contiguous.
+struct Heads {
+    std::int64_t rows, queries, keys, half;
+    const float *q_weight, *k_weight;  // (2 half,)
+    const float *cos, *sin;            // (rows, half)
+    float eps;
+};
+
+// q (rows, queries, 2 half), k and v (rows, keys, 2 half) from qkv (rows, queries + 2 keys, 2 half).
+void heads(const Heads &heads, const float *qkv, float *q, float *k, float *v, int threads);
+
+// dL/dqkv from qkv and dL/dq, dL/dk, dL/dv.
+void heads_backward(const Heads &heads, const float *qkv, const float *dq, const float *dk, const float *dv, float *dqkv, int threads);
+
+}  // namespace vise
