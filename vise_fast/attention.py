@@ -4,7 +4,7 @@ A row (one sequence of new tokens) sees *parts*. A part is a bank of keys and va
 many rows may share an entry (all samples of one image share its prefix), and then the entry is read once, never copied. Each part
 yields an output and a log-sum-exp; the parts are merged by their log-sum-exp (Milakov & Gimelshein 2018, "Online normalizer
 calculation for softmax"), and the backward pass of each part uses the merged output and log-sum-exp, which is exact because a part's
-softmax weights are exp(score - merged log-sum-exp).
+softmax weights are exp(score - merged log-sum-exp). On a CPU in fp32 one kernel goes forward over all parts at once instead.
 
 Shapes: N rows, T new tokens per row, M entries, F rows per entry, S keys per entry, H query heads, KV key heads, D head dimension.
 `attend` is the fast path (torch's fused kernels, see flash.py), `attend_plain` the same formula with everything written out.
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vise_kernels import attention
+from vise_kernels.attention import DIM_STEP, Bank
+from vise_kernels.dispatch import choose as choose_kernel
 
 from vise_fast.flash import BIAS_ROW, choose, kernel
 
@@ -140,11 +143,26 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return merged, total
 
 
+def _in_one(q: Tensor, parts: list[Part]) -> bool:
+    """Whether one kernel takes all parts: several new tokens, no bias. For one token a row torch's is the quicker one."""
+    fits = q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[1] > 1 and q.shape[3] % DIM_STEP == 0
+    plain = any(part.bias is not None for part in parts) or any(part.causal for part in parts[:-1])
+    return fits and not plain and choose_kernel("attention", q.device).path == "native"
+
+
+def _forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
+    """Output (N, T, H, D) and log-sum-exp (N, T, H) over all parts; without gradients."""
+    if _in_one(q, parts):
+        banks = [Bank(part.keys, part.values, None if part.grid is None else part.grid.owner, part.lengths) for part in parts]
+        return attention(q, banks, scale=scale, causal=parts[-1].causal, path="native")
+    results = [_part_forward(part, q, scale) for part in parts]
+    return _merge([r[0] for r in results], [r[1] for r in results])
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, scale: float, parts: list[Part], *banks: Tensor) -> Tensor:
-        results = [_part_forward(part, q, scale) for part in parts]
-        out, lse = _merge([r[0] for r in results], [r[1] for r in results])
+        out, lse = _forward(q, parts, scale)
         ctx.save_for_backward(q, out, lse, *banks)
         ctx.scale, ctx.shapes = scale, [(p.lengths, p.grid, p.causal, p.bias) for p in parts]
         return out
@@ -167,10 +185,9 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
         return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])
-    if len(parts) == 1:
+    if len(parts) == 1 and q.shape[1] == 1:
         return _part_output(parts[0], q, scale)
-    results = [_part_forward(part, q, scale) for part in parts]
-    return _merge([r[0] for r in results], [r[1] for r in results])[0]
+    return _forward(q, parts, scale)[0]
 
 
 def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import vise_kernels.attention  # noqa: F401  defines its operator
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---- clocks and memory ----------------------------------------------------------------------------------------------------------
@@ -151,6 +152,15 @@ def _efficient_backward(
     return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
 
 
+def _banks(q, keys, values, owners, lengths, causal, *args, out_val=None, **kwargs) -> int:
+    """vise_kernels' attention over several banks, of which the last may be causal."""
+    rows, tokens, heads, dim = q.shape
+    seen = [tokens * bank.shape[2] for bank in keys]
+    if causal:
+        seen[-1] = tokens * (tokens + 1) // 2
+    return 4 * rows * heads * dim * sum(seen)
+
+
 def _added(y, left, right, *args, out_val=None, **kwargs) -> int:
     """y += left · right, which torch's counter knows out of place only."""
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
@@ -158,6 +168,7 @@ def _added(y, left, right, *args, out_val=None, **kwargs) -> int:
 
 FORMULAS = {
     aten.addmm_: _added,
+    torch.ops.vise_kernels.attention: _banks,
     aten._scaled_dot_product_flash_attention_for_cpu: _flash,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
     aten._scaled_dot_product_flash_attention: _flash,

@@ -206,9 +206,10 @@ class Rehearsed:
 def rehearse(config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths = Lengths(), device: str = "cuda") -> Rehearsed:
     """One step on images of these (height, width) in pixels, one entry per image of the batch, as it would go on this type of device.
 
-    Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line through them drawn on to the full depth.
+    Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line through them drawn on to the full depth. In the
+    shallowest a phase may need most at another moment than in deep ones.
     """
-    depth, shallow = model_config.text_config.num_hidden_layers, len(model_config.vision_config.deepstack_visual_indexes) + 2
+    depth, shallow = model_config.text_config.num_hidden_layers, len(model_config.vision_config.deepstack_visual_indexes) + 3
     if depth <= shallow + 1:
         return Rehearsed(_rehearse(config, model_config, sizes, dtype, lengths, device)[0])
     (near, block), (far, _) = (_rehearse(config, _shallow(model_config, layers), sizes, dtype, lengths, device) for layers in (shallow, shallow + 1))
@@ -226,7 +227,7 @@ def _shallow(model_config, layers: int):
     small = copy.deepcopy(model_config)
     taps = len(small.vision_config.deepstack_visual_indexes)
     small.text_config.num_hidden_layers = layers
-    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = taps + 2, list(range(taps))
+    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = taps + 3, list(range(taps))
     return small
 
 
@@ -295,7 +296,8 @@ class _Step:
         self.live.restart()
         with self.live.labelled(label):
             yield
-        self.phases[name] = {label: size for label, size in self.live.at_peak.items() if size}
+        found = {label: size for label, size in self.live.at_peak.items() if size}
+        self.phases[name] = max(found, self.phases.get(name, {}), key=lambda parts: sum(parts.values()))
 
     def _pixels(self, sizes: list[tuple[int, int]]) -> list[Tensor]:
         return [torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes]
@@ -313,9 +315,11 @@ class _Step:
             with self._phase("reference prefill", "reference keys and values"):
                 asked = engine.prefill(features.select(originals), False)
         with self._phase("ask", "rollout"):
-            engine.generate(engine.prompt(asked, originals, [[0] * self.lengths.ask] * count), [1] * count, c.rollout.query_tokens, [])
-        with self._phase("ground", "rollout"):
-            asked_to_box, answers = self._ground(prefixes, elsewhere, count)
+            asked_for = engine.prompt(asked, originals, [[0] * self.lengths.ask] * count)
+        with self._phase("ask: answers", "rollout"):
+            engine.generate(asked_for, [1] * count, c.rollout.query_tokens, [])
+        del asked_for
+        asked_to_box, answers = self._ground(prefixes, elsewhere, count)
         kept = features if c.update.views_too else features.select(originals)
         judges = prefixes if c.reward.judge == "policy" else asked if c.rollout.asker == "reference" else None
         del features, prefixes, elsewhere, asked, moved
@@ -337,8 +341,10 @@ class _Step:
 
         def boxes(held: Prefixes, places: range, fan: list[int]) -> tuple[Prompts | None, Rollout]:
             trained = 0 if held.trained is None else len(held.trained)
-            prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places), trained)
-            return prompts.trained, self.engine.generate(prompts, fan, limits.box_tokens, [])
+            with self._phase("ground", "rollout"):
+                prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places), trained)
+            with self._phase("ground: answers", "rollout"):
+                return prompts.trained, self.engine.generate(prompts, fan, limits.box_tokens, [])
 
         if elsewhere is prefixes and limits.view_temperature == limits.temperature:
             return boxes(prefixes, range(count + views), fan + there)

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "attention.h"
 #include "few_rows.h"
 #include "ghost.h"
 #include "heads.h"
@@ -260,6 +261,24 @@ void heads_backward(std::vector<std::int64_t> sizes, std::vector<Address> tables
     vise::heads_backward(heads, floats(qkv), floats(dq), floats(dk), floats(dv), result(dqkv), threads);
 }
 
+// A bank: addresses of keys, values, owner and length; tokens, strides of keys, strides of values (entry, head, token).
+using BankNumbers = std::tuple<Address, Address, Address, Address, std::vector<std::int64_t>>;
+
+void attention(Address q, const std::vector<std::int64_t>& sizes, float scale, const std::vector<BankNumbers>& numbers, bool causal, Address out,
+               Address lse, int threads) {
+    require(sizes.size() == 5, "five sizes");
+    const auto longs = [](Address address) { return reinterpret_cast<const std::int64_t*>(address); };
+    std::vector<vise::Bank> banks;
+    for (const auto& [keys, values, owner, length, n] : numbers) {
+        require(n.size() == 7, "seven numbers of a bank");
+        banks.push_back({floats(keys), floats(values), n[0], n[1], n[2], n[3], n[4], n[5], n[6], longs(owner), longs(length), causal && banks.size() + 1 == numbers.size()});
+    }
+    const vise::Attention task{floats(q), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale};
+    require(task.dim % vise::kDimStep == 0 && task.heads % task.kv_heads == 0, "sizes that the kernel does not take");
+    nb::gil_scoped_release release;
+    vise::attention(task, banks, result(out), result(lse), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -267,6 +286,7 @@ NB_MODULE(_native, m) {
     m.def("ghost", &ghost, "sources"_a.noconvert(), "outs"_a.noconvert(), "boxes"_a.noconvert(), "method"_a, "kernels"_a.noconvert(), "kernel_of"_a.noconvert(),
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
     m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "low"_a, "rank"_a, "up"_a, "y"_a);
+    m.def("attention", &attention, "q"_a, "sizes"_a, "scale"_a, "banks"_a, "causal"_a, "out"_a, "lse"_a, "threads"_a);
     m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "v"_a, "threads"_a);
     m.def("heads_backward", &heads_backward, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "dq"_a, "dk"_a, "dv"_a, "dqkv"_a, "threads"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "rows"_a, "width"_a, "eps"_a, "z"_a, "threads"_a);

@@ -3,6 +3,7 @@
 `available()` tells the path each op takes on this machine and why. The package knows nothing of the trainer.
 """
 
+from vise_kernels.attention import attention
 from vise_kernels.decode_attention import decode_attention
 from vise_kernels.dispatch import available, prefer
 from vise_kernels.few_rows import few_rows
@@ -18,6 +19,6 @@ from vise_kernels.token_logprob import token_logprob
 from vise_kernels.views import warp
 
 __all__ = [
-    "available", "decode_attention", "few_rows", "ghost", "heads", "heads_backward", "linear_logprob", "linear_logprob_kl", "patchify", "prefer",
+    "attention", "available", "decode_attention", "few_rows", "ghost", "heads", "heads_backward", "linear_logprob", "linear_logprob_kl", "patchify", "prefer",
     "resize", "rms_norm", "rms_norm_backward", "sample", "swiglu", "swiglu_backward", "token_logprob", "warp",
 ]  # fmt: skip

@@ -31,12 +31,13 @@ NATIVE_OPS = {
     "linear_logprob_kl": False,
     "sample": True,
     "few_rows": True,
+    "attention": True,
     "rms_norm": True,
     "heads": True,
     "swiglu": True,
     "decode_attention": False,  # engine.py has a CPU's own way to decode
 }
-CPU_ONLY = {"few_rows", "rms_norm"}  # no Triton version
+CPU_ONLY = {"attention", "few_rows", "rms_norm"}  # no Triton version
 PATHS = ("plain", "native", "triton")
 FLOATS = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
@@ -83,8 +84,13 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
 
 
 def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None) -> str:
-    """The path of an op whose fast paths record no gradients: native takes float32, Triton the usual floats. ValueError as `choose`."""
+    """The path of an op whose fast paths record no gradients: native takes float32, Triton the usual floats. ValueError as `choose`.
+
+    Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches nothing.
+    """
     operands = [t for t in operands if t is not None]
+    if path is None and operands[0].is_meta and op not in CPU_ONLY:
+        return "triton"
     chosen = choose(op, operands[0].device, path).path
     if chosen == "plain":
         return chosen

@@ -54,7 +54,7 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
     parts = Parts(*(qkv.new_empty(rows, count, 2 * half) for count in (queries, keys, keys)))
     if chosen == "native":
         native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *parts]), threads_for(qkv.numel()))
-    elif qkv.numel():
+    elif qkv.numel() and not qkv.is_meta:
         _kernel[_grid(sizes)](qkv, *parts, *turn[:4], turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
     return parts
 
@@ -70,7 +70,7 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
     dqkv = torch.empty_like(qkv)
     if chosen == "native":
         native().heads_backward(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *grads, dqkv]), threads_for(qkv.numel()))
-    elif qkv.numel():
+    elif qkv.numel() and not qkv.is_meta:
         _backward_kernel[_grid(sizes)](qkv, *grads, *turn[:4], dqkv, turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
     return dqkv
 

@@ -297,7 +297,7 @@ class Backbone:
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin (n, D / 2) in fp32 for positions (3, n); the three axes interleave as mrope_section says."""
-        angles = positions[self.rope_axis].T.float() * self.rope_inverse
+        angles = positions.T.float().index_select(1, self.rope_axis) * self.rope_inverse
         return angles.cos(), angles.sin()
 
     def forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
