@@ -58,7 +58,7 @@ VISE_INLINE Turn turn_of(const Heads &h, std::int64_t row, bool query) {
     return {query ? h.q_weight : h.k_weight, h.cos + row * h.half, h.sin + row * h.half, h.half, h.eps};
 }
 
-VISE_CLONES void split(const Heads &h, const float *qkv, std::int64_t first, std::int64_t last, float *q, float *k, float *v) {
+VISE_CLONES void split(const Heads &h, const float *qkv, std::int64_t first, std::int64_t last, float *q, float *k) {
     const std::int64_t dim = 2 * h.half;
     for (std::int64_t row = first; row < last; ++row) {
         const float *x = qkv + row * (h.queries + 2 * h.keys) * dim;
@@ -66,7 +66,6 @@ VISE_CLONES void split(const Heads &h, const float *qkv, std::int64_t first, std
         for (std::int64_t head = 0; head < h.queries; ++head) forward(of_q, x + head * dim, q + (row * h.queries + head) * dim);
         x += h.queries * dim;
         for (std::int64_t head = 0; head < h.keys; ++head) forward(of_k, x + head * dim, k + (row * h.keys + head) * dim);
-        std::memcpy(v + row * h.keys * dim, x + h.keys * dim, h.keys * dim * sizeof(float));
     }
 }
 
@@ -85,8 +84,8 @@ VISE_CLONES void join(const Heads &h, const float *qkv, const float *dq, const f
 
 }  // namespace
 
-void heads(const Heads &heads, const float *qkv, float *q, float *k, float *v, int threads) {
-    for_each_stretch(heads.rows, threads, [&](std::int64_t first, std::int64_t last) { split(heads, qkv, first, last, q, k, v); });
+void heads(const Heads &heads, const float *qkv, float *q, float *k, int threads) {
+    for_each_stretch(heads.rows, threads, [&](std::int64_t first, std::int64_t last) { split(heads, qkv, first, last, q, k); });
 }
 
 void heads_backward(const Heads &heads, const float *qkv, const float *dq, const float *dk, const float *dv, float *dqkv, int threads) {

@@ -1,4 +1,4 @@
-// Queries, keys and values out of one product, the first two normed and rotated, and back; the formulas stand in vise_kernels/heads.py.
+// Queries and keys out of one product, normed and rotated, and back; the formulas stand in vise_kernels/heads.py.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ struct Heads {
     float eps;
 };
 
-// q (rows, queries, 2 half), k and v (rows, keys, 2 half) from qkv (rows, queries + 2 keys, 2 half).
-void heads(const Heads &heads, const float *qkv, float *q, float *k, float *v, int threads);
+// q (rows, queries, 2 half) and k (rows, keys, 2 half) from qkv (rows, queries + 2 keys, 2 half).
+void heads(const Heads &heads, const float *qkv, float *q, float *k, int threads);
 
 // dL/dqkv from qkv and dL/dq, dL/dk, dL/dv.
 void heads_backward(const Heads &heads, const float *qkv, const float *dq, const float *dk, const float *dv, float *dqkv, int threads);

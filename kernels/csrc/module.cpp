@@ -248,10 +248,10 @@ vise::Heads to_heads(const std::vector<std::int64_t>& sizes, const std::vector<A
     return {sizes[0], sizes[1], sizes[2], sizes[3], floats(tables[0]), floats(tables[1]), floats(tables[2]), floats(tables[3]), eps};
 }
 
-void heads(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address q, Address k, Address v, int threads) {
+void heads(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address q, Address k, int threads) {
     const vise::Heads heads = to_heads(sizes, tables, eps);
     nb::gil_scoped_release release;
-    vise::heads(heads, floats(qkv), result(q), result(k), result(v), threads);
+    vise::heads(heads, floats(qkv), result(q), result(k), threads);
 }
 
 void heads_backward(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address dq, Address dk, Address dv,
@@ -287,7 +287,7 @@ NB_MODULE(_native, m) {
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
     m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "low"_a, "rank"_a, "up"_a, "y"_a);
     m.def("attention", &attention, "q"_a, "sizes"_a, "scale"_a, "banks"_a, "causal"_a, "out"_a, "lse"_a, "threads"_a);
-    m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "v"_a, "threads"_a);
+    m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "threads"_a);
     m.def("heads_backward", &heads_backward, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "dq"_a, "dk"_a, "dv"_a, "dqkv"_a, "threads"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "rows"_a, "width"_a, "eps"_a, "z"_a, "threads"_a);
     m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "dz"_a, "rows"_a, "width"_a, "eps"_a, "dx"_a, "threads"_a);

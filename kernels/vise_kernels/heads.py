@@ -4,7 +4,7 @@
     (low, high) of u  ->  (low cos - high sin, high cos + low sin)  (rotary embedding, Su et al. 2021, halves paired as in GPT-NeoX)
 
 The gradient is turned back by the same angle and goes through the norm as in rms_norm.py. Computed in float32 throughout, rounded once.
-Values are copied, so that they do not keep the whole product alive. Left out: gradients of weights and angles, models without these norms.
+Values stay where they are. Left out: gradients of weights and angles, models without these norms.
 
 Shapes: n tokens, H query heads, KV key heads, D head dimension (even).
 """
@@ -32,7 +32,7 @@ class Turn(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """q (n, H, D), k and v (n, KV, D); or their gradients."""
+    """q (n, H, D), k and v (n, KV, D), v a view of the product; or their gradients."""
 
     q: Tensor
     k: Tensor
@@ -51,12 +51,12 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
         return plain(qkv, turn, queries)
     rows, _, keys, half = sizes
     qkv, turn = qkv.contiguous(), _contiguous(turn)
-    parts = Parts(*(qkv.new_empty(rows, count, 2 * half) for count in (queries, keys, keys)))
+    q, k = (qkv.new_empty(rows, count, 2 * half) for count in (queries, keys))
     if chosen == "native":
-        native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *parts]), threads_for(qkv.numel()))
+        native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, q, k]), threads_for(qkv.numel()))
     elif qkv.numel() and not qkv.is_meta:
-        _kernel[_grid(sizes)](qkv, *parts, *turn[:4], turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
-    return parts
+        _kernel[_grid(sizes)](qkv, q, k, *turn[:4], turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
+    return Parts(q, k, qkv.view(rows, queries + 2 * keys, 2 * half)[:, queries + keys :])
 
 
 def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = None) -> Tensor:
@@ -78,12 +78,13 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
 def plain(qkv: Tensor, turn: Turn, queries: int) -> Parts:
     """The formula in PyTorch."""
     rows, _, keys, half = _sizes(qkv, turn, queries)
-    qk, v = _wide(qkv).view(rows, -1, 2 * half).split([queries + keys, keys], 1)
+    qk, v = qkv.view(rows, queries + 2 * keys, 2 * half).split([queries + keys, keys], 1)
+    qk = _wide(qk)
     unit = qk * (qk.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     low, high = (unit * _weights(turn, queries, keys)).chunk(2, -1)
     cos, sin = turn.cos[:, None], turn.sin[:, None]
     q, k = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(qkv.dtype).split([queries, keys], 1)
-    return Parts(q, k, v.to(qkv.dtype, copy=True))
+    return Parts(q, k, v)
 
 
 def plain_backward(qkv: Tensor, turn: Turn, grads: Parts) -> Tensor:
@@ -92,7 +93,7 @@ def plain_backward(qkv: Tensor, turn: Turn, grads: Parts) -> Tensor:
     low, high = _wide(torch.cat(grads[:2], 1)).chunk(2, -1)
     cos, sin = turn.cos[:, None], turn.sin[:, None]
     g = torch.cat([low * cos + high * sin, high * cos - low * sin], -1) * _weights(turn, queries, keys)
-    x = _wide(qkv).view(len(qkv), -1, g.shape[-1])[:, : queries + keys]
+    x = _wide(qkv).view(len(qkv), queries + 2 * keys, g.shape[-1])[:, : queries + keys]
     inverse = (x.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     dx = inverse * (g - x * inverse.square() * (g * x).mean(-1, keepdim=True))
     return torch.cat([dx.to(qkv.dtype), grads.v], 1).flatten(1)
@@ -138,7 +139,7 @@ def _part_places(row, head, queries, keys, lane, HALF: tl.constexpr):
 
 
 @jit
-def _kernel(qkv, q, k, v, q_weight, k_weight, cos, sin, eps, queries, keys, HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr):
+def _kernel(qkv, q, k, q_weight, k_weight, cos, sin, eps, queries, keys, HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr):
     """Grid (n, blocks of HEADS heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     low, high, _, mask = _load(qkv, row, head, queries + 2 * keys, HALF, LANES)
@@ -146,15 +147,13 @@ def _kernel(qkv, q, k, v, q_weight, k_weight, cos, sin, eps, queries, keys, HALF
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
     u_low, u_high = low * inverse * w_low, high * inverse * w_high
     out_low, out_high = u_low * c - u_high * s, u_high * c + u_low * s
-    of_q, of_k, of_v = _part_places(row, head, queries, keys, tl.arange(0, LANES), HALF)
+    of_q, of_k, _ = _part_places(row, head, queries, keys, tl.arange(0, LANES), HALF)
     is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
     kind = q.dtype.element_ty
     tl.store(q + of_q, out_low.to(kind), mask=mask & is_q)
     tl.store(q + of_q + HALF, out_high.to(kind), mask=mask & is_q)
     tl.store(k + of_k, out_low.to(kind), mask=mask & ~is_q & ~is_v)
     tl.store(k + of_k + HALF, out_high.to(kind), mask=mask & ~is_q & ~is_v)
-    tl.store(v + of_v, low.to(kind), mask=mask & is_v)
-    tl.store(v + of_v + HALF, high.to(kind), mask=mask & is_v)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of the log-prob ops, of sampling and of decoding to machine code for two GPU generations; needs no GPU.
+"""Compiles the Triton kernels of the log-prob ops, of sampling, of decoding and of the decoder's pointwise steps to machine code for two GPU generations; needs no GPU.
 
 The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot be tiled), so this is the
 only look at the compiled form on a machine without a GPU. Run by test_triton_compiles.py in a process of its own, because
@@ -47,6 +47,20 @@ def decode_attention(q):
     yield "_merge_kernel", {"partial": FLOATS, "lse": FLOATS, "out": q}, {"SPLITS": 5, "LANES": 8, "DIM": 40, "WIDE": 64}
 
 
+def swiglu(x):
+    yield "_kernel", {"x": x, "z": x, "width": INT}, {"BLOCK": 1024}
+    yield "_backward_kernel", {"x": x, "dz": x, "dx": x, "width": INT}, {"BLOCK": 1024}
+
+
+def heads(x):
+    turn = {"q_weight": x, "k_weight": x, "cos": FLOATS, "sin": FLOATS}
+    sizes = {"eps": "fp32", "queries": INT, "keys": INT}
+    for half, lanes in ((64, 64), (40, 64)):
+        constants = {"HALF": half, "LANES": lanes, "HEADS": 8}
+        yield "_kernel", {"qkv": x, "q": x, "k": x, **turn, **sizes}, constants
+        yield "_backward_kernel", {"qkv": x, "dq": x, "dk": x, "dv": x, **turn, "dqkv": x, **sizes}, constants
+
+
 def compiled(kernel, arguments, constants, capability):
     constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
     signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
@@ -55,7 +69,7 @@ def compiled(kernel, arguments, constants, capability):
 
 
 if __name__ == "__main__":
-    for op in (token_logprob, sample, linear_logprob, decode_attention):
+    for op in (token_logprob, sample, linear_logprob, decode_attention, swiglu, heads):
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
             for name, arguments, constants in op(dtype):
