@@ -23,9 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import _measure as measure  # noqa: E402
 import _peers as peers  # noqa: E402
 import vise_kernels  # noqa: E402
-from vise_kernels import decode_attention, few_rows, ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp  # noqa: E402
+from vise_kernels import (  # noqa: E402
+    attention, decode_attention, few_rows, ghost, heads, heads_backward, linear_logprob, linear_logprob_kl, patchify, resize, rms_norm, rms_norm_backward, sample,
+    swiglu, swiglu_backward, token_logprob, warp,
+)  # fmt: skip
+from vise_kernels.attention import Bank  # noqa: E402
 from vise_kernels.decode_attention import Banks, locate  # noqa: E402
 from vise_kernels.dispatch import native  # noqa: E402
+from vise_kernels.heads import Turn  # noqa: E402
 
 
 @dataclass
@@ -239,6 +244,70 @@ def few_rows_cases(device: torch.device, smoke: bool):
         yield Case("few_rows", f"{rows} rows, {len(weights)} weights of {size / 1e6:.1f} M in all", contenders, moved=4 * size, flop=2 * rows * size)
 
 
+def decoder(device: torch.device, smoke: bool):
+    """Rows, (hidden, query heads, key heads, dim, mlp) and dtype of a decoder layer's work: a decode step and a prompt."""
+    if smoke:
+        return (3,), (64, 2, 1, 16, 96), torch.float32
+    if device.type == "cuda":
+        return (32, 8192), (2048, 16, 8, 128, 6144), torch.bfloat16
+    return (16, 832), (640, 10, 5, 64, 1920), torch.float32
+
+
+def norm_cases(device: torch.device, smoke: bool):
+    counts, (width, *_), dtype = decoder(device, smoke)
+    for rows in counts:
+        x, dz = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
+        weight, size = torch.ones(width, device=device, dtype=dtype), x.numel() * x.element_size()
+        shape = f"({rows}, {width}) {str(dtype)[6:]}"
+        forward = {"ours": lambda: rms_norm(x, weight, 1e-6), "plain": lambda: rms_norm(x, weight, 1e-6, path="plain")}
+        yield Case("rms_norm", f"{shape}, forward", forward, moved=2 * size)
+        back = {"ours": lambda: rms_norm_backward(x, weight, dz, 1e-6), "plain": lambda: rms_norm_backward(x, weight, dz, 1e-6, path="plain")}
+        yield Case("rms_norm", f"{shape}, backward", back, moved=3 * size)
+
+
+def swiglu_cases(device: torch.device, smoke: bool):
+    counts, (*_, width), dtype = decoder(device, smoke)
+    for rows in counts:
+        x, dz = torch.randn(rows, 2 * width, device=device, dtype=dtype), torch.randn(rows, width, device=device, dtype=dtype)
+        size, shape = dz.numel() * dz.element_size(), f"({rows}, 2 x {width}) {str(dtype)[6:]}"
+        yield Case("swiglu", f"{shape}, forward", {"ours": lambda: swiglu(x), "plain": lambda: swiglu(x, path="plain")}, moved=3 * size)
+        back = {"ours": lambda: swiglu_backward(x, dz), "plain": lambda: swiglu_backward(x, dz, path="plain")}
+        yield Case("swiglu", f"{shape}, backward", back, moved=5 * size)
+
+
+def heads_cases(device: torch.device, smoke: bool):
+    counts, (_, queries, keys, dim, _), dtype = decoder(device, smoke)
+    for rows in counts:
+        qkv = torch.randn(rows, (queries + 2 * keys) * dim, device=device, dtype=dtype)
+        weights = [torch.ones(dim, device=device, dtype=dtype) for _ in range(2)]
+        turn = Turn(*weights, *(torch.randn(rows, dim // 2, device=device) for _ in range(2)), 1e-6)
+        grads, size = heads(qkv, turn, queries), qkv.numel() * qkv.element_size()
+        shape = f"{rows} rows, {queries} heads over {keys}, {dim}, {str(dtype)[6:]}"
+        forward = {"ours": lambda: heads(qkv, turn, queries), "plain": lambda: heads(qkv, turn, queries, path="plain")}
+        yield Case("heads", f"{shape}, forward", forward, moved=2 * size * (queries + keys) // (queries + 2 * keys))
+        back = {"ours": lambda: heads_backward(qkv, turn, grads), "plain": lambda: heads_backward(qkv, turn, grads, path="plain")}
+        yield Case("heads", f"{shape}, backward", back, moved=3 * size)
+
+
+def attention_cases(device: torch.device, smoke: bool):
+    """A layer's box questions: each row sees its image's prefix and itself; CPU only."""
+    if device.type != "cpu":
+        return
+    sizes = ((2, 5, 2, 1, 16, 7),) if smoke else ((8, 104, 10, 5, 64, 21), (8, 104, 10, 5, 64, 305))
+    for rows, tokens, queries, keys, dim, prefix in sizes:
+        q, own = torch.randn(rows, tokens, queries, dim), [torch.randn(rows, keys, tokens, dim) for _ in range(2)]
+        shared = [torch.randn(rows, keys, prefix, dim) for _ in range(2)]
+        banks = [Bank(*shared, torch.arange(rows)), Bank(*own)]
+        mask = torch.cat([torch.ones(tokens, prefix, dtype=torch.bool), torch.ones(tokens, tokens, dtype=torch.bool).tril()], 1)
+        joined = lambda q=q, own=own, shared=shared, mask=mask: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
+            q.transpose(1, 2), *(torch.cat(pair, 2) for pair in zip(shared, own, strict=True)), attn_mask=mask, enable_gqa=True
+        )
+        run = lambda path=None, q=q, banks=banks, dim=dim: attention(q, banks, scale=dim**-0.5, causal=True, path=path)  # noqa: E731
+        contenders = {"ours": run, "plain": lambda run=run: run("plain"), "banks joined + SDPA": joined}
+        flop = 4 * rows * queries * dim * (tokens * prefix + tokens * (tokens + 1) // 2)
+        yield Case("attention", f"{rows} x {tokens} tokens after {prefix}, {queries} heads over {keys}, {dim}", contenders, flop=flop)
+
+
 CASES = {
     "ghost": image_cases,
     "warp": image_cases,
@@ -249,6 +318,10 @@ CASES = {
     "sample": sample_cases,
     "decode_attention": decode_cases,
     "few_rows": few_rows_cases,
+    "attention": attention_cases,
+    "rms_norm": norm_cases,
+    "heads": heads_cases,
+    "swiglu": swiglu_cases,
 }
 
 
