@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from vise_kernels.dispatch import native
 
-from vise_fast.attention import Grid, Part, attend, attend_plain
+from vise_fast.attention import Grid, Part, _in_one, attend, attend_plain
 
 
 def bank(entries, kv, keys, dim, dtype=torch.float64):
@@ -35,6 +36,26 @@ def test_outputs_and_gradients_equal_the_plain_formula(kv, rep, dim, tokens):
     assert (fast - plain).abs().max() < 1e-6  # the plain path scores in fp32
     for a, b in zip(fast_grads, plain_grads, strict=True):
         assert (a - b).abs().max() < 2e-6, f"worst {(a - b).abs().max()}"
+
+
+@pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("owner", [(0, 0, 1, 2, 2, 2, 1), (0, 1, 2)])
+def test_one_kernel_over_all_parts_gives_what_fp64_gives(dim, owner):
+    q, parts = build(2, 3, dim, 9, owner, torch.float32)
+    assert _in_one(q, parts)
+    wide = [Part(p.keys.double(), p.values.double(), p.lengths, p.grid, p.causal) for p in parts]
+    leaves, results = [q, *(t for p in parts for t in (p.keys, p.values))], []
+    for path, query, seen in ((attend, q, parts), (attend_plain, q.double(), wide)):
+        out = path(query, seen, dim**-0.5)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, torch.autograd.grad((out * weight).sum(), leaves)))
+    (fast, fast_grads), (plain, plain_grads) = results
+    assert (fast - plain).abs().max() < 3e-6
+    for a, b in zip(fast_grads, plain_grads, strict=True):
+        assert (a - b).abs().max() < 2e-6 * max(1.0, b.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(attend(q, parts, dim**-0.5), fast)
 
 
 def test_no_grad_path_equals_grad_path():

@@ -125,10 +125,12 @@ VISE_INLINE void see(Queries<W * V> &block, const Bank &bank, const float *keys,
         score<W, V, kAtOnce>(block.query, keys + (first + key) * bank.key_token, bank.key_token, dim, block.weights + key * L);
     for (; key < count; ++key) score<W, V, 1>(block.query, keys + (first + key) * bank.key_token, bank.key_token, dim, block.weights + key * L);
     weigh<L>(block, count, dim, bank.causal, first);
+    constexpr int kNumbers = kAtOnce / 4 * 4;
+    static_assert(kNumbers >= 4 && kDimStep % 4 == 0, "steps of four end where the dimension does");
     const float *from = values + first * bank.value_token;
     std::int64_t d = 0;
-    for (; d + kAtOnce <= dim; d += kAtOnce) gather<W, V, kAtOnce>(block.weights, from + d, bank.value_token, count, block.found + d * L);
-    for (; d + 4 <= dim; d += 4) gather<W, V, 4>(block.weights, from + d, bank.value_token, count, block.found + d * L);
+    for (; d + kNumbers <= dim; d += kNumbers) gather<W, V, kNumbers>(block.weights, from + d, bank.value_token, count, block.found + d * L);
+    for (; d < dim; d += 4) gather<W, V, 4>(block.weights, from + d, bank.value_token, count, block.found + d * L);
 }
 
 // `count` queries from `start` on, of row `row` and key head `kv`: query i is token i / group and head kv · group + i % group.
@@ -152,7 +154,7 @@ VISE_INLINE void queries(const Attention &a, const std::vector<Bank> &banks, std
     }
     for (const Bank &bank : banks) {
         const std::int64_t entry = bank.owner ? bank.owner[row] : row;
-        std::int64_t seen = bank.length ? bank.length[entry] : bank.tokens;
+        std::int64_t seen = bank.length ? std::min(bank.length[entry], bank.tokens) : bank.tokens;
         if (bank.causal) seen = std::min(seen, block.token[count - 1] + 1);
         const float *keys = bank.keys + entry * bank.key_entry + kv * bank.key_head, *values = bank.values + entry * bank.value_entry + kv * bank.value_head;
         for (std::int64_t first = 0; first < seen; first += kKeys) see<W, V>(block, bank, keys, values, first, std::min<std::int64_t>(seen - first, kKeys), dim);

@@ -1,7 +1,7 @@
 // The lanes of a vector are rows of x, so that a weight is read once, multiplied into all rows, and nothing is summed across lanes. x is
-// arranged for that first: for every k the rows' values side by side. Twelve rows of the weight at a time: twelve sums or more in registers.
-// While they are used, the next twelve, which follow in memory, are asked for, one line after each dozen products: in one go they would
-// fill the queue of outstanding lines, and the processor's own prefetcher loses track of twelve interleaved streams.
+// arranged for that first: for every k the rows' values side by side. Up to twelve rows of the weight at a time, their sums in registers.
+// While they are used, the next ones, which follow in memory, are asked for, one line after each dozen products: in one go they would
+// fill the queue of outstanding lines, and the processor's own prefetcher loses track of interleaved streams.
 
 #include "few_rows.h"
 

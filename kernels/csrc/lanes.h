@@ -1,11 +1,13 @@
 // Sixteen float signals side by side in memory, computed on in vectors as wide as the machine's.
 //
 // Bodies are written once, as a struct with `template <int W> void operator()(...)`, W floats per vector; `widest(body, ...)`
-// runs the copy compiled for this machine: 16 (AVX-512), 8 (AVX2), 4 (SSE2, NEON). Vector types are GCC's and Clang's.
+// runs the copy compiled for this machine: 16 (AVX-512), 8 (AVX2), 4 (SSE2, NEON); VISE_LANES=8 or 4 in the environment keeps a wide
+// machine to a narrower copy, for tests. Vector types are GCC's and Clang's.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -69,10 +71,19 @@ __attribute__((target("avx2,fma"))) void run_8(const Body& body, Args... args) {
     body.template operator()<8>(args...);
 }
 
+inline int allowed_lanes() {
+    static const int lanes = [] {
+        const char* asked = std::getenv("VISE_LANES");
+        return asked ? std::atoi(asked) : kLanes;
+    }();
+    return lanes;
+}
+
 template <class Body, class... Args>
 void widest(const Body& body, Args... args) {
-    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) run_16(body, args...);
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run_8(body, args...);
+    const int lanes = allowed_lanes();
+    if (lanes >= 16 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) run_16(body, args...);
+    else if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run_8(body, args...);
     else body.template operator()<4>(args...);
 }
 

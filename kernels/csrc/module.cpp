@@ -261,7 +261,7 @@ void heads_backward(std::vector<std::int64_t> sizes, std::vector<Address> tables
     vise::heads_backward(heads, floats(qkv), floats(dq), floats(dk), floats(dv), result(dqkv), threads);
 }
 
-// A bank: addresses of keys, values, owner and length; tokens, strides of keys, strides of values (entry, head, token).
+// A bank: addresses of keys, values, owner and length; tokens, strides of keys, strides of values (entry, head, token), entries.
 using BankNumbers = std::tuple<Address, Address, Address, Address, std::vector<std::int64_t>>;
 
 void attention(Address q, const std::vector<std::int64_t>& sizes, float scale, const std::vector<BankNumbers>& numbers, bool causal, Address out,
@@ -270,8 +270,10 @@ void attention(Address q, const std::vector<std::int64_t>& sizes, float scale, c
     const auto longs = [](Address address) { return reinterpret_cast<const std::int64_t*>(address); };
     std::vector<vise::Bank> banks;
     for (const auto& [keys, values, owner, length, n] : numbers) {
-        require(n.size() == 7, "seven numbers of a bank");
-        banks.push_back({floats(keys), floats(values), n[0], n[1], n[2], n[3], n[4], n[5], n[6], longs(owner), longs(length), causal && banks.size() + 1 == numbers.size()});
+        require(n.size() == 8, "eight numbers of a bank");
+        const std::int64_t* owners = longs(owner);
+        for (std::int64_t row = 0; owners && row < sizes[0]; ++row) require(owners[row] >= 0 && owners[row] < n[7], "a row's entry is not in its bank");
+        banks.push_back({floats(keys), floats(values), n[0], n[1], n[2], n[3], n[4], n[5], n[6], owners, longs(length), causal && banks.size() + 1 == numbers.size()});
     }
     const vise::Attention task{floats(q), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale};
     require(task.dim % vise::kDimStep == 0 && task.heads % task.kv_heads == 0, "sizes that the kernel does not take");

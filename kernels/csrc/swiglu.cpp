@@ -9,9 +9,9 @@
 namespace vise {
 namespace {
 
-// 1 / (1 + exp(-gate)), exact in its relative error on both sides; nan for nan.
+// 1 / (1 + exp(-gate)); zero where it would be subnormal, nan for nan.
 VISE_INLINE float sigmoid(float gate) {
-    const float share = exp_negative(cut(gate < 0.0f ? gate : -gate));
+    const float below = gate < 0.0f ? gate : -gate, whole = exp_negative(cut(below)), share = below < -87.0f ? 0.0f : whole;
     return (gate < 0.0f ? share : 1.0f) / (1.0f + share);
 }
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vise_kernels.dispatch import native, without_gradients
+from vise_kernels.dispatch import native, threads_for, without_gradients
 
 DIM_STEP = 16  # the native path takes head dimensions that are multiples of this
 
@@ -34,7 +34,7 @@ def attention(q: Tensor, banks: list[Bank], *, scale: float, causal: bool, path:
     """q (N,T,H,D) over `banks`: output (N,T,H,D) and natural log-sum-exp (N,T,H), -inf where a query sees nothing.
 
     Plain where anything needs gradients, is not float32, or D is no multiple of 16; ValueError: a forced `path` that cannot run, shapes that do
-    not fit.
+    not fit, an owner beyond its bank (plain: PyTorch's own error).
     """
     _check(q, banks)
     if q.shape[3] % DIM_STEP and path is None:
@@ -47,23 +47,27 @@ def attention(q: Tensor, banks: list[Bank], *, scale: float, causal: bool, path:
 def plain(q: Tensor, banks: list[Bank], scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks."""
     scores, values = [], []
-    for bank in banks:
+    for index, bank in enumerate(banks, 1):
         keys, value, length = (x if x is None or bank.owner is None else x[bank.owner] for x in (bank.keys, bank.values, bank.length))
         keys, value = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, value))
         score = torch.einsum("nthd,nhsd->nths", q, keys) * scale
         if length is not None:
             beyond = torch.arange(keys.shape[2], device=q.device) >= length[:, None]
             score, value = score.masked_fill(beyond[:, None, None], -torch.inf), value.masked_fill(beyond[:, None, :, None], 0)
-        if causal and bank is banks[-1]:
+        if causal and index == len(banks):
             later = torch.ones(q.shape[1], keys.shape[2], dtype=torch.bool, device=q.device).triu(1)
             score = score.masked_fill(later[:, None], -torch.inf)
         scores.append(score), values.append(value)
     scores = torch.cat(scores, -1)
-    return torch.einsum("nths,nhsd->nthd", scores.softmax(-1).nan_to_num(0.0), torch.cat(values, 2)), scores.logsumexp(-1)
+    lse = scores.logsumexp(-1)
+    weights = scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0)
+    return torch.einsum("nths,nhsd->nthd", weights, torch.cat(values, 2)), lse
 
 
 def _native(q: Tensor, keys: list[Tensor], values: list[Tensor], owners: list[Tensor | None], lengths: list[Tensor | None], causal: bool, scale: float):
     rows, tokens, heads, dim = q.shape
+    if any(t.dtype != torch.float32 for t in (q, *keys, *values)):
+        raise ValueError("attention: path 'native' takes float32 on a CPU")
     if dim % DIM_STEP:
         raise ValueError(f"attention: path 'native' takes head dimensions that are multiples of {DIM_STEP}, got {dim}")
     q, out, lse = q.contiguous(), q.new_empty(q.shape), q.new_empty(q.shape[:3])
@@ -71,10 +75,11 @@ def _native(q: Tensor, keys: list[Tensor], values: list[Tensor], owners: list[Te
     owners, lengths = ([x if x is None else x.contiguous() for x in table] for table in (owners, lengths))
     place = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
     banks = [
-        (place(k), place(v), place(owner), place(length), [k.shape[2], *k.stride()[:3], *v.stride()[:3]])
+        (place(k), place(v), place(owner), place(length), [k.shape[2], *k.stride()[:3], *v.stride()[:3], len(k)])
         for k, v, owner, length in zip(keys, values, owners, lengths, strict=True)
     ]
-    native().attention(q.data_ptr(), [rows, tokens, heads, keys[0].shape[1], dim], scale, banks, causal, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    threads = threads_for(q.numel() * sum(k.shape[2] for k in keys) // 32)  # a product costs less than an element that is read and written
+    native().attention(q.data_ptr(), [rows, tokens, heads, keys[0].shape[1], dim], scale, banks, causal, out.data_ptr(), lse.data_ptr(), threads)
     return out, lse
 
 
@@ -86,8 +91,8 @@ def _check(q: Tensor, banks: list[Bank]) -> None:
         if not fits or q.shape[2] % keys.shape[1] or (owner is None and len(keys) != len(q)):
             raise ValueError(f"attention: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit q {tuple(q.shape)}")
         for name, table, size in (("owner", owner, len(q)), ("length", length, len(keys))):
-            if table is not None and (table.shape != (size,) or table.dtype != torch.int64):
-                raise ValueError(f"attention: {name} must be int64 ({size},), got {table.dtype} {tuple(table.shape)}")
+            if table is not None and (table.shape != (size,) or table.dtype != torch.int64 or table.device != q.device):
+                raise ValueError(f"attention: {name} must be int64 ({size},) on {q.device}, got {table.dtype} {tuple(table.shape)} on {table.device}")
 
 
 _LIBRARY = torch.library.Library("vise_kernels", "FRAGMENT")

@@ -89,8 +89,9 @@ def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None)
     Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches nothing.
     """
     operands = [t for t in operands if t is not None]
-    if path is None and operands[0].is_meta and op not in CPU_ONLY:
-        return "triton"
+    if path is None and operands[0].is_meta:
+        gpu = op not in CPU_ONLY and _PREFERRED.get() is None and _no_gradients("triton", operands) is None
+        return "triton" if gpu else "plain"
     chosen = choose(op, operands[0].device, path).path
     if chosen == "plain":
         return chosen

@@ -42,6 +42,8 @@ def few_rows(
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
     (rows, width), outs = x.shape, len(weight)
     rank = 0 if low is None else low.shape[-1]
+    if any(t.dtype != torch.float32 for t in (x, weight, bias, low, up) if t is not None):
+        raise ValueError("few_rows: path 'native' takes float32 on a CPU")
     fits = weight.shape == (outs, width) and (bias is None or bias.shape == (outs,)) and (low is None) == (up is None)
     if not fits or (low is not None and (low.shape != (rows, rank) or up.shape != (outs, rank))):
         shapes = ", ".join(f"{name} {None if t is None else tuple(t.shape)}" for name, t in zip(_NAMES, (x, weight, bias, low, up), strict=True))

@@ -20,9 +20,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) 
 
     Plain where x needs gradients or is not float32; ValueError: a forced `path` that cannot run, shapes that do not fit.
     """
+    rows, width = _sizes(x, weight)
     if without_gradients("rms_norm", path, x, weight) == "plain":
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    (rows, width), (x, weight) = _sizes(x, weight), (x.contiguous(), weight.contiguous())
+        return F.rms_norm(x, (width,), weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
     z = torch.empty_like(x)
     native().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, z.data_ptr(), threads_for(x.numel()))
     return z
@@ -30,9 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float, *, path: str | None = None) -> Tensor:
     """dL/dx (n, in) from dL/dz (n, in)."""
+    rows, width = _sizes(x, weight, dz)
     if without_gradients("rms_norm", path, x, weight, dz) == "plain":
         return plain_backward(x, weight, dz, eps)
-    (rows, width), (x, weight, dz) = _sizes(x, weight, dz), (x.contiguous(), weight.contiguous(), dz.contiguous())
+    x, weight, dz = x.contiguous(), weight.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
     native().rms_norm_backward(x.data_ptr(), weight.data_ptr(), dz.data_ptr(), rows, width, eps, dx.data_ptr(), threads_for(x.numel()))
     return dx

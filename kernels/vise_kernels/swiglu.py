@@ -21,11 +21,12 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
 
     Plain where x needs gradients or has a dtype that the fast path does not take; ValueError: a forced `path` that cannot run, an odd width.
     """
+    rows, width = _sizes(x)
     chosen = without_gradients("swiglu", path, x)
     if chosen == "plain":
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
-    (rows, width), x = _sizes(x), x.contiguous()
+    x = x.contiguous()
     z = x.new_empty(rows, width)
     if chosen == "native":
         native().swiglu(x.data_ptr(), rows, width, z.data_ptr(), threads_for(x.numel()))
@@ -36,10 +37,11 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
 
 def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor:
     """dL/dx (n, 2 w) from dL/dz (n, w)."""
+    rows, width = _sizes(x, dz)
     chosen = without_gradients("swiglu", path, x, dz)
     if chosen == "plain":
         return plain_backward(x, dz)
-    (rows, width), x, dz = _sizes(x, dz), x.contiguous(), dz.contiguous()
+    x, dz = x.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
     if chosen == "native":
         native().swiglu_backward(x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr(), threads_for(x.numel()))

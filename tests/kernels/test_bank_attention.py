@@ -69,7 +69,7 @@ def test_large_scores_stay_finite_and_small_weights_vanish():
 
 
 @NATIVE
-def test_what_lies_beyond_a_length_or_in_the_future_is_never_seen():
+def test_what_lies_beyond_a_length_is_never_seen_and_the_future_weighs_nothing():
     q, banks = made("prefix and question", ragged=True)
     before = attention(q, banks, scale=0.2, causal=True, path="native")
     for keys, values, _, length in banks[:-1]:
@@ -87,6 +87,24 @@ def test_a_query_that_sees_nothing_is_zero():
     for path in ("plain", "native"):
         out, lse = attention(q, [bank._replace(length=torch.tensor([0, 3]), owner=torch.tensor([1, 0, 1]))], scale=1.0, causal=False, path=path)
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all() and (out[0] != 0).any()
+
+
+@NATIVE
+def test_a_length_beyond_the_bank_means_all_of_it():
+    q, (bank, *_) = made("a prefix")
+    for path in ("plain", "native"):
+        long, whole = (attention(q, [bank._replace(length=length)], scale=0.2, causal=False, path=path) for length in (torch.tensor([99, 99]), None))
+        assert all(torch.equal(*pair) for pair in zip(long, whole, strict=True))
+
+
+@pytest.mark.parametrize("path", ["plain", "native"])
+def test_nan_is_not_hidden(path):
+    if path == "native" and native() is None:
+        pytest.skip("the native module was not built (python -m vise_kernels.build)")
+    q, banks = made("a prefix")
+    q[1, 2] = torch.nan
+    out, _ = attention(q, banks, scale=0.2, causal=True, path=path)
+    assert out[1, 2].isnan().all() and out[0].isfinite().all() and out[1, 3].isfinite().all()
 
 
 @NATIVE
@@ -117,7 +135,7 @@ def test_other_types_and_gradients_take_the_plain_path():
 @NATIVE
 @pytest.mark.parametrize("spoil, words", [
     (lambda q, b: (q.double(), b), "float32"), (lambda q, b: (q.requires_grad_(), b), "gradients"), (lambda q, b: (q[:2], b), "owner"),
-    (lambda q, b: (q, []), "at least one"), (lambda q, b: (q[:, :, :3], b), "do not fit"), (lambda q, b: (q, [b[0]._replace(owner=b[0].owner.int())]), "owner"),
+    (lambda q, b: (q, []), "at least one"), (lambda q, b: (q, [b[0]._replace(owner=b[0].owner + 2)]), "entry"), (lambda q, b: (q[:, :, :3], b), "do not fit"), (lambda q, b: (q, [b[0]._replace(owner=b[0].owner.int())]), "owner"),
     (lambda q, b: (q[..., :8], [Bank(k[..., :8], v[..., :8], o) for k, v, o, _ in b]), "multiples"),
 ])  # fmt: skip
 def test_what_it_cannot_take_is_refused(spoil, words):

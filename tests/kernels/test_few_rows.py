@@ -47,14 +47,20 @@ def test_the_low_rank_term_is_added(shape, rank):
 
 
 @NATIVE
-def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_weight():
-    """The weight is the end of its storage, surrounded rows hold nan: a sum that read one would be nan."""
-    x, weight, _ = operands(6, 37, 23)
-    held = torch.full((6 + 2, 37), torch.nan)
-    held[1:-1] = x
-    shelf = torch.full((23 * 37 + 64,), torch.nan)
-    shelf[: 23 * 37] = weight.flatten()
-    assert torch.equal(few_rows(held[1:-1], shelf[: 23 * 37].view(23, 37), path="native"), few_rows(x, weight, path="native"))
+@pytest.mark.parametrize("rows", [3, 6, 13, 17, 33, 64])
+@pytest.mark.parametrize("width, outs, rank", [(37, 23, 0), (37, 23, 19), (16, 12, 5), (1, 1, 1)])
+def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operands(rows, width, outs, rank):
+    """Each operand lies between nans: a sum that read one would be nan. The result lies between marks."""
+    x, weight, bias = operands(rows, width, outs)
+    low, up, _ = operands(rows, rank, outs) if rank else (x[:, :0], weight[:, :0], None)
+    y = torch.full((rows * outs + 128,), 7.0)
+    shelf = lambda t: torch.cat([torch.full((64,), torch.nan), t.flatten(), torch.full((64,), torch.nan)])  # noqa: E731
+    held = [shelf(t) for t in (x, weight, bias, low, up)]
+    places = [t.data_ptr() + 4 * 64 for t in held]
+    native().few_rows(places[0], rows, width, places[1], outs, places[2], places[3], rank, places[4], y.data_ptr() + 4 * 64)
+    assert (y[:64] == 7).all() and (y[-64:] == 7).all()
+    given = (low, up) if rank else (None, None)
+    assert within_rounding(y[64:-64].view(rows, outs), x, weight, bias, *given)
 
 
 @NATIVE

@@ -86,10 +86,12 @@ def test_swiglu_and_its_gradient(path, shape, dtype):
 @pytest.mark.parametrize("path", ["native", "triton"])
 def test_swiglu_of_large_gates_is_finite(path):
     runs("swiglu", path)
-    gates = torch.tensor([[-1e30, -200.0, -90.0, -87.0, -1e-30, 0.0, 1e-30, 87.0, 200.0, 1e30]])
+    gates = torch.tensor([[-1e30, -200.0, -90.0, -86.0, -50.0, -20.0, -5.0, -1e-30, 0.0, 1e-30, 5.0, 87.0, 200.0, 1e30]])
     x = torch.cat([gates, torch.ones_like(gates)], 1)
-    assert_close(swiglu(x, path=path)[:, 1:], F.silu(gates.double())[:, 1:], absolute=1e-30, relative=1e-6)
-    assert swiglu_backward(x, torch.ones_like(gates), path=path)[:, 1:-1].isfinite().all()
+    assert_close(swiglu(x, path=path), F.silu(gates.double()), absolute=1e-36, relative=5e-6)
+    wanted = by_autograd(F.silu, gates, [torch.ones_like(gates)])
+    slopes = swiglu_backward(x, torch.ones_like(gates), path=path)[:, : gates.shape[1]]
+    assert_close(slopes[:, 1:], wanted[:, 1:], absolute=2e-36, relative=5e-6)
     x[0, 3] = torch.nan
     assert swiglu(x, path=path).isnan().nonzero().tolist() == [[0, 3]]
 
@@ -111,7 +113,7 @@ def test_heads_are_parted_normed_and_turned_and_back(path, shape, dtype):
         assert_close(part, true, absolute=2 * bound, relative=bound, what=name)
     wanted = by_autograd(lambda x: written_out(x, turn, queries), qkv, grads)
     size = qkv.double().unflatten(1, (-1, turn.q_weight.shape[0])).square().mean(-1).rsqrt()
-    room = 10 * bound * size.clamp(min=1)[..., None].expand(-1, -1, turn.q_weight.shape[0]).flatten(1)
+    room = 3 * bound * size.clamp(min=1)[..., None].expand(-1, -1, turn.q_weight.shape[0]).flatten(1)
     assert_close(heads_backward(qkv, turn, grads, path=path), wanted, absolute=room, what="gradient")
 
 
@@ -156,7 +158,8 @@ def test_gradients_flow_where_no_path_is_forced():
     (lambda: swiglu(draw(3, 5), path="native"), "do not fit"), (lambda: swiglu_backward(draw(3, 4), draw(3, 3), path="native"), "do not fit"),
     (lambda: rms_norm(draw(3, 4), draw(5), EPS, path="native"), "do not fit"), (lambda: rms_norm(draw(3, 4), draw(4), EPS, path="triton"), "PyTorch is the GPU path"),
     (lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(3, 1), draw(3, 1), EPS), 3, path="native"), "do not fit"),
-    (lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(2, 1), draw(3, 1), EPS), 2), "do not fit"),
+    (lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(2, 1), draw(3, 1), EPS), 2), "do not fit"), (lambda: swiglu(draw(3, 3)), "do not fit"),
+    (lambda: rms_norm(draw(3, 4), draw(5), EPS), "do not fit"),
 ])  # fmt: skip
 def test_what_a_path_cannot_take_is_refused(call, words):
     if native() is None and "triton" not in words:
@@ -171,6 +174,7 @@ def test_without_data_the_sizes_are_those_of_a_gpu():
     parts = heads(qkv, turn, queries)
     assert [tuple(p.shape) for p in parts] == [(4, 16, 128), (4, 8, 128), (4, 8, 128)] and parts.q.dtype == torch.bfloat16
     assert heads_backward(qkv, turn, parts).shape == qkv.shape and swiglu(qkv).shape == (4, 16 * 128)
+    assert swiglu(qkv.requires_grad_()).requires_grad, "what is to be differentiated is not cut off"
 
 
 @GPU

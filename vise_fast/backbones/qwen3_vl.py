@@ -314,7 +314,7 @@ class Backbone:
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
-                # k and v are views of the whole qkv product: kept as they are, they would keep it alive
+                # v is a view of the whole qkv product, k of all levels' keys: kept as they are, they would keep those alive
                 segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             if len(x) == sum(sizes):
                 x = self._deepstack(x, index, levels, sizes)
