@@ -2,19 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "brain.h"
 #include "lanes.h"
 
 namespace vise {
-
-template <class To, class From>
-VISE_INLINE To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "same size");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 // z cut off at -87, below which exp(z) is subnormal; nan stays nan.
 VISE_INLINE float cut(float z) { return z < -87.0f ? -87.0f : z; }

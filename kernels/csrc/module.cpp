@@ -223,42 +223,45 @@ void few_rows(Address x, std::int64_t rows, std::int64_t width, Address weight, 
     vise::few_rows(floats(x), rows, width, floats(weight), outs, floats(bias), floats(low), rank, floats(up), result(y));
 }
 
-void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, Address z, int threads) {
+const void* anything(Address address) { return reinterpret_cast<const void*>(address); }
+void* some_result(Address address) { return reinterpret_cast<void*>(address); }
+
+void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, Address z, bool brain, int threads) {
     nb::gil_scoped_release release;
-    vise::rms_norm(floats(x), floats(weight), rows, width, eps, result(z), threads);
+    vise::rms_norm(anything(x), anything(weight), rows, width, eps, some_result(z), brain, threads);
 }
 
-void rms_norm_backward(Address x, Address weight, Address dz, std::int64_t rows, std::int64_t width, float eps, Address dx, int threads) {
+void rms_norm_backward(Address x, Address weight, Address dz, std::int64_t rows, std::int64_t width, float eps, Address dx, bool brain, int threads) {
     nb::gil_scoped_release release;
-    vise::rms_norm_backward(floats(x), floats(weight), floats(dz), rows, width, eps, result(dx), threads);
+    vise::rms_norm_backward(anything(x), anything(weight), anything(dz), rows, width, eps, some_result(dx), brain, threads);
 }
 
-void swiglu(Address x, std::int64_t rows, std::int64_t width, Address z, int threads) {
+void swiglu(Address x, std::int64_t rows, std::int64_t width, Address z, bool brain, int threads) {
     nb::gil_scoped_release release;
-    vise::swiglu(floats(x), rows, width, result(z), threads);
+    vise::swiglu(anything(x), rows, width, some_result(z), brain, threads);
 }
 
-void swiglu_backward(Address x, Address dz, std::int64_t rows, std::int64_t width, Address dx, int threads) {
+void swiglu_backward(Address x, Address dz, std::int64_t rows, std::int64_t width, Address dx, bool brain, int threads) {
     nb::gil_scoped_release release;
-    vise::swiglu_backward(floats(x), floats(dz), rows, width, result(dx), threads);
+    vise::swiglu_backward(anything(x), anything(dz), rows, width, some_result(dx), brain, threads);
 }
 
-vise::Heads to_heads(const std::vector<std::int64_t>& sizes, const std::vector<Address>& tables, float eps) {
+vise::Heads to_heads(const std::vector<std::int64_t>& sizes, const std::vector<Address>& tables, float eps, bool brain) {
     require(sizes.size() == 4 && tables.size() == 4, "four sizes, four tables");
-    return {sizes[0], sizes[1], sizes[2], sizes[3], floats(tables[0]), floats(tables[1]), floats(tables[2]), floats(tables[3]), eps};
+    return {sizes[0], sizes[1], sizes[2], sizes[3], anything(tables[0]), anything(tables[1]), floats(tables[2]), floats(tables[3]), eps, brain};
 }
 
-void heads(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address q, Address k, int threads) {
-    const vise::Heads heads = to_heads(sizes, tables, eps);
+void heads(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address q, Address k, bool brain, int threads) {
+    const vise::Heads heads = to_heads(sizes, tables, eps, brain);
     nb::gil_scoped_release release;
-    vise::heads(heads, floats(qkv), result(q), result(k), threads);
+    vise::heads(heads, anything(qkv), some_result(q), some_result(k), threads);
 }
 
 void heads_backward(std::vector<std::int64_t> sizes, std::vector<Address> tables, float eps, Address qkv, Address dq, Address dk, Address dv,
-                    Address dqkv, int threads) {
-    const vise::Heads heads = to_heads(sizes, tables, eps);
+                    Address dqkv, bool brain, int threads) {
+    const vise::Heads heads = to_heads(sizes, tables, eps, brain);
     nb::gil_scoped_release release;
-    vise::heads_backward(heads, floats(qkv), floats(dq), floats(dk), floats(dv), result(dqkv), threads);
+    vise::heads_backward(heads, anything(qkv), anything(dq), anything(dk), anything(dv), some_result(dqkv), threads);
 }
 
 // A bank: addresses of keys, values, owner and length; tokens, strides of keys, strides of values (entry, head, token), entries.
@@ -289,12 +292,12 @@ NB_MODULE(_native, m) {
           "cells"_a.noconvert(), "feather"_a, "outside"_a, "threads"_a);
     m.def("few_rows", &few_rows, "x"_a, "rows"_a, "width"_a, "weight"_a, "outs"_a, "bias"_a, "low"_a, "rank"_a, "up"_a, "y"_a);
     m.def("attention", &attention, "q"_a, "sizes"_a, "scale"_a, "banks"_a, "causal"_a, "out"_a, "lse"_a, "threads"_a);
-    m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "threads"_a);
-    m.def("heads_backward", &heads_backward, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "dq"_a, "dk"_a, "dv"_a, "dqkv"_a, "threads"_a);
-    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "rows"_a, "width"_a, "eps"_a, "z"_a, "threads"_a);
-    m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "dz"_a, "rows"_a, "width"_a, "eps"_a, "dx"_a, "threads"_a);
-    m.def("swiglu", &swiglu, "x"_a, "rows"_a, "width"_a, "z"_a, "threads"_a);
-    m.def("swiglu_backward", &swiglu_backward, "x"_a, "dz"_a, "rows"_a, "width"_a, "dx"_a, "threads"_a);
+    m.def("heads", &heads, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "q"_a, "k"_a, "brain"_a, "threads"_a);
+    m.def("heads_backward", &heads_backward, "sizes"_a, "tables"_a, "eps"_a, "qkv"_a, "dq"_a, "dk"_a, "dv"_a, "dqkv"_a, "brain"_a, "threads"_a);
+    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "rows"_a, "width"_a, "eps"_a, "z"_a, "brain"_a, "threads"_a);
+    m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "dz"_a, "rows"_a, "width"_a, "eps"_a, "dx"_a, "brain"_a, "threads"_a);
+    m.def("swiglu", &swiglu, "x"_a, "rows"_a, "width"_a, "z"_a, "brain"_a, "threads"_a);
+    m.def("swiglu_backward", &swiglu_backward, "x"_a, "dz"_a, "rows"_a, "width"_a, "dx"_a, "brain"_a, "threads"_a);
     m.def("warp", &warp, "sources"_a.noconvert(), "outs"_a.noconvert(), "inverses"_a.noconvert(), "fill"_a, "threads"_a);
     m.def("resize", &resize, "sources"_a.noconvert(), "outs"_a.noconvert(), "across"_a.noconvert(), "down"_a.noconvert(), "down_first"_a,
           "threads"_a);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 
+#include "brain.h"
 #include "exponential.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -20,22 +21,6 @@ namespace {
 
 constexpr std::int64_t kBlock = 2048;  // columns between two looks at the maximum; 8 KB of float32 stays in the first cache
 constexpr float kLowest = -std::numeric_limits<float>::max();
-
-struct Brain {  // bfloat16: the upper half of a float32
-    std::uint16_t bits;
-};
-
-VISE_INLINE float load(float from) { return from; }
-
-VISE_INLINE float load(Brain from) { return bits_as<float>(std::uint32_t{from.bits} << 16); }
-
-VISE_INLINE void store(float &to, float value) { to = value; }
-
-VISE_INLINE void store(Brain &to, float value) {
-    const std::uint32_t bits = bits_as<std::uint32_t>(value);
-    const std::uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);  // to nearest, ties to even
-    to.bits = std::uint16_t((value == value ? rounded : bits | 0x00400000u) >> 16);  // a nan must not round to infinity
-}
 
 struct Sums {
     float top = kLowest;  // finite, so that a row that begins with minus infinities stays free of nan

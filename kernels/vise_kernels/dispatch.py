@@ -39,7 +39,8 @@ NATIVE_OPS = {
 }
 CPU_ONLY = {"attention", "few_rows", "rms_norm"}  # no Triton version
 PATHS = ("plain", "native", "triton")
-FLOATS = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+FLOATS = {"native": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+ONLY_FLOAT32 = {"attention", "few_rows"}  # of the native ops without gradients
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
 
 
@@ -83,19 +84,20 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
     return Choice(path, "asked for")
 
 
-def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None) -> str:
-    """The path of an op whose fast paths record no gradients: native takes float32, Triton the usual floats. ValueError as `choose`.
+def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None, tables: tuple[torch.Tensor, ...] = ()) -> str:
+    """The path of an op whose fast paths record no gradients: native takes float32 and mostly bfloat16, one of them for all operands,
+    Triton float16 too and any mixture. `tables` are float32 in any case. ValueError as `choose`.
 
     Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches nothing.
     """
     operands = [t for t in operands if t is not None]
     if path is None and operands[0].is_meta:
-        gpu = op not in CPU_ONLY and _PREFERRED.get() is None and _no_gradients("triton", operands) is None
+        gpu = op not in CPU_ONLY and _PREFERRED.get() is None and _no_gradients(op, "triton", operands, tables) is None
         return "triton" if gpu else "plain"
     chosen = choose(op, operands[0].device, path).path
     if chosen == "plain":
         return chosen
-    obstacle = _no_gradients(chosen, operands)
+    obstacle = _no_gradients(op, chosen, operands, tables)
     if obstacle is None:
         return chosen
     if path is None:
@@ -103,11 +105,12 @@ def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None)
     raise ValueError(f"{op}: path {path!r} cannot run here: {obstacle}")
 
 
-def _no_gradients(path: str, operands: list[torch.Tensor]) -> str | None:
-    device, taken = operands[0].device, FLOATS[path]
-    if any(t.dtype not in taken or t.device != device for t in operands):
-        return "it takes float32 on a CPU" if path == "native" else "it takes float32, bfloat16 and float16 of one device"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+def _no_gradients(op: str, path: str, operands: list[torch.Tensor], tables: tuple[torch.Tensor, ...]) -> str | None:
+    device, taken = operands[0].device, (torch.float32,) if op in ONLY_FLOAT32 else FLOATS[path]
+    mixed = path == "native" and any(t.dtype != operands[0].dtype for t in operands)
+    if mixed or any(t.dtype not in taken or t.device != device for t in operands) or any(t.dtype != torch.float32 or t.device != device for t in tables):
+        return f"it takes {' or '.join(str(dtype)[6:] for dtype in taken)}, all on one device"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*operands, *tables)):
         return "it has no gradients"
     return None
 

@@ -53,7 +53,7 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
     qkv, turn = qkv.contiguous(), _contiguous(turn)
     q, k = (qkv.new_empty(rows, count, 2 * half) for count in (queries, keys))
     if chosen == "native":
-        native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, q, k]), threads_for(qkv.numel()))
+        native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, q, k]), qkv.dtype == torch.bfloat16, threads_for(qkv.numel()))
     elif qkv.numel() and not qkv.is_meta:
         _kernel[_grid(sizes)](qkv, q, k, *turn[:4], turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
     return Parts(q, k, qkv.view(rows, queries + 2 * keys, 2 * half)[:, queries + keys :])
@@ -69,7 +69,7 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
     qkv, turn, grads = qkv.contiguous(), _contiguous(turn), [grad.contiguous() for grad in grads]
     dqkv = torch.empty_like(qkv)
     if chosen == "native":
-        native().heads_backward(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *grads, dqkv]), threads_for(qkv.numel()))
+        native().heads_backward(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *grads, dqkv]), qkv.dtype == torch.bfloat16, threads_for(qkv.numel()))
     elif qkv.numel() and not qkv.is_meta:
         _backward_kernel[_grid(sizes)](qkv, *grads, *turn[:4], dqkv, turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
     return dqkv
@@ -182,7 +182,7 @@ def _grid(sizes: list[int]) -> tuple[int, int]:
 
 
 def _path(path: str | None, qkv: Tensor, turn: Turn, *grads: Tensor) -> str:
-    return without_gradients("heads", path, qkv, *turn[:4], *grads)
+    return without_gradients("heads", path, qkv, *turn[:2], *grads, tables=turn[2:4])
 
 
 def _contiguous(turn: Turn) -> Turn:

@@ -18,14 +18,14 @@ from vise_kernels.dispatch import native, threads_for, without_gradients
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) -> Tensor:
     """x (n, in) normed, times weight (in,): (n, in) in x's dtype.
 
-    Plain where x needs gradients or is not float32; ValueError: a forced `path` that cannot run, shapes that do not fit.
+    Plain where x needs gradients or has a dtype that the native path does not take; ValueError: a forced `path` that cannot run, shapes that do not fit.
     """
     rows, width = _sizes(x, weight)
     if without_gradients("rms_norm", path, x, weight) == "plain":
         return F.rms_norm(x, (width,), weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     z = torch.empty_like(x)
-    native().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, z.data_ptr(), threads_for(x.numel()))
+    native().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, z.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
     return z
 
 
@@ -36,7 +36,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float, *, path
         return plain_backward(x, weight, dz, eps)
     x, weight, dz = x.contiguous(), weight.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
-    native().rms_norm_backward(x.data_ptr(), weight.data_ptr(), dz.data_ptr(), rows, width, eps, dx.data_ptr(), threads_for(x.numel()))
+    native().rms_norm_backward(x.data_ptr(), weight.data_ptr(), dz.data_ptr(), rows, width, eps, dx.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
     return dx
 
 

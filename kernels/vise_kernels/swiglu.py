@@ -29,7 +29,7 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
     x = x.contiguous()
     z = x.new_empty(rows, width)
     if chosen == "native":
-        native().swiglu(x.data_ptr(), rows, width, z.data_ptr(), threads_for(x.numel()))
+        native().swiglu(x.data_ptr(), rows, width, z.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
     elif z.numel() and not z.is_meta:
         _kernel[_grid(rows, width)](x, z, width, BLOCK=BLOCK)
     return z
@@ -44,7 +44,7 @@ def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor
     x, dz = x.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
     if chosen == "native":
-        native().swiglu_backward(x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr(), threads_for(x.numel()))
+        native().swiglu_backward(x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
     elif dx.numel() and not dx.is_meta:
         _backward_kernel[_grid(rows, width)](x, dz, dx, width, BLOCK=BLOCK)
     return dx
