@@ -314,7 +314,7 @@ class Backbone:
             args = (index, x, cos, sin, levels, packs)
             x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
             for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
-                # v is a view of the whole qkv product, k of all levels' keys: kept as they are, they would keep those alive
+                # k and v are views, of all levels' keys or of the whole qkv product: kept as they are, they would keep those alive
                 segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             if len(x) == sum(sizes):
                 x = self._deepstack(x, index, levels, sizes)
@@ -419,8 +419,11 @@ class _Merger:
 
 
 def _parted(qkv: Tensor, turn: Turn, queries: int) -> Parts:
-    """`heads`, differentiable in qkv, of which alone is saved."""
-    return Parts(*_Parted.apply(qkv, turn, queries)) if torch.is_grad_enabled() else heads(qkv, turn, queries)
+    """`heads`, differentiable in qkv, which alone is saved. Where nothing is saved, the values are copied out, so that qkv can go."""
+    if torch.is_grad_enabled():
+        return Parts(*_Parted.apply(qkv, turn, queries))
+    parts = heads(qkv, turn, queries)
+    return parts._replace(v=parts.v.contiguous())
 
 
 class _Parted(torch.autograd.Function):
