@@ -135,7 +135,9 @@ def token_logprob(ids: Tensor) -> Contenders:
 def linear_logprob(hidden: Tensor, head: Tensor, ids: Tensor) -> Contenders:
     contenders = {}
     if installed("liger_kernel"):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
 
         # a mean over rows: Liger's backward is made in its forward and takes one weight for all
         contenders["Liger fused linear cross entropy"] = lambda: Liger.apply(hidden, head, ids)[0]

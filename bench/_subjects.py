@@ -19,12 +19,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vise_fast import model, scenes
-from vise_fast.config import Config, load
-from vise_fast.images import Image
+from vise_fast.config.schema import Config, load
+from vise_fast.images import scenes
+from vise_fast.images.sources import Image
+from vise_fast.model import load as model
 from vise_fast.nano.blank import CHAT_TEMPLATE
-from vise_fast.prompts import NATURAL
-from vise_fast.tokens import Tokens
+from vise_fast.text.prompts import NATURAL
+from vise_fast.text.tokens import Tokens
 
 SHAPES = Path(__file__).parents[1] / "configs" / "models"
 QUERY_TOKENS, BOX_TOKENS, VERDICT_TOKENS = 14, 22, 8

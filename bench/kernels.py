@@ -24,8 +24,23 @@ import _measure as measure  # noqa: E402
 import _peers as peers  # noqa: E402
 import vise_kernels  # noqa: E402
 from vise_kernels import (  # noqa: E402
-    attention, decode_attention, few_rows, ghost, heads, heads_backward, linear_logprob, linear_logprob_kl, patchify, resize, rms_norm, rms_norm_backward, sample,
-    swiglu, swiglu_backward, token_logprob, warp,
+    attention,
+    decode_attention,
+    few_rows,
+    ghost,
+    heads,
+    heads_backward,
+    linear_logprob,
+    linear_logprob_kl,
+    patchify,
+    resize,
+    rms_norm,
+    rms_norm_backward,
+    sample,
+    swiglu,
+    swiglu_backward,
+    token_logprob,
+    warp,
 )  # fmt: skip
 from vise_kernels.attention import Bank  # noqa: E402
 from vise_kernels.decode_attention import Banks, locate  # noqa: E402

@@ -83,10 +83,11 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     """Train one row with one seed, unless its adapter lies there from another split, and examine it; the base is examined untrained."""
     import torch
 
-    from vise_fast import config as configuration
-    from vise_fast import evaluate, model
-    from vise_fast.engine import Engine
-    from vise_fast.images import Scenes
+    from vise_fast.config import schema as configuration
+    from vise_fast.engine.fast import Engine
+    from vise_fast.evaluate import held_out as evaluate
+    from vise_fast.images.sources import Scenes
+    from vise_fast.model import load as model
 
     torch.set_num_threads(1)
     words = ["--train.seed", str(seed), "--train.steps", str(steps), "--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
@@ -124,7 +125,7 @@ def trained(policy, engine, source, config, path: Path) -> dict:
 
 
 def train(policy, engine, source, config) -> dict:
-    from vise_fast.learner import Learner
+    from vise_fast.method.learner import Learner
     from vise_fast.train import play_batch
 
     learner, curve, start = Learner(policy, engine, config), [], time.monotonic()

@@ -6,7 +6,7 @@
 
 Measured on a CPU: the peak over one whole step (the second: the optimizer has its moments) of the bytes of all tensor storages alive, those
 saved for the backward pass included, counted by a dispatch mode around the real rollout and update. Measured on a GPU: `max_memory_reserved`
-of the same step, with the process capped by `set_per_process_memory_fraction`. Predicted: `vise_fast.rehearsal`, from shapes alone. Answers
+of the same step, with the process capped by `set_per_process_memory_fraction`. Predicted: `vise_fast.estimate.rehearsal`, from shapes alone. Answers
 are locked in length (see _subjects.py). Left out: what lies below torch on a CPU (scratch inside operators).
 """
 
@@ -29,13 +29,13 @@ import _measure as measure  # noqa: E402
 import _subjects as subjects  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from vise_fast import model  # noqa: E402
-from vise_fast.config import Config  # noqa: E402
-from vise_fast.engine import Engine  # noqa: E402
-from vise_fast.estimate import SHAPES, Planner  # noqa: E402
-from vise_fast.learner import Learner  # noqa: E402
-from vise_fast.live import Live  # noqa: E402
-from vise_fast.rehearsal import Lengths, rehearse  # noqa: E402
+from vise_fast.config.schema import Config  # noqa: E402
+from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.estimate.live_bytes import Live  # noqa: E402
+from vise_fast.estimate.planner import SHAPES, Planner  # noqa: E402
+from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
+from vise_fast.method.learner import Learner  # noqa: E402
+from vise_fast.model import load as model  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
 
 GB = 1e9

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vise_fast import model as loading
-from vise_fast import prompts
-from vise_fast.backbones.qwen3_vl import LORA_TARGETS
-from vise_fast.config import Config
-from vise_fast.engine import Counters, Rollout
-from vise_fast.experience import Played
-from vise_fast.learner import Learner
-from vise_fast.perf import Clock
+from vise_fast.config.schema import Config
+from vise_fast.engine.fast import Counters, Rollout
+from vise_fast.method.experience import Played
+from vise_fast.method.learner import Learner
+from vise_fast.model import load as loading
+from vise_fast.model.qwen3_vl import LORA_TARGETS
+from vise_fast.profile.flops import Clock
+from vise_fast.text import prompts
 
 
 class Processor:

@@ -31,18 +31,20 @@ import _subjects as subjects  # noqa: E402
 from naive import NaiveEngine, NaiveLearner, NaivePlusEngine, NaivePolicy  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
-from vise_fast import allocator, model, perf  # noqa: E402
-from vise_fast.config import Config  # noqa: E402
-from vise_fast.engine import Engine  # noqa: E402
-from vise_fast.graphs import GraphedEngine  # noqa: E402
-from vise_fast.images import Image  # noqa: E402
-from vise_fast.learner import Learner  # noqa: E402
-from vise_fast.perf import Clock, Plan, Shapes  # noqa: E402
-from vise_fast.prompts import style_for  # noqa: E402
-from vise_fast.stock import StockBackbone, StockEngine  # noqa: E402
-from vise_fast.tokens import Tokens  # noqa: E402
+from vise_fast.config.schema import Config  # noqa: E402
+from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.graphed import GraphedEngine  # noqa: E402
+from vise_fast.engine.stock import StockBackbone, StockEngine  # noqa: E402
+from vise_fast.images.sources import Image  # noqa: E402
+from vise_fast.method.learner import Learner  # noqa: E402
+from vise_fast.model import load as model
+from vise_fast.profile import flops as perf  # noqa: E402
+from vise_fast.profile.flops import Clock, Plan, Shapes  # noqa: E402
+from vise_fast.profile.host_syncs import Work  # noqa: E402
+from vise_fast.system import allocator
+from vise_fast.text.prompts import style_for  # noqa: E402
+from vise_fast.text.tokens import Tokens  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
-from vise_fast.work import Work  # noqa: E402
 
 ENGINES = ("fast", "graphed", "unshared", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}

@@ -23,11 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from learning import SPLIT_SEED, truth_of  # noqa: E402
 
-from vise_fast import config as configuration  # noqa: E402
-from vise_fast import geometry, model, rewards  # noqa: E402
-from vise_fast.engine import Engine  # noqa: E402
-from vise_fast.experience import join  # noqa: E402
-from vise_fast.images import Scenes  # noqa: E402
+from vise_fast.config import schema as configuration  # noqa: E402
+from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.images import geometry
+from vise_fast.images.sources import Scenes  # noqa: E402
+from vise_fast.method import rewards  # noqa: E402
+from vise_fast.method.experience import join  # noqa: E402
+from vise_fast.model import load as model
 from vise_fast.train import play_batch  # noqa: E402
 
 

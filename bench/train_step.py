@@ -35,9 +35,13 @@ import rollout  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from vise_kernels import linear_logprob_kl  # noqa: E402
 
-from vise_fast import allocator, model, perf, roles  # noqa: E402
-from vise_fast.backbones import linear, qwen3_vl  # noqa: E402
-from vise_fast.engine import Engine  # noqa: E402
+from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.method import roles  # noqa: E402
+from vise_fast.model import load as model
+from vise_fast.model import lora_linear as linear  # noqa: E402
+from vise_fast.model import qwen3_vl
+from vise_fast.profile import flops as perf
+from vise_fast.system import allocator
 
 GROUPS = (1, 2, 4, 8, 16)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vise_fast import config, geometry, scenes, views
-from vise_fast.figures import Figures
-from vise_fast.randomness import generator
+from vise_fast.config import schema as config
+from vise_fast.evaluate.figures import Figures
+from vise_fast.images import geometry, scenes, views
+from vise_fast.system.randomness import generator
 
 SCENES = 96
 

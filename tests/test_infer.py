@@ -5,10 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vise_fast import config, infer, model, roles, scenes
-from vise_fast.engine import Engine
-from vise_fast.errors import ConfigError, DataError, EnvironmentFault
-from vise_fast.randomness import generator
+from vise_fast import infer
+from vise_fast.config import schema as config
+from vise_fast.engine.fast import Engine
+from vise_fast.images import scenes
+from vise_fast.method import roles
+from vise_fast.model import load as model
+from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
+from vise_fast.system.randomness import generator
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from test_engine import ROWS, SIZES, stock_inputs
+from small_engines import ROWS, SIZES, stock_inputs
 from tiny import SHAPES, TinyTokens, build, images
 
-from vise_fast import adapter, config, merge, model
-from vise_fast.backbones.qwen3_vl import Backbone
-from vise_fast.engine import Engine
-from vise_fast.errors import ConfigError
+from vise_fast import merge
+from vise_fast.config import schema as config
+from vise_fast.engine.fast import Engine
+from vise_fast.model import export as adapter
+from vise_fast.model import load as model
+from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.system.errors import ConfigError
 
 
 def shrunk(policy, size):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 NEEDED = ["vise_fast", "kernels", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", ".gitignore"]
 BUILD = "import sys; from scikit_build_core.build import build_wheel; build_wheel(sys.argv[1], {'cmake.build-type': 'Debug'})"
 

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from vise_fast.backbones.qwen3_vl import LORA_TARGETS
+from vise_fast.model.qwen3_vl import LORA_TARGETS
 
 IMAGE, PAD, EOS, VOCAB = 5, 0, 1, 67
 

@@ -18,13 +18,15 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from torch import Tensor
 
-from vise_fast import decode, geometry, roles, views
-from vise_fast.config import Config
-from vise_fast.console import Console, run
-from vise_fast.engine import Engine
-from vise_fast.errors import ConfigError, DataError, EnvironmentFault
-from vise_fast.model import grid_multiple, load
-from vise_fast.words import parse
+from vise_fast.config.schema import Config
+from vise_fast.config.words import parse
+from vise_fast.engine.fast import Engine
+from vise_fast.images import geometry, views
+from vise_fast.images import picture_file as decode
+from vise_fast.method import roles
+from vise_fast.model.load import grid_multiple, load
+from vise_fast.system.console import Console, run
+from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 ORANGE = (255, 126, 30)
 

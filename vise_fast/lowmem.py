@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from vise_fast import console
-from vise_fast.config import Config
-from vise_fast.console import Console
-from vise_fast.errors import MemoryFloor
-from vise_fast.estimate import GIB, Plan, plan
+from vise_fast.config.schema import Config
+from vise_fast.estimate.planner import GIB, Plan, plan
+from vise_fast.system import console
+from vise_fast.system.console import Console
+from vise_fast.system.errors import MemoryFloor
 
 CARDS = {8: "4b", 12: "8b", 16: "8b", 24: "32b"}
 WEIGHTS_GB = {"2b": 4.3, "4b": 8.9, "8b": 17.5, "32b": 66.7}

@@ -21,12 +21,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
 
-from vise_fast.adapter import side_files
-from vise_fast.config import Config
-from vise_fast.console import Console, run
-from vise_fast.errors import ConfigError, EnvironmentFault
-from vise_fast.model import attach, check_targets, resolve
-from vise_fast.words import parse
+from vise_fast.config.schema import Config
+from vise_fast.config.words import parse
+from vise_fast.model.export import side_files
+from vise_fast.model.load import attach, check_targets, resolve
+from vise_fast.system.console import Console, run
+from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 KEPT_WARNING = 0.9
 

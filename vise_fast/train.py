@@ -14,18 +14,22 @@ from pathlib import Path
 
 import torch
 
-from vise_fast import config as configuration
-from vise_fast import allocator, console, estimate, model, rewards, settings
-from vise_fast.config import Config
-from vise_fast.dry_run import dry_run
-from vise_fast.engine import Engine
-from vise_fast.experience import Draws, Played, Truth, attention_share, play
-from vise_fast.images import Folder, Image, Scenes, Source
-from vise_fast.learner import Learner
-from vise_fast.run import Run
-from vise_fast.signals import Interrupted, Signals
-from vise_fast.stock import open_engine
-from vise_fast.survive import Halving
+from vise_fast.config import schema as configuration
+from vise_fast.config import settings
+from vise_fast.config.schema import Config
+from vise_fast.engine.fast import Engine
+from vise_fast.engine.stock import open_engine
+from vise_fast.estimate import planner as estimate
+from vise_fast.images.sources import Folder, Image, Scenes, Source
+from vise_fast.method import rewards
+from vise_fast.method.experience import Draws, Played, Truth, attention_share, play
+from vise_fast.method.learner import Learner
+from vise_fast.model import load as model
+from vise_fast.run.directory import Run
+from vise_fast.run.dry_run import dry_run
+from vise_fast.run.out_of_memory import Halving
+from vise_fast.system import allocator, console
+from vise_fast.system.signals import Interrupted, Signals
 
 
 def main(words: Sequence[str]) -> int:

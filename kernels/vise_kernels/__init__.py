@@ -16,7 +16,7 @@ from vise_kernels.rms_norm import rms_norm, rms_norm_backward
 from vise_kernels.sample import sample
 from vise_kernels.swiglu import swiglu, swiglu_backward
 from vise_kernels.token_logprob import token_logprob
-from vise_kernels.views import warp
+from vise_kernels.warp import warp
 
 __all__ = [
     "attention", "available", "decode_attention", "few_rows", "ghost", "heads", "heads_backward", "linear_logprob", "linear_logprob_kl", "patchify", "prefer",

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import native, threads_for, without_gradients
 
 DIM_STEP = 16  # the native path takes head dimensions that are multiples of this

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import choose, jit, tl, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 from vise_kernels.dispatch import native, without_gradients
 
 ROWS = range(3, 65)  # one and two: PyTorch streams the weight too; more: libraries are as quick

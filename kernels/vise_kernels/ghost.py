@@ -19,10 +19,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from vise_kernels import cosines
 from vise_kernels.dispatch import choose, jit, native, tl
-from vise_kernels.pixels import Images, addresses, along_height, along_width, checked, copies, on_host, to_bytes
+from vise_kernels.pixels import (
+    Images,
+    addresses,
+    along_height,
+    along_width,
+    checked,
+    copies,
+    on_host,
+    to_bytes,
+)
 
 METHODS = ("blur", "mean", "pixelate")
 REGIONS = ("inside", "outside")

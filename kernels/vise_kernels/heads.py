@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import jit, native, threads_for, tl, triton, without_gradients
 
 HEADS = 8  # of a Triton program

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
 from vise_kernels.dispatch import choose, jit, tl, triton
 
 CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import choose, jit, native, tl, triton
 from vise_kernels.pixels import Images, addresses, checked
-from vise_kernels.views import inverted, sampled
-from vise_kernels.views import plain as warp_plain
+from vise_kernels.warp import inverted, sampled
+from vise_kernels.warp import plain as warp_plain
 
 
 def patchify(

@@ -10,13 +10,11 @@ always goes along x first). Leaves out other filters.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import choose, jit, native, tl, triton
 from vise_kernels.pixels import Images, addresses, checked, packed
 

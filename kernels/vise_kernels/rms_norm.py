@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 from vise_kernels.dispatch import native, threads_for, without_gradients
 
 

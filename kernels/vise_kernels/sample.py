@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 from vise_kernels.dispatch import choose, jit, native, tl
 
 MASK32 = 0xFFFFFFFF

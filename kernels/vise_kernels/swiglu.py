@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 from vise_kernels.dispatch import jit, native, threads_for, tl, triton, without_gradients
 
 BLOCK = 1024  # columns of a Triton program

@@ -5,9 +5,13 @@ import importlib
 import pytest
 import torch
 from excess import assert_close, largest_allocation
-
 from vise_kernels.dispatch import choose
-from vise_kernels.linear_logprob import _merge_kernel, full_softmax, linear_logprob, linear_logprob_kl
+from vise_kernels.linear_logprob import (
+    _merge_kernel,
+    full_softmax,
+    linear_logprob,
+    linear_logprob_kl,
+)
 
 SHAPES = [(1, 1, 1), (7, 13, 131), (11, 123, 507), (252, 123, 507), (3, 64, 1031)]  # N, H, V
 PATHS = ["plain", "triton"]

@@ -6,9 +6,10 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
-from PIL import Image
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from pictures import PATHS, noise, on, worst
+from PIL import Image
 from vise_kernels import resize
 
 module = importlib.import_module("vise_kernels.resize")  # the package's name `resize` is the op

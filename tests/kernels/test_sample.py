@@ -3,7 +3,6 @@
 import pytest
 import torch
 from excess import assert_close
-
 from vise_kernels.dispatch import choose
 from vise_kernels.sample import _philox, gumbel, sample, uniform_bits
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from excess import assert_close, largest_allocation
-
 from vise_kernels.dispatch import choose
 from vise_kernels.token_logprob import plain, token_logprob
 

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vise_fast import geometry, nano, prompts, scenes, views
-from vise_fast.config import ViewConfig
-from vise_fast.console import Console
+from vise_fast import nano
+from vise_fast.config.schema import ViewConfig
+from vise_fast.images import geometry, scenes, views
 from vise_fast.nano import exam, lessons
-from vise_fast.randomness import generator
+from vise_fast.system.console import Console
+from vise_fast.system.randomness import generator
+from vise_fast.text import prompts
 
 SEED = 78_001
 SIDE = lessons.SIDE

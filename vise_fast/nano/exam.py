@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vise_fast import geometry, prompts, scenes
+from vise_fast.images import geometry, scenes
 from vise_fast.nano import blank, forward, lessons
-from vise_fast.randomness import generator
+from vise_fast.system.randomness import generator
+from vise_fast.text import prompts
 
 SEED = 77_001  # of the exam's scenes; pretraining draws from other names
 

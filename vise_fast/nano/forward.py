@@ -1,7 +1,7 @@
 """A quick forward over the embedded model's own weights for pretraining: all images equal in size, so attention is one batched call.
 
 `weights` is a dict from parameter names (as in `named_parameters`) to tensors, in any floating dtype. Not here: caches beyond
-one shared prefix, ragged images, LoRA. tests/test_nano.py holds this forward to the stock modules.
+one shared prefix, ragged images, LoRA. tests/nano/test_nano.py holds this forward to the stock modules.
 """
 
 from __future__ import annotations

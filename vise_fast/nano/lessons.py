@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from vise_fast import scenes
+from vise_fast.images import scenes
 from vise_fast.nano.blank import VOCABULARY
 
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from vise_fast.nano import blank, exam, forward, lessons
-from vise_fast.randomness import generator
+from vise_fast.system.randomness import generator
 
 BATCH = 32
 

@@ -1,0 +1,23 @@
+"""The rollout bench runs at its smallest with every engine, and ends with one JSON document."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_rollout_bench_runs():
+    command = [sys.executable, str(ROOT / "bench" / "rollout.py"), "--smoke", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    (result,) = document["results"]
+    assert set(result["engines"]) == {"fast", "graphed", "unshared", "stock", "naive", "naive+"}
+    assert document["machine"]["device"] and document["ceilings"]["matmul_flop_per_s"] > 0
+    fast, naive = result["engines"]["fast"], result["engines"]["naive"]
+    assert fast["counts"]["encodes_per_distinct_image"] == 1
+    assert naive["counts"]["encodes_per_distinct_image"] > 2.3
+    assert fast["flops"]["step"] < naive["flops"]["step"]
+    assert set(result["ratios"]) == {"graphed / fast", "unshared / fast", "stock / fast", "naive / fast", "naive+ / fast"}

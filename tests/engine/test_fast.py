@@ -1,0 +1,135 @@
+"""The fast engine against transformers' own forward and generate: logits, gradients, greedy ids, sampled log-probs, counts."""
+import pytest
+import torch
+from small_engines import ROWS, SIZES, engine_of, relative, sampled, stock_inputs, stock_logits
+from tiny import PAD, SHAPES, images
+
+from vise_fast.engine.fast import Rollout
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("adapters", [True, False])
+def test_next_token_logits_equal_stock(shape, adapters):
+    model, engine = engine_of(shape)
+    pictures = images(SIZES)
+    features = engine.encode(pictures)
+    forked = engine.forked_verdict_logits(engine.prefill(features, adapters), [0, 1, 2, 3], ROWS)
+    joint = engine.verdict_logits(features, ROWS, adapters)
+    for i, picture in enumerate(pictures):
+        with torch.no_grad():
+            if adapters:
+                truth = stock_logits(model, engine, picture, ROWS[i])[-1]
+            else:
+                with model.disable_adapter():
+                    truth = stock_logits(model, engine, picture, ROWS[i])[-1]
+        assert relative(forked[i], truth) < 1e-4
+        assert relative(joint[i], truth) < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forks_share_one_prefix_whatever_the_fan(shape):
+    _, engine = engine_of(shape)
+    prefixes = engine.prefill(engine.encode(images(SIZES)), True)
+    owner, rows = [2, 0, 0, 3, 2], [[9], [10, 11], [12, 13, 14], [7, 8], [21]]
+    together = engine.prompt(prefixes, owner, rows).last
+    for i in range(5):
+        alone = engine.prompt(prefixes, owner[i : i + 1], rows[i : i + 1]).last
+        assert relative(together[i], alone[0]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("adapters", [True, False])
+def test_greedy_equals_stock_generate(shape, adapters):
+    model, engine = engine_of(shape)
+    pictures = images(SIZES)
+    prompts = engine.prompt(engine.prefill(engine.encode(pictures), adapters), [0, 1, 2, 3], ROWS)
+    answers = engine.generate(prompts, [1, 2, 1, 1], 9, seeds=[0, 1, 2, 3, 4], temperature=0.0)
+    rows = answers.rows()
+    assert rows[1] == rows[2]
+    banned = torch.where(engine.banned)[0].tolist()
+    for i, row in enumerate([rows[0], rows[1], rows[3], rows[4]]):
+        settings = dict(max_new_tokens=9, do_sample=False, suppress_tokens=banned, eos_token_id=1, pad_token_id=PAD)
+        with torch.no_grad():
+            if adapters:
+                out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
+            else:
+                with model.disable_adapter():
+                    out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
+        assert row == out[0, -(out.shape[1] - len(stock_inputs(engine, pictures[i], ROWS[i])["input_ids"][0])) :].tolist()
+
+
+def test_scored_logprob_equals_the_samplers_own():
+    _, engine = engine_of("gqa2")
+    features, answers = sampled(engine, images(SIZES))
+    owner = [i for i in range(4) for _ in range(3)]
+    assert len(set(answers.lengths)) > 1, "the fixture should mix lengths"
+    with torch.no_grad():
+        hidden = engine.score(features, ROWS, answers, owner, True)
+    logits = engine.backbone.logits(hidden).masked_fill(engine.banned, -torch.inf)
+    flat = torch.tensor([t for row in answers.rows() for t in row])
+    scored = logits.log_softmax(-1).gather(1, flat[:, None])[:, 0]
+    assert (scored - answers.logprob[answers.mask().bool()]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prefix_update_equals_row_by_row_stock(shape, recompute):
+    model, engine = engine_of(shape)
+    pictures = images(SIZES)
+    features, answers = sampled(engine, pictures)
+    owner = [i for i in range(4) for _ in range(3)]
+    names, leaves = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    hidden = engine.score(features, ROWS, answers, owner, True, recompute=recompute)
+    weights = torch.linspace(-1, 1, len(hidden))
+    flat = torch.tensor([t for row in answers.rows() for t in row])
+    loss = (engine.backbone.logits(hidden).log_softmax(-1).gather(1, flat[:, None])[:, 0] * weights).sum()
+    fast = torch.autograd.grad(loss, leaves)
+    total, start = 0.0, 0
+    for row, image in zip(answers.rows(), owner, strict=True):
+        logits = stock_logits(model, engine, pictures[image], ROWS[image] + row)[-len(row) - 1 : -1]
+        score = logits.log_softmax(-1).gather(1, torch.tensor(row)[:, None])[:, 0]
+        total = total + (score * weights[start : start + len(row)]).sum()
+        start += len(row)
+    truth = torch.autograd.grad(total, leaves)
+    assert abs(loss.item() - total.item()) <= 1e-5 * abs(total.item()) + 1e-5
+    for name, a, b in zip(names, fast, truth, strict=True):
+        assert relative(a, b) < 1e-4, f"{name}: {relative(a, b)}"
+
+
+def test_reference_scores_from_cached_prefixes():
+    _, engine = engine_of("gqa2")
+    features, answers = sampled(engine, images(SIZES))
+    owner = [i for i in range(4) for _ in range(3)]
+    with torch.no_grad():
+        fresh = engine.score(features, ROWS, answers, owner, False)
+        cached = engine.score(features, ROWS, answers, owner, False, prefixes=engine.prefill(features, False))
+    assert relative(cached, fresh) < 1e-5
+
+
+def test_single_token_answers_are_scored():
+    _, engine = engine_of("gqa2")
+    features = engine.encode(images(SIZES[:2]))
+    answers = Rollout(torch.tensor([[1], [1]]), torch.zeros(2, 1), [1, 1])
+    with torch.no_grad():
+        hidden = engine.score(features, ROWS[:2], answers, [0, 1], True)
+        assert relative(engine.backbone.logits(hidden), engine.verdict_logits(features, ROWS[:2], True)) < 1e-5
+
+
+def test_sampling_does_not_depend_on_the_batch():
+    _, engine = engine_of("gqa2")
+    pictures = images(SIZES)
+    _, together = sampled(engine, pictures)
+    features = engine.encode(pictures[2:3])
+    prompts = engine.prompt(engine.prefill(features, True), [0], [ROWS[2]])
+    alone = engine.generate(prompts, [3], 12, seeds=[6, 7, 8])
+    assert alone.rows() == together.rows()[6:9]
+
+
+def test_encode_does_not_depend_on_neighbours():
+    _, engine = engine_of("gqa5_deep3")
+    pictures = images(SIZES)
+    features = engine.encode(pictures)
+    for i, picture in enumerate(pictures):
+        alone, picked = engine.encode([picture]), features.select([i])
+        assert relative(picked.last, alone.last) < 1e-5
+        assert all(relative(a, b) < 1e-5 for a, b in zip(picked.taps, alone.taps, strict=True))

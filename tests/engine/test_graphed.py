@@ -1,0 +1,128 @@
+"""Graphed decoding samples what the plain engine samples; one decoder serves rollout after rollout, whatever moved in between."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import SHAPES, TinyTokens, build, images
+
+from vise_fast.config.schema import load
+from vise_fast.engine.fast import Engine
+from vise_fast.engine.graphed import GraphedEngine, bucket
+from vise_fast.engine.stock import open_engine
+from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.system.errors import EnvironmentFault
+
+SIZES = [(16, 24), (8, 8), (24, 16), (16, 24)]
+ROWS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
+
+
+class Brief(TinyTokens):
+    """Many ids end an answer, so that answers differ in length."""
+
+    eos = list(range(50, 67))
+
+
+def engines(shape, device="cpu", dtype=torch.float32):
+    backbone = Backbone(build(shape, dtype=dtype).to(device))
+    return Engine(backbone, Brief(), poll=4), GraphedEngine(backbone, Brief(), poll=4)
+
+
+def rollout(engine, pictures, adapters=True, fan=(3, 1, 2, 1), limit=11, temperature=1.0, seed=0):
+    prompts = engine.prompt(engine.prefill(engine.encode(pictures), adapters), list(range(len(pictures))), ROWS[: len(pictures)])
+    fan = list(fan[: len(pictures)])
+    return engine.generate(prompts, fan, limit, seeds=[seed + i for i in range(sum(fan))], temperature=temperature)
+
+
+def assert_same(a, b, bound=1e-5):
+    assert a.rows() == b.rows() and a.lengths == b.lengths
+    assert torch.equal(a.ids, b.ids)
+    assert (a.logprob - b.logprob).abs().max() < bound
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_it_samples_what_the_plain_engine_samples(shape, adapters, temperature):
+    plain, graphed = engines(shape)
+    answers = [rollout(engine, images(SIZES), adapters, temperature=temperature) for engine in (plain, graphed)]
+    assert len(set(answers[0].lengths)) > 1, "the fixture should mix lengths"
+    assert_same(*answers)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_limits_around_the_first_poll(limit):
+    assert_same(*(rollout(engine, images(SIZES), limit=limit) for engine in engines("gqa2")))
+
+
+def test_one_decoder_serves_other_prefixes_fewer_rows_and_changed_adapters():
+    plain, graphed = engines("gqa2")
+    for count, seed in ((4, 0), (3, 50), (4, 90)):
+        pictures = images(SIZES[-count:], seed=seed)
+        assert_same(rollout(plain, pictures, seed=seed), rollout(graphed, pictures, seed=seed))
+        with torch.no_grad():
+            for master in plain.backbone.layers[0].linears[0].masters():
+                master.mul_(-1.5)
+        plain.backbone.refresh()
+    assert len(graphed.decoders) == 1
+    graphed.forget()
+    assert not graphed.decoders and rollout(graphed, images(SIZES)).lengths == rollout(plain, images(SIZES)).lengths
+
+
+def test_the_counts_are_those_of_the_plain_engine():
+    plain, graphed = engines("gqa2")
+    plain.joins = False
+    taken = []
+    for engine in (plain, graphed):
+        rollout(engine, images(SIZES), temperature=0.0)
+        taken.append(engine.counters.take())
+    assert taken[0]["host_reads"] == taken[1]["host_reads"] and taken[0]["forwards"] == taken[1]["forwards"]
+    assert taken[0]["decode_steps"] == taken[1]["decode_steps"]
+
+
+def test_prefixes_are_let_go():
+    _, graphed = engines("gqa2")
+    prompts = graphed.prompt(graphed.prefill(graphed.encode(images(SIZES)), True), [0, 1, 2, 3], ROWS)
+    graphed.generate(prompts, [1, 1, 1, 1], 3, seeds=[0, 1, 2, 3])
+    held = weakref.ref(prompts.prefixes.segment.keys[0])
+    del prompts
+    gc.collect()
+    assert held() is None
+
+
+def test_an_interrupt_is_heard_at_a_poll():
+    _, graphed = engines("gqa2")
+    heard = []
+    graphed.interrupted = lambda: heard.append(graphed.counters.decode_steps)
+    rollout(graphed, images(SIZES), temperature=0.0)
+    assert heard and heard[0] == 7
+
+
+def test_without_a_gpu_they_are_refused():
+    config = load(None, ["--model.graphs", "true"])
+    policy = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(EnvironmentFault, match="model.graphs"):
+        open_engine(policy, config)
+
+
+def test_buckets_hold_their_rows_and_are_few():
+    assert [bucket(n) for n in (1, 2, 3, 5, 8, 9, 33, 64, 65, 200)] == [1, 2, 4, 8, 8, 16, 40, 64, 96, 224]
+    assert all(bucket(n) >= n for n in range(1, 300)) and len({bucket(n) for n in range(1, 257)}) == 17
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_replayed_graphs_sample_what_the_plain_engine_samples(shape):
+    plain, graphed = engines(shape, "cuda")
+    for seed in (0, 50):
+        pictures = [image.cuda() for image in images(SIZES, seed=seed)]
+        for adapters in (True, False):
+            assert_same(*(rollout(engine, pictures, adapters, seed=seed) for engine in (plain, graphed)), bound=1e-3)
+        with torch.no_grad():
+            for master in plain.backbone.layers[0].linears[0].masters():
+                master.mul_(-1.5)
+        plain.backbone.refresh()
+    assert len(graphed.decoders) == 2 and all(d.graph is not None for d in graphed.decoders.values())

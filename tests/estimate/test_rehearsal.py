@@ -1,0 +1,107 @@
+"""Memory predicted from shapes against memory counted around a real step; the counter itself; the line through shallow models."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from memory import CONFIGURATIONS, MODELS, compare, shape_of  # noqa: E402
+
+from vise_fast.config.schema import Config  # noqa: E402
+from vise_fast.estimate import rehearsal  # noqa: E402
+from vise_fast.estimate.live_bytes import Live  # noqa: E402
+from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
+
+BOUND = 0.05
+SAMPLED = ["nano-like, one slice an image", "G 16", "views too", "wide, int8", "wide, nf4, 8-bit Adam"]
+"""The bench does all sixteen."""
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_prediction_is_within_five_percent_of_the_count(name):
+    row = compare(name)
+    assert abs(row["error"]) <= BOUND, f"{name}: {row['error']:+.1%} in {row['phase']}"
+
+
+def test_the_bench_covers_enough():
+    assert len(CONFIGURATIONS) >= 12 and {shape for shape, *_ in CONFIGURATIONS.values()} == set(MODELS)
+
+
+def test_live_counts_storages_not_views_and_forgets_the_dead():
+    with Live("cpu") as live:
+        x = torch.zeros(1000)
+        views = [x[i:] for i in range(5)]
+        assert live.now == 4000
+        y = x + 1
+        del x
+        assert live.now == 8000, "the views keep x alive"
+        del views
+        assert live.now == 4000
+        del y
+    assert live.now == 0 and live.peak == 8000
+
+
+def test_live_counts_what_the_backward_pass_keeps():
+    w = torch.ones(50, 50, requires_grad=True)
+    with Live("cpu") as live:
+        x = torch.ones(100, 50)
+        y = (x @ w).exp()
+        del x
+        assert live.now == 100 * 50 * 4 * 2, "x is saved for w's gradient, y for its own"
+        y.sum().backward()
+        del y
+    assert live.now == 50 * 50 * 4
+
+
+def test_a_label_follows_its_tensor():
+    with Live("cpu") as live:
+        with live.labelled("weights"):
+            x = torch.zeros(10)
+        live.relabel([x], "masters")
+        live.restart()
+    assert +live.at_peak == {"masters": 40}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    import json
+
+    directory = tmp_path_factory.mktemp("shape")
+    (directory / "config.json").write_text(json.dumps(shape_of("narrow")))
+    return AutoConfig.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_line_through_two_shallow_models_meets_the_deep_one(shapes, checkpointing):
+    config = Config()
+    config.train.batch, config.train.checkpointing = 2, checkpointing
+    arguments = (config, shapes, [(64, 96)] * 2, torch.float32)
+    line, whole = rehearse(*arguments, device="cpu"), rehearsal._rehearse(*arguments, Lengths(), "cpu")[0]
+    assert line.phases.keys() == whole.keys()
+    for phase, parts in whole.items():
+        assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=1e-2), phase
+    assert line.peak == pytest.approx(max(sum(parts.values()) for parts in whole.values()), rel=1e-3)
+
+
+def peak(shapes, **changes):
+    config = Config()
+    config.train.batch = 4
+    for key, value in changes.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    return rehearse(config, shapes, [(64, 64)] * 4, torch.float32, Lengths(), "cpu").peak
+
+
+def test_every_knob_of_the_planner_saves_memory(shapes):
+    deep = copy.deepcopy(shapes)
+    deep.text_config.num_hidden_layers = 20
+    base = peak(deep)
+    knobs = [dict(train__micro_batch=1), dict(model__quant="int8"), dict(model__quant="nf4"), dict(train__checkpointing=True)]
+    assert all(peak(deep, **knob) < base for knob in knobs), [(knob, peak(deep, **knob), base) for knob in knobs]
+    assert peak(deep, model__quant="nf4") < peak(deep, model__quant="int8")

@@ -1,0 +1,321 @@
+"""Losses: advantages against a loop, KL estimators against brute force over a small vocabulary (value and expected gradient), states."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vise_fast.config.schema import UpdateConfig
+from vise_fast.method.loss import Baseline, Beta, advantages, k1_penalised, reinforce, token_mean
+from vise_fast.system.errors import NumericFault
+
+# --- advantages ------------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(rewards, carries, group, kind, base):
+    """The definition, one sample at a time."""
+    result = []
+    for n, reward in enumerate(rewards):
+        mates = [m for m in range(n // group * group, n // group * group + group) if carries[m]]
+        values = [rewards[m] for m in mates]
+        if not carries[n]:
+            result.append(0.0)
+        elif kind == "ema":
+            result.append(reward - base)
+        elif max(values) - min(values) <= 1e-9:
+            result.append(0.0)
+        elif kind == "rloo":
+            others = [rewards[m] for m in mates if m != n]
+            result.append(reward - sum(others) / len(others))
+        else:
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+            result.append((reward - mean) / (std + 1e-6) if kind == "grpo" else reward - mean)
+    return result
+
+
+ROW = st.tuples(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.7, 1.0]), st.booleans())
+
+
+@pytest.mark.parametrize("kind", ["rloo", "ema", "grpo", "dr_grpo"])
+@given(data=st.data(), group=st.integers(1, 5), groups=st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_advantages_follow_their_definition(kind, data, group, groups):
+    rows = data.draw(st.lists(ROW, min_size=group * groups, max_size=group * groups))
+    rewards, carries = [r for r, _ in rows], [c for _, c in rows]
+    got, _ = advantages(torch.tensor(rewards), torch.tensor(carries), group, kind, Baseline(value=0.3))
+    torch.testing.assert_close(got, torch.tensor(by_hand(rewards, carries, group, kind, 0.3)), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_do_not_carry_enter_no_mean():
+    rewards = torch.tensor([1.0, 0.0, float("nan"), 0.5])
+    carries = torch.tensor([True, True, False, True])
+    got, metrics = advantages(rewards, carries, 4, "rloo")
+    torch.testing.assert_close(got, torch.tensor([0.75, -0.75, 0.0, 0.0]))
+    assert metrics["reward_mean"] == 0.5
+
+
+def test_groups_without_variance_are_counted_and_silent():
+    rewards = torch.tensor([0.1 + 0.2, 0.3, 1.0, 0.0, 0.5, 0.7, 0.9, 0.9])
+    carries = torch.tensor([True, True, True, True, True, False, False, False])
+    for kind in ("rloo", "grpo", "dr_grpo"):
+        got, metrics = advantages(rewards.double(), carries, 2, kind)
+        assert got[[0, 1, 4, 5, 6, 7]].abs().max() == 0 and got[2] > 0 > got[3]
+        assert metrics["zero_variance"] == pytest.approx(2 / 3)  # equal, and alone; the last group has no row that carries
+
+
+def test_nothing_carries():
+    for kind in ("rloo", "ema", "grpo", "dr_grpo"):
+        got, metrics = advantages(torch.ones(4), torch.zeros(4, dtype=torch.bool), 2, kind, Baseline(value=0.5))
+        assert got.abs().max() == 0 and metrics["zero_variance"] == 0
+
+
+def test_ema_starts_at_the_first_batch_and_lags_by_one_step():
+    baseline = Baseline(momentum=0.9)
+    first, metrics = advantages(torch.tensor([0.2, 0.6]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
+    torch.testing.assert_close(first, torch.tensor([-0.2, 0.2]))
+    assert baseline.value is None  # pure: the caller updates
+    baseline.update(metrics["reward_mean"])
+    second, metrics = advantages(torch.tensor([0.6, 0.8]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
+    torch.testing.assert_close(second, torch.tensor([0.2, 0.4]))
+    baseline.update(metrics["reward_mean"])
+    assert baseline.value == pytest.approx(0.9 * 0.4 + 0.1 * 0.7)
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(ValueError, match="known: rloo, ema"):
+        advantages(torch.ones(2), torch.ones(2, dtype=torch.bool), 2, "best")
+    with pytest.raises(ValueError, match="known: exact, k2"):
+        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "k9", 1)
+    with pytest.raises(ValueError, match="exact KL"):
+        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "exact", 1)
+    with pytest.raises(ValueError, match="denominator"):
+        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "k2", 0)
+
+
+# --- KL estimators: a policy over five tokens whose probabilities are counts / 16, so that a batch of sixteen rows *is* the expectation ---
+
+COUNTS = torch.tensor([1, 2, 3, 4, 6])
+TOKENS = torch.repeat_interleave(torch.arange(5), COUNTS)
+REFERENCE = torch.tensor([0.3, 0.1, 0.25, 0.15, 0.2], dtype=torch.float32).log()
+BETA = 0.7
+
+
+def policy():
+    return COUNTS.float().log().requires_grad_()
+
+
+def kl(p_log, q_log):
+    return (p_log.exp() * (p_log - q_log)).sum()
+
+
+def gradient_of(function):
+    logits = policy()
+    function(logits.log_softmax(0)).backward()
+    return logits.grad
+
+
+def estimated(kind, rewards=None):
+    """(expected KL term, its expected gradient on the logits) of one estimator; advantages are zero unless rewards are given."""
+    logits = policy()
+    logp = logits.log_softmax(0)
+    rows = logp[TOKENS][:, None]
+    reference = REFERENCE[TOKENS][:, None]
+    exact = kl(logp, REFERENCE).expand(16, 1)
+    advantage = torch.zeros(16) if rewards is None else rewards
+    loss, metrics = reinforce(rows, torch.ones(16, 1, dtype=torch.bool), advantage, exact, reference, BETA, kind, 16)
+    loss.backward()
+    return metrics, logits.grad
+
+
+TRUE_KL = kl((COUNTS / 16).log(), REFERENCE)
+
+
+@pytest.mark.parametrize("kind", ["exact", "k3", "k1_loss", "k1_reward"])
+def test_unbiased_estimators_have_the_true_kl_as_mean(kind):
+    torch.testing.assert_close(estimated(kind)[0]["kl"], TRUE_KL, atol=1e-6, rtol=1e-5)
+
+
+def test_k2_is_biased_in_value():
+    expected = ((COUNTS / 16) * ((COUNTS / 16).log() - REFERENCE) ** 2 / 2).sum()
+    torch.testing.assert_close(estimated("k2")[0]["kl"], expected, atol=1e-6, rtol=1e-5)
+    assert abs(expected - TRUE_KL) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["exact", "k2"])
+def test_gradient_of_the_reverse_kl(kind):
+    torch.testing.assert_close(estimated(kind)[1], BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5)
+
+
+def test_k3_as_a_loss_follows_the_forward_kl():
+    torch.testing.assert_close(estimated("k3")[1], BETA * gradient_of(lambda p: kl(REFERENCE, p)), atol=1e-6, rtol=1e-5)
+
+
+def test_k1_as_a_loss_has_no_expected_gradient():
+    metrics, gradient = estimated("k1_loss")
+    assert metrics["kl_loss"] == pytest.approx(BETA * TRUE_KL.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, torch.zeros(5), atol=1e-6, rtol=0)
+    assert gradient_of(lambda p: kl(p, REFERENCE)).abs().max() > 0.01
+
+
+def test_k1_in_the_reward_follows_the_reverse_kl():
+    logp = policy().log_softmax(0)[TOKENS][:, None]
+    penalised = k1_penalised(torch.zeros(16), logp, REFERENCE[TOKENS][:, None], torch.ones(16, 1, dtype=torch.bool), BETA)
+    assert not penalised.requires_grad
+    metrics, gradient = estimated("k1_reward", penalised)
+    assert metrics["kl_loss"] == 0
+    torch.testing.assert_close(gradient, BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5)
+
+
+def test_policy_term_climbs_the_expected_reward():
+    rewards = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.5])
+    _, gradient = estimated("k1_loss", rewards[TOKENS])
+    torch.testing.assert_close(gradient, gradient_of(lambda p: -(p.exp() * rewards).sum()), atol=1e-6, rtol=1e-5)
+
+
+# --- means, masks, micro-batches -----------------------------------------------------------------------------------------------------
+
+
+def ragged(rows=7, length=11, seed=0):
+    """Completions of 0..11 tokens; whatever stands behind the mask is poison."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([11, 1, 5, 0, 2, 7, 11])[:rows]
+    mask = torch.arange(length)[None] < lengths[:, None]
+    poison = torch.full((rows, length), float("nan"))
+    logprob = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
+    reference = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
+    exact = torch.where(mask, torch.rand(rows, length, generator=g), poison)
+    return logprob, mask, torch.randn(rows, generator=g), exact, reference
+
+
+KINDS = ["exact", "k2", "k3", "k1_loss", "k1_reward"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_over_tokens_then_samples(kind):
+    logprob, mask, advantage, exact, reference = ragged()
+    loss, metrics = reinforce(logprob, mask, advantage, exact, reference, 0.3, kind, 9)
+    policy_loss = mean_kl = 0.0
+    for n in range(7):
+        tokens = [t for t in range(11) if mask[n, t]]
+        for t in tokens:
+            d = (logprob[n, t] - reference[n, t]).item()
+            term = {"exact": exact[n, t].item(), "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}.get(kind, d)
+            policy_loss -= advantage[n].item() * logprob[n, t].item() / len(tokens) / 9
+            mean_kl += term / len(tokens) / 9
+    assert metrics["policy_loss"].item() == pytest.approx(policy_loss, abs=1e-6)
+    assert metrics["kl"].item() == pytest.approx(mean_kl, abs=1e-6)
+    assert loss.item() == pytest.approx(policy_loss + (0 if kind == "k1_reward" else 0.3 * mean_kl), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_micro_batches_and_left_out_rows_add_up(kind, cut):
+    logprob, mask, advantage, exact, reference = ragged()
+
+    def gradient(slices, keep):
+        leaf, total = logprob.clone().requires_grad_(), 0.0
+        for part in slices:
+            rows = torch.arange(7)[part][keep[part]]
+            if len(rows):
+                loss, _ = reinforce(leaf[rows], mask[rows], advantage[rows], exact[rows], reference[rows], 0.3, kind, 7)
+                loss.backward()
+                total += loss.item()
+        return leaf.grad, total
+
+    everyone = torch.ones(7, dtype=torch.bool)
+    whole = gradient([slice(0, 7)], everyone)
+    parts = gradient([slice(0, cut), slice(cut, 7)], everyone)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-7, rtol=1e-5)
+    assert parts[1] == pytest.approx(whole[1], abs=1e-6)
+    some = torch.tensor([True, False, True, True, False, True, True])
+    fewer = gradient([slice(0, cut), slice(cut, 7)], some)
+    torch.testing.assert_close(fewer[0][some], whole[0][some], atol=1e-7, rtol=1e-5)  # leaving rows out changes no other row
+    assert fewer[0][~some].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_poison_behind_the_mask_stays_there(kind):
+    logprob, mask, advantage, exact, reference = ragged()
+    leaf, exact = logprob.clone().requires_grad_(), exact.clone().requires_grad_()
+    loss, _ = reinforce(leaf, mask, advantage, exact, reference, 0.3, kind, 7)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all() and leaf.grad[~mask].abs().sum() == 0
+    if kind == "exact":
+        assert exact.grad.isfinite().all() and exact.grad[~mask].abs().sum() == 0
+    assert k1_penalised(torch.zeros(7), logprob, reference, mask, 0.3).isfinite().all()
+
+
+def test_token_mean_of_nothing_is_zero():
+    values = torch.tensor([[1.0, 3.0], [5.0, float("nan")], [float("nan"), float("nan")]])
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    assert token_mean(values, mask).tolist() == [2, 5, 0]
+
+
+def test_half_precision_log_probs_are_computed_in_float32():
+    logprob, mask, advantage, exact, reference = ragged()
+    loss, _ = reinforce(logprob.bfloat16(), mask, advantage, exact.bfloat16(), reference.bfloat16(), 0.3, "exact", 7)
+    assert loss.dtype == torch.float32
+
+
+def test_the_reference_never_receives_gradient():
+    logprob, mask, advantage, exact, reference = ragged()
+    leaf, other = logprob.clone().requires_grad_(), reference.clone().requires_grad_()
+    reinforce(leaf, mask, advantage, exact, other, 0.3, "k2", 7)[0].backward()
+    assert other.grad is None and leaf.grad is not None
+
+
+# --- states --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_configurations():
+    update = UpdateConfig()
+    assert Baseline() == Baseline(momentum=update.ema_momentum)
+    assert Beta() == Beta(update.beta, update.tau, update.eta, update.beta_min, update.beta_max)
+
+
+def test_beta_follows_the_batch_kl():
+    beta = Beta(value=1.0, tau=0.02, eta=0.1, minimum=1e-3, maximum=1.2)
+    beta.update(0.03)
+    assert beta.value == pytest.approx(1.1)
+    beta.update(0.02)  # at the target: down
+    assert beta.value == pytest.approx(0.99)
+    for _ in range(5):
+        beta.update(1.0)
+    assert beta.value == 1.2
+    for _ in range(200):
+        beta.update(0.0)
+    assert beta.value == 1e-3
+
+
+def test_the_papers_floor_is_reached_after_66_quiet_steps():
+    beta, steps = Beta(value=1e-3, minimum=1e-6), 0
+    while beta.value > 1e-6:
+        beta.update(0.0)
+        steps += 1
+    assert steps == 66
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_refuse_non_finite_numbers(value):
+    beta, baseline = Beta(), Baseline(value=0.5)
+    with pytest.raises(NumericFault):
+        beta.update(value)
+    with pytest.raises(NumericFault):
+        baseline.update(value)
+    assert beta.value == 1e-3 and baseline.value == 0.5
+
+
+def test_states_survive_json():
+    baseline, beta = Baseline(), Beta()
+    fresh = Baseline(value=7.0)
+    fresh.load(json.loads(json.dumps(baseline.state())))
+    assert fresh.value is None
+    baseline.update(1 / 3), beta.update(1.0)
+    again, beta_again = Baseline(), Beta()
+    again.load(json.loads(json.dumps(baseline.state())))
+    beta_again.load(json.loads(json.dumps(beta.state())))
+    assert (again.value, beta_again.value) == (baseline.value, beta.value)

@@ -1,0 +1,214 @@
+"""Quantised bases: what is quantised, the fast forward and its gradients against the stock bitsandbytes modules, random bases, 8-bit optimizers."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_engines import ROWS, SIZES, relative, sampled, stock_logits
+from tiny import TinyTokens, build, images
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from vise_fast.config.schema import Config
+from vise_fast.engine.fast import Engine
+from vise_fast.estimate.live_bytes import Live
+from vise_fast.method.learner import make_optimizer
+from vise_fast.model import quantise
+from vise_fast.model.qwen3_vl import LORA_TARGETS, Backbone
+from vise_fast.system import checkpoint
+from vise_fast.system.errors import ConfigError, EnvironmentFault
+
+KINDS = {"nf4": dict(quant="nf4"), "nf4_single": dict(quant="nf4", double_quant=False), "int8": dict(quant="int8"), "int8_no_outliers": dict(quant="int8", int8_threshold=0.0)}
+
+
+def settings(kind):
+    config = Config()
+    for name, value in KINDS[kind].items():
+        setattr(config.model, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    where = tmp_path_factory.mktemp("tiny")
+    build("gqa2", adapters=False).save_pretrained(where)
+    return where
+
+
+def loaded(saved, kind, adapters=True):
+    from peft import LoraConfig, get_peft_model
+
+    bits = quantise.settings(settings(kind), torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"})
+    base.requires_grad_(False).eval()
+    quantise.settle(base)
+    if not adapters:
+        return base
+    torch.manual_seed(5)
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=LORA_TARGETS)).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape) * 0.2
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_language_linears_are_quantised(saved, kind):
+    base, quant = loaded(saved, kind, adapters=False), KINDS[kind]["quant"]
+    assert quantise.check(base, quant) == 7 * base.config.text_config.num_hidden_layers
+    core = base.model
+    kept = [m for tower in (core.visual, base.lm_head) for m in tower.modules() if isinstance(m, nn.Linear)]
+    assert kept and {type(m) for m in kept} == {nn.Linear}
+    assert {m.weight.dtype for m in core.modules() if "Norm" in type(m).__name__} == {torch.float32}
+    assert core.language_model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_a_quantised_vision_tower_is_refused(saved):
+    base = loaded(saved, "nf4", adapters=False)
+    mlp = base.model.visual.blocks[0].mlp
+    mlp.linear_fc1 = quantise.quantised(mlp.linear_fc1, settings("nf4"))
+    with pytest.raises(ConfigError, match="visual.blocks.0.mlp.linear_fc1"):
+        quantise.check(base, "nf4")
+    with pytest.raises(ConfigError, match="q_proj"):
+        quantise.check(build("gqa2", adapters=False), "nf4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapters", [True, False])
+def test_logits_equal_the_stock_modules(saved, kind, adapters):
+    """One image at a time: LLM.int8's outlier columns are a property of the whole product, so neighbours may change digits."""
+    model = loaded(saved, kind)
+    engine = Engine(Backbone(model), TinyTokens())
+    for image, row in zip(images(SIZES), ROWS, strict=True):
+        fast = engine.verdict_logits(engine.encode([image]), [row], adapters)[0]
+        with torch.no_grad():
+            if adapters:
+                truth = stock_logits(model, engine, image, row)[-1]
+            else:
+                with model.disable_adapter():
+                    truth = stock_logits(model, engine, image, row)[-1]
+        # int8 rounds activations: a value within one fp32 rounding of a rounding boundary may land a whole int8 step away.
+        assert relative(fast, truth) < (1e-4 if "nf4" in kind else 2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
+    """The backward pass multiplies by the weight the packed one stands for; for nf4 that is plain autograd over the dequantised base."""
+    model = loaded(saved, kind)
+    engine = Engine(Backbone(model), TinyTokens())
+    features, answers = sampled(engine, images(SIZES))
+    owner = [i for i in range(4) for _ in range(3)]
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(engine.score(features, ROWS, answers, owner, True, recompute=recompute).square().sum(), leaves)
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
+    for layer in model.get_base_model().model.language_model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for wrapper in [m for m in parent.children() if hasattr(m, "base_layer")]:
+                base = wrapper.base_layer
+                plain = nn.Linear(base.in_features, base.out_features, bias=False)
+                plain.weight = nn.Parameter(quantise.dequantised(base, torch.float32), requires_grad=False)
+                wrapper.base_layer = plain
+    truth_engine = Engine(Backbone(model), TinyTokens())
+    truth = torch.autograd.grad(truth_engine.score(features, ROWS, answers, owner, True).square().sum(), leaves)
+    for a, b in zip(grads, truth, strict=True):
+        assert relative(a, b) < (1e-4 if "nf4" in kind else 0.1)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_single", "int8_no_outliers"])
+def test_a_row_does_not_depend_on_its_neighbours(saved, kind):
+    engine = Engine(Backbone(loaded(saved, kind)), TinyTokens())
+    prefixes = engine.prefill(engine.encode(images(SIZES)), True)
+    together = engine.prompt(prefixes, [0, 1, 2, 3], ROWS).last
+    for i in range(4):
+        assert relative(engine.prompt(prefixes, [i], [ROWS[i]]).last[0], together[i]) < (1e-5 if "nf4" in kind else 2e-2)
+
+
+def test_int8_product_is_llm_int8s(saved):
+    """Row by row within the rounding of weights and activations; a column with an outlier is exact in the 16-bit part."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 40, bias=False)
+    x = torch.randn(9, 64)
+    x[3, 7] = 80.0
+    exact = x @ linear.weight.T
+    errors = {}
+    for kind in ("int8", "int8_no_outliers"):
+        held = nn.ModuleList([quantise.quantised(linear, settings(kind))])
+        quantise.settle(held)
+        errors[kind] = (quantise.product(held[0], x) - exact).abs().max().item()
+    assert errors["int8"] < 0.06 < errors["int8_no_outliers"], errors
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+def test_random_bases_never_exist_in_full_precision(quant):
+    config = Config()
+    config.model.quant = quant
+    model_config = build("gqa2", adapters=False).config
+    model_config.text_config.num_hidden_layers, model_config.text_config.hidden_size, model_config.text_config.intermediate_size = 12, 256, 1024
+    model_config.vision_config.out_hidden_size = 256
+    with torch.device("meta"):
+        shell = AutoModelForImageTextToText.from_config(model_config, dtype=torch.float32)
+    with Live() as live:
+        base = quantise.random_model(shell, config, torch.device("cpu"))
+    assert not any(t.is_meta for t in [*base.parameters(), *base.buffers()])
+    assert base.lm_head.weight is base.model.language_model.embed_tokens.weight
+    assert quantise.check(base, quant) == (0 if quant == "none" else 84)
+    largest = 4 * 256 * 1024
+    assert live.peak <= live.now + 4 * largest, "at most a few copies of one weight beside the model"
+    if quant != "none":
+        full = 4 * sum(m.in_features * m.out_features for n, m in base.named_modules() if quantise.LANGUAGE.match(n) and hasattr(m, "in_features"))
+        assert live.peak < 0.6 * full
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_optimizer_state_round_trips_bitwise(tmp_path, name):
+    config = Config()
+    config.optim.name, config.train.lr = name, 1e-2
+
+    def fresh():
+        torch.manual_seed(3)
+        return {"big": nn.Parameter(torch.randn(16, 512)), "small": nn.Parameter(torch.randn(8, 8))}
+
+    def advance(parameters, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(100 + step)
+            for p in parameters.values():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    straight = fresh()
+    optimizer = make_optimizer(list(straight.values()), config)
+    advance(straight, optimizer, range(3))
+    moments, numbers = checkpoint.moments(optimizer, straight)
+    if name != "adamw":
+        assert moments["big/state1"].dtype == torch.uint8 and moments["small/state1"].dtype == torch.float32
+    path = checkpoint.save(tmp_path, 3, {"adapter": straight, "optimizer": moments}, {"numbers": numbers}, keep=1)
+    advance(straight, optimizer, range(3, 6))
+
+    tensors, state = checkpoint.load(path)
+    resumed = fresh()
+    for key, p in resumed.items():
+        p.data.copy_(tensors["adapter"][key])
+    again = make_optimizer(list(resumed.values()), config)
+    checkpoint.restore_moments(again, resumed, tensors["optimizer"], state["numbers"])
+    advance(resumed, again, range(3, 6))
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    left, right = checkpoint.moments(optimizer, straight)[0], checkpoint.moments(again, resumed)[0]
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = Config()
+    config.optim.name = "adamw8bit"
+    with pytest.raises(EnvironmentFault, match="need bitsandbytes"):
+        make_optimizer([nn.Parameter(torch.zeros(3))], config)
+    with pytest.raises(EnvironmentFault, match="need bitsandbytes"):
+        quantise.settings(settings("nf4"), torch.float32)
+
+
+def test_nothing_upcasts_the_base():
+    for file in (Path(__file__).parent.parent / "vise_fast").rglob("*.py"):
+        assert "prepare_model_for_kbit_training(" not in file.read_text(), file

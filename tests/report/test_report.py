@@ -1,0 +1,266 @@
+"""The report: what it concludes from runs of known health, that it stands alone, and that nothing a model wrote becomes markup."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as xml
+
+import fake_run
+import pytest
+
+from vise_fast.report import diagnosis, record
+from vise_fast.report import page as report
+from vise_fast.system.errors import ConfigError, DataError
+
+EVIL = "</h1><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    run = fake_run.write(tmp_path_factory.mktemp("runs") / "healthy", query=EVIL)
+    return run, report.write(run).read_text(encoding="utf-8")
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag with its attributes, and whether open tags are closed in order."""
+
+    VOID = {"meta", "img", "br", "hr", "link", "input", "path", "rect", "use"}
+
+    def __init__(self, page):
+        super().__init__()
+        self.seen, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed(healthy):
+    assert Tags(healthy[1]).open == []
+
+
+def test_model_written_text_never_becomes_markup(healthy):
+    page = healthy[1]
+    tags = Tags(page).seen
+    assert not [tag for tag, _ in tags if tag == "script"]
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "{{ 7*7 }}" in page and "49</p>" not in page
+
+
+def test_the_page_fetches_nothing(healthy):
+    tags = Tags(healthy[1]).seen
+    for tag, attributes in tags:
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), (tag, name, value)
+    assert "@import" not in healthy[1] and not re.search(r"url\((?!#|data:)", healthy[1])
+    assert "default-src 'none'" in healthy[1]
+
+
+def test_plots_are_png_files_and_well_formed_themed_svg(healthy):
+    run, page = healthy
+    names = {path.stem for path in (run / "plots").iterdir()}
+    assert names == {"reward", "kl", "area", "readable", "verdicts", "gradient", "attention", "phases", "speed"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "plots").iterdir())
+    charts = [found for found in re.findall(r"<svg .*?</svg>", page, re.S) if 'role="img"' in found]
+    assert len(charts) == len(names)
+    for chart in charts:
+        xml.fromstring(chart.replace("xlink:href", "href"))
+        assert "var(--" in chart and "#2c6aa8" not in chart
+
+
+def test_reports_repeat_byte_for_byte(healthy):
+    run, page = healthy
+    assert report.write(run).read_text(encoding="utf-8") == page
+
+
+def test_every_figure_of_the_evaluation_is_in_the_table(healthy):
+    run, page = healthy
+    for name in record.read(run).after.values:
+        assert report.ENTRIES[name].title in page, name
+
+
+def test_sample_cards_show_image_views_ghost_and_verdicts(healthy):
+    cards = report.cards(record.read(healthy[0]))
+    assert [title for title, _ in cards] == ["Step 1", "Step 30", "Step 60"]
+    card = cards[-1][1][0]
+    assert card.query == EVIL and len(card.pictures) == 1 + 4 + 1
+    image, first, *_, ghost = card.pictures
+    assert [box.kind for box in image.boxes].count("chosen") == 1 and image.boxes[-1].kind == "chosen", "drawn last, on top"
+    assert {box.kind for box in first.boxes} == {"expected", "found"} and ghost.src != image.src != first.src
+    assert [v.wanted for v in card.verdicts] == [True, False, True, True]
+
+
+def test_chosen_box_is_the_best_rewarded_one_with_area(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=10)
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines[0] |= {"rewards": [0.9, 0.1] + [0.0] * 6, "boxes_1000": [[0, 0, 0, 0], [100, 200, 300, 400]] + [[1, 1, 5, 5]] * 6, "readable": [True] * 8}
+    (run / "samples.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    chosen = [box for box in report.cards(record.read(run))[0][1][0].pictures[0].boxes if box.kind == "chosen"]
+    assert (chosen[0].x, chosen[0].y) == (10.0, 20.0)
+
+
+# ---- the diagnosis ----------------------------------------------------------------------------------------------------------
+
+
+def diagnosed(tmp_path, kind="healthy", edit=lambda metrics: metrics, **options):
+    run = fake_run.write(tmp_path / "run", kind, **options)
+    lines = [edit(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return diagnosis.diagnose(record.read(run))
+
+
+def texts(found, level):
+    return " ".join(finding.text for finding in found.findings if finding.level == level)
+
+
+def test_a_healthy_run_is_called_healthy(tmp_path):
+    found = diagnosed(tmp_path)
+    assert (found.level, found.headline) == ("good", "Healthy: it learned")
+    assert "Grounding improved" in texts(found, "good") and "not one of size" in texts(found, "good")
+
+
+def test_a_collapsed_run_is_called_unhealthy_for_its_reasons(tmp_path):
+    found = diagnosed(tmp_path, "collapsed")
+    assert (found.level, found.headline) == ("bad", "Not healthy")
+    for reason in ("Grounding got worse", "times the area", "paid for size", "collapsed to the full image", "alarm 'area'"):
+        assert reason in texts(found, "bad"), reason
+    assert found.findings[0].level == "bad"
+
+
+def test_photographs_are_judged_without_labels(tmp_path):
+    found = diagnosed(tmp_path, "photographs")
+    assert found.level == "good" and "without labels" in texts(found, "good")
+
+
+def test_a_gain_that_a_rescale_explains_is_not_celebrated(tmp_path, monkeypatch):
+    monkeypatch.setitem(fake_run.GAINS, "iou_rescaled", 0.0)
+    found = diagnosed(tmp_path)
+    assert found.level == "warn" and "may be one of size" in texts(found, "warn")
+
+
+def test_no_gain_is_called_no_gain(tmp_path, monkeypatch):
+    for name in ("iou", "iou_50", "iou_rescaled"):
+        monkeypatch.setitem(fake_run.GAINS, name, 0.0)
+    found = diagnosed(tmp_path)
+    assert found.headline == "Healthy, but no gain is shown" and "include zero" in texts(found, "note")
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "said"),
+    [
+        ({"parse_rate": 0.5}, "bad", "could be read"),
+        ({"parse_rate": 0.85}, "warn", "could be read"),
+        ({"kl": 0.5}, "bad", "nat per token"),
+        ({"kl": 0.08}, "warn", "nat per token"),
+        ({"carries": 0.01}, "warn", "carried any gradient"),
+        ({"grad_norm": None}, "warn", "not finite"),
+        ({"area_large": 0.5}, "bad", "full image"),
+        ({"alarms": ["kl"]}, "bad", "alarm 'kl'"),
+    ],
+)
+def test_each_fault_is_named(tmp_path, change, level, said):
+    found = diagnosed(tmp_path, edit=lambda metrics: metrics | change)
+    assert said in texts(found, level)
+    assert found.level == level
+
+
+def test_an_alarm_that_went_off_is_a_note(tmp_path):
+    found = diagnosed(tmp_path, edit=lambda m: m | {"alarms": ["area"] if m["step"] in (20, 21) else []})
+    assert found.level == "good" and "went off again" in texts(found, "note")
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run = fake_run.write(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:20]))
+    assert "ended after 20 of 60" in texts(diagnosis.diagnose(record.read(run)), "warn")
+
+
+# ---- runs that are not whole ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_alone_make_a_report(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=3)
+    for name in ("samples.jsonl", "evaluation.json", "env.json", "config.yaml"):
+        (run / name).unlink()
+    page = report.write(run).read_text()
+    assert "nothing shows that it learned" in page and "What it looked at" not in page
+
+
+def test_old_metrics_without_most_keys_make_a_report(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.1}\n{"step": 2, "reward": null}\n{"broken')
+    report.write(tmp_path)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward.png"]
+
+
+def test_long_runs_keep_the_page_small(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=2000)
+    (run / "samples.jsonl").unlink()
+    assert len(report.write(run).read_text()) < 600_000
+
+
+def test_one_arm_only(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=10)
+    content = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({"before": content["before"]}))
+    assert "nothing shows that it learned" in report.write(run).read_text()
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "env.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"before": {}}', '{"before": 3}'])
+def test_damaged_json_is_a_data_error(tmp_path, name, content):
+    run = fake_run.write(tmp_path / "run", steps=2)
+    (run / name).write_text(content)
+    if name == "env.json" and content.startswith('{"'):
+        report.write(run)
+        return
+    with pytest.raises(DataError, match=name):
+        report.write(run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"image": "../../secret.png"}, {"image": "/etc/hostname"}, {"image": "samples/none.png"}, {"boxes_1000": [[1, 2]]}, {"views": [{"kind": "flip"}]}]
+)
+def test_damaged_samples_are_a_data_error_and_no_file_outside_is_read(tmp_path, change):
+    run = fake_run.write(tmp_path / "run", steps=1)
+    (tmp_path.parent / "secret.png").write_bytes(next((run / "samples").iterdir()).read_bytes())
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    (run / "samples.jsonl").write_text(json.dumps(sample | change) + "\n")
+    with pytest.raises(DataError, match="samples.jsonl"):
+        report.write(run)
+
+
+def test_no_run_no_report(tmp_path):
+    with pytest.raises(DataError, match="holds no run"):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize("words", [[], ["a", "b"], ["a", "--train.lr", "1"], ["--what", "a"]])
+def test_wrong_words_are_config_errors(words):
+    with pytest.raises(ConfigError):
+        report.main(words)
+
+
+def test_the_command_says_where_the_page_is(tmp_path, capsys):
+    run = fake_run.write(tmp_path / "run", steps=2)
+    assert report.main([str(run)]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
+    """A query the judge does not see is gated: zeros stand where no verdict was asked for."""
+    run = fake_run.write(tmp_path / "run", steps=1)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {"seen": 0.3, "gone": [0.0] * 8}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    verdicts = report.cards(record.read(run))[0][1][0].verdicts
+    assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right

@@ -1,0 +1,149 @@
+"""Out of memory in every phase of a step: halved, done again, the result that of the smaller micro-batch; the floor and what is no such fault."""
+
+import pytest
+import torch
+
+from vise_fast.config import schema as configuration
+from vise_fast.engine.fast import Engine
+from vise_fast.images.sources import Scenes
+from vise_fast.method import experience, learner
+from vise_fast.method.learner import Learner
+from vise_fast.model import load as model
+from vise_fast.model.lora_linear import FusedLinear
+from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.run.out_of_memory import CPU_ALLOCATOR, Halving, exhausted
+from vise_fast.system.errors import MemoryFloor
+from vise_fast.train import play_batch
+
+SMALL = ["--train.batch=4", "--rollout.samples=3", "--rollout.views=1", "--rollout.box_tokens=18", "--rollout.query_tokens=8", "--train.lr=1e-3"]
+PHASES = {
+    "vision encode": (Backbone, "encode", 1), "ghost encode": (Backbone, "encode", 2), "prefill": (Engine, "prefill", 1), "prompt": (Engine, "prompt", 2),
+    "decode": (Backbone, "decode", 5), "ghost verdicts": (Engine, "verdict_logits", 1), "scores": (Engine, "score", 1), "second slice": (Engine, "score", 4),
+    "head": (learner, "linear_logprob_kl", 1), "backward": (FusedLinear, "_input_gradient", 3), "room for the optimizer": (Learner, "_make_room", 1),
+}  # fmt: skip
+FAULTS = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "cpu": RuntimeError(f"[enforce fail at alloc_cpu.cpp] {CPU_ALLOCATOR}: can't allocate memory: you tried to allocate 99 bytes"),
+    "python": MemoryError(),
+}
+
+
+def run(steps=1, micro=0, prepare=lambda halving: None, words=()):
+    """(adapter after `steps` steps, metrics of each, halving)."""
+    config = configuration.load(None, [*SMALL, f"--train.micro_batch={micro}", *words])
+    policy = model.load(config)
+    engine = Engine(policy.backbone, policy.tokens)
+    learn = Learner(policy, engine, config)
+    halving, source, seen = Halving(config, engine, learn), Scenes(config), []
+
+    def attempt(step):
+        slices = play_batch(engine, source.batch(step, config.train.batch), config, step)
+        return learn.learn(slices, step) | {"written": [w for s in slices for w in s.queries.written]}
+
+    prepare(halving)
+    for step in range(steps):
+        seen.append(halving(lambda step=step: attempt(step)) | engine.counters.take())
+    return {name: p.detach().clone() for name, p in learn.parameters.items()}, seen, halving
+
+
+def failing(monkeypatch, owner, name, nth, fault):
+    """The nth call of `owner.name` raises `fault`, all others pass."""
+    real, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            raise fault
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return {micro: run(micro=micro) for micro in (2, 1)}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_halved_step_is_the_step_of_the_smaller_micro_batch(monkeypatch, undisturbed, phase):
+    owner, name, nth = PHASES[phase]
+    start = 2 if phase == "second slice" else 0
+    calls = failing(monkeypatch, owner, name, nth, FAULTS["gpu"])
+    adapter, seen, halving = run(micro=start)
+    truth, expected, _ = undisturbed[1 if start else 2]
+    assert len(calls) >= nth, "the fault was never injected"
+    assert halving.halvings == 1 and halving.figures() == {"memory_halvings": 1, "micro_batch": 1 if start else 2}
+    assert all(torch.equal(adapter[name], truth[name]) for name in truth)
+    assert seen == expected, "metrics and counters are those of the run that was not disturbed"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_kind_of_exhaustion_is_recognised(monkeypatch, undisturbed, fault):
+    failing(monkeypatch, Engine, "prefill", 1, FAULTS[fault])
+    adapter, _, halving = run()
+    assert halving.halvings == 1 and exhausted(FAULTS[fault])
+
+
+def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
+    """Same texts; every gradient within 1e-5 of the largest entry (fp32). Adapters are not compared: Adam divides by tiny second moments."""
+    gradients, real = [], Learner._apply
+
+    def keeping(self, *args):
+        gradients.append(torch.cat([p.grad.flatten() for p in self.parameters.values()]))
+        return real(self, *args)
+
+    monkeypatch.setattr(Learner, "_apply", keeping)
+    seen = [run(micro=micro)[1][0] for micro in (0, 2, 1)]
+    for cut, gradient in zip(seen[1:], gradients[1:], strict=True):
+        assert seen[0]["written"] == cut["written"] and seen[0]["reward"] == pytest.approx(cut["reward"], abs=1e-6)
+        excess = (gradient - gradients[0]).abs().max() / gradients[0].abs().max()
+        assert excess <= 1e-5, f"{excess:.2e}"
+        assert gradients[0].abs().max() > 0
+
+
+def test_it_halves_again_and_stays_there(monkeypatch):
+    truth, *_ = run(steps=2, micro=1)
+    real = experience.play
+
+    def greedy(engine, images, *rest):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(engine, images, *rest)
+
+    monkeypatch.setattr("vise_fast.train.play", greedy)
+    adapter, _, halving = run(steps=2)
+    assert halving.halvings == 2
+    assert all(torch.equal(adapter[name], truth[name]) for name in adapter)
+
+
+def test_the_floor_is_one_image(monkeypatch):
+    def never(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr("vise_fast.train.play", never)
+    with pytest.raises(MemoryFloor, match=r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4") as caught:
+        run()
+    assert caught.value.code == 5
+
+
+def test_one_image_gives_up_the_shared_forward_before_it_is_the_floor(monkeypatch):
+    """At batch 1 nothing can be halved, but the activations kept from the rollout can be computed again."""
+    whole = ["--train.batch=1"]
+    truth, *_ = run(words=[*whole, "--train.share_forward=false"])
+    failing(monkeypatch, FusedLinear, "_input_gradient", 3, FAULTS["gpu"])
+    adapter, _, halving = run(words=whole)
+    assert halving.halvings == 1 and halving.config.train.share_forward is False
+    assert all(torch.equal(adapter[name], truth[name]) for name in truth)
+
+
+def test_a_fault_inside_the_optimizer_is_not_done_again(monkeypatch):
+    failing(monkeypatch, torch.optim.AdamW, "step", 1, FAULTS["gpu"])
+    with pytest.raises(MemoryFloor, match="half moved"):
+        run()
+
+
+def test_other_faults_pass(monkeypatch):
+    failing(monkeypatch, Engine, "prefill", 1, RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run()

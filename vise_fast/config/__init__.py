@@ -1,0 +1,1 @@
+"""What can be set, presets, and the words that set it."""

@@ -1,0 +1,1 @@
+"""Is this machine ready? `python -m vise_fast.doctor`."""

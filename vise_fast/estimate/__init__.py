@@ -1,0 +1,1 @@
+"""What a run will need in memory: `python -m vise_fast.estimate`."""

@@ -1,0 +1,205 @@
+"""Views and ghosts: draw a random transform, warp an image by it, hide the inside or the outside of a box.
+
+A view is made before any box exists; its matrix and its pixels come from the same 3x3 float64 matrix (geometry.py's conventions), and it
+has the size of its source. Pixel work is done by `vise_kernels.warp` and `vise_kernels.ghost`. Images are uint8 (H, W, 3) tensors.
+Lengths of the settings (shift, sigma, feather) hold at a short side of 480 px and scale with the image's; `literal` takes them as they are.
+Left out: who answers on a view (roles.py), what a dropped view costs (rewards.py).
+
+Run: `pytest tests/images/test_views.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import vise_kernels
+from torch import Tensor
+
+from vise_fast.config.schema import GhostConfig, ViewConfig
+from vise_fast.images import geometry
+from vise_fast.text.prompts import Box, names_side
+
+SHORT_SIDE_PX = 480
+BORDER = 128
+
+
+@dataclass(frozen=True)
+class View:
+    """One transform of one image: its kind and its (3, 3) float64 matrix, source pixels to view pixels."""
+
+    kind: Literal["affine", "crop", "flip"]
+    matrix_px: Tensor
+
+
+def length_scale(height: int, width: int, literal: bool = False) -> float:
+    """What a length stated at a short side of 480 px is multiplied with."""
+    return 1.0 if literal else min(height, width) / SHORT_SIDE_PX
+
+
+def draw_view(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> View:
+    """One transform, its kind uniform over `settings.kinds`, for an image of this size.
+
+    affine: rotation about the centre, scale, shift, each uniform. crop: one uniform ratio for both sides, a uniform place, enlarged to
+    the whole view. flip: horizontal.
+    """
+    kind = settings.kinds[rng.integers(len(settings.kinds))]
+    if kind == "flip":
+        return View(kind, geometry.flip_px(width))
+    if kind == "crop":
+        ratio = rng.uniform(*settings.crop)
+        x0, y0 = rng.uniform(0, 1, 2) * (1 - ratio) * (width, height)
+        return View(kind, geometry.crop_px(x0, y0, ratio * width, ratio * height, width, height))
+    reach = settings.shift_px * length_scale(height, width, settings.literal_pixels)
+    angle, scale = rng.uniform(-settings.degrees, settings.degrees), rng.uniform(*settings.scale)
+    dx, dy = rng.uniform(-reach, reach, 2)
+    return View(kind, geometry.affine_px(angle, scale, dx, dy, width, height))
+
+
+def stack(views: Sequence[Sequence[View]]) -> Tensor:
+    """N rows of K views -> matrices (N, K, 3, 3)."""
+    return torch.stack([torch.stack([view.matrix_px for view in row]) for row in views])
+
+
+def apply(images: Sequence[Tensor], views: Sequence[View], *, path: str | None = None) -> list[Tensor]:
+    """Each image through its view, bilinear, border grey 128. N uint8 (H, W, 3) -> N uint8 (H, W, 3)."""
+    return vise_kernels.warp(images, torch.stack([view.matrix_px for view in views]), fill=BORDER, path=path)
+
+
+_SIDE = re.compile(r"\b(left|right)(?=(?:most|hand|ward|wards|side)?\b)", re.IGNORECASE)
+_OTHER = {"left": "right", "right": "left"}
+
+
+def _like(word: str, model: str) -> str:
+    """`word` in the casing of `model`."""
+    return word.upper() if model.isupper() else word.capitalize() if model[0].isupper() else word
+
+
+def swap_sides(query: str) -> str:
+    """left <-> right, also in leftmost, right-hand and the like; casing is kept."""
+    return _SIDE.sub(lambda found: _like(_OTHER[found.group().lower()], found.group()), query)
+
+
+def query_for(query: str, view: View, settings: ViewConfig) -> str:
+    """The query to ask on a view: sides are swapped under a flip when `settings.side_words` says so."""
+    return swap_sides(query) if view.kind == "flip" and settings.side_words == "swap" else query
+
+
+def usable(
+    views: Sequence[Sequence[View]],
+    boxes_1000: Tensor,
+    queries: Sequence[str | None],
+    height: Sequence[int] | Tensor,
+    width: Sequence[int] | Tensor,
+    settings: ViewConfig,
+) -> Tensor:
+    """Which views of each sampled box enter its reward. N rows of K views, boxes (N, 4), N queries, sizes (N,) -> (N, K) bool.
+
+    Dropped: a view that keeps less than `min_kept` of the projected box, and a flip for a query that names left or right when
+    `side_words` is "drop". A box without area loses no view by the first rule (its reward is 0 in any case).
+    """
+    sizes = (torch.as_tensor(side, dtype=torch.float64)[:, None] for side in (height, width))
+    kept = geometry.kept_share(torch.as_tensor(boxes_1000).cpu()[:, None], stack(views), *sizes) >= settings.min_kept
+    if settings.side_words != "drop":
+        return kept
+    sided = torch.tensor([query is not None and names_side(query) for query in queries])
+    flipped = torch.tensor([[view.kind == "flip" for view in row] for row in views])
+    return kept & ~(sided[:, None] & flipped)
+
+
+@dataclass(frozen=True)
+class GhostLengths:
+    """A ghost's lengths in pixels of one image."""
+
+    sigma: float
+    radius: int
+    feather: float
+
+
+def ghost_settings(height: int, width: int, settings: GhostConfig, literal: bool = False) -> GhostLengths:
+    """The settings' lengths for an image of this size; the radius is `radius_sigmas` times the scaled sigma, rounded up, at least 1."""
+    scale = length_scale(height, width, literal)
+    sigma = settings.sigma_px * scale
+    radius = max(1, math.ceil(settings.radius_sigmas * sigma - 1e-9))
+    return GhostLengths(sigma, radius, settings.feather_px * scale)
+
+
+def whole_pixels(boxes_1000: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    """Boxes (N, 4), sizes numbers or (N,) -> the half-open pixel rectangles that cover them, int64 (N, 4); all zero without area."""
+    boxes = geometry.clean_1000(boxes_1000)
+    boxes_px = geometry.to_px(boxes, height, width)
+    # 0.4 * 640 is 256.00000000000006 in float64: a box on the pixel grid must not grow by a pixel
+    covered = torch.cat([(boxes_px[..., :2] + 1e-6).floor(), (boxes_px[..., 2:] - 1e-6).ceil()], dim=-1)
+    return covered.long() * geometry.proper(boxes)[..., None]
+
+
+def ghost(
+    images: Sequence[Tensor],
+    image_index: Tensor,
+    boxes_1000: Tensor,
+    settings: GhostConfig,
+    region: Literal["inside", "outside"] = "inside",
+    *,
+    literal: bool = False,
+    path: str | None = None,
+) -> list[Tensor]:
+    """Copies of images with the inside (or the outside) of one box hidden: N uint8 (H, W, 3).
+
+    images: any number, of any sizes; image_index (N,) says which one row n copies; boxes (N, 4), cleaned here. A box without area hides
+    nothing inside.
+    """
+    sizes = [images[i].shape[:2] for i in image_index.tolist()]
+    boxes_px = whole_pixels(boxes_1000.cpu(), *torch.tensor(sizes).unbind(1)).int()
+    lengths = [ghost_settings(*size, settings, literal) for size in sizes]
+    result: list[Tensor | None] = [None] * len(sizes)
+    for feather in {length.feather for length in lengths}:  # the kernel takes one feather per call; sizes rarely differ
+        chosen = [n for n, length in enumerate(lengths) if length.feather == feather]
+        hidden = vise_kernels.ghost(
+            images,
+            image_index[chosen],
+            boxes_px[chosen],
+            method=settings.method,
+            sigma=torch.tensor([lengths[n].sigma for n in chosen]),
+            radius=torch.tensor([lengths[n].radius for n in chosen]),
+            feather=feather,
+            region=region,
+            path=path,
+        )
+        for n, image in zip(chosen, hidden):
+            result[n] = image
+    return result
+
+
+def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
+    """Ranges (x_low, x_high, y_low, y_high) of the top-left corner where a box of this size clears `box`; they do not overlap."""
+    x1, y1, x2, y2 = box
+    w, h = x2 - x1, y2 - y1
+    right, bottom = 1000 - w, 1000 - h
+    left_edge, right_edge = max(0.0, x1 - w), min(right, x2)
+    spots = [
+        (0.0, x1 - w, 0.0, bottom),
+        (x2, right, 0.0, bottom),
+        (left_edge, right_edge, 0.0, y1 - h),
+        (left_edge, right_edge, y2, bottom),
+    ]
+    return [spot for spot in spots if spot[0] <= spot[1] and spot[2] <= spot[3]]
+
+
+def control_box(rng: np.random.Generator, box_1000: Sequence[float] | Tensor) -> tuple[Box, Literal["far", "random"]]:
+    """A box of the same size elsewhere: "far" is uniform over all places disjoint from the cleaned box, in 0..1000; where it fits
+    nowhere, "random" is uniform over all places. A place of zero measure (a box of exactly half the width has one spot left) is
+    taken only when there is no other.
+    """
+    box = tuple(geometry.clean_1000(box_1000).tolist())
+    w, h = box[2] - box[0], box[3] - box[1]
+    free = _free_spots(box)
+    spots = free or [(0.0, 1000 - w, 0.0, 1000 - h)]
+    weights = np.array([(x_high - x_low + 1e-9) * (y_high - y_low + 1e-9) for x_low, x_high, y_low, y_high in spots])
+    x_low, x_high, y_low, y_high = spots[rng.choice(len(spots), p=weights / weights.sum())]
+    x, y = rng.uniform(x_low, x_high), rng.uniform(y_low, y_high)
+    return (x, y, x + w, y + h), "far" if free else "random"

@@ -1,0 +1,1 @@
+"""VISE itself: roles, evidence, rewards, loss, one update."""

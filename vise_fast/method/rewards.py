@@ -1,0 +1,384 @@
+"""Named rewards: pure functions of boxes, probabilities and masks; one row per sampled box, no model, no image.
+
+Rows are in group-major order: the G samples of image 0, then of image 1, ...; K views and C controls per row. All box and probability
+tensors are on one device (the trainer gathers them on the CPU in one copy). Left out: who asks and who judges (roles.py), what a reward
+does to the weights (loss.py).
+
+Rules that are decided here, beside METHOD.md's sections 2 and 5:
+- a view whose answer cannot be read, or has no area, scores 0 for that view; the sampled box is not excused by it;
+- a readable box none of whose views is usable gets the mean R_geo of its group's measured boxes, so that its other terms still count;
+  with no measured box in the group the row carries no gradient (only when R_geo has weight);
+- a box without area scores R_geo = R_sem = 0 and is charged the area term in full, so it never beats a box that was placed;
+- an unreadable answer scores 0 under the plain paper reward, else -1 - w_area, below every readable answer, and carries gradient;
+- a group whose query could not be read, or with p(x) below the gate, carries no gradient; both are counted.
+
+A further reward: `@register("mine")` over `def mine(evidence, parts, config, rng) -> (reward (N,), known (N,) bool)` in the file that
+`reward.plugin` names. Run the tests: `pytest tests/method/test_rewards.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vise_fast.config.schema import RewardConfig
+from vise_fast.images import geometry
+from vise_fast.method import as_released
+from vise_fast.system.errors import ConfigError, NumericFault
+
+LARGE_AREA = 0.8
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about N = images * G sampled boxes. Probabilities are p(visible) of the row's query, 0..1.
+
+    Raises ValueError when rows do not fill whole groups or a tensor has another number of rows, NumericFault for a probability that is
+    not a number in 0..1 on a row it was asked for: `seen` where query and box could be read, the others where `judged` (elsewhere
+    anything may stand, NaN too).
+    """
+
+    box_1000: Tensor
+    """(N, 4), any numbers: cleaned here"""
+    readable: Tensor
+    """(N,) bool: the sampled answer was a box"""
+    view_box_1000: Tensor
+    """(N, K, 4) answers on the views"""
+    view_readable: Tensor
+    """(N, K) bool"""
+    view_usable: Tensor
+    """(N, K) bool: False where the view is dropped (too little of the box is left, side words under a flip)"""
+    matrix_px: Tensor
+    """(N, K, 3, 3) source to view"""
+    height: Tensor
+    """(N,) pixels"""
+    width: Tensor
+    """(N,) pixels"""
+    seen: Tensor
+    """(N,) p on the image"""
+    gone: Tensor
+    """(N,) p with the box ghosted"""
+    query_readable: Tensor
+    """(N,) bool"""
+    group_size: int
+    """G"""
+    control: Tensor | None = None
+    """(N, C) p with a box of the same size ghosted elsewhere; needed by `sem: contrast`"""
+    keep: Tensor | None = None
+    """(N,) p with everything but the box ghosted; needed by `sufficiency`"""
+    judged: Tensor | None = None
+    """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box has area. The others have R_sem = 0"""
+    truth_1000: Tensor | None = None
+    """(N, 4) for the oracle only; a box without area: no truth"""
+
+    def __post_init__(self):
+        rows = self.box_1000.shape[0]
+        if rows == 0 or rows % self.group_size:
+            raise ValueError(f"{rows} rows are not groups of {self.group_size}")
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.shape[0] != rows:
+                raise ValueError(f"{name} has {value.shape[0]} rows, box_1000 has {rows}")
+        self._check_probabilities()
+
+    def _check_probabilities(self):
+        for name in ("seen", "gone", "control", "keep"):
+            p, asked = getattr(self, name), self.readable & self.query_readable if name == "seen" else _judged(self)
+            if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
+                raise NumericFault(f"p({name}) is not within 0..1; the judge's logits are not finite; lower the learning rate or use float32")
+
+    def group_mean(self, values: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether there was any. Two (N,)."""
+        chosen = of.view(-1, self.group_size).to(values.dtype)
+        count = chosen.sum(1, keepdim=True)
+        mean = (values.view_as(chosen) * chosen).sum(1, keepdim=True) / count.clamp_min(1)
+        return mean.expand_as(chosen).reshape(-1), (count > 0).expand_as(chosen).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces that rewards are made of; (N,) float64 unless stated."""
+
+    agreement: Tensor
+    """(N, K) R_geo of each view, 0 where it cannot be judged"""
+    geometric: Tensor
+    measured: Tensor
+    """bool: the geometric part says something about this row or its group"""
+    semantic: Tensor
+    size: Tensor
+    """sqrt(area) in 0..1; 1 for a box without area"""
+    open: Tensor
+    """bool: the query could be read and passed the gate"""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the trainer gets; (N,) float64 unless stated."""
+
+    reward: Tensor
+    geometric: Tensor
+    semantic: Tensor
+    carries: Tensor
+    """bool: rows that carry gradient; the reward of the others is 0 and means nothing"""
+    view_reward: Tensor
+    """(N, K) for `update.views_too`: the view's own agreement and size, baseline per view"""
+    view_carries: Tensor
+    """(N, K) bool"""
+    metrics: dict[str, float]
+
+
+Reward = Callable[[Evidence, Parts, RewardConfig, np.random.Generator], tuple[Tensor, Tensor]]
+_REGISTRY: dict[str, Reward] = {}
+
+
+def register(name: str) -> Callable[[Reward], Reward]:
+    """Decorator: make a reward known under this name. Raises ConfigError when the name is taken."""
+
+    def add(function: Reward) -> Reward:
+        if name in _REGISTRY:
+            raise ConfigError(f"reward {name!r} is registered twice; names are unique; rename one of them")
+        _REGISTRY[name] = function
+        return function
+
+    return add
+
+
+def load_plugin(path: str) -> None:
+    """Run a python file once, for the rewards it registers. Raises ConfigError when it is missing or is not python."""
+    file = Path(path).expanduser().resolve()
+    name = "vise_fast_plugin_" + "".join(c if c.isalnum() else "_" for c in str(file))
+    if name in sys.modules:
+        return
+    if not file.is_file():
+        raise ConfigError(f"reward.plugin {path}: no such file; it should be a python file that registers rewards; correct the path")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward.plugin {path}: not a python file; its name should end in .py; rename it")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as fault:
+        raise ConfigError(f"reward.plugin {path}: {fault}; the file could not be imported; correct it") from fault
+    sys.modules[name] = module
+
+
+def resolve(config: RewardConfig) -> Reward:
+    """The function that `reward.name` means, after loading `reward.plugin`. Raises ConfigError for an unknown name."""
+    if config.plugin is not None:
+        load_plugin(config.plugin)
+    if config.name not in _REGISTRY:
+        near = difflib.get_close_matches(config.name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}" if near else f"known: {', '.join(sorted(_REGISTRY))}"
+        raise ConfigError(f"unknown reward {config.name!r}; no such name is registered; {hint}")
+    return _REGISTRY[config.name]
+
+
+def lowest(config: RewardConfig) -> float:
+    """The reward of an unreadable answer: 0 under the plain paper reward, else strictly below every readable one."""
+    return 0.0 if config.sem == "paper" and config.w_area == 0 else -1.0 - config.w_area
+
+
+def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
+    """R_geo of every view, (N, K): (GIoU(projected box, view's box) + 1) / 2; 0 without two readable boxes that have area."""
+    e, boxes = evidence, geometry.clean_1000(evidence.box_1000)[:, None]
+    answers = geometry.clean_1000(e.view_box_1000)
+    if config.preset == "as_released":
+        value = as_released.r_geo(boxes, answers, e.matrix_px)
+    else:
+        expected = geometry.project_1000(boxes, e.matrix_px, e.height[:, None], e.width[:, None], config.projection)
+        value = (geometry.giou(expected, answers) + 1) / 2
+    judged = (e.readable & geometry.proper(boxes[:, 0]))[:, None] & e.view_readable & geometry.proper(answers)
+    return value * judged
+
+
+def _placed(evidence: Evidence) -> Tensor:
+    """Rows whose answer is a box with area. (N,) bool."""
+    return evidence.readable & geometry.proper(evidence.box_1000)
+
+
+def _judged(evidence: Evidence) -> Tensor:
+    """Rows with verdicts on their ghosts. (N,) bool."""
+    placed = _placed(evidence) & evidence.query_readable
+    return placed if evidence.judged is None else placed & evidence.judged
+
+
+def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean agreement over the usable views; the group's mean where there is none. -> value (N,), measured (N,) bool."""
+    usable = evidence.view_usable
+    count = usable.sum(1)
+    mean = (agreements * usable).sum(1) / count.clamp_min(1)
+    placed, viewed = _placed(evidence), count > 0
+    neutral, any_measured = evidence.group_mean(mean, of=placed & viewed)
+    return torch.where(placed & ~viewed, neutral, mean), ~placed | viewed | any_measured
+
+
+def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
+    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area and where nothing was judged.
+
+    paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times p(keep) with `sufficiency`. Each p is
+    a probability (`soft`) or its verdict at one half.
+    """
+
+    def p(values: Tensor) -> Tensor:
+        return values.double() if config.soft else (values >= 0.5).double()
+
+    e = evidence
+    value = p(e.seen) * (1 - p(e.gone))
+    if config.sem == "contrast":
+        value = (value - (p(e.seen)[:, None] * (1 - p(_given(e.control, "control")))).mean(1)).clamp_min(0)
+    if config.sufficiency:
+        value = value * p(_given(e.keep, "keep"))
+    return torch.where(_judged(e), value, torch.zeros_like(value))
+
+
+def _given(values: Tensor | None, name: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"this reward needs Evidence.{name}")
+    return values
+
+
+def _size(boxes_1000: Tensor) -> Tensor:
+    """sqrt(area) for the area term; a box without area is charged like the full image."""
+    return torch.where(geometry.proper(boxes_1000), geometry.area_share(boxes_1000).sqrt(), 1.0)
+
+
+def dissect(evidence: Evidence, config: RewardConfig) -> Parts:
+    """Evidence -> the pieces that every reward may use."""
+    agreements = agreement(evidence, config)
+    value, measured = geometric(evidence, agreements)
+    seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=evidence.seen.isfinite())
+    is_open = evidence.query_readable & (seen >= config.gate)
+    return Parts(agreements, value, measured, semantic(evidence, config), _size(evidence.box_1000), is_open)
+
+
+def _unless_unreadable(evidence: Evidence, reward: Tensor, known: Tensor, config: RewardConfig) -> tuple[Tensor, Tensor]:
+    """An unreadable answer gets the lowest reward, and that is known."""
+    floor = torch.full_like(reward, lowest(config))
+    return torch.where(evidence.readable, reward, floor), known | ~evidence.readable
+
+
+@register("vise")
+def vise(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """w_geo R_geo + w_sem R_sem - w_area sqrt(area)."""
+    reward = config.w_geo * parts.geometric + config.w_sem * parts.semantic - config.w_area * parts.size
+    known = parts.measured if config.w_geo > 0 else torch.ones_like(parts.measured)
+    return _unless_unreadable(evidence, reward, known, config)
+
+
+@register("oracle")
+def oracle(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """True IoU: what a perfect label-based reward could teach. Rows without a truth carry nothing."""
+    truth = _given(evidence.truth_1000, "truth_1000")
+    reward = geometry.iou(geometry.clean_1000(evidence.box_1000), geometry.clean_1000(truth))
+    reward, _ = _unless_unreadable(evidence, reward, evidence.readable, config)
+    return reward, geometry.proper(truth)
+
+
+NOISE = 0.1
+"""Standard deviation of the random reward: that of `vise` over a batch of the embedded model's samples, 0.11 (within a group 0.08)."""
+
+
+@register("random")
+def random(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Noise of mean 1/2, unreadable answers included: says nothing."""
+    rows = evidence.box_1000.shape[0]
+    return torch.as_tensor(rng.normal(0.5, NOISE, rows)).to(evidence.box_1000.device), torch.ones_like(evidence.readable)
+
+
+@register("shuffled")
+def shuffled(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """`vise` permuted among all rows of the batch that carry gradient: its distribution without its meaning."""
+    reward, known = vise(evidence, parts, config, rng)
+    rows = (known & parts.open).nonzero()[:, 0]
+    order = torch.as_tensor(rng.permutation(len(rows)), device=rows.device)
+    return reward.index_put((rows,), reward[rows[order]]), known
+
+
+@register("area_only")
+def area_only(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The area term alone: what shrinking every box is worth. Raises ConfigError without one."""
+    if config.w_area == 0:
+        raise ConfigError("reward area_only with w_area 0 is constant; nothing would be learned; set reward.w_area")
+    return _unless_unreadable(evidence, -config.w_area * parts.size, torch.ones_like(evidence.readable), config)
+
+
+def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tuple[Tensor, Tensor]:
+    """Rewards for the views' own completions (`update.views_too`): w_geo R_geo of that view - w_area sqrt(its area). -> (N, K) x2.
+
+    A view's answer carries gradient when it cannot be read (lowest reward), or when its view is usable and the sampled box has area;
+    never under another reward than `vise`, whose meaning these numbers do not share.
+    """
+    reward = config.w_geo * parts.agreement - config.w_area * _size(evidence.view_box_1000)
+    reward = torch.where(evidence.view_readable, reward, torch.full_like(reward, lowest(config)))
+    judged = ~evidence.view_readable | (evidence.view_usable & _placed(evidence)[:, None])
+    return reward, judged & parts.open[:, None] & (config.name == "vise")
+
+
+def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) -> Scores:
+    """The configured reward of every row, which rows carry gradient, and the figures that are always logged.
+
+    Raises ConfigError for an unknown reward, ValueError when evidence it needs is missing, NumericFault when it is not finite.
+    """
+    parts = dissect(evidence, config)
+    reward, known = resolve(config)(evidence, parts, config, rng)
+    carries = known & parts.open
+    if not reward[carries].isfinite().all():
+        raise NumericFault(f"reward {config.name!r} is not finite; the function returned NaN or infinity; correct it")
+    reward = torch.where(carries, reward.double(), 0.0)
+    view_reward, view_carries = view_rewards(evidence, parts, config)
+    metrics = measure(evidence, parts, reward, carries)
+    return Scores(reward, parts.geometric, parts.semantic, carries, view_reward, view_carries, metrics)
+
+
+def _mean(values: Tensor, of: Tensor) -> float:
+    """Mean over the chosen rows; 0 over none (the shares of readable rows tell)."""
+    return float((values.double().nan_to_num() * of).sum() / of.sum().clamp_min(1))
+
+
+def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
+    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU yes-no, IG no-yes, SB yes-yes, ID no-no.
+
+    The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers that an edit *elsewhere* changes, which
+    is the figure `changed_elsewhere` here.
+    """
+    before, after = seen >= 0.5, gone >= 0.5
+    cells = {"TU": before & ~after, "IG": ~before & after, "SB": before & after, "ID": ~before & ~after}
+    return {name: _mean(cell, of) for name, cell in cells.items()}
+
+
+def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -> dict[str, float]:
+    """Everything METHOD.md wants logged of a step's rewards, as plain floats. Shares are 0..1 of the rows named in the comment."""
+    e, asked, placed, judged = evidence, evidence.query_readable, _placed(evidence), _judged(evidence)
+    boxes, area = e.readable & asked, geometry.area_share(e.box_1000)
+    views = boxes[:, None].expand_as(e.view_usable)
+    metrics = {
+        "reward": _mean(reward, carries),
+        "geometric": _mean(parts.geometric, boxes & parts.measured),
+        "semantic": _mean(parts.semantic, boxes & parts.open),
+        "carries": _mean(carries, torch.ones_like(carries)),  # of all rows
+        "parse_rate": _mean(e.readable, asked),  # of rows with a query
+        "query_parse_rate": _mean(asked, torch.ones_like(asked)),  # of all rows
+        "view_parse_rate": _mean(e.view_readable, asked[:, None].expand_as(e.view_readable)),
+        "area": _mean(area, placed & asked),  # of boxes with area
+        "area_large": _mean(area > LARGE_AREA, placed & asked),
+        "zero_area": _mean(~placed, boxes),  # of readable boxes
+        "views_dropped": _mean(~e.view_usable, views),  # of readable boxes' views
+        "unmeasured": _mean(~parts.measured, boxes),
+        "gated": _mean(~parts.open, asked),  # of groups with a query
+        "seen": _mean(e.seen, asked & e.seen.isfinite()),
+        "judged": _mean(judged, boxes),  # of readable boxes; the verdicts below are of judged ones
+        "gone": _mean(e.gone, judged),
+    }
+    if e.control is not None:
+        changed = ((e.control >= 0.5) != (e.seen >= 0.5)[:, None]).double().mean(1)
+        metrics |= {"control": _mean(e.control.mean(1), judged), "changed_elsewhere": _mean(changed, judged)}
+    if e.keep is not None:
+        metrics["keep"] = _mean(e.keep, judged)
+    return metrics | beaf(e.seen, e.gone, judged)

@@ -1,0 +1,221 @@
+"""Load a vision-language model, freeze it, attach LoRA: one copy of the weights serves policy (adapters on) and reference (off).
+
+transformers owns the weights, PEFT the LoRA tensors and their format, bitsandbytes the quantised linears; the fast forward runs over the
+same tensors. The image processor is never built: it needs torchvision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import vise_kernels
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+from vise_kernels.dispatch import Choice
+
+from vise_fast import nano
+from vise_fast.config.schema import Config
+from vise_fast.model import quantise
+from vise_fast.model.attention import attend_plain
+from vise_fast.model.flash import choose
+from vise_fast.model.qwen3_vl import LORA_TARGETS, Backbone
+from vise_fast.system.errors import ConfigError, EnvironmentFault
+from vise_fast.text.prompts import style_for
+from vise_fast.text.tokens import Tokens
+
+SHAPES = Path(__file__).parents[2] / "configs" / "models"
+FAMILIES = {"qwen3_vl": (Backbone, LORA_TARGETS)}
+
+
+@dataclass
+class Policy:
+    """A loaded model with adapters: `model` is the PeftModel, `backbone` the fast forward over its tensors."""
+
+    model: PeftModel
+    tokens: Tokens
+    backbone: Backbone
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def attention(self) -> Choice:
+        """How the decoder attends, and why."""
+        if self.backbone.attend is attend_plain:
+            return Choice("plain", "asked for by model.attention")
+        return choose(self.device, self.backbone.dtype)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable fp32 LoRA masters by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The stock modules as the frozen reference: adapters off. The fast engine takes `adapters=False` instead."""
+        with self.model.disable_adapter():
+            yield
+
+
+def resolve(path: str) -> str:
+    """The directory or hub id behind a model path; 'nano' is the embedded model. Raises ConfigError for a directory that is not there."""
+    if path == "nano":
+        return str(nano.DIRECTORY)
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"model.path {path} has no config.json; it is not a model directory; point it at one saved by transformers")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"model.path {path} does not exist; a model is a directory or a hub id like Qwen/Qwen3-VL-2B-Instruct; check the path")
+    return path
+
+
+def device_of(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises EnvironmentFault where the GPU asked for is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFault(f"model.device {name}: torch sees no GPU here; use --model.device cpu or install a CUDA build of torch")
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def read_config(path: str):
+    """The model's transformers config. Raises ConfigError for a hub id that cannot be had and for an unknown family."""
+    source = resolve(path)
+    try:
+        model_config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path {path} cannot be loaded; {reason}; give a local directory or download the model first") from error
+    if model_config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"model.path {path} is of family {model_config.model_type}; this trainer knows {known}; choose a model of those")
+    return model_config
+
+
+def at_hand(path: str) -> bool:
+    """Whether the model can be loaded without a download."""
+    source = resolve(path)
+    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
+def known_shapes(path: str):
+    """The model's transformers config; for the published sizes from configs/models, where the model itself is not at hand."""
+    file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
+    if file.is_file() and not at_hand(path):
+        return AutoConfig.from_pretrained(file)
+    return read_config(path)
+
+
+def grid_multiple(path: str) -> int:
+    """Pixels per image token side: images are resized to multiples of it."""
+    vision = known_shapes(path).vision_config
+    return vision.patch_size * vision.spatial_merge_size
+
+
+def load(config: Config, adapter: str | None = None, weights: str | None = None) -> Policy:
+    """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes only, for benches."""
+    disable_progress_bar()
+    model_config = read_config(config.model.path)
+    device = device_of(config.model.device)
+    base = _load_base(config, model_config, device, weights)
+    base.requires_grad_(False).eval()
+    quantise.settle(base)
+    quantise.check(base, config.model.quant)
+    model = attach(base, config, adapter or config.lora.init_from)
+    check_targets(model)
+    source = resolve(config.model.path)
+    style = style_for(model_config)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokens = Tokens(tokenizer, style, base.lm_head.weight.shape[0], model_config.image_token_id)
+    family, _ = FAMILIES[model_config.model_type]
+    backbone = family(model)
+    if config.model.attention == "plain":
+        backbone.attend = attend_plain
+    vise_kernels.prefer("plain" if config.model.kernels == "plain" else None)
+    return Policy(model, tokens, backbone, source)
+
+
+def _load_base(config: Config, model_config, device: torch.device, weights: str | None) -> nn.Module:
+    dtype = dtype_of(config.model.dtype, device)
+    if weights == "random":
+        with torch.device("meta"):
+            shell = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        return quantise.random_model(shell, config, device)
+    source, bits = resolve(config.model.path), quantise.settings(config, dtype)
+    place = {} if device.type == "cpu" and bits is None else {"device_map": {"": device}}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **place, **({} if bits is None else {"quantization_config": bits}))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again") from error
+
+
+def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
+    """LoRA on the anchored targets, fp32 masters; seeded, so that two runs start from the same adapter."""
+    if adapter is not None:
+        return _load_adapter(base, config, adapter)
+    _, targets = FAMILIES[base.config.model_type]
+    lora = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; nothing a user can act on
+        torch.manual_seed(config.train.seed)
+        return _fp32_adapters(get_peft_model(base, lora).eval())
+
+
+def _load_adapter(base: nn.Module, config: Config, adapter: str) -> PeftModel:
+    directory = Path(adapter)
+    if not (directory / "adapter_config.json").is_file():
+        raise ConfigError(f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point at RUN/adapter")
+    check_adapter_fits(directory, base)
+    return _fp32_adapters(PeftModel.from_pretrained(base, str(directory), is_trainable=True).eval())
+
+
+def _fp32_adapters(model: PeftModel) -> PeftModel:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def check_adapter_fits(directory: Path, base: nn.Module) -> None:
+    """Every tensor of the adapter must have a place of the right shape in the base. Raises ConfigError."""
+    from safetensors import safe_open
+
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a finished RUN/adapter")
+    shapes = {name: (m.out_features, m.in_features) for name, m in base.named_modules() if hasattr(m, "in_features")}
+    rank = json.loads((directory / "adapter_config.json").read_text()).get("r")
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            module, factor = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
+            got, want = tuple(file.get_slice(key).get_shape()), shapes.get(module)
+            fits = want is not None and got == ((rank, want[1]) if factor.startswith("A") else (want[0], rank))
+            if not fits:
+                raise ConfigError(f"adapter {directory} was made for another base; {module} is {want} here; use the base it was trained on")
+
+
+def check_targets(model: PeftModel) -> int:
+    """The number of LoRA tensors; asserts that none lies inside the vision blocks and that the decoder carries some."""
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    inside = [name for name in names if ".visual.blocks." in name]
+    if inside or not any(".language_model.layers." in name for name in names):
+        raise ConfigError(f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; check the model family")
+    return len(names)

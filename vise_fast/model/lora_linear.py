@@ -1,0 +1,210 @@
+"""One matrix product for several projections of the same input, with their LoRA terms: y = x Wᵀ + (x Aᵀ) Bᵀ.
+
+The projections' frozen weights are stacked into one tensor that the original modules keep as views, so there is still one copy of
+every weight. The A matrices are stacked; the scaled B matrices are set block-diagonally, one product instead of three, as long as the
+zeros cost less than the calls.
+LoRA stays in fp32 masters owned by PEFT; a pack holds them in the compute dtype, cast once per optimizer step. Dropout is off by design.
+
+With gradients, a call is one autograd node from its input and the masters that computes with the pack and saves nothing but the input:
+the cheap function before the product (a norm, SwiGLU, GELU), the low-rank x Aᵀ and a quantised base's weight are computed again in the
+backward pass. `FusedLinear.plain` is the same in plain autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+
+from vise_fast.model import products, quantise
+
+ADAPTER = "default"
+BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
+Before = Callable[[Tensor], Tensor]
+"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass.
+
+It may bring its own `gradient(x, dz)`, dL/dx from dL/dz.
+"""
+
+
+class Pack(NamedTuple):
+    """LoRA factors: down (k·r, in); up with alpha / r folded in: one block-diagonal (sum of outs, k·r), or each module's (out, r)."""
+
+    down: Tensor
+    up: tuple[Tensor, ...]
+
+    def raise_(self, y: Tensor, low: Tensor) -> Tensor:
+        """y (n, sum of outs) += low (n, k·r) · upᵀ."""
+        if len(self.up) == 1:
+            return y.addmm_(low, self.up[0].T)
+        for out, part, up in zip(y.split([len(u) for u in self.up], 1), low.split(self.up[0].shape[1], 1), self.up, strict=True):
+            out.addmm_(part, up.T)
+        return y
+
+    def lower(self, grad: Tensor) -> Tensor:
+        """grad (n, sum of outs) · up: (n, k·r)."""
+        if len(self.up) == 1:
+            return grad @ self.up[0]
+        return torch.cat([g @ up for g, up in zip(grad.split([len(u) for u in self.up], 1), self.up, strict=True)], 1)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm with a frozen weight (in,)."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        return rms_norm_backward(x, self.weight, dz, self.eps)
+
+
+class Swiglu:
+    """(n, 2·in), gate and up side by side, to silu(gate) · up (n, in)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return swiglu(x)
+
+    def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        return swiglu_backward(x, dz)
+
+
+class FusedLinear:
+    """Projections `modules` (nn.Linear, a bitsandbytes linear, or PEFT's wrapper of either) of one input, outputs side by side."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+        self.stacked = all(type(base) is nn.Linear for base in self.bases)
+        self.adapted = isinstance(modules[0], LoraLayer)
+        if self.stacked:
+            self.weight, self.bias = _stack(self.bases)
+
+    def pack(self, dtype: torch.dtype) -> Pack | None:
+        """The LoRA factors in `dtype`; differentiable in the masters; None without adapters."""
+        if not self.adapted:
+            return None
+        down = torch.cat([m.lora_A[ADAPTER].weight for m in self.modules])
+        ups = [(m.lora_B[ADAPTER].weight * m.scaling[ADAPTER]).to(dtype) for m in self.modules]
+        blocks = len(ups) > 1 and sum(map(len, ups)) * len(down) <= BLOCKS_UP_TO
+        return Pack(down.to(dtype), (torch.block_diag(*ups),) if blocks else tuple(ups))
+
+    def masters(self) -> list[nn.Parameter]:
+        """The fp32 factors: A of each module, then B of each."""
+        return [m.lora_A[ADAPTER].weight for m in self.modules] + [m.lora_B[ADAPTER].weight for m in self.modules]
+
+    def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
+        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the masters that `pack` was made from."""
+        if pack is not None and torch.is_grad_enabled():
+            return _Adapted.apply(x, self, pack, before, *self.masters())
+        return self._product(x if before is None else before(x), pack)
+
+    def plain(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
+        """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every intermediate. Unquantised bases only."""
+        x = x if before is None else before(x)
+        y = F.linear(x, self.weight, self.bias)
+        return y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
+
+    def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
+        if self.stacked and pack is not None and len(pack.up) == 1:
+            return products.adapted(x, self.weight, self.bias, pack.down, pack.up[0])
+        if self.stacked:
+            y = products.linear(x, self.weight, self.bias)
+        else:
+            y = x.new_empty(len(x), sum(base.out_features for base in self.bases))
+            for base, place in zip(self.bases, y.split([base.out_features for base in self.bases], 1), strict=True):
+                place.copy_(quantise.product(base, x))
+        return y if pack is None else pack.raise_(y, F.linear(x, pack.down))
+
+    def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
+        """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
+        rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
+        dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
+        downs = list((low.T @ x).to(dtype).split(rank))
+        ups = [g.T @ h for g, h in zip(grad.split([b.out_features for b in self.bases], 1), high.split(rank, 1), strict=True)]
+        return downs + [u.to(dtype) * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)]
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        """grad (n, sum of outs) times the frozen weights: (n, in)."""
+        if self.stacked:
+            return grad @ self.weight
+        total = grad.new_zeros(len(grad), self.bases[0].in_features)
+        for base, piece in zip(self.bases, grad.split([base.out_features for base in self.bases], 1), strict=True):
+            total.addmm_(piece, quantise.dequantised(base, grad.dtype))  # one dequantised weight at a time
+        return total
+
+
+class _Adapted(torch.autograd.Function):
+    """y = f(x) Wᵀ + (f(x) Aᵀ) Bᵀ with frozen W: saves x alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: FusedLinear, pack: Pack, before: Before | None, *masters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.linear, ctx.pack, ctx.before = linear, pack, before
+        return linear._product(x if before is None else before(x), pack)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
+        low = pack.lower(grad)
+        factors = linear._factor_gradients(x if ctx.before is None else ctx.before(x), low, grad, pack.down)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, *factors
+        dz = linear._input_gradient(grad).addmm_(low, pack.down)
+        return dz if ctx.before is None else _gradient(ctx.before, x, dz), None, None, None, *factors
+
+
+def _gradient(function: Before, x: Tensor, dz: Tensor) -> Tensor:
+    """dL/dx of z = function(x)."""
+    if hasattr(function, "gradient"):
+        return function.gradient(x, dz)
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z = function(leaf)
+    return torch.autograd.grad(z, leaf, dz)[0]
+
+
+def recomputed(function: Before, x: Tensor) -> Tensor:
+    """function(x), saving x alone for the backward pass: for chains of cheap steps, whose intermediates are fp32 and larger than x."""
+    return _Recomputed.apply(x, function) if torch.is_grad_enabled() else function(x)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, function: Before) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _gradient(ctx.function, *ctx.saved_tensors, grad), None
+
+
+def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Stack weights and biases; the modules' own parameters become views of the stack."""
+    if len(bases) == 1:
+        return bases[0].weight, bases[0].bias
+    with torch.no_grad():
+        weight = torch.cat([base.weight for base in bases])
+        bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+        start = 0
+        for base in bases:
+            stop = start + base.out_features
+            base.weight.data = weight[start:stop]
+            if bias is not None:
+                base.bias.data = bias[start:stop]
+            start = stop
+    return weight, bias

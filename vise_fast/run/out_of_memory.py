@@ -1,0 +1,81 @@
+"""Running out of memory is survivable: the step is done again in slices half as large, with the same randomness and the same result.
+
+Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws are named, not consumed, gradients are
+cleared, and the memory of the move itself is asked for before it begins (learner.py). Slices add up to the same gradient, so halving
+changes the result by the order of fp32 sums only. What stays halved stays so for the rest of the run. A single image that does not fit
+first gives up the activations that its update would have taken over from its rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from vise_fast.config.schema import Config
+from vise_fast.engine.fast import Engine
+from vise_fast.estimate import planner as estimate
+from vise_fast.method.experience import shares_forward
+from vise_fast.method.learner import Learner
+from vise_fast.system.errors import MemoryFloor, UserError
+
+T = TypeVar("T")
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+class Halving:
+    """Does steps; halves `train.micro_batch` of `config` whenever one does not fit. `halvings` counts."""
+
+    def __init__(self, config: Config, engine: Engine, learner: Learner) -> None:
+        self.config, self.engine, self.learner = config, engine, learner
+        self.halvings = 0
+
+    def __call__(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns: a rollout and its update, reading `train.micro_batch` of the config. Raises MemoryFloor."""
+        while True:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as fault:
+                if not exhausted(fault):
+                    raise
+                reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            # Outside the handler: the traceback, which holds the failed step's tensors, is gone.
+            self._halve(reason)
+
+    def figures(self) -> dict[str, int]:
+        """For metrics.jsonl."""
+        return {"memory_halvings": self.halvings, "micro_batch": self.config.train.micro_batch or self.config.train.batch}
+
+    def _halve(self, reason: str) -> None:
+        self.engine.counters.take(), self.engine.clock.take()
+        self.learner.forget(), self.engine.forget()
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        size = self.config.train.micro_batch or self.config.train.batch
+        if self.learner.moving:
+            raise MemoryFloor(f"out of memory inside the optimizer step ({reason}); the adapter may be half moved; resume from the last checkpoint with --optim.name adamw8bit")
+        if size == 1 and shares_forward(self.engine, self.config):
+            self.config.train.share_forward = False
+            self.halvings += 1
+            return
+        if size == 1:
+            raise MemoryFloor(f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels")
+        self.config.train.micro_batch = size // 2
+        self.halvings += 1
+
+
+def exhausted(fault: BaseException) -> bool:
+    """Whether an exception says that memory ran out: on a GPU, on a CPU, in Python."""
+    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or CPU_ALLOCATOR in str(fault)
+
+
+def _prediction(config: Config) -> str:
+    """The estimate in one clause."""
+    try:
+        planner = estimate.Planner(config)
+        rehearsed = planner.rehearse(config)
+    except UserError as fault:
+        return f"no estimate ({fault})"
+    largest = sorted(rehearsed.at_peak.items(), key=lambda item: -item[1])[:3]
+    return f"predicted {rehearsed.peak / 2**30:.2f} GiB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in largest)})"

@@ -1,0 +1,239 @@
+"""All that a person sees, and the lines a run leaves behind: progress, tables, alarms, errors, metrics.jsonl.
+
+The only file that prints or imports rich. A terminal gets a live bar, anything else gets plain lines. Texts from a model or a file name
+are shown as they are: no markup, no control codes. Left out: tensorboard and its like (loggers.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+import unicodedata
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence, TextIO
+
+import rich.console
+import rich.table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vise_fast.system.errors import EnvironmentFault, UserError
+
+PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+class _Rich(rich.console.Console):
+    """rich ends the process when a reader such as `head` goes away; a run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class Console:
+    """Prints to `file` (standard output) and complaints to `errors` (standard error); `plain` None: a live bar on terminals only."""
+
+    def __init__(self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None):
+        self._out, self._err = (_rich(stream, plain) for stream in (file or sys.stdout, errors or sys.stderr))
+        self.plain = not self._out.is_terminal
+        if self._out.is_terminal and self._err.is_terminal:
+            self._err = self._out  # one screen: a live bar must know of every line
+        self._alarms: dict[str, str] = {}
+
+    def say(self, text: str = "") -> None:
+        self._print(self._out, text)
+
+    def warn(self, text: str) -> None:
+        self._print(self._err, f"warning: {text}", "yellow")
+
+    def alarm(self, name: str, text: str | None) -> None:
+        """Says that a figure left its healthy range (`text`), or is back in it (None); only changes are printed."""
+        if text is not None and name not in self._alarms:
+            self._print(self._err, f"alarm: {text}", "bold red")
+        if text is None and name in self._alarms:
+            self._print(self._err, f"alarm over: {name}", "green")
+        self._alarms = {kept: said for kept, said in self._alarms.items() if kept != name} | ({name: text} if text is not None else {})
+
+    def error(self, fault: BaseException, debug: bool = False) -> None:
+        """One line; the traceback only on request."""
+        if debug:
+            self._print(self._err, "".join(traceback.format_exception(fault)).rstrip())
+        self._print(self._err, f"error: {' '.join(str(fault).split())}", "bold red")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], align: str = "right") -> None:
+        """A table; the first column holds names on the left, the others are aligned as told and their numbers cut to four digits."""
+        if self.plain:
+            self._out.width = PLAIN_WIDTH
+        table = rich.table.Table(title=self._shown(title) or None, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(self._shown(column), justify="left" if index == 0 else align)
+        for row in rows:
+            table.add_row(*(self._shown(figure(cell)) for cell in row))
+        self._out.print(table)
+
+    @contextmanager
+    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Callable[[Mapping[str, float]], None]]:
+        """Yields `advance(figures)`, to be called once per step; shows counts, ETA and the latest figures."""
+        if self.plain:
+            yield _Lines(self, total, label, done).advance
+            return
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+        with Progress(*columns, TextColumn("{task.fields[figures]}", markup=False), console=self._out) as bar:
+            task = bar.add_task(self._shown(label), total=total, completed=done, figures="")
+            yield lambda figures: bar.update(task, advance=1, figures=self._shown(spread(figures)))
+
+    def _print(self, target: _Rich, text: str, style: str | None = None) -> None:
+        target.print(self._shown(text), style=style, soft_wrap=True)
+
+    def _shown(self, text: str) -> str:
+        """Printable in the terminal's own encoding: control codes and letters it lacks are written as escapes."""
+        shown = "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+        return shown.encode(self._out.encoding, "backslashreplace").decode(self._out.encoding)
+
+
+class _Lines:
+    """Progress where there is no terminal: a line at the first step, the last, and every few seconds."""
+
+    def __init__(self, console: Console, total: int, label: str, done: int, clock: Callable[[], float] = time.monotonic):
+        self.console, self.total, self.label, self.first, self.done = console, total, label, done, done
+        self.clock, self.begun, self.said = clock, clock(), -math.inf
+
+    def advance(self, figures: Mapping[str, float]) -> None:
+        self.done += 1
+        now = self.clock()
+        if self.done < self.total and now - self.said < PLAIN_SECONDS:
+            return
+        self.said = now
+        left = (now - self.begun) / (self.done - self.first) * (self.total - self.done)
+        self.console.say(f"{self.label} {self.done}/{self.total}  ETA {duration(left)}  {spread(figures)}".rstrip())
+
+
+class JsonLines:
+    """A file of one JSON object per line, flushed line by line; `last_step` cuts what a resumed run will write again.
+
+    A last line cut short by a kill is dropped on opening. Raises EnvironmentFault when the disk refuses.
+    """
+
+    def __init__(self, path: str | Path, last_step: int | None = None):
+        self.path = Path(path)
+        with self._refused():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(self.path, last_step)
+            self._file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; numbers that JSON has no word for (NaN, infinity) become null."""
+        with self._refused():
+            self._file.write(json.dumps(_finite(record)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as fault:
+            raise EnvironmentFault(f"cannot write {self.path}: {fault.strerror or fault}; free space or give --run.dir a writable place") from fault
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The whole records of a JSON-lines file; [] where there is none."""
+    if not Path(path).exists():
+        return []
+    return [record for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if (record := _record(line)) is not None]
+
+
+def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None = None) -> int:
+    """The exit status of a command: a UserError becomes its one line and its code, Ctrl-C 130; `--debug` adds the traceback."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        return main(words) or 0
+    except UserError as fault:
+        Console().error(fault, debug="--debug" in words)
+        return fault.code
+    except KeyboardInterrupt:
+        Console().error(KeyboardInterrupt("interrupted"), debug="--debug" in words)
+        return 130
+
+
+def figure(value: Any) -> str:
+    """A cell as text: whole numbers whole, others with four digits, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+    return str(value)
+
+
+def spread(figures: Mapping[str, float]) -> str:
+    """'reward 0.52  KL 0.0031'"""
+    return "  ".join(f"{name} {figure(value)}" for name, value in figures.items())
+
+
+def duration(seconds: float) -> str:
+    """'4s', '3m20s', '2h05m'"""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _rich(stream: TextIO, plain: bool | None) -> _Rich:
+    return _Rich(file=stream, markup=False, highlight=False, emoji=False, force_terminal=None if plain is None else not plain)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _cut(path: Path, last_step: int | None) -> None:
+    """Keeps whole records up to `last_step`; rewritten aside, so that a kill here loses nothing."""
+    if not path.exists():
+        return
+    old = path.read_bytes()
+    keep = [line for line in old.decode("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n") and _kept(line, last_step)]
+    new = "".join(keep).encode()
+    if new != old:
+        aside = path.with_name(path.name + ".partial")
+        aside.write_bytes(new)
+        os.replace(aside, path)
+
+
+def _kept(line: str, last_step: int | None) -> bool:
+    record = _record(line)
+    return record is not None and (last_step is None or record.get("step", 0) <= last_step)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inside) for inside in value]
+    return value

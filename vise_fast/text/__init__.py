@@ -1,0 +1,1 @@
+"""What is asked, how answers are read, and the ids in between."""
