@@ -20,7 +20,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "pillow", "opencv-python-headless", "torchvision", "kornia", "trl")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "numpy",
+    "pillow",
+    "opencv-python-headless",
+    "torchvision",
+    "kornia",
+    "trl",
+)
 PACKAGES += ("liger-kernel", "cut-cross-entropy", "nanobind")
 
 
@@ -50,7 +61,9 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def interleaved(contenders: dict[str, Callable], device: torch.device, repeats: int, least_s: float) -> dict[str, Times]:
+def interleaved(
+    contenders: dict[str, Callable], device: torch.device, repeats: int, least_s: float
+) -> dict[str, Times]:
     """Every contender once per repeat, A B C A B C ...; each turn repeats the call until about `least_s` have passed."""
     calls = {name: _calls(run, device, least_s) for name, run in contenders.items()}
     times = {name: Times() for name in contenders}
@@ -83,7 +96,11 @@ def extra_bytes(run: Callable, device: torch.device) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = run()  # alive until the profile ends
     del kept
-    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     alive = most = 0
     for size in sizes:
         alive += size
@@ -96,15 +113,24 @@ def ceilings(device: torch.device, smoke: bool, dtype: str = "auto") -> dict[str
     cuda = device.type == "cuda"
     size = 2**20 if smoke else 2**30 if cuda else 2**27
     side = 256 if smoke else 8192 if cuda else 1024
-    source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
+    )
     kind = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     left = torch.randn(side, side, dtype=kind, device=device)
     runs = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ left}
     times = interleaved(runs, device, repeats=5, least_s=0.05)
-    return {"copy_bytes_per_s": 2 * size / times["copy"].median, "matmul_flop_per_s": 2 * side**3 / times["matmul"].median}
+    return {
+        "copy_bytes_per_s": 2 * size / times["copy"].median,
+        "matmul_flop_per_s": 2 * side**3 / times["matmul"].median,
+    }
 
 
-def machine(device: torch.device, sources: tuple[str, ...] = ("vise_fast", "kernels", "bench", "CMakeLists.txt")) -> dict:
+def machine(
+    device: torch.device,
+    sources: tuple[str, ...] = ("vise_fast", "kernels", "bench", "CMakeLists.txt"),
+) -> dict:
     """What a reader needs to judge the numbers; `sources` are the paths that the numbers depend on."""
     versions = {name: metadata.version(name) for name in PACKAGES if _has(name)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -132,7 +158,9 @@ def _processor() -> str:
 
 def _commit(sources: tuple[str, ...]) -> str:
     """The commit measured, with a plus sign where `sources` differ from it; "unknown" outside a checkout."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     if head.returncode:
         return "unknown"
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT)
@@ -141,7 +169,9 @@ def _commit(sources: tuple[str, ...]) -> str:
 
 def finish(results: dict, path: Path | None) -> None:
     """Adds the command, writes the result file where there is one to write, prints the document as the last line."""
-    results["command"] = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    results["command"] = " ".join(
+        ["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

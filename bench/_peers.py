@@ -33,20 +33,31 @@ def one_thread() -> None:
 def ghost(images: list[Tensor], boxes: Tensor, sigma: float, radius: int) -> Contenders:
     contenders = {}
     if installed("cv2"):
-        contenders |= _opencv_ghost([image.cpu().numpy() for image in images], boxes.tolist(), sigma, radius)
+        contenders |= _opencv_ghost(
+            [image.cpu().numpy() for image in images], boxes.tolist(), sigma, radius
+        )
     blurs = {}
     if installed("kornia"):
         from kornia.filters import gaussian_blur2d
 
-        blurs["kornia gaussian_blur2d, separable"] = lambda crop, side: gaussian_blur2d(crop, (side, side), (sigma, sigma), "reflect")
+        blurs["kornia gaussian_blur2d, separable"] = lambda crop, side: gaussian_blur2d(
+            crop, (side, side), (sigma, sigma), "reflect"
+        )
     if installed("torchvision"):
         from torchvision.transforms.v2.functional import gaussian_blur
 
-        blurs["torchvision gaussian_blur"] = lambda crop, side: gaussian_blur(crop, [side, side], [sigma, sigma])
-    return contenders | {name: lambda blur=blur: _crop_loop(images, boxes.tolist(), blur, radius) for name, blur in blurs.items()}
+        blurs["torchvision gaussian_blur"] = lambda crop, side: gaussian_blur(
+            crop, [side, side], [sigma, sigma]
+        )
+    return contenders | {
+        name: lambda blur=blur: _crop_loop(images, boxes.tolist(), blur, radius)
+        for name, blur in blurs.items()
+    }
 
 
-def _opencv_ghost(pictures: list[np.ndarray], boxes: list[list[int]], sigma: float, radius: int) -> Contenders:
+def _opencv_ghost(
+    pictures: list[np.ndarray], boxes: list[list[int]], sigma: float, radius: int
+) -> Contenders:
     import cv2
 
     side, border = 2 * radius + 1, cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
@@ -59,12 +70,18 @@ def _opencv_ghost(pictures: list[np.ndarray], boxes: list[list[int]], sigma: flo
         return outs
 
     return {
-        "OpenCV GaussianBlur, one-thread loop": lambda: loop(lambda crop: cv2.GaussianBlur(crop, (side, side), sigma, borderType=border)),
-        "OpenCV sepFilter2D, one-thread loop": lambda: loop(lambda crop: cv2.sepFilter2D(crop, -1, taps, taps, borderType=border)),
+        "OpenCV GaussianBlur, one-thread loop": lambda: loop(
+            lambda crop: cv2.GaussianBlur(crop, (side, side), sigma, borderType=border)
+        ),
+        "OpenCV sepFilter2D, one-thread loop": lambda: loop(
+            lambda crop: cv2.sepFilter2D(crop, -1, taps, taps, borderType=border)
+        ),
     }
 
 
-def _crop_loop(images: list[Tensor], boxes: list[list[int]], blur: Callable, radius: int) -> list[Tensor]:
+def _crop_loop(
+    images: list[Tensor], boxes: list[list[int]], blur: Callable, radius: int
+) -> list[Tensor]:
     """Reflection happens once in these libraries, so the taps are cut to what a box allows: less work than ours."""
     outs = [image.clone() for image in images]
     for out, (x1, y1, x2, y2) in zip(outs, boxes, strict=True):
@@ -80,18 +97,23 @@ def warp(images: list[Tensor], matrices: Tensor) -> Contenders:
         import cv2
 
         pictures = [image.cpu().numpy() for image in images]
-        half = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])  # OpenCV puts pixel centres on whole numbers
+        half = np.array(
+            [[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]]
+        )  # OpenCV puts pixel centres on whole numbers
         turns = [(half @ matrix.numpy() @ np.linalg.inv(half))[:2] for matrix in matrices]
         size = pictures[0].shape[1::-1]
         contenders["OpenCV warpAffine, one-thread loop"] = lambda: [
-            cv2.warpAffine(picture, turn, size, flags=cv2.INTER_LINEAR, borderValue=(128, 128, 128)) for picture, turn in zip(pictures, turns)
+            cv2.warpAffine(picture, turn, size, flags=cv2.INTER_LINEAR, borderValue=(128, 128, 128))
+            for picture, turn in zip(pictures, turns)
         ]
     if installed("kornia"):
         from kornia.geometry.transform import warp_affine
 
         stacked, turns32 = torch.stack(images), matrices[:, :2].float().to(images[0].device)
         size = tuple(stacked.shape[1:3])
-        contenders["kornia warp_affine"] = lambda: warp_affine(stacked.permute(0, 3, 1, 2).float(), turns32, size)
+        contenders["kornia warp_affine"] = lambda: warp_affine(
+            stacked.permute(0, 3, 1, 2).float(), turns32, size
+        )
     return contenders
 
 
@@ -102,8 +124,12 @@ def resize(images: list[Tensor], size: tuple[int, int]) -> Contenders:
     if images[0].device.type == "cuda":  # no uint8 kernel there
         planes = [plane.float() for plane in planes]
     return {
-        "Pillow BICUBIC loop": lambda: [np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures],
-        "torch interpolate, antialias": lambda: [F.interpolate(plane, size, **bicubic) for plane in planes],
+        "Pillow BICUBIC loop": lambda: [
+            np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures
+        ],
+        "torch interpolate, antialias": lambda: [
+            F.interpolate(plane, size, **bicubic) for plane in planes
+        ],
     }
 
 
@@ -112,14 +138,26 @@ def stock_processor(images: list[Tensor], size: tuple[int, int]) -> Contenders:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     area, normal = size[0] * size[1], {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    options = {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": area}, **normal}
+    options = {
+        "patch_size": 16,
+        "merge_size": 2,
+        "size": {"shortest_edge": 1024, "longest_edge": area},
+        **normal,
+    }
     processor = Qwen2VLImageProcessorPil(**options)
     pictures = [Image.fromarray(image.cpu().numpy()) for image in images]
-    contenders = {"stock processor, Qwen2VLImageProcessorPil": lambda: processor(pictures, return_tensors="pt")}
+    contenders = {
+        "stock processor, Qwen2VLImageProcessorPil": lambda: processor(
+            pictures, return_tensors="pt"
+        )
+    }
     if installed("torchvision"):
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-        fast, planes = Qwen2VLImageProcessor(**options), [image.permute(2, 0, 1) for image in images]
+        fast, planes = (
+            Qwen2VLImageProcessor(**options),
+            [image.permute(2, 0, 1) for image in images],
+        )
         contenders["stock processor on torchvision"] = lambda: fast(planes, return_tensors="pt")
     return contenders
 
@@ -144,7 +182,9 @@ def linear_logprob(hidden: Tensor, head: Tensor, ids: Tensor) -> Contenders:
     if installed("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
-        contenders["cut-cross-entropy"] = lambda: linear_cross_entropy(hidden, head, ids, reduction="none")
+        contenders["cut-cross-entropy"] = lambda: linear_cross_entropy(
+            hidden, head, ids, reduction="none"
+        )
     return contenders
 
 
@@ -156,8 +196,13 @@ def full_kl(hidden: Tensor, reference: Tensor, head: Tensor) -> Tensor:
 
 def copied_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], owner: Tensor) -> Tensor:
     """q (N, H, D) over full banks, each row's keys and values copied next to each other first."""
-    k, v = (torch.cat([bank[entry] for bank, entry in zip(banks, owner, strict=True)], 2) for banks in (keys, values))
-    return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+    k, v = (
+        torch.cat([bank[entry] for bank, entry in zip(banks, owner, strict=True)], 2)
+        for banks in (keys, values)
+    )
+    return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[
+        :, :, 0
+    ]
 
 
 def multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,16 @@ from vise_fast.text.tokens import Tokens
 SHAPES = Path(__file__).parents[1] / "configs" / "models"
 QUERY_TOKENS, BOX_TOKENS, VERDICT_TOKENS = 14, 22, 8
 QUERIES = {"short": "red circle", "natural": "the brown dog on the old sofa"}
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+)
 PIECE = r"</|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]|\n"
 
 
@@ -57,7 +66,10 @@ class Locked:
         if len(ids) == VERDICT_TOKENS:
             return style.write_verdict(sum(ids) % 2 == 0)
         self.box_count += 1
-        left, top = 200 + 37 * self.box_count % 200, 200 + 53 * self.box_count % 200  # so central that no view loses one
+        left, top = (
+            200 + 37 * self.box_count % 200,
+            200 + 53 * self.box_count % 200,
+        )  # so central that no view loses one
         return style.write_box((left, top, left + 300, top + 250))
 
 
@@ -71,9 +83,15 @@ class Subject:
 
     def config(self, preset: str, batch: int, extra: list[str]) -> Config:
         words = [
-            f"--model.path={self.directory}", f"--reward.preset={preset}", f"--train.batch={batch}", "--reward.gate=0", "--train.lr=1e-6",
-            f"--rollout.query_tokens={QUERY_TOKENS}", f"--rollout.box_tokens={BOX_TOKENS}", *extra,
-        ]  # fmt: skip
+            f"--model.path={self.directory}",
+            f"--reward.preset={preset}",
+            f"--train.batch={batch}",
+            "--reward.gate=0",
+            "--train.lr=1e-6",
+            f"--rollout.query_tokens={QUERY_TOKENS}",
+            f"--rollout.box_tokens={BOX_TOKENS}",
+            *extra,
+        ]
         return load(None, words)
 
     @property
@@ -106,19 +124,35 @@ def _write(shape: dict, directory: str) -> str:
 
 def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
     """One token per word, digit and mark of the natural prompts and their answers; special tokens at the ids the model's config names."""
-    texts = [NATURAL.ask(), NATURAL.ground(QUERIES["natural"]), NATURAL.verify(QUERIES["natural"]), "system user assistant yes Yes YES no No NO\n"]
+    texts = [
+        NATURAL.ask(),
+        NATURAL.ground(QUERIES["natural"]),
+        NATURAL.verify(QUERIES["natural"]),
+        "system user assistant yes Yes YES no No NO\n",
+    ]
     pieces = sorted({piece for text in texts for piece in _pieces(text)} | set("0123456789"))
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    ids = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id", "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
+    ids = {
+        "<|vision_start|>": "vision_start_token_id",
+        "<|vision_end|>": "vision_end_token_id",
+        "<|image_pad|>": "image_token_id",
+        "<|video_pad|>": "video_token_id",
+    }
     vocabulary |= {name: shape[key] for name, key in ids.items()}
     free = iter(range(len(pieces), len(pieces) + len(SPECIAL)))
     vocabulary |= {name: next(free) for name in SPECIAL if name not in ids}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=[name for name in SPECIAL if name not in ("<unk>", "<|im_end|>", "<|endoftext|>")], chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[
+            name for name in SPECIAL if name not in ("<unk>", "<|im_end|>", "<|endoftext|>")
+        ],
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _pieces(text: str) -> list[str]:
@@ -127,12 +161,24 @@ def _pieces(text: str) -> list[str]:
 
 def folder(directory: Path, size: tuple[int, int], count: int) -> list[Image]:
     """The first images of a folder by name, resized to one size."""
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:count]
+    files = sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+    )[:count]
     if len(files) < count:
         raise SystemExit(f"{directory} holds {len(files)} images; {count} are needed")
     height, width = size
-    arrays = [np.array(Pillow.open(file).convert("RGB").resize((width, height), Pillow.Resampling.BICUBIC)) for file in files]
-    return [Image(torch.from_numpy(array), file.name, i) for i, (array, file) in enumerate(zip(arrays, files, strict=True))]
+    arrays = [
+        np.array(
+            Pillow.open(file).convert("RGB").resize((width, height), Pillow.Resampling.BICUBIC)
+        )
+        for file in files
+    ]
+    return [
+        Image(torch.from_numpy(array), file.name, i)
+        for i, (array, file) in enumerate(zip(arrays, files, strict=True))
+    ]
 
 
 def pictures(height: int, width: int, count: int) -> list[Image]:
@@ -140,5 +186,7 @@ def pictures(height: int, width: int, count: int) -> list[Image]:
     side = max(height, width)
     drawn = [scenes.draw(np.random.default_rng(i), size=128).pixels for i in range(count)]
     tile = -(-side // 128)
-    pixels = [torch.from_numpy(np.tile(image, (tile, tile, 1))[:height, :width].copy()) for image in drawn]
+    pixels = [
+        torch.from_numpy(np.tile(image, (tile, tile, 1))[:height, :width].copy()) for image in drawn
+    ]
     return [Image(image, f"scene {i}", i) for i, image in enumerate(pixels)]

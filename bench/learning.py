@@ -35,7 +35,20 @@ INTO: list[str] = []
 ROWS = {
     "base": None,
     "robust": [],
-    "paper": ["--reward.preset", "paper", "--rollout.samples", "8", "--rollout.views", "4", "--train.batch", "8", "--update.advantage", "rloo", "--update.tau", "0.3"],
+    "paper": [
+        "--reward.preset",
+        "paper",
+        "--rollout.samples",
+        "8",
+        "--rollout.views",
+        "4",
+        "--train.batch",
+        "8",
+        "--update.advantage",
+        "rloo",
+        "--update.tau",
+        "0.3",
+    ],
     "geometric only": ["--reward.w_geo", "1", "--reward.w_sem", "0", "--reward.w_area", "0"],
     "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1", "--reward.w_area", "0"],
     "area term only": ["--reward.name", "area_only", "--reward.w_area", "1"],
@@ -44,17 +57,39 @@ ROWS = {
     "oracle": ["--reward.name", "oracle", "--reward.w_area", "0"],
 }
 FIGURES = {
-    "greedy_iou": "greedy IoU", "sampled_iou": "sampled IoU", "greedy_iou_50": "greedy IoU@0.5", "sampled_iou_50": "sampled IoU@0.5",
-    "greedy_iou_rescaled": "greedy IoU, best rescale", "sampled_iou_rescaled": "sampled IoU, best rescale",
-    "greedy_centre_inside": "centre inside", "greedy_centre_error": "centre error", "greedy_area_ratio": "area ratio, greedy",
-    "sampled_area_ratio": "area ratio, sampled", "visible_accuracy": "visibility accuracy", "greedy_parse_rate": "parse rate",
+    "greedy_iou": "greedy IoU",
+    "sampled_iou": "sampled IoU",
+    "greedy_iou_50": "greedy IoU@0.5",
+    "sampled_iou_50": "sampled IoU@0.5",
+    "greedy_iou_rescaled": "greedy IoU, best rescale",
+    "sampled_iou_rescaled": "sampled IoU, best rescale",
+    "greedy_centre_inside": "centre inside",
+    "greedy_centre_error": "centre error",
+    "greedy_area_ratio": "area ratio, greedy",
+    "sampled_area_ratio": "area ratio, sampled",
+    "visible_accuracy": "visibility accuracy",
+    "greedy_parse_rate": "parse rate",
     "attention_share": "attention share",
-}  # fmt: skip
+}
 RESCALED = "base, rescaled"
 MARK = "<!-- bench/learning.py --table -->"
 SPLIT_SEED = {"validation": 70_001, "reported": 110_003}
 SCENES = {"validation": 256, "reported": 512}
-CURVE = ("reward", "geometric", "semantic", "area", "parse_rate", "kl", "beta", "grad_norm", "scored", "TU", "SB", "IG", "ID")
+CURVE = (
+    "reward",
+    "geometric",
+    "semantic",
+    "area",
+    "parse_rate",
+    "kl",
+    "beta",
+    "grad_norm",
+    "scored",
+    "TU",
+    "SB",
+    "IG",
+    "ID",
+)
 
 
 def cell_path(row: str, seed: int, steps: int, split: str) -> Path:
@@ -66,7 +101,13 @@ def _short(x):
     """The same with floats of five decimals."""
     if isinstance(x, dict):
         return {name: _short(value) for name, value in x.items()}
-    return [_short(value) for value in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+    return (
+        [_short(value) for value in x]
+        if isinstance(x, list)
+        else round(x, 5)
+        if isinstance(x, float)
+        else x
+    )
 
 
 def truth_of(source):
@@ -90,17 +131,43 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     from vise_fast.model import load as model
 
     torch.set_num_threads(1)
-    words = ["--train.seed", str(seed), "--train.steps", str(steps), "--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
+    words = [
+        "--train.seed",
+        str(seed),
+        "--train.steps",
+        str(steps),
+        "--eval.seed",
+        str(SPLIT_SEED[split]),
+        "--eval.scenes",
+        str(SCENES[split]),
+    ]
     config = configuration.load(None, words + (ROWS[row] or []) + extra)
     policy = model.load(config)
     engine, source = Engine(policy.backbone, policy.tokens), Scenes(config)
-    history = trained(policy, engine, source, config, ADAPTERS / cell_path(row, seed, steps, "trained").stem) if ROWS[row] is not None else {"curve": [], "seconds": 0.0}
+    history = (
+        trained(
+            policy, engine, source, config, ADAPTERS / cell_path(row, seed, steps, "trained").stem
+        )
+        if ROWS[row] is not None
+        else {"curve": [], "seconds": 0.0}
+    )
     figures = evaluate.examine(engine, source, config, (ROWS[row] is not None,))[0].json()
     keep = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
     return {
-        "row": row, "seed": seed, "steps": steps, "split": split, "extra": extra, "torch": torch.__version__, "date": date.today().isoformat(),
-        "config": config.model_dump(mode="json"), "values": figures["values"], "marks": keep, "layers": figures["layers"], "n": figures["n"], **history,
-    }  # fmt: skip
+        "row": row,
+        "seed": seed,
+        "steps": steps,
+        "split": split,
+        "extra": extra,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "config": config.model_dump(mode="json"),
+        "values": figures["values"],
+        "marks": keep,
+        "layers": figures["layers"],
+        "n": figures["n"],
+        **history,
+    }
 
 
 def trained(policy, engine, source, config, path: Path) -> dict:
@@ -131,12 +198,16 @@ def train(policy, engine, source, config) -> dict:
     learner, curve, start = Learner(policy, engine, config), [], time.monotonic()
     for step in range(config.train.steps):
         truth = truth_of(source) if config.reward.name == "oracle" else None
-        metrics = learner.learn(play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step)
+        metrics = learner.learn(
+            play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step
+        )
         curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
     return {"curve": curve, "seconds": round(time.monotonic() - start, 1)}
 
 
-def spawn(cells: list[tuple[str, int]], steps: int, split: str, workers: int, extra: list[str]) -> None:
+def spawn(
+    cells: list[tuple[str, int]], steps: int, split: str, workers: int, extra: list[str]
+) -> None:
     """Run what is not finished, `workers` processes at a time."""
     todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, steps, split).exists()]
     print(f"{len(cells) - len(todo)} cells finished, {len(todo)} to do")
@@ -144,9 +215,26 @@ def spawn(cells: list[tuple[str, int]], steps: int, split: str, workers: int, ex
     def one(cell):
         row, seed = cell
         begun = time.monotonic()
-        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split, *INTO, "--", *extra]
-        done = subprocess.run([sys.executable, str(Path(__file__)), *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        print(f"{row} seed {seed}: exit {done.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
+        words = [
+            "--cell",
+            row,
+            "--seeds",
+            str(seed),
+            "--steps",
+            str(steps),
+            "--split",
+            split,
+            *INTO,
+            "--",
+            *extra,
+        ]
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__)), *words], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        print(
+            f"{row} seed {seed}: exit {done.returncode} after {time.monotonic() - begun:.0f} s",
+            flush=True,
+        )
         return done.returncode
 
     with ThreadPoolExecutor(workers) as pool:
@@ -167,7 +255,11 @@ def load_cells(steps: int, split: str) -> dict[str, list[dict]]:
 
 def rescaled(base: dict) -> dict:
     """The base's own boxes times the constant factor that suits them best on other scenes: what mere tightening or loosening gives."""
-    marks = {name.removesuffix("_rescaled"): mark for name, mark in base["marks"].items() if name.endswith("_rescaled")}
+    marks = {
+        name.removesuffix("_rescaled"): mark
+        for name, mark in base["marks"].items()
+        if name.endswith("_rescaled")
+    }
     return base | {"row": RESCALED, "marks": marks, "curve": [], "seconds": 0.0}
 
 
@@ -177,11 +269,16 @@ def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
     The interval resamples scenes (paired with the base) and seeds together.
     """
     base = cells["base"][0]
-    table = {row: {name: _estimate(name, base, group) for name in FIGURES if name in group[0]["marks"]} for row, group in cells.items()}
+    table = {
+        row: {name: _estimate(name, base, group) for name in FIGURES if name in group[0]["marks"]}
+        for row, group in cells.items()
+    }
     for row in table.values():
         for name, entry in row.items():
             oracle = table.get("oracle", {}).get(name)
-            entry["of_oracle"] = entry["gain"] / oracle["gain"] if oracle and oracle["gain"] > 0 else None
+            entry["of_oracle"] = (
+                entry["gain"] / oracle["gain"] if oracle and oracle["gain"] > 0 else None
+            )
     return table
 
 
@@ -190,10 +287,19 @@ def _estimate(name: str, base: dict, group: list[dict]) -> dict:
     gains = values - _ratio(base["marks"][name])
     low, high = _interval(name, base, group)
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "se": error, "gain": float(gains.mean()), "low": low, "high": high, "seeds": len(values)}
+    return {
+        "mean": float(values.mean()),
+        "se": error,
+        "gain": float(gains.mean()),
+        "low": low,
+        "high": high,
+        "seeds": len(values),
+    }
 
 
-def _interval(name: str, base: dict, group: list[dict], resamples: int = 2000) -> tuple[float, float]:
+def _interval(
+    name: str, base: dict, group: list[dict], resamples: int = 2000
+) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     before = _arrays(base["marks"][name])
     after = [_arrays(cell["marks"][name]) for cell in group]
@@ -201,7 +307,9 @@ def _interval(name: str, base: dict, group: list[dict], resamples: int = 2000) -
     for _ in range(resamples):
         weights = rng.multinomial(n, np.full(n, 1 / n))
         picked = rng.integers(len(after), size=len(after))
-        gains.append(np.mean([_weighted(after[i], weights) for i in picked]) - _weighted(before, weights))
+        gains.append(
+            np.mean([_weighted(after[i], weights) for i in picked]) - _weighted(before, weights)
+        )
     return float(np.quantile(gains, 0.025)), float(np.quantile(gains, 0.975))
 
 
@@ -221,7 +329,14 @@ def _ratio(mark: dict) -> float:
 SHARES = "of the oracle's gain (sampled, greedy)"
 PANELS = {
     "Where it points": ("sampled_iou", "greedy_iou", "sampled_iou_50", "greedy_iou_50", SHARES),
-    "Not by size": ("sampled_iou_rescaled", "greedy_iou_rescaled", "greedy_centre_error", "greedy_centre_inside", "sampled_area_ratio", "greedy_area_ratio"),
+    "Not by size": (
+        "sampled_iou_rescaled",
+        "greedy_iou_rescaled",
+        "greedy_centre_error",
+        "greedy_centre_inside",
+        "sampled_area_ratio",
+        "greedy_area_ratio",
+    ),
     "And nothing lost": ("visible_accuracy", "greedy_parse_rate", "attention_share"),
 }
 
@@ -231,11 +346,23 @@ def show(table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
     return "\n\n".join(_panel(title, names, table, cells) for title, names in PANELS.items())
 
 
-def _panel(title: str, names: tuple[str, ...], table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
+def _panel(
+    title: str, names: tuple[str, ...], table: dict[str, dict], cells: dict[str, list[dict]]
+) -> str:
     names = [name for name in names if name in table["base"] or name == SHARES]
-    lines = [f"| {' | '.join([title, 'seeds', *(FIGURES.get(n, n) for n in names)])} |", "|---" * (len(names) + 2) + "|"]
+    lines = [
+        f"| {' | '.join([title, 'seeds', *(FIGURES.get(n, n) for n in names)])} |",
+        "|---" * (len(names) + 2) + "|",
+    ]
     for row, entries in table.items():
-        told = [_shares(row, entries) if n == SHARES else _cell(entries[n], row) if n in entries else "-" for n in names]
+        told = [
+            _shares(row, entries)
+            if n == SHARES
+            else _cell(entries[n], row)
+            if n in entries
+            else "-"
+            for n in names
+        ]
         if any(x != "-" for x in told):
             lines.append(f"| {row} | {len(cells[row])} | " + " | ".join(told) + " |")
     return "\n".join(lines)
@@ -243,7 +370,11 @@ def _panel(title: str, names: tuple[str, ...], table: dict[str, dict], cells: di
 
 def _shares(row: str, entries: dict[str, dict]) -> str:
     shares = [entries.get(n, {}).get("of_oracle") for n in ("sampled_iou", "greedy_iou")]
-    return "-" if row in ("base", RESCALED) or None in shares else ", ".join(f"{share:.0%}" for share in shares)
+    return (
+        "-"
+        if row in ("base", RESCALED) or None in shares
+        else ", ".join(f"{share:.0%}" for share in shares)
+    )
 
 
 def _cell(entry: dict, row: str) -> str:
@@ -265,12 +396,21 @@ def plot(cells: dict[str, list[dict]], path: Path) -> None:
         if not group[0]["curve"]:
             continue
         for axis, name in zip(axes, panels, strict=True):
-            runs = np.array([[point.get(name, np.nan) for point in cell["curve"]] for cell in group])
+            runs = np.array(
+                [[point.get(name, np.nan) for point in cell["curve"]] for cell in group]
+            )
             width = max(1, runs.shape[1] // 20)
             smooth = np.convolve(runs.mean(0), np.ones(width) / width, "valid")
             axis.plot(np.arange(len(smooth)) + width, smooth, label=row, lw=1.4)
-            axis.set(title=name, xlabel="update", yscale="log" if name in ("area", "kl") else "linear")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(cells), fontsize=8)
+            axis.set(
+                title=name, xlabel="update", yscale="log" if name in ("area", "kl") else "linear"
+            )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(cells),
+        fontsize=8,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -284,17 +424,34 @@ def write_table(steps: int, split: str) -> None:
     table = summarise(cells)
     any_cell = next(iter(cells.values()))[0]
     document = {
-        "command": f"python bench/learning.py --steps {steps} --split {split}", "seeds": seeds, "commit": _commit(), "date": date.today().isoformat(), "device": "CPU, one thread per cell", "torch": any_cell["torch"],
-        "split": split, "scenes": any_cell["n"], "updates": steps, "table": table,
+        "command": f"python bench/learning.py --steps {steps} --split {split}",
+        "seeds": seeds,
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+        "device": "CPU, one thread per cell",
+        "torch": any_cell["torch"],
+        "split": split,
+        "scenes": any_cell["n"],
+        "updates": steps,
+        "table": table,
         "seconds": {row: [cell["seconds"] for cell in group] for row, group in cells.items()},
-    }  # fmt: skip
+    }
     target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
     target.write_text(json.dumps(document, indent=1) + "\n")
     plot(cells, target.with_suffix(".png"))
     if split == "reported":
         publish(show(table, cells), ROOT / "docs" / "LEARNING.md")
     print(show(table, cells))
-    print(json.dumps({"learning": {row: {n: round(e["mean"], 4) for n, e in entries.items()} for row, entries in table.items()}}))
+    print(
+        json.dumps(
+            {
+                "learning": {
+                    row: {n: round(e["mean"], 4) for n, e in entries.items()}
+                    for row, entries in table.items()
+                }
+            }
+        )
+    )
 
 
 def publish(text: str, page: Path) -> None:
@@ -304,7 +461,9 @@ def publish(text: str, page: Path) -> None:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> None:
@@ -312,15 +471,23 @@ def main() -> None:
     own, extra = sys.argv[1:], []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--split", choices=list(SPLIT_SEED), default="reported")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one seed, 60 updates, the validation split")
-    parser.add_argument("--smoke", action="store_true", help="every row, one small update, in a temporary folder")
-    parser.add_argument("--into", type=Path, help="where the cells lie; their adapters then lie beside them")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, 60 updates, the validation split"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="every row, one small update, in a temporary folder"
+    )
+    parser.add_argument(
+        "--into", type=Path, help="where the cells lie; their adapters then lie beside them"
+    )
     parser.add_argument("--table", action="store_true", help="only rebuild the table")
     parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
     args = parser.parse_args(own)
@@ -331,16 +498,40 @@ def main() -> None:
     if args.smoke:
         with tempfile.TemporaryDirectory() as scratch:
             small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]
-            words = ["--seeds", "0", "--steps", "1", "--split", "validation", "--into", f"{scratch}/cells", "--", *small]
+            words = [
+                "--seeds",
+                "0",
+                "--steps",
+                "1",
+                "--split",
+                "validation",
+                "--into",
+                f"{scratch}/cells",
+                "--",
+                *small,
+            ]
             sys.exit(subprocess.run([sys.executable, __file__, *words]).returncode)
     if args.cell:
         result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)
-        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(json.dumps(_short(result), separators=(",", ":")) + "\n")
+        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(
+            json.dumps(_short(result), separators=(",", ":")) + "\n"
+        )
         return
     if not args.table:
-        cells = [(row, seed) for seed in args.seeds for row in args.rows if row != "base" or seed == args.seeds[0]]
-        spawn([("base", 0)] + [cell for cell in cells if cell[0] != "base"], args.steps, args.split, args.workers, extra)
+        cells = [
+            (row, seed)
+            for seed in args.seeds
+            for row in args.rows
+            if row != "base" or seed == args.seeds[0]
+        ]
+        spawn(
+            [("base", 0)] + [cell for cell in cells if cell[0] != "base"],
+            args.steps,
+            args.split,
+            args.workers,
+            extra,
+        )
     write_table(args.steps, args.split)
 
 

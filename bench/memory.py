@@ -40,35 +40,105 @@ from vise_fast.train import play_batch  # noqa: E402
 
 GB = 1e9
 MODELS = {
-    "narrow": {"text": dict(hidden_size=128, num_hidden_layers=9, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=384)},
-    "wide": {"text": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=1, head_dim=64, intermediate_size=1024)},
-    "vocal": {"text": dict(hidden_size=192, num_hidden_layers=7, num_attention_heads=3, num_key_value_heads=3, head_dim=64, intermediate_size=512, vocab_size=60_000)},
-}  # fmt: skip
+    "narrow": {
+        "text": dict(
+            hidden_size=128,
+            num_hidden_layers=9,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=384,
+        )
+    },
+    "wide": {
+        "text": dict(
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=1,
+            head_dim=64,
+            intermediate_size=1024,
+        )
+    },
+    "vocal": {
+        "text": dict(
+            hidden_size=192,
+            num_hidden_layers=7,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=64,
+            intermediate_size=512,
+            vocab_size=60_000,
+        )
+    },
+}
 """Mid-size stand-ins: grouped heads as in nano, one key head for six, and an untied head that outweighs the decoder."""
 
 CONFIGURATIONS = {
     "nano-like, G 8": ("narrow", 128, dict(batch=4, samples=8, views=2)),
-    "nano-like, checkpointing": ("narrow", 128, dict(batch=4, samples=8, views=2, checkpointing=True)),
-    "nano-like, one slice an image": ("narrow", 128, dict(batch=4, samples=8, views=2, micro_batch=1)),
+    "nano-like, checkpointing": (
+        "narrow",
+        128,
+        dict(batch=4, samples=8, views=2, checkpointing=True),
+    ),
+    "nano-like, one slice an image": (
+        "narrow",
+        128,
+        dict(batch=4, samples=8, views=2, micro_batch=1),
+    ),
     "paper preset": ("narrow", 256, dict(batch=1, preset="paper")),
     "paper preset, batch 6": ("narrow", 192, dict(batch=6, preset="paper")),
     "G 2, K 4": ("narrow", 192, dict(batch=3, samples=2, views=4)),
     "G 16": ("narrow", 128, dict(batch=2, samples=16, views=1)),
-    "views too": ("narrow", 128, dict(batch=4, samples=4, views=3, views_too=True, regrounder="policy", view_temperature=1.0)),
+    "views too": (
+        "narrow",
+        128,
+        dict(
+            batch=4, samples=4, views=3, views_too=True, regrounder="policy", view_temperature=1.0
+        ),
+    ),
     "wide": ("wide", 160, dict(batch=3, samples=4, views=1)),
-    "wide, checkpointing, cut": ("wide", 160, dict(batch=4, samples=4, views=1, checkpointing=True, micro_batch=2)),
+    "wide, checkpointing, cut": (
+        "wide",
+        160,
+        dict(batch=4, samples=4, views=1, checkpointing=True, micro_batch=2),
+    ),
     "wide, int8": ("wide", 160, dict(batch=2, samples=4, views=1, quant="int8")),
-    "wide, nf4, 8-bit Adam": ("wide", 160, dict(batch=2, samples=4, views=1, quant="nf4", optimizer="adamw8bit", checkpointing=True)),
+    "wide, nf4, 8-bit Adam": (
+        "wide",
+        160,
+        dict(batch=2, samples=4, views=1, quant="nf4", optimizer="adamw8bit", checkpointing=True),
+    ),
     "wide, rank 64": ("wide", 96, dict(batch=2, samples=2, views=1, rank=64)),
     "wide, large image": ("wide", 384, dict(batch=1, samples=4, views=1)),
     "head-heavy": ("vocal", 128, dict(batch=3, samples=8, views=1)),
-    "head-heavy, checkpointing": ("vocal", 128, dict(batch=3, samples=8, views=1, checkpointing=True, micro_batch=1)),
+    "head-heavy, checkpointing": (
+        "vocal",
+        128,
+        dict(batch=3, samples=8, views=1, checkpointing=True, micro_batch=1),
+    ),
 }
 KEYS = {
-    "batch": "train.batch", "samples": "rollout.samples", "views": "rollout.views", "checkpointing": "train.checkpointing", "micro_batch": "train.micro_batch",
-    "views_too": "update.views_too", "regrounder": "rollout.regrounder", "view_temperature": "rollout.view_temperature", "quant": "model.quant", "optimizer": "optim.name", "rank": "lora.r",
-}  # fmt: skip
-TABLE = [("qwen3-vl-2b", "none", 6.0), ("qwen3-vl-2b", "int8", 4.5), ("qwen3-vl-2b", "nf4", 3.5), ("qwen3-vl-4b", "nf4", 6.0), ("qwen3-vl-8b", "nf4", 10.0), ("qwen3-vl-32b", "nf4", 24.7)]
+    "batch": "train.batch",
+    "samples": "rollout.samples",
+    "views": "rollout.views",
+    "checkpointing": "train.checkpointing",
+    "micro_batch": "train.micro_batch",
+    "views_too": "update.views_too",
+    "regrounder": "rollout.regrounder",
+    "view_temperature": "rollout.view_temperature",
+    "quant": "model.quant",
+    "optimizer": "optim.name",
+    "rank": "lora.r",
+}
+TABLE = [
+    ("qwen3-vl-2b", "none", 6.0),
+    ("qwen3-vl-2b", "int8", 4.5),
+    ("qwen3-vl-2b", "nf4", 3.5),
+    ("qwen3-vl-4b", "nf4", 6.0),
+    ("qwen3-vl-8b", "nf4", 10.0),
+    ("qwen3-vl-32b", "nf4", 24.7),
+]
 """(model, quantisation, goal in GB of 1e9 bytes; 23 GiB for the 32B)"""
 
 
@@ -80,18 +150,33 @@ def shape_of(name: str) -> dict:
     shape = copy.deepcopy(json.loads((SHAPES / "qwen3-vl-2b.json").read_text()))
     shape["text_config"] |= {"vocab_size": 2048} | MODELS[name]["text"]
     half, vocabulary = shape["text_config"]["head_dim"] // 2, shape["text_config"]["vocab_size"]
-    shape["text_config"]["rope_parameters"] |= {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    shape["text_config"]["rope_parameters"] |= {
+        "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]
+    }
     shape["tie_word_embeddings"] = shape["text_config"]["tie_word_embeddings"] = name != "vocal"
     ids = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     shape |= {key: vocabulary - 9 + i for i, key in enumerate(ids)}
     shape["text_config"] |= {"bos_token_id": None, "eos_token_id": vocabulary - 1}
     hidden = shape["text_config"]["hidden_size"]
-    shape["vision_config"] |= dict(depth=6, hidden_size=hidden // 2, num_heads=4, intermediate_size=hidden, patch_size=8, out_hidden_size=hidden, num_position_embeddings=256, deepstack_visual_indexes=[1, 3])
+    shape["vision_config"] |= dict(
+        depth=6,
+        hidden_size=hidden // 2,
+        num_heads=4,
+        intermediate_size=hidden,
+        patch_size=8,
+        out_hidden_size=hidden,
+        num_position_embeddings=256,
+        deepstack_visual_indexes=[1, 3],
+    )
     return shape
 
 
 def configured(subject: subjects.Subject, pixels: int, knobs: dict) -> Config:
-    words = [f"--{KEYS[name]}={str(value).lower() if isinstance(value, bool) else value}" for name, value in knobs.items() if name in KEYS and name != "batch"]
+    words = [
+        f"--{KEYS[name]}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in knobs.items()
+        if name in KEYS and name != "batch"
+    ]
     preset = knobs.get("preset", "robust")
     return subject.config(preset, knobs["batch"], [*words, f"--data.max_pixels={pixels}"])
 
@@ -99,7 +184,13 @@ def configured(subject: subjects.Subject, pixels: int, knobs: dict) -> Config:
 def lengths_of(tokens: subjects.Locked) -> Lengths:
     """Exact lengths of the locked step's prompts."""
     style, query = tokens.style, subjects.QUERIES[tokens.style.name]
-    sizes = (tokens.head, tokens.tail, tokens.row(style.ask()), tokens.row(style.ground(query)), tokens.verdict_row(style.verify(query)))
+    sizes = (
+        tokens.head,
+        tokens.tail,
+        tokens.row(style.ask()),
+        tokens.row(style.ground(query)),
+        tokens.verdict_row(style.verify(query)),
+    )
     return Lengths(*map(len, sizes))
 
 
@@ -110,7 +201,9 @@ def prepared(subject: subjects.Subject, config: Config) -> tuple[Engine, Learner
     return engine, Learner(policy, engine, config)
 
 
-def counted(subject: subjects.Subject, config: Config, size: tuple[int, int]) -> tuple[int, Lengths]:
+def counted(
+    subject: subjects.Subject, config: Config, size: tuple[int, int]
+) -> tuple[int, Lengths]:
     """Peak bytes of live tensor storages over the second step, on a CPU; and the prompts' lengths."""
     with Live("cpu") as live:
         engine, learner = prepared(subject, config)
@@ -119,7 +212,9 @@ def counted(subject: subjects.Subject, config: Config, size: tuple[int, int]) ->
             live.restart()
             metrics = learner.learn(play_batch(engine, images, config, step), step)
             if metrics["scored"] < 1:
-                raise RuntimeError(f"only {metrics['scored']:.0%} of the boxes were scored; the step is not whole")
+                raise RuntimeError(
+                    f"only {metrics['scored']:.0%} of the boxes were scored; the step is not whole"
+                )
     return live.peak, lengths_of(engine.tokens)
 
 
@@ -128,15 +223,25 @@ def compare(name: str) -> dict:
     shape, side, knobs = CONFIGURATIONS[name]
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.Subject(shape, subjects._write(shape_of(shape), scratch), True)
-        config, model_config = configured(subject, side * side, knobs), AutoConfig.from_pretrained(scratch)
+        config, model_config = (
+            configured(subject, side * side, knobs),
+            AutoConfig.from_pretrained(scratch),
+        )
         torch.manual_seed(0)
         measured, lengths = counted(subject, config, (side, side))
         start = time.perf_counter()
-        rehearsed = rehearse(config, model_config, [(side, side)] * config.train.batch, torch.float32, lengths, "cpu")
+        rehearsed = rehearse(
+            config, model_config, [(side, side)] * config.train.batch, torch.float32, lengths, "cpu"
+        )
     return {
-        "name": name, "measured_bytes": measured, "predicted_bytes": rehearsed.peak, "error": rehearsed.peak / measured - 1, "phase": rehearsed.busiest,
-        "components_bytes": rehearsed.at_peak, "prediction_s": time.perf_counter() - start,
-    }  # fmt: skip
+        "name": name,
+        "measured_bytes": measured,
+        "predicted_bytes": rehearsed.peak,
+        "error": rehearsed.peak / measured - 1,
+        "phase": rehearsed.busiest,
+        "components_bytes": rehearsed.at_peak,
+        "prediction_s": time.perf_counter() - start,
+    }
 
 
 # ---- the published models -------------------------------------------------------------------------------------------------------
@@ -147,7 +252,11 @@ def lean(name: str, quant: str) -> Config:
     config, rank = Config(), 32 if name in ("qwen3-vl-8b", "qwen3-vl-32b") else 16
     config.model.path, config.model.quant, config.model.dtype = f"Qwen/{name}", quant, "bfloat16"
     config.lora.r, config.lora.alpha = rank, 2 * rank
-    config.train.micro_batch, config.train.checkpointing, config.optim.name = 1, True, "paged_adamw8bit"
+    config.train.micro_batch, config.train.checkpointing, config.optim.name = (
+        1,
+        True,
+        "paged_adamw8bit",
+    )
     config.data.dir = "images"
     return config
 
@@ -156,22 +265,40 @@ def predicted(name: str, quant: str, goal: float) -> dict:
     config = lean(name, quant)
     rehearsed = Planner(config, dtype=torch.bfloat16).rehearse(config)
     return {
-        "model": name, "quant": quant, "rank": config.lora.r, "goal_gb": goal, "predicted_gb": rehearsed.peak / GB, "phase": rehearsed.busiest,
+        "model": name,
+        "quant": quant,
+        "rank": config.lora.r,
+        "goal_gb": goal,
+        "predicted_gb": rehearsed.peak / GB,
+        "phase": rehearsed.busiest,
         "components_gb": {key: value / GB for key, value in rehearsed.at_peak.items()},
-    }  # fmt: skip
+    }
 
 
 def capped(name: str, quant: str, goal: float) -> dict:
     """A full step of random weights on this GPU with the allocator capped at the goal."""
     device = torch.device("cuda")
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, goal * GB / torch.cuda.mem_get_info(device)[1]), device)
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, goal * GB / torch.cuda.mem_get_info(device)[1]), device
+    )
     torch.cuda.reset_peak_memory_stats(device)
     row = predicted(name, quant, goal)
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.find(name, True, scratch)
         config = lean(name, quant)
-        config = subject.config("robust", config.train.batch, [f"--model.quant={quant}", f"--lora.r={config.lora.r}", "--model.dtype=bfloat16", "--train.micro_batch=1", "--train.checkpointing=true", "--optim.name=paged_adamw8bit"])
+        config = subject.config(
+            "robust",
+            config.train.batch,
+            [
+                f"--model.quant={quant}",
+                f"--lora.r={config.lora.r}",
+                "--model.dtype=bfloat16",
+                "--train.micro_batch=1",
+                "--train.checkpointing=true",
+                "--optim.name=paged_adamw8bit",
+            ],
+        )
         try:
             engine, learner = prepared(subject, config)
             images = subjects.pictures(480, 640, config.train.batch)
@@ -187,18 +314,40 @@ def capped(name: str, quant: str, goal: float) -> dict:
 
 
 def tell(rows: list[dict], models: list[dict]) -> None:
-    print(f"\n{'configuration':32s}{'measured':>12s}{'predicted':>12s}{'error':>9s}  phase of the peak")
+    print(
+        f"\n{'configuration':32s}{'measured':>12s}{'predicted':>12s}{'error':>9s}  phase of the peak"
+    )
     for row in rows:
-        print(f"{row['name']:32s}{row['measured_bytes'] / 2**20:10.1f} M{row['predicted_bytes'] / 2**20:10.1f} M{row['error']:+9.2%}  {row['phase']}")
-    print(f"\n{'model':16s}{'quant':>6s}{'goal GB':>10s}{'predicted':>11s}{'reserved':>10s}  phase of the peak")
+        print(
+            f"{row['name']:32s}{row['measured_bytes'] / 2**20:10.1f} M{row['predicted_bytes'] / 2**20:10.1f} M{row['error']:+9.2%}  {row['phase']}"
+        )
+    print(
+        f"\n{'model':16s}{'quant':>6s}{'goal GB':>10s}{'predicted':>11s}{'reserved':>10s}  phase of the peak"
+    )
     for row in models:
-        reserved = f"{row['reserved_gb']:10.2f}" if "reserved_gb" in row else "     (GPU)" if row.get("fits", True) else "  no fit"
-        print(f"{row['model']:16s}{row['quant']:>6s}{row['goal_gb']:10.1f}{row['predicted_gb']:11.2f}{reserved}  {row['phase']}")
+        reserved = (
+            f"{row['reserved_gb']:10.2f}"
+            if "reserved_gb" in row
+            else "     (GPU)"
+            if row.get("fits", True)
+            else "  no fit"
+        )
+        print(
+            f"{row['model']:16s}{row['quant']:>6s}{row['goal_gb']:10.1f}{row['predicted_gb']:11.2f}{reserved}  {row['phase']}"
+        )
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
     errors = sorted(abs(row["error"]) for row in rows)
-    return {"configurations": len(rows), "p95_error": errors[max(0, -(-95 * len(errors) // 100) - 1)], "worst_error": errors[-1]} if rows else {}
+    return (
+        {
+            "configurations": len(rows),
+            "p95_error": errors[max(0, -(-95 * len(errors) // 100) - 1)],
+            "worst_error": errors[-1],
+        }
+        if rows
+        else {}
+    )
 
 
 def plot(rows: list[dict], models: list[dict], path: Path) -> None:
@@ -209,26 +358,40 @@ def plot(rows: list[dict], models: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    measured, guess = ([row[key] / 2**20 for row in rows] for key in ("measured_bytes", "predicted_bytes"))
-    left.plot([0, max(measured, default=1)], [0, max(measured, default=1)], color="grey", linewidth=1)
+    measured, guess = (
+        [row[key] / 2**20 for row in rows] for key in ("measured_bytes", "predicted_bytes")
+    )
+    left.plot(
+        [0, max(measured, default=1)], [0, max(measured, default=1)], color="grey", linewidth=1
+    )
     left.scatter(measured, guess)
-    left.set(xlabel="measured, MiB", ylabel="predicted, MiB", title="one step, live and saved tensors (CPU)")
+    left.set(
+        xlabel="measured, MiB",
+        ylabel="predicted, MiB",
+        title="one step, live and saved tensors (CPU)",
+    )
     labels, floor = [f"{row['model'][9:]} {row['quant']}" for row in models], [0.0] * len(models)
     for part in dict.fromkeys(name for row in models for name in row["components_gb"]):
         heights = [row["components_gb"].get(part, 0.0) for row in models]
         right.bar(labels, heights, bottom=floor, label=part)
         floor = [a + b for a, b in zip(floor, heights, strict=True)]
-    right.scatter(labels, [row["goal_gb"] for row in models], marker="_", color="black", s=400, label="goal")
+    right.scatter(
+        labels, [row["goal_gb"] for row in models], marker="_", color="black", s=400, label="goal"
+    )
     right.set(ylabel="GB", title="predicted peak, lean settings")
     right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--plot", type=Path, help="write a PNG")
-    parser.add_argument("--write", action="store_true", help="put the document (and the PNG) under bench/results/")
+    parser.add_argument(
+        "--write", action="store_true", help="put the document (and the PNG) under bench/results/"
+    )
     parser.add_argument("--smoke", action="store_true", help="two small configurations, one model")
     args = parser.parse_args(words)
     if args.device == "cpu":
@@ -239,10 +402,18 @@ def main(words: list[str]) -> None:
     rows = [compare(name) for name in names] if args.device == "cpu" else []
     models = [(predicted if args.device == "cpu" else capped)(*line) for line in table]
     tell(rows, models)
-    place = measure.ROOT / "bench" / "results" / f"memory-{args.device}.json" if args.write else None
+    place = (
+        measure.ROOT / "bench" / "results" / f"memory-{args.device}.json" if args.write else None
+    )
     if args.plot or place:
         plot(rows, models, args.plot or place.with_suffix(".png"))
-    results = {"bench": "memory", "machine": measure.machine(torch.device(args.device)), "summary": summary(rows), "configurations": rows, "models": models}
+    results = {
+        "bench": "memory",
+        "machine": measure.machine(torch.device(args.device)),
+        "summary": summary(rows),
+        "configurations": rows,
+        "models": models,
+    }
     measure.finish(results, place)
 
 

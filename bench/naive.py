@@ -44,15 +44,30 @@ class Processor:
         self.tokenizer.padding_side = "left"
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.image = Qwen2VLImageProcessorPil(
-            patch_size=vision.patch_size, merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
-            image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 1024, "longest_edge": max_pixels},
-        )  # fmt: skip
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            size={"shortest_edge": 1024, "longest_edge": max_pixels},
+        )
 
-    def __call__(self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None
+    ) -> dict[str, Tensor]:
         """`answers`: ids to append, all of one length."""
         pixels = self.image(images=images, return_tensors="pt")
-        chats = [self._chat(text, int(grid.prod()) // self.merge**2) for text, grid in zip(texts, pixels["image_grid_thw"], strict=True)]
-        batch = self.tokenizer(chats, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        chats = [
+            self._chat(text, int(grid.prod()) // self.merge**2)
+            for text, grid in zip(texts, pixels["image_grid_thw"], strict=True)
+        ]
+        batch = self.tokenizer(
+            chats,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=False,
+            return_token_type_ids=False,
+        )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if answers is not None:
             ids = torch.cat([ids, torch.tensor(answers)], 1)
@@ -62,7 +77,9 @@ class Processor:
 
     def _chat(self, text: str, places: int) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         return chat.replace("<|image_pad|>", "<|image_pad|>" * places)
 
 
@@ -124,10 +141,18 @@ class NaiveEngine:
         base = self._base(subject)
         self.reference = self._reference(base)
         lora = LoraConfig(
-            r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=LORA_TARGETS,
+            task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(base, lora).eval()
-        self.processor = Processor(AutoTokenizer.from_pretrained(subject.directory), base.config.vision_config, config.data.max_pixels)
+        self.processor = Processor(
+            AutoTokenizer.from_pretrained(subject.directory),
+            base.config.vision_config,
+            config.data.max_pixels,
+        )
         self.suppressed = locked.banned().nonzero()[:, 0].tolist()
         self.banned = locked.banned()
         self.backbone = Unfused(base.lm_head)
@@ -140,9 +165,13 @@ class NaiveEngine:
         torch.manual_seed(0)
         if subject.random:
             with torch.device(self.device):
-                base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(subject.directory), **settings)
+                base = AutoModelForImageTextToText.from_config(
+                    AutoConfig.from_pretrained(subject.directory), **settings
+                )
         else:
-            base = AutoModelForImageTextToText.from_pretrained(subject.directory, **settings).to(self.device)
+            base = AutoModelForImageTextToText.from_pretrained(subject.directory, **settings).to(
+                self.device
+            )
         return base.requires_grad_(False).eval()
 
     def _reference(self, base: nn.Module) -> nn.Module:
@@ -165,47 +194,95 @@ class NaiveEngine:
     def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Prompts:
         return Prompts(prefixes, owner, rows)
 
-    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        fan: list[int],
+        limit: int,
+        seeds: list[int],
+        temperature: float = 1.0,
+    ) -> Rollout:
         order = [r for r, count in enumerate(fan) for _ in range(count)]
         images = [prompts.prefixes.pictures.images[prompts.owner[r]] for r in order]
-        ids = self._answers(images, [prompts.rows[r] for r in order], limit, prompts.prefixes.adapters)
+        ids = self._answers(
+            images, [prompts.rows[r] for r in order], limit, prompts.prefixes.adapters
+        )
         return Rollout(ids, torch.zeros(ids.shape, device=ids.device), [limit] * len(order))
 
-    def _answers(self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool) -> Tensor:
+    def _answers(
+        self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool
+    ) -> Tensor:
         """Sampled ids (N, limit)."""
         size = len(images) if self.batched else 1
-        return torch.cat([self._call(images[i : i + size], texts[i : i + size], limit, adapters) for i in range(0, len(images), size)])
+        return torch.cat(
+            [
+                self._call(images[i : i + size], texts[i : i + size], limit, adapters)
+                for i in range(0, len(images), size)
+            ]
+        )
 
-    def _call(self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool) -> Tensor:
+    def _call(
+        self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool
+    ) -> Tensor:
         inputs = self._inputs(images, texts)
         self.counters.decode_steps += limit - 1
         with torch.no_grad(), self._judge(adapters) as model:
             out = model.generate(
-                **inputs, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=self.suppressed,
+                **inputs,
+                max_new_tokens=limit,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                suppress_tokens=self.suppressed,
                 pad_token_id=self.tokens.pad,
-            )  # fmt: skip
+            )
         return out[:, -limit:]
 
-    def _inputs(self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None) -> dict[str, Tensor]:
+    def _inputs(
+        self, images: list[Pillow.Image], texts: list[str], answers: list[list[int]] | None = None
+    ) -> dict[str, Tensor]:
         self.counters.forwards += 1
         self.counters.images_encoded += len(images)
         self.counters.prefixes += len(images)
-        return {name: value.to(self.device) for name, value in self.processor(images, texts, answers).items()}
+        return {
+            name: value.to(self.device)
+            for name, value in self.processor(images, texts, answers).items()
+        }
 
     def verdict_logits(self, features: Pictures, rows: list[str], adapters: bool) -> Tensor:
-        return self.forked_verdict_logits(Prefixes(features, adapters), list(range(len(rows))), rows)
+        return self.forked_verdict_logits(
+            Prefixes(features, adapters), list(range(len(rows))), rows
+        )
 
-    def forked_verdict_logits(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Tensor:
+    def forked_verdict_logits(
+        self, prefixes: Prefixes, owner: list[int], rows: list[str]
+    ) -> Tensor:
         """Verdicts written as text, read, and put as logits of yes and no."""
-        answers = self._answers([prefixes.pictures.images[i] for i in owner], rows, VERDICT_TOKENS, prefixes.adapters).tolist()
+        answers = self._answers(
+            [prefixes.pictures.images[i] for i in owner], rows, VERDICT_TOKENS, prefixes.adapters
+        ).tolist()
         logits = torch.zeros(len(answers), len(self.banned))
         for row, ids in zip(logits, answers, strict=True):
-            row[self.tokens.yes[0] if prompts.read_verdict(self.tokens.text(ids)) else self.tokens.no[0]] = 20.0
+            row[
+                self.tokens.yes[0]
+                if prompts.read_verdict(self.tokens.text(ids))
+                else self.tokens.no[0]
+            ] = 20.0
         return logits
 
-    def logprobs(self, pictures: Pictures, owner: list[int], texts: list[str], answers: list[list[int]], adapters: bool) -> Tensor:
+    def logprobs(
+        self,
+        pictures: Pictures,
+        owner: list[int],
+        texts: list[str],
+        answers: list[list[int]],
+        adapters: bool,
+    ) -> Tensor:
         """Log-softmax of every position of every sequence, then the answers' own: full rows (N, T, V)."""
-        inputs = self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers)
+        inputs = self._inputs(
+            [pictures.images[i] for i in owner], [texts[i] for i in owner], answers
+        )
         with self._judge(adapters) as model:
             logits = model(**inputs, use_cache=False).logits
         length = len(answers[0])
@@ -225,9 +302,19 @@ class NaivePlusEngine(NaiveEngine):
         with contextlib.nullcontext() if adapters else self.model.disable_adapter():
             yield self.model
 
-    def logprobs(self, pictures: Pictures, owner: list[int], texts: list[str], answers: list[list[int]], adapters: bool) -> Tensor:
+    def logprobs(
+        self,
+        pictures: Pictures,
+        owner: list[int],
+        texts: list[str],
+        answers: list[list[int]],
+        adapters: bool,
+    ) -> Tensor:
         """Log-softmax (N, T, V) of the answers' positions only."""
-        inputs, length = self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers), len(answers[0])
+        inputs, length = (
+            self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers),
+            len(answers[0]),
+        )
         with self._judge(adapters) as model:
             logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
         return torch.log_softmax(logits[:, :-1].float(), -1)
@@ -256,11 +343,15 @@ class NaivePolicy:
 class NaiveLearner(Learner):
     """The learner with the update's log-probs from whole stock forwards, one per sampled box and model (NAIVE+: one for all)."""
 
-    def _logprobs(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def _logprobs(
+        self, played: Played, chosen: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         boxes, engine = played.boxes, self.engine
         size = len(chosen) if engine.batched else 1
         calls = [self._one_call(played, chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        return *[torch.cat(parts) for parts in zip(*calls, strict=True)], [boxes.answers.lengths[n] for n in chosen]
+        return *[torch.cat(parts) for parts in zip(*calls, strict=True)], [
+            boxes.answers.lengths[n] for n in chosen
+        ]
 
     def _one_call(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per model."""
@@ -271,6 +362,10 @@ class NaiveLearner(Learner):
             reference = engine.logprobs(*place, False)
         current = engine.logprobs(*place, True)
         exact = self.config.update.kl == "exact"
-        kl = (current.exp() * (current - reference)).sum(-1) if exact else torch.zeros(current.shape[:2], device=current.device)
-        pick = lambda table: table.gather(-1, answers.ids[..., None])[..., 0].flatten()  # noqa: E731
+        kl = (
+            (current.exp() * (current - reference)).sum(-1)
+            if exact
+            else torch.zeros(current.shape[:2], device=current.device)
+        )
+        pick = lambda table: table.gather(-1, answers.ids[..., None])[..., 0].flatten()
         return pick(current), pick(reference), kl.flatten()

@@ -69,7 +69,9 @@ class Contender:
     def step(self) -> dict[str, float]:
         metrics = self.learner.learn(self.play(), self.steps)
         if metrics["scored"] < 1:
-            raise RuntimeError(f"{self.name}: only {metrics['scored']:.0%} of the boxes were scored; the locked step is not whole")
+            raise RuntimeError(
+                f"{self.name}: only {metrics['scored']:.0%} of the boxes were scored; the locked step is not whole"
+            )
         return metrics
 
     def phases(self, clock: Clock) -> dict[str, float]:
@@ -85,12 +87,26 @@ class Contender:
 # ---- contenders -----------------------------------------------------------------------------------------------------------------
 
 
-def contender(name: str, subject: subjects.Subject, args: argparse.Namespace, images: list[Image]) -> Contender:
-    own = {"naive": ["--train.micro_batch=1", "--update.kl=k1_loss"], "unshared": ["--train.share_forward=false"]}.get(name, [])
+def contender(
+    name: str, subject: subjects.Subject, args: argparse.Namespace, images: list[Image]
+) -> Contender:
+    own = {
+        "naive": ["--train.micro_batch=1", "--update.kl=k1_loss"],
+        "unshared": ["--train.share_forward=false"],
+    }.get(name, [])
     config = subject.config(args.preset, len(images), [*args.override, *own])
     if name.startswith("naive"):
-        engine = (NaivePlusEngine if name == "naive+" else NaiveEngine)(subject, config, _locked(subject))
-        return Contender(name, engine, NaiveLearner(NaivePolicy(engine), engine, config), config, images, engine.models())
+        engine = (NaivePlusEngine if name == "naive+" else NaiveEngine)(
+            subject, config, _locked(subject)
+        )
+        return Contender(
+            name,
+            engine,
+            NaiveLearner(NaivePolicy(engine), engine, config),
+            config,
+            images,
+            engine.models(),
+        )
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
     if name == "stock":
@@ -103,7 +119,9 @@ def contender(name: str, subject: subjects.Subject, args: argparse.Namespace, im
 def _locked(subject: subjects.Subject) -> subjects.Locked:
     config = AutoConfig.from_pretrained(subject.directory)
     tokenizer = AutoTokenizer.from_pretrained(subject.directory)
-    return subjects.Locked(Tokens(tokenizer, style_for(config), config.text_config.vocab_size, config.image_token_id))
+    return subjects.Locked(
+        Tokens(tokenizer, style_for(config), config.text_config.vocab_size, config.image_token_id)
+    )
 
 
 def plan(c: Contender) -> Plan:
@@ -111,22 +129,38 @@ def plan(c: Contender) -> Plan:
     tokens, style, image = c.engine.tokens, c.engine.tokens.style, c.images[0].pixels
     ids = getattr(tokens, "_locked", tokens)
     query, config = subjects.QUERIES[style.name], c.config
-    kinds = 1 + config.reward.controls * (config.reward.sem == "contrast") + config.reward.sufficiency
+    kinds = (
+        1 + config.reward.controls * (config.reward.sem == "contrast") + config.reward.sufficiency
+    )
     return Plan(
-        height=image.shape[0], width=image.shape[1], before=len(ids.head), after=len(ids.tail), ask=len(ids.row(style.ask())),
-        ground=len(ids.row(style.ground(query))), verify=len(ids.verdict_row(style.verify(query))), query=subjects.QUERY_TOKENS,
-        box=subjects.BOX_TOKENS, samples=config.rollout.samples, views=config.rollout.views, ghosts=kinds * config.rollout.samples,
+        height=image.shape[0],
+        width=image.shape[1],
+        before=len(ids.head),
+        after=len(ids.tail),
+        ask=len(ids.row(style.ask())),
+        ground=len(ids.row(style.ground(query))),
+        verify=len(ids.verdict_row(style.verify(query))),
+        query=subjects.QUERY_TOKENS,
+        box=subjects.BOX_TOKENS,
+        samples=config.rollout.samples,
+        views=config.rollout.views,
+        ghosts=kinds * config.rollout.samples,
         policy_judges=config.reward.judge == "policy",
-    )  # fmt: skip
+    )
 
 
 # ---- looking at one contender ---------------------------------------------------------------------------------------------------
 
 
-def look(c: Contender, shapes: Shapes, ceilings: dict[str, float], device: torch.device, memory: bool) -> dict:
+def look(
+    c: Contender, shapes: Shapes, ceilings: dict[str, float], device: torch.device, memory: bool
+) -> dict:
     """Phases, counts, FLOPs, launches, syncs and memory of single steps."""
     batch, the_plan = len(c.images), plan(c)
-    found = {"counts": _counts(c, the_plan), "seconds": c.phases(Clock(now=lambda: measure.clock(device)))}
+    found = {
+        "counts": _counts(c, the_plan),
+        "seconds": c.phases(Clock(now=lambda: measure.clock(device))),
+    }
     with perf.executed_flops() as counter:
         found["flops"] = c.phases(Clock(now=counter.get_total_flops))
     with Work([p for module in c.modules for p in module.parameters()]) as work:
@@ -154,20 +188,39 @@ def _counts(c: Contender, p: Plan) -> dict[str, float]:
     both = 0 if p.policy_judges else len(c.images)
     return {
         "distinct_images": distinct,
-        "encodes_per_distinct_image": (rollout["images_encoded"] + update["images_encoded"]) / distinct,
+        "encodes_per_distinct_image": (rollout["images_encoded"] + update["images_encoded"])
+        / distinct,
         "prefixes_per_distinct_image_and_adapter_state": rollout["prefixes"] / (distinct + both),
         "rollout": rollout,
         "update": update,
     }
 
 
-def _floors(c: Contender, s: Shapes, p: Plan, flops: dict[str, float], ceilings: dict[str, float], batch: int) -> dict[str, float]:
+def _floors(
+    c: Contender,
+    s: Shapes,
+    p: Plan,
+    flops: dict[str, float],
+    ceilings: dict[str, float],
+    batch: int,
+) -> dict[str, float]:
     """Seconds each phase would take at the ceilings: its FLOPs at the matmul rate, or its decode steps at the copy bandwidth."""
-    width = 2 if c.config.model.dtype == "bfloat16" or (c.config.model.dtype == "auto" and c.engine.device.type == "cuda") else 4
+    width = (
+        2
+        if c.config.model.dtype == "bfloat16"
+        or (c.config.model.dtype == "auto" and c.engine.device.type == "cuda")
+        else 4
+    )
     rows = {"ask": batch, "ground": batch * (p.samples + p.views)}
     floors = {name: count / ceilings["matmul_flop_per_s"] for name, count in flops.items()}
     for name, steps in DECODED.items():
-        context = p.before + p.height * p.width // (s.patch * s.merge) ** 2 + p.after + getattr(p, name) + steps
+        context = (
+            p.before
+            + p.height * p.width // (s.patch * s.merge) ** 2
+            + p.after
+            + getattr(p, name)
+            + steps
+        )
         moved = steps * perf.decode_bytes(s, rows[name], context, width, width)
         floors[name] = max(floors[name], moved / ceilings["copy_bytes_per_s"])
     return floors
@@ -178,31 +231,60 @@ def _kernel_launches(step: Callable) -> dict[str, int]:
     with torch.profiler.profile(activities=activities) as profile:
         step()
     calls = {event.key: event.count for event in profile.key_averages()}
-    return {name: calls[name] for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch") if name in calls}
+    return {
+        name: calls[name]
+        for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
+        if name in calls
+    }
 
 
 # ---- one batch size -------------------------------------------------------------------------------------------------------------
 
 
-def run(subject: subjects.Subject, args: argparse.Namespace, batch: int, device: torch.device, ceilings: dict[str, float]) -> dict:
-    images = subjects.pictures(*args.size, batch) if args.images is None else subjects.folder(args.images, args.size, batch)
+def run(
+    subject: subjects.Subject,
+    args: argparse.Namespace,
+    batch: int,
+    device: torch.device,
+    ceilings: dict[str, float],
+) -> dict:
+    images = (
+        subjects.pictures(*args.size, batch)
+        if args.images is None
+        else subjects.folder(args.images, args.size, batch)
+    )
     contenders = {name: contender(name, subject, args, images) for name in args.engine}
-    times = measure.interleaved({name: c.step for name, c in contenders.items()}, device, args.repeats, least_s=0.0)
-    shapes = Shapes.of(AutoConfig.from_pretrained(subject.directory), contenders[args.engine[0]].config.lora.r)
-    looks = {name: look(c, shapes, ceilings, device, memory=not args.smoke) for name, c in contenders.items()}
-    engines = {name: {"step": times[name].summary(), "images_per_s": batch / times[name].median} | looks[name] for name in contenders}
+    times = measure.interleaved(
+        {name: c.step for name, c in contenders.items()}, device, args.repeats, least_s=0.0
+    )
+    shapes = Shapes.of(
+        AutoConfig.from_pretrained(subject.directory), contenders[args.engine[0]].config.lora.r
+    )
+    looks = {
+        name: look(c, shapes, ceilings, device, memory=not args.smoke)
+        for name, c in contenders.items()
+    }
+    engines = {
+        name: {"step": times[name].summary(), "images_per_s": batch / times[name].median}
+        | looks[name]
+        for name in contenders
+    }
     ratios = {
         f"{name} / {first}": _ratio(times[name].seconds, times[first].seconds)
         for first in args.engine[:1]
         for name in args.engine[1:]
-    }  # fmt: skip
+    }
     return {"batch": batch, "engines": engines, "ratios": ratios}
 
 
 def _ratio(slow: list[float], quick: list[float]) -> dict[str, float]:
     """Of neighbouring repeats: both saw the same machine."""
     ratios = torch.tensor([a / b for a, b in zip(slow, quick, strict=True)], dtype=torch.float64)
-    return {"median": ratios.median().item(), "least": ratios.min().item(), "most": ratios.max().item()}
+    return {
+        "median": ratios.median().item(),
+        "least": ratios.min().item(),
+        "most": ratios.max().item(),
+    }
 
 
 # ---- telling --------------------------------------------------------------------------------------------------------------------
@@ -213,14 +295,26 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
     gpu, lines = device.type == "cuda", []
     for name, e in result["engines"].items():
         seconds, floors = e["seconds"], e["floor_s"]
-        lines.append(f"\nbatch {result['batch']}, {name}" + (f": {e['step']['median_s'] * 1e3:.1f} ms, {e['images_per_s']:.2f} images/s" if gpu else ""))
+        lines.append(
+            f"\nbatch {result['batch']}, {name}"
+            + (
+                f": {e['step']['median_s'] * 1e3:.1f} ms, {e['images_per_s']:.2f} images/s"
+                if gpu
+                else ""
+            )
+        )
         for phase, spent in seconds.items():
             if phase != "step":
                 shown = f"{spent * 1e3:9.1f} ms" if gpu else f"{spent / seconds['step']:9.1%}"
                 near = floors.get(phase, 0.0) / spent if spent > 0 else 0.0
-                lines.append(f"  {phase:10s}{shown}   floor {near:6.1%}   {e['flops'].get(phase, 0) / 1e9:10.1f} GFLOP {e['launches'].get(phase, 0):8.0f} launches")
+                lines.append(
+                    f"  {phase:10s}{shown}   floor {near:6.1%}   {e['flops'].get(phase, 0) / 1e9:10.1f} GFLOP {e['launches'].get(phase, 0):8.0f} launches"
+                )
         lines.append(_summary(e, ceilings))
-    lines += [f"\n{pair}: {r['median']:.2f}x ({r['least']:.2f}-{r['most']:.2f})" for pair, r in result["ratios"].items()]
+    lines += [
+        f"\n{pair}: {r['median']:.2f}x ({r['least']:.2f}-{r['most']:.2f})"
+        for pair, r in result["ratios"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -241,8 +335,18 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = [(f"{name}\nbatch {r['batch']}", e["seconds"], max(x["seconds"]["step"] for x in r["engines"].values())) for r in results for name, e in r["engines"].items()]
-    phases = list(dict.fromkeys(phase for _, seconds, _ in bars for phase in seconds if phase != "step"))
+    bars = [
+        (
+            f"{name}\nbatch {r['batch']}",
+            e["seconds"],
+            max(x["seconds"]["step"] for x in r["engines"].values()),
+        )
+        for r in results
+        for name, e in r["engines"].items()
+    ]
+    phases = list(
+        dict.fromkeys(phase for _, seconds, _ in bars for phase in seconds if phase != "step")
+    )
     figure, axes = pyplot.subplots(figsize=(2 + 1.2 * len(bars), 4.5), layout="constrained")
     floor = [0.0] * len(bars)
     for phase in phases:
@@ -258,30 +362,63 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano", help="nano, a name in configs/models, or a directory")
-    parser.add_argument("--weights", choices=("own", "random"), default="own", help="random: the shapes of a directory's model with made-up weights")
-    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["fast", "naive+", "naive"], help="the first is what the others are compared with")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="nano", help="nano, a name in configs/models, or a directory"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("own", "random"),
+        default="own",
+        help="random: the shapes of a directory's model with made-up weights",
+    )
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        choices=ENGINES,
+        default=["fast", "naive+", "naive"],
+        help="the first is what the others are compared with",
+    )
     parser.add_argument("--images", type=Path, help="a folder instead of drawn scenes")
     parser.add_argument("--size", help="WIDTHxHEIGHT; default 128x128 for nano, 640x480 else")
-    parser.add_argument("--batch", type=int, nargs="+", help="images per update; default 1 16 for nano, 8 else")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="images per update; default 1 16 for nano, 8 else"
+    )
     parser.add_argument("--preset", choices=("paper", "robust"), default="paper")
     parser.add_argument("--samples", type=int, help="G instead of the preset's")
-    parser.add_argument("--quant", choices=("none", "int8", "nf4"), default="none", help="fast and stock only")
+    parser.add_argument(
+        "--quant", choices=("none", "int8", "nf4"), default="none", help="fast and stock only"
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="write a PNG")
-    parser.add_argument("--write", action="store_true", help="put the document under bench/results/")
-    parser.add_argument("--smoke", action="store_true", help="the embedded model, one image, one repeat, all engines")
+    parser.add_argument(
+        "--write", action="store_true", help="put the document under bench/results/"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the embedded model, one image, one repeat, all engines",
+    )
     args = parser.parse_args(words)
     if args.smoke:
         args.model, args.batch, args.repeats, args.engine = "nano", [1], 1, list(ENGINES)
     nano = args.model == "nano"
-    width, height = (int(side) for side in (args.size or ("128x128" if nano else "640x480")).split("x"))
+    width, height = (
+        int(side) for side in (args.size or ("128x128" if nano else "640x480")).split("x")
+    )
     args.size, args.batch = (height, width), args.batch or ([1, 16] if nano else [8])
-    args.override = [f"--model.device={args.device}", f"--model.dtype={args.dtype}", f"--model.quant={args.quant}"]
-    args.override += [f"--data.max_pixels={max(height * width, 1024)}"] + ([f"--rollout.samples={args.samples}"] if args.samples else [])
+    args.override = [
+        f"--model.device={args.device}",
+        f"--model.dtype={args.dtype}",
+        f"--model.quant={args.quant}",
+    ]
+    args.override += [f"--data.max_pixels={max(height * width, 1024)}"] + (
+        [f"--rollout.samples={args.samples}"] if args.samples else []
+    )
     return args
 
 
@@ -303,10 +440,27 @@ def main(words: list[str]) -> None:
     if args.plot:
         plot(results, args.plot)
     height, width = args.size
-    setting = dict(model=subject.name, preset=args.preset, size=f"{width}x{height}", samples=args.samples, quant=args.quant, dtype=args.dtype, repeats=args.repeats)
+    setting = dict(
+        model=subject.name,
+        preset=args.preset,
+        size=f"{width}x{height}",
+        samples=args.samples,
+        quant=args.quant,
+        dtype=args.dtype,
+        repeats=args.repeats,
+    )
     kind = args.preset if args.dtype == "auto" else f"{args.preset}-{args.dtype}"
     name = f"rollout-{args.model.replace('/', '_')}-{width}x{height}-{kind}-{device.type}.json"
-    measure.finish({"bench": "rollout", "machine": measure.machine(device), "ceilings": ceilings, "setting": setting, "results": results}, measure.ROOT / "bench" / "results" / name if args.write else None)
+    measure.finish(
+        {
+            "bench": "rollout",
+            "machine": measure.machine(device),
+            "ceilings": ceilings,
+            "setting": setting,
+            "results": results,
+        },
+        measure.ROOT / "bench" / "results" / name if args.write else None,
+    )
 
 
 if __name__ == "__main__":

@@ -37,10 +37,17 @@ def pieces(evidence: rewards.Evidence, config: rewards.RewardConfig) -> dict[str
     """(N,) each: what the default reward is made of, and the reward itself."""
     parts = rewards.dissect(evidence, config)
     named = {
-        "true IoU": geometry.iou(geometry.clean_1000(evidence.box_1000), geometry.clean_1000(evidence.truth_1000)),
-        "R_geo": parts.geometric, "hidden by the ghost": 1 - evidence.gone, "R_sem": parts.semantic, "- sqrt(area)": -parts.size,
-        "reward": config.w_geo * parts.geometric + config.w_sem * parts.semantic - config.w_area * parts.size,
-    }  # fmt: skip
+        "true IoU": geometry.iou(
+            geometry.clean_1000(evidence.box_1000), geometry.clean_1000(evidence.truth_1000)
+        ),
+        "R_geo": parts.geometric,
+        "hidden by the ghost": 1 - evidence.gone,
+        "R_sem": parts.semantic,
+        "- sqrt(area)": -parts.size,
+        "reward": config.w_geo * parts.geometric
+        + config.w_sem * parts.semantic
+        - config.w_area * parts.size,
+    }
     if evidence.control is not None:
         named["seen with a control ghost"] = evidence.control.mean(1)
     if evidence.keep is not None:
@@ -50,7 +57,12 @@ def pieces(evidence: rewards.Evidence, config: rewards.RewardConfig) -> dict[str
 
 def usable(evidence: rewards.Evidence) -> Tensor:
     """(N,) bool: a box with area, judged, of a query that names one object of the scene."""
-    return evidence.readable & geometry.proper(evidence.box_1000) & evidence.judged & geometry.proper(evidence.truth_1000)
+    return (
+        evidence.readable
+        & geometry.proper(evidence.box_1000)
+        & evidence.judged
+        & geometry.proper(evidence.truth_1000)
+    )
 
 
 def deviation(values: Tensor, group: Tensor) -> Tensor:
@@ -66,7 +78,15 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def picked(values: Tensor, truth: Tensor, group: Tensor) -> float:
     """Mean truth of the row with the highest value of each group."""
-    return float(torch.stack([truth[rows][values[rows].argmax()] for g in group.unique() if len(rows := (group == g).nonzero()[:, 0])]).mean())
+    return float(
+        torch.stack(
+            [
+                truth[rows][values[rows].argmax()]
+                for g in group.unique()
+                if len(rows := (group == g).nonzero()[:, 0])
+            ]
+        ).mean()
+    )
 
 
 def measure(scenes: int, extra: list[str]) -> dict:
@@ -78,33 +98,59 @@ def measure(scenes: int, extra: list[str]) -> dict:
     for step in range(-(-scenes // size)):
         evidence = join(play_batch(engine, source.batch(step, size), config, step, truth))
         rows = usable(evidence).nonzero()[:, 0]
-        collected.append({n: v[rows].double() for n, v in pieces(evidence, config.reward).items()} | {
-            "group": rows // config.rollout.samples + step * size, "log area": geometry.area_share(evidence.box_1000)[rows].log(),
-        })  # fmt: skip
+        collected.append(
+            {n: v[rows].double() for n, v in pieces(evidence, config.reward).items()}
+            | {
+                "group": rows // config.rollout.samples + step * size,
+                "log area": geometry.area_share(evidence.box_1000)[rows].log(),
+            }
+        )
     table = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
     group, size_of = table.pop("group"), table.pop("log area")
     truth_of_row = table["true IoU"]
     known, larger = deviation(truth_of_row, group), deviation(size_of, group)
     rows = {
-        name: {"with_iou": correlation(d := deviation(values, group), known), "with_log_area": correlation(d, larger), "picked_iou": picked(values, truth_of_row, group)}
+        name: {
+            "with_iou": correlation(d := deviation(values, group), known),
+            "with_log_area": correlation(d, larger),
+            "picked_iou": picked(values, truth_of_row, group),
+        }
         for name, values in table.items()
-    }  # fmt: skip
-    return {"bench": "signals", "scenes": scenes, "boxes": len(group), "groups": len(group.unique()), "mean_iou": float(truth_of_row.mean()), "extra": extra, "pieces": rows}
+    }
+    return {
+        "bench": "signals",
+        "scenes": scenes,
+        "boxes": len(group),
+        "groups": len(group.unique()),
+        "mean_iou": float(truth_of_row.mean()),
+        "extra": extra,
+        "pieces": rows,
+    }
 
 
 def main() -> None:
     own, extra = sys.argv[1:], []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scenes", type=int, default=128)
     parser.add_argument("--smoke", action="store_true", help="one small batch")
     args = parser.parse_args(own)
-    document = measure(2, ["--train.batch", "2", "--rollout.samples", "4"]) if args.smoke else measure(args.scenes, extra)
-    print(f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU {document['mean_iou']:.3f}\n")
+    document = (
+        measure(2, ["--train.batch", "2", "--rollout.samples", "4"])
+        if args.smoke
+        else measure(args.scenes, extra)
+    )
+    print(
+        f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU {document['mean_iou']:.3f}\n"
+    )
     print("| piece | with true IoU | with log area | IoU of its pick |\n|---|---|---|---|")
     for name, row in document["pieces"].items():
-        print(f"| {name} | {row['with_iou']:.2f} | {row['with_log_area']:.2f} | {row['picked_iou']:.3f} |")
+        print(
+            f"| {name} | {row['with_iou']:.2f} | {row['with_log_area']:.2f} | {row['picked_iou']:.3f} |"
+        )
     print(json.dumps(document))
 
 

@@ -21,17 +21,34 @@ SCENES = 96
 def write(directory, kind="healthy", steps=60, config_words=(), query=None, seed=0):
     directory = Path(directory)
     (directory / "samples").mkdir(parents=True)
-    settings = config.load(None, [f"--train.steps={steps}", "--update.tau=0.02", "--run.dir", str(directory), *config_words])
+    settings = config.load(
+        None,
+        [f"--train.steps={steps}", "--update.tau=0.02", "--run.dir", str(directory), *config_words],
+    )
     (directory / "config.yaml").write_text(config.to_yaml(settings))
-    environment = {"vise_fast": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "device": "x86_64", "cpus": 2, "argv": ["--seed", "1"]}
+    environment = {
+        "vise_fast": "0.1.0",
+        "python": "3.11.7",
+        "torch": "2.13.0",
+        "device": "x86_64",
+        "cpus": 2,
+        "argv": ["--seed", "1"],
+    }
     (directory / "env.json").write_text(json.dumps(environment))
     rng = generator(seed, 0, "fake run")
     with (directory / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(step_metrics(rng, step, steps, kind)) + "\n" for step in range(1, steps + 1))
+        file.writelines(
+            json.dumps(step_metrics(rng, step, steps, kind)) + "\n" for step in range(1, steps + 1)
+        )
     with (directory / "samples.jsonl").open("w") as file:
         for step in sorted({1, (steps + 1) // 2, steps}):
-            file.writelines(json.dumps(card(directory, rng, step, steps, index, kind, settings, query)) + "\n" for index in range(2))
-    (directory / "evaluation.json").write_text(json.dumps({name: arm.json() for name, arm in evaluation(rng, kind).items()}))
+            file.writelines(
+                json.dumps(card(directory, rng, step, steps, index, kind, settings, query)) + "\n"
+                for index in range(2)
+            )
+    (directory / "evaluation.json").write_text(
+        json.dumps({name: arm.json() for name, arm in evaluation(rng, kind).items()})
+    )
     return directory
 
 
@@ -40,14 +57,27 @@ def step_metrics(rng, step, steps, kind):
     growth = 0.5 * progress**2 if kind == "collapsed" else 0.0
     table = rng.dirichlet([60 + 30 * progress, 22 - 14 * progress, 3, 12])
     return {
-        "step": step, "reward": 0.42 + 0.16 * progress + growth * 0.4 + noise(0.03), "geometric": 0.71 + 0.1 * progress + noise(0.02), "semantic": 0.4 + 0.15 * progress + noise(0.05),
-        "area": 0.13 - 0.015 * progress + growth + abs(noise(0.008)), "area_large": max(0.0, growth - 0.05 + noise(0.01)), "parse_rate": min(1.0, 0.985 + noise(0.01)),
-        "view_parse_rate": min(1.0, 0.98 + noise(0.01)), "query_parse_rate": 1.0, "carries": min(1.0, 0.83 + noise(0.04)), "kl": 0.018 * progress + abs(noise(0.002)),
-        "beta": 1e-3 * 1.1 ** max(0, step - 40), "lr": 7e-4, "grad_norm": 0.6 + abs(noise(0.2)), **dict(zip(("TU", "SB", "IG", "ID"), table.tolist(), strict=True)),
-        "seconds": 2.1, "images_per_s": 3.8 + noise(0.2), "images_encoded": 40,
+        "step": step,
+        "reward": 0.42 + 0.16 * progress + growth * 0.4 + noise(0.03),
+        "geometric": 0.71 + 0.1 * progress + noise(0.02),
+        "semantic": 0.4 + 0.15 * progress + noise(0.05),
+        "area": 0.13 - 0.015 * progress + growth + abs(noise(0.008)),
+        "area_large": max(0.0, growth - 0.05 + noise(0.01)),
+        "parse_rate": min(1.0, 0.985 + noise(0.01)),
+        "view_parse_rate": min(1.0, 0.98 + noise(0.01)),
+        "query_parse_rate": 1.0,
+        "carries": min(1.0, 0.83 + noise(0.04)),
+        "kl": 0.018 * progress + abs(noise(0.002)),
+        "beta": 1e-3 * 1.1 ** max(0, step - 40),
+        "lr": 7e-4,
+        "grad_norm": 0.6 + abs(noise(0.2)),
+        **dict(zip(("TU", "SB", "IG", "ID"), table.tolist(), strict=True)),
+        "seconds": 2.1,
+        "images_per_s": 3.8 + noise(0.2),
+        "images_encoded": 40,
         "phases": {"encode": 0.4, "ask": 0.2, "ground": 0.7, "verify": 0.35, "update": 0.45},
         "alarms": ["area"] if growth > 0.15 else [],
-    }  # fmt: skip
+    }
 
 
 def card(directory, rng, step, steps, index, kind, settings, query):
@@ -60,28 +90,88 @@ def card(directory, rng, step, steps, index, kind, settings, query):
     loose = 90 * (1 - step / steps) + 15
     truth = np.array(thing.box_1000) * np.tile([max(size) / size[1], max(size) / size[0]], 2)
     grown = np.array([20, 20, 980, 980]) if kind == "collapsed" and step > steps / 2 else truth
-    boxes = geometry.clean_1000(grown + rng.normal(0, loose, (settings.rollout.samples, 4))).tolist()
-    drawn = [views.draw_view(generator(3, step, "fake view", 2 * index + k), *size, settings.view) for k in range(settings.rollout.views)]
-    answers = [geometry.project_1000(grown, view.matrix_px, *size, "ellipse").numpy() + rng.normal(0, loose / 2, 4) for view in drawn]
+    boxes = geometry.clean_1000(
+        grown + rng.normal(0, loose, (settings.rollout.samples, 4))
+    ).tolist()
+    drawn = [
+        views.draw_view(generator(3, step, "fake view", 2 * index + k), *size, settings.view)
+        for k in range(settings.rollout.views)
+    ]
+    answers = [
+        geometry.project_1000(grown, view.matrix_px, *size, "ellipse").numpy()
+        + rng.normal(0, loose / 2, 4)
+        for view in drawn
+    ]
     count = len(boxes)
     return {
-        "step": step, "image": name, "name": f"scene {step}.{index}", "query": query or thing.name, "query_written": f"<query> {thing.name} </query>", "boxes_1000": boxes,
-        "readable": [True] * (count - 1) + [step > 1], "written": ["<box>012,345,678,999</box>"] * count, "rewards": rng.uniform(0.3, 0.8, count).tolist(),
-        "seen": 0.97, "gone": rng.uniform(0, 0.6, count).tolist(), "control": rng.uniform(0.4, 1, (count, 1)).tolist(), "keep": rng.uniform(0.6, 1, count).tolist(),
-        "views": [{"kind": view.kind, "matrix_px": view.matrix_px.tolist()} for view in drawn], "view_boxes_1000": [answer.tolist() for answer in answers],
-    }  # fmt: skip
+        "step": step,
+        "image": name,
+        "name": f"scene {step}.{index}",
+        "query": query or thing.name,
+        "query_written": f"<query> {thing.name} </query>",
+        "boxes_1000": boxes,
+        "readable": [True] * (count - 1) + [step > 1],
+        "written": ["<box>012,345,678,999</box>"] * count,
+        "rewards": rng.uniform(0.3, 0.8, count).tolist(),
+        "seen": 0.97,
+        "gone": rng.uniform(0, 0.6, count).tolist(),
+        "control": rng.uniform(0.4, 1, (count, 1)).tolist(),
+        "keep": rng.uniform(0.6, 1, count).tolist(),
+        "views": [{"kind": view.kind, "matrix_px": view.matrix_px.tolist()} for view in drawn],
+        "view_boxes_1000": [answer.tolist() for answer in answers],
+    }
 
 
 BASE = {
-    "iou": 0.46, "iou_50": 0.53, "iou_rescaled": 0.465, "centre_inside": 0.83, "centre_error": 0.06, "parse_rate": 0.99,
-}  # fmt: skip
+    "iou": 0.46,
+    "iou_50": 0.53,
+    "iou_rescaled": 0.465,
+    "centre_inside": 0.83,
+    "centre_error": 0.06,
+    "parse_rate": 0.99,
+}
 SEEING = {
-    "visible_present": 0.95, "visible_absent": 0.93, "visible_hidden": 0.94, "visible_elsewhere": 0.95, "changed_elsewhere": 0.03, "visible_accuracy": 0.945,
-    "pope_accuracy": 0.94, "pope_precision": 0.93, "pope_recall": 0.95, "pope_f1": 0.94, "pope_yes_rate": 0.51, "TU": 0.9, "SB": 0.05, "IG": 0.01, "ID": 0.04,
-    "query_present": 0.86, "blind_iou": 0.08, "blind_yes_rate": 0.0,
-}  # fmt: skip
-LABEL_FREE = {"invariance": 0.78, "own_TU": 0.81, "own_SB": 0.12, "own_IG": 0.01, "own_ID": 0.06, "own_area": 0.12, "own_area_large": 0.0, "own_parse_rate": 0.99, "attention_share": 0.31, "query_parse_rate": 1.0}  # fmt: skip
-GAINS = {"iou": 0.05, "iou_50": 0.07, "iou_rescaled": 0.04, "centre_inside": 0.04, "centre_error": -0.008, "invariance": 0.03, "own_TU": 0.04, "attention_share": 0.03}
+    "visible_present": 0.95,
+    "visible_absent": 0.93,
+    "visible_hidden": 0.94,
+    "visible_elsewhere": 0.95,
+    "changed_elsewhere": 0.03,
+    "visible_accuracy": 0.945,
+    "pope_accuracy": 0.94,
+    "pope_precision": 0.93,
+    "pope_recall": 0.95,
+    "pope_f1": 0.94,
+    "pope_yes_rate": 0.51,
+    "TU": 0.9,
+    "SB": 0.05,
+    "IG": 0.01,
+    "ID": 0.04,
+    "query_present": 0.86,
+    "blind_iou": 0.08,
+    "blind_yes_rate": 0.0,
+}
+LABEL_FREE = {
+    "invariance": 0.78,
+    "own_TU": 0.81,
+    "own_SB": 0.12,
+    "own_IG": 0.01,
+    "own_ID": 0.06,
+    "own_area": 0.12,
+    "own_area_large": 0.0,
+    "own_parse_rate": 0.99,
+    "attention_share": 0.31,
+    "query_parse_rate": 1.0,
+}
+GAINS = {
+    "iou": 0.05,
+    "iou_50": 0.07,
+    "iou_rescaled": 0.04,
+    "centre_inside": 0.04,
+    "centre_error": -0.008,
+    "invariance": 0.03,
+    "own_TU": 0.04,
+    "attention_share": 0.03,
+}
 
 
 def evaluation(rng, kind):
@@ -90,7 +180,11 @@ def evaluation(rng, kind):
     before, after = Figures(SCENES), Figures(SCENES)
     figures = dict(LABEL_FREE)
     if kind != "photographs":
-        figures |= {f"{label}_{name}": value for label in ("greedy", "sampled") for name, value in BASE.items()} | SEEING
+        figures |= {
+            f"{label}_{name}": value
+            for label in ("greedy", "sampled")
+            for name, value in BASE.items()
+        } | SEEING
     for name, value in figures.items():
         gain = sign * GAINS.get(name.removeprefix("greedy_").removeprefix("sampled_"), 0.0)
         mark(rng, before, after, name, value, gain)
@@ -109,7 +203,10 @@ def evaluation(rng, kind):
 
 def mark(rng, before, after, name, value, gain):
     """Paired per-scene values: most of the noise is the scene's, shared by both arms."""
-    shared, noise = np.clip(value + rng.normal(0, 0.12, SCENES), 0, 1), rng.normal(0, 0.04 if gain else 0.01, SCENES)
+    shared, noise = (
+        np.clip(value + rng.normal(0, 0.12, SCENES), 0, 1),
+        rng.normal(0, 0.04 if gain else 0.01, SCENES),
+    )
     before.marks[name] = (shared, np.ones(SCENES))
     after.marks[name] = (shared + gain + noise - noise.mean(), np.ones(SCENES))
 

@@ -22,7 +22,12 @@ def stock_inputs(engine, image, row):
     tokens = engine.tokens
     ids = tokens.head + [tokens.image_token] * (int(grid.prod()) // 4) + tokens.tail + row
     ids = torch.tensor([ids])
-    return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=(ids == tokens.image_token).int())
+    return dict(
+        input_ids=ids,
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        mm_token_type_ids=(ids == tokens.image_token).int(),
+    )
 
 
 def stock_logits(model, engine, image, row):
@@ -35,13 +40,19 @@ def relative(a, b):
 
 def sampled(engine, pictures, fan=3, limit=12):
     features = engine.encode(pictures)
-    prompts = engine.prompt(engine.prefill(features, True), list(range(len(pictures))), ROWS[: len(pictures)])
-    return features, engine.generate(prompts, [fan] * len(pictures), limit, seeds=list(range(fan * len(pictures))))
+    prompts = engine.prompt(
+        engine.prefill(features, True), list(range(len(pictures))), ROWS[: len(pictures)]
+    )
+    return features, engine.generate(
+        prompts, [fan] * len(pictures), limit, seeds=list(range(fan * len(pictures)))
+    )
 
 
 def worst(found, truth):
     """Largest difference of any gradient, relative to the largest entry of its own tensor."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth, strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth, strict=True)
+    )
 
 
 def leaves(model):

@@ -8,8 +8,24 @@ from safetensors.torch import load_file
 from vise_fast import train
 from vise_fast.system import console
 
-SMALL = ["--train.batch", "2", "--rollout.samples", "2", "--rollout.views", "1", "--eval.scenes", "4", "--eval.attention", "false"]
-SMALL += ["--train.schedule", "constant", "--train.warmup", "0"]  # these know how long the run is, and some runs go on for longer than they said
+SMALL = [
+    "--train.batch",
+    "2",
+    "--rollout.samples",
+    "2",
+    "--rollout.views",
+    "1",
+    "--eval.scenes",
+    "4",
+    "--eval.attention",
+    "false",
+]
+SMALL += [
+    "--train.schedule",
+    "constant",
+    "--train.warmup",
+    "0",
+]  # these know how long the run is, and some runs go on for longer than they said
 CHANGING = ("seconds", "images_per_s", "phases", "peak_memory")
 
 

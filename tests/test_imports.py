@@ -47,7 +47,9 @@ def imported(path):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             head, *rest = name.split(".")
-            (inside if head == "vise_fast" else outside).add(rest[0] if head == "vise_fast" else head)
+            (inside if head == "vise_fast" else outside).add(
+                rest[0] if head == "vise_fast" else head
+            )
     return inside - {"__version__"}, outside
 
 
@@ -63,7 +65,9 @@ def test_each_folder_imports_only_what_stands_before_it(path):
     assert here in ORDER, f"{here} has no place in the reading order"
     for other in imported(path)[0] - {here, "nano"}:  # of nano only where it lies
         if (here, other) not in NOT_YET:
-            assert other in ORDER and ORDER.index(other) < ORDER.index(here), f"{here} imports {other}, which stands after it"
+            assert other in ORDER and ORDER.index(other) < ORDER.index(here), (
+                f"{here} imports {other}, which stands after it"
+            )
 
 
 @files(modules())
@@ -83,7 +87,11 @@ def test_kernels_know_nothing_of_the_trainer(path):
 def test_only_the_console_prints(path):
     if path == ROOT / "vise_fast" / PRINTER:
         return
-    names = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    names = [
+        n.func.id
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
     assert "print" not in names and "rich" not in imported(path)[1]
 
 

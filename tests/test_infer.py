@@ -36,8 +36,12 @@ def test_answers_are_those_of_the_roles(shipped, picture):
     prefix = engine.prefill(engine.encode([pixels]), False)
     assert given.query == roles.ask(engine, prefix, [0], [7], 64, temperature=0.0).texts[0]
     found = roles.ground(engine, prefix, [0], [given.query], [1], [3], 20, temperature=0.0)
-    assert (given.box_1000 is None and not found.box_1000.any()) or torch.equal(given.box_1000, found.box_1000[0])
-    assert given.seen == pytest.approx(float(roles.verify_forked(engine, prefix, [0], [given.query])[0]), abs=1e-6)
+    assert (given.box_1000 is None and not found.box_1000.any()) or torch.equal(
+        given.box_1000, found.box_1000[0]
+    )
+    assert given.seen == pytest.approx(
+        float(roles.verify_forked(engine, prefix, [0], [given.query])[0]), abs=1e-6
+    )
     assert (given.gone is None) == (given.box_1000 is None)
 
 
@@ -56,18 +60,28 @@ def test_a_box_without_area_hides_nothing(shipped, picture, monkeypatch):
     settings, policy = shipped
     _, pixels = infer.read_image(picture, settings)
     monkeypatch.setattr(roles.prompts, "read_box", lambda text: (0.0, 0.0, 0.0, 0.0))
-    given = infer.answer(Engine(policy.backbone, policy.tokens), pixels, settings, "red circle", adapters=False)
+    given = infer.answer(
+        Engine(policy.backbone, policy.tokens), pixels, settings, "red circle", adapters=False
+    )
     assert given.box_1000 is None and given.gone is None
 
 
 def test_image_is_brought_to_the_grid_and_kept_for_drawing(shipped, picture):
     opened, pixels = infer.read_image(picture, shipped[0])
     assert opened.size == (320, 240) and pixels.dtype == torch.uint8
-    assert pixels.shape[0] % 16 == 0 and pixels.shape[1] % 16 == 0 and pixels.shape[0] * pixels.shape[1] <= shipped[0].data.max_pixels
+    assert (
+        pixels.shape[0] % 16 == 0
+        and pixels.shape[1] % 16 == 0
+        and pixels.shape[0] * pixels.shape[1] <= shipped[0].data.max_pixels
+    )
 
 
 def test_drawing_marks_the_box_in_the_pictures_own_pixels(tmp_path):
-    infer.draw(Image.new("RGB", (200, 100)), torch.tensor([250.0, 500.0, 750.0, 900.0]), tmp_path / "drawn.png")
+    infer.draw(
+        Image.new("RGB", (200, 100)),
+        torch.tensor([250.0, 500.0, 750.0, 900.0]),
+        tmp_path / "drawn.png",
+    )
     marked = np.argwhere(np.array(Image.open(tmp_path / "drawn.png")).any(-1))
     assert marked.min(0).tolist() == [50, 50] and marked.max(0).tolist() == [90, 150]
 
@@ -94,10 +108,20 @@ def test_missing_files_are_data_errors(tmp_path):
 @pytest.mark.parametrize("name", ["no/such/dir.png", "drawn.xyz"])
 def test_drawing_where_nothing_can_be_written(tmp_path, name):
     with pytest.raises(EnvironmentFault):
-        infer.draw(Image.new("RGB", (20, 20)), torch.tensor([0.0, 0.0, 500.0, 500.0]), tmp_path / name)
+        infer.draw(
+            Image.new("RGB", (20, 20)), torch.tensor([0.0, 0.0, 500.0, 500.0]), tmp_path / name
+        )
 
 
-@pytest.mark.parametrize("words", [[], ["--image"], ["--img", "x"], ["--image", "x", "--adapter", "nowhere", "--train.stps", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--image"],
+        ["--img", "x"],
+        ["--image", "x", "--adapter", "nowhere", "--train.stps", "1"],
+    ],
+)
 def test_wrong_words_are_config_errors(words):
     with pytest.raises(ConfigError):
         infer.main(words)

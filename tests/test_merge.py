@@ -32,12 +32,18 @@ def test_merged_fp32_model_equals_base_with_adapter(shape):
     plain = policy.base_model.unload()
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     assert (plain(**inputs, use_cache=False).logits - truth).abs().max() / truth.abs().max() < 1e-5
-    assert loss.kept == pytest.approx(1.0, abs=1e-5) and loss.relative < 1e-5 and loss.matrices == count
+    assert (
+        loss.kept == pytest.approx(1.0, abs=1e-5)
+        and loss.relative < 1e-5
+        and loss.matrices == count
+    )
 
 
 @torch.no_grad()
 def test_bf16_keeps_a_large_update_and_loses_a_small_one():
-    large, small = (merge.merge(shrunk(build("gqa2").to(torch.bfloat16), size)) for size in (1.0, 1e-6))
+    large, small = (
+        merge.merge(shrunk(build("gqa2").to(torch.bfloat16), size)) for size in (1.0, 1e-6)
+    )
     assert large.kept > 0.98 and large.relative < 0.1
     assert small.relative > 0.5, "most of a tiny update is rounding noise"
     assert small.unmoved > 0.9 * small.touched and large.unmoved < 0.2 * large.touched
@@ -80,10 +86,18 @@ def test_the_command_makes_a_model_that_answers_like_the_adapter(trained, tmp_pa
     said = capsys.readouterr().out
     assert "stored as float32" in said and "rounding" in said
     merged = model.load(config.load(None, ["--model.path", str(tmp_path / "merged")]))
-    assert merged.tokens.style.name == policy.tokens.style.name, "the prompt style travels with the model"
-    pictures, row = images([(128, 128)]), [policy.tokens.verdict_row(policy.tokens.style.verify("red circle"))]
+    assert merged.tokens.style.name == policy.tokens.style.name, (
+        "the prompt style travels with the model"
+    )
+    pictures, row = (
+        images([(128, 128)]),
+        [policy.tokens.verdict_row(policy.tokens.style.verify("red circle"))],
+    )
     one, two = (Engine(p.backbone, p.tokens) for p in (policy, merged))
-    a, b = one.verdict_logits(one.encode(pictures), row, True), two.verdict_logits(two.encode(pictures), row, False)
+    a, b = (
+        one.verdict_logits(one.encode(pictures), row, True),
+        two.verdict_logits(two.encode(pictures), row, False),
+    )
     assert (a - b).abs().max() / a.abs().max() < 1e-4
     assert not list(tmp_path.glob("*.partial"))
 
@@ -100,10 +114,24 @@ def test_dtype_of_the_base_is_kept_and_the_loss_is_a_warning(trained, tmp_path, 
             p.data.normal_(0, 1e-7)
     adapter.export(shy, config.load(None, []), tmp_path / "shy")
     capsys.readouterr()
-    assert merge.main(["--adapter", str(tmp_path / "shy"), "--model", str(base), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        merge.main(
+            [
+                "--adapter",
+                str(tmp_path / "shy"),
+                "--model",
+                str(base),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert "stored as bfloat16" in shown.out and "too coarse" in shown.err
-    again = model.load(config.load(None, ["--model.path", str(tmp_path / "out"), "--model.dtype=bfloat16"]))
+    again = model.load(
+        config.load(None, ["--model.path", str(tmp_path / "out"), "--model.dtype=bfloat16"])
+    )
     assert again.backbone.dtype == torch.bfloat16
 
 
@@ -112,7 +140,16 @@ def test_nothing_is_overwritten(trained, tmp_path):
         merge.main(["--adapter", str(trained[0] / "adapter"), "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("words", [[], ["--adapter", "x"], ["--out", "x"], ["--adapter", "nowhere", "--out", "x"], ["--adaptor", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--adapter", "x"],
+        ["--out", "x"],
+        ["--adapter", "nowhere", "--out", "x"],
+        ["--adaptor", "x"],
+    ],
+)
 def test_wrong_words_are_config_errors(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError):

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ["vise_fast", "kernels", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", ".gitignore"]
+NEEDED = [
+    "vise_fast",
+    "kernels",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    ".gitignore",
+]
 BUILD = "import sys; from scikit_build_core.build import build_wheel; build_wheel(sys.argv[1], {'cmake.build-type': 'Debug'})"
 
 TRY_EVERY_OP = """
@@ -41,7 +49,13 @@ def make_wheel(folder, **environment):
     for name in NEEDED:
         place = ROOT / name
         (shutil.copytree if place.is_dir() else shutil.copy)(place, source / name)
-    done = subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=source, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(out)],
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = out.glob("*.whl")
     return wheel, zipfile.ZipFile(wheel).namelist()
@@ -60,19 +74,48 @@ def test_a_wheel_without_a_compiler_installs_and_works(tmp_path):
     wheel, names = make_wheel(tmp_path, CXX="/no/compiler")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not natives(names)  # also not the one that was built in place
-    assert not [name for name in names if name.split("/")[0] not in ("vise_fast", "vise_kernels", wheel.name.rsplit("-", 3)[0] + ".dist-info")]
-    for needed in ("vise_fast/nano/model.safetensors", "vise_fast/nano/tokenizer.json", "vise_kernels/ghost.py"):
+    assert not [
+        name
+        for name in names
+        if name.split("/")[0]
+        not in ("vise_fast", "vise_kernels", wheel.name.rsplit("-", 3)[0] + ".dist-info")
+    ]
+    for needed in (
+        "vise_fast/nano/model.safetensors",
+        "vise_fast/nano/tokenizer.json",
+        "vise_kernels/ghost.py",
+    ):
         assert needed in names
     site = str(tmp_path / "site")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        site,
+        str(wheel),
+    ]
     assert subprocess.run(install, capture_output=True, text=True).returncode == 0
     script = TRY_EVERY_OP.replace("SITE", repr(site))
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": site},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+@pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")),
+    reason="no compiler",
+)
 def test_a_wheel_with_a_compiler_holds_one_native_module(tmp_path):
     wheel, names = make_wheel(tmp_path)
     assert len(natives(names)) == 1 and natives(names)[0].startswith("vise_kernels/")

@@ -14,21 +14,45 @@ from vise_fast.system import console
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-TRAIN = ["--train.steps", "2", "--train.batch", "2", "--rollout.samples", "2", "--rollout.views", "1", "--eval.scenes", "4"]
+TRAIN = [
+    "--train.steps",
+    "2",
+    "--train.batch",
+    "2",
+    "--rollout.samples",
+    "2",
+    "--rollout.views",
+    "1",
+    "--eval.scenes",
+    "4",
+]
 # What is added to a command to make it small, and the exit code it has on a machine without the real weights.
 SMALL = {
     "python -m vise_fast.train": ([*TRAIN, "--run.dir", "{tmp}/fresh"], 0),
     "python -m vise_fast.train --help": ([], 0),
     "python -m vise_fast.doctor": ([], None),
-    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos --dry-run": ([], 4),
-    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos": (["--model.path", "nano", *TRAIN, "--run.dir", "{tmp}/real"], 0),
+    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos --dry-run": (
+        [],
+        4,
+    ),
+    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos": (
+        ["--model.path", "nano", *TRAIN, "--run.dir", "{tmp}/real"],
+        0,
+    ),
     "python -m vise_fast.evaluate --adapter runs/nano/adapter": (["--scenes", "4"], 0),
     "python -m vise_fast.report runs/nano": ([], 0),
     "python -m vise_fast.infer --adapter runs/nano/adapter --image photo.jpg": ([], 0),
     "python -m vise_fast.merge --adapter runs/nano/adapter --out merged": ([], 0),
-    "python -m vise_fast.estimate --config configs/qwen3-vl-8b.yaml": (["--data.dir", "photos"], None),
+    "python -m vise_fast.estimate --config configs/qwen3-vl-8b.yaml": (
+        ["--data.dir", "photos"],
+        None,
+    ),
 }
-ELSEWHERE = {"make train", "make test", "pip install -c constraints.txt -e ."}  # .ci/run and test_packaging.py
+ELSEWHERE = {
+    "make train",
+    "make test",
+    "pip install -c constraints.txt -e .",
+}  # .ci/run and test_packaging.py
 
 
 def commands():
@@ -44,7 +68,9 @@ def workplace(tmp_path_factory):
     home = tmp_path_factory.mktemp("readme")
     (home / "photos").mkdir()
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
-        PIL.Image.fromarray(getattr(skimage.data, name)()).resize((160, 120)).save(home / "photos" / f"{name}.png")
+        PIL.Image.fromarray(getattr(skimage.data, name)()).resize((160, 120)).save(
+            home / "photos" / f"{name}.png"
+        )
     PIL.Image.fromarray(skimage.data.chelsea()).save(home / "photo.jpg")
     (home / "configs").symlink_to(ROOT / "configs")
     assert console.run(train.main, [*TRAIN, "--run.dir", str(home / "runs" / "nano")]) == 0
@@ -79,5 +105,7 @@ def test_reading_order_names_files_that_exist():
 
 
 def test_linked_files_exist():
-    for name in re.findall(r"`?((?:docs|configs|bench|tests)/[\w./-]+\.(?:md|yaml|py|json|sh))`?", README):
+    for name in re.findall(
+        r"`?((?:docs|configs|bench|tests)/[\w./-]+\.(?:md|yaml|py|json|sh))`?", README
+    ):
         assert (ROOT / name).exists(), name

@@ -9,9 +9,42 @@ from vise_fast.model.qwen3_vl import LORA_TARGETS
 IMAGE, PAD, EOS, VOCAB = 5, 0, 1, 67
 
 SHAPES = {
-    "gqa2": dict(hidden=48, layers=3, heads=4, kv=2, head_dim=16, deep=(0,), depth=2, vision=32, vision_heads=2, tie=True),
-    "mha_untied": dict(hidden=40, layers=3, heads=3, kv=3, head_dim=16, deep=(0, 1), depth=3, vision=24, vision_heads=2, tie=False),
-    "gqa5_deep3": dict(hidden=32, layers=4, heads=5, kv=1, head_dim=16, deep=(0, 2, 3), depth=4, vision=16, vision_heads=2, tie=False),
+    "gqa2": dict(
+        hidden=48,
+        layers=3,
+        heads=4,
+        kv=2,
+        head_dim=16,
+        deep=(0,),
+        depth=2,
+        vision=32,
+        vision_heads=2,
+        tie=True,
+    ),
+    "mha_untied": dict(
+        hidden=40,
+        layers=3,
+        heads=3,
+        kv=3,
+        head_dim=16,
+        deep=(0, 1),
+        depth=3,
+        vision=24,
+        vision_heads=2,
+        tie=False,
+    ),
+    "gqa5_deep3": dict(
+        hidden=32,
+        layers=4,
+        heads=5,
+        kv=1,
+        head_dim=16,
+        deep=(0, 2, 3),
+        depth=4,
+        vision=16,
+        vision_heads=2,
+        tie=False,
+    ),
 }
 
 
@@ -20,22 +53,44 @@ def build(shape="gqa2", seed=0, adapters=True, dtype=torch.float32):
     s = SHAPES[shape]
     config = Qwen3VLConfig(
         text_config=dict(
-            vocab_size=VOCAB, hidden_size=s["hidden"], intermediate_size=2 * s["hidden"] + 8, num_hidden_layers=s["layers"],
-            num_attention_heads=s["heads"], num_key_value_heads=s["kv"], head_dim=s["head_dim"], max_position_embeddings=512,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True),
+            vocab_size=VOCAB,
+            hidden_size=s["hidden"],
+            intermediate_size=2 * s["hidden"] + 8,
+            num_hidden_layers=s["layers"],
+            num_attention_heads=s["heads"],
+            num_key_value_heads=s["kv"],
+            head_dim=s["head_dim"],
+            max_position_embeddings=512,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True
+            ),
         ),
         vision_config=dict(
-            depth=s["depth"], hidden_size=s["vision"], intermediate_size=2 * s["vision"], num_heads=s["vision_heads"], patch_size=4,
-            spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=s["hidden"], num_position_embeddings=25,
+            depth=s["depth"],
+            hidden_size=s["vision"],
+            intermediate_size=2 * s["vision"],
+            num_heads=s["vision_heads"],
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=s["hidden"],
+            num_position_embeddings=25,
             deepstack_visual_indexes=list(s["deep"]),
         ),
-        image_token_id=IMAGE, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=s["tie"],
-    )  # fmt: skip
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=s["tie"],
+    )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 1.2 / p.shape[-1] ** 0.5) + (1.0 if p.dim() == 1 else 0.0) * (p.dim() == 1))
+            p.copy_(
+                torch.randn_like(p) * (0.1 if p.dim() == 1 else 1.2 / p.shape[-1] ** 0.5)
+                + (1.0 if p.dim() == 1 else 0.0) * (p.dim() == 1)
+            )
     model.requires_grad_(False).to(dtype)
     if not adapters:
         return model

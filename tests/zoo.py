@@ -15,7 +15,9 @@ HEIGHT, WIDTH = 40, 56
 def gradient(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """uint8 (H, W, 3) without symmetry: every quarter of the picture differs."""
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)], -1).astype(np.uint8)
+    return np.stack(
+        [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)], -1
+    ).astype(np.uint8)
 
 
 def grey(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -39,13 +41,25 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width: int, height: int, depth: int, color: int, rows: bytes, extra: bytes = b"") -> bytes:
     """A PNG by hand: `rows` are the unfiltered scan lines, each with its filter byte."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def png16(channels: int) -> bytes:
     """16 bits a channel, grey (1) or RGB (3): the 8-bit gradient times 257."""
     deep = (gradient()[:, :, :channels].astype(">u2") * 257).reshape(HEIGHT, -1)
-    return png(WIDTH, HEIGHT, 16, {1: 0, 3: 2}[channels], b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep))
+    return png(
+        WIDTH,
+        HEIGHT,
+        16,
+        {1: 0, 3: 2}[channels],
+        b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep),
+    )
 
 
 def png_bomb(width: int = 60_000, height: int = 60_000) -> bytes:
@@ -53,11 +67,21 @@ def png_bomb(width: int = 60_000, height: int = 60_000) -> bytes:
 
 
 def bmp_bomb() -> bytes:
-    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
 
 
 def gif_bomb() -> bytes:
-    return b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\x02\x02\x44\x01\x00;"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
+        + b","
+        + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0)
+        + b"\x02\x02\x44\x01\x00;"
+    )
 
 
 def transparent(mode: str, format: str = "PNG", **options) -> bytes:
@@ -79,21 +103,41 @@ def palette_transparent(as_bytes: bool) -> bytes:
 def with_orientation(format: str, value: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value
-    return rgb(format, exif=exif, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}))
+    return rgb(
+        format,
+        exif=exif,
+        **(
+            {"quality": 95, "subsampling": 0}
+            if format == "JPEG"
+            else {"lossless": True}
+            if format == "WEBP"
+            else {}
+        ),
+    )
 
 
 def with_damaged_exif() -> bytes:
-    return rgb("JPEG", quality=95, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 40)
+    return rgb(
+        "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 40
+    )
 
 
 def animated(format: str) -> bytes:
     """The gradient, then black."""
     first, second = Image.fromarray(gradient()), Image.new("RGB", (WIDTH, HEIGHT))
-    return encoded(first, format, save_all=True, append_images=[second], **({"lossless": True} if format == "WEBP" else {}))
+    return encoded(
+        first,
+        format,
+        save_all=True,
+        append_images=[second],
+        **({"lossless": True} if format == "WEBP" else {}),
+    )
 
 
 def tiff(array: np.ndarray, mode: str | None = None, **options) -> bytes:
-    return encoded(Image.fromarray(array, mode) if mode else Image.fromarray(array), "TIFF", **options)
+    return encoded(
+        Image.fromarray(array, mode) if mode else Image.fromarray(array), "TIFF", **options
+    )
 
 
 def flipped_bits(data: bytes, seed: int, count: int = 40) -> bytes:

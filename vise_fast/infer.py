@@ -43,17 +43,27 @@ class Answer:
     gone: float | None
 
 
-def answer(engine: Engine, pixels: Tensor, config: Config, query: str | None, adapters: bool) -> Answer:
+def answer(
+    engine: Engine, pixels: Tensor, config: Config, query: str | None, adapters: bool
+) -> Answer:
     """Everything about one image, uint8 (H, W, 3) on the model's grid; one encode and one prefix serve all questions about it."""
     prefix = engine.prefill(engine.encode([pixels]), adapters)
-    asked = None if query else roles.ask(engine, prefix, [0], [0], config.rollout.query_tokens, temperature=0.0)
+    asked = (
+        None
+        if query
+        else roles.ask(engine, prefix, [0], [0], config.rollout.query_tokens, temperature=0.0)
+    )
     query = query or asked.texts[0]
-    found = roles.ground(engine, prefix, [0], [query], [1], [0], config.rollout.box_tokens, temperature=0.0)
+    found = roles.ground(
+        engine, prefix, [0], [query], [1], [0], config.rollout.box_tokens, temperature=0.0
+    )
     seen = float(roles.verify_forked(engine, prefix, [0], [query])[0])
     box = found.box_1000[0] if bool(geometry.proper(found.box_1000)[0]) else None
     gone = None
     if box is not None:
-        ghost = views.ghost([pixels], torch.tensor([0]), box[None], config.ghost, literal=config.view.literal_pixels)
+        ghost = views.ghost(
+            [pixels], torch.tensor([0]), box[None], config.ghost, literal=config.view.literal_pixels
+        )
         gone = float(roles.verify(engine, engine.encode(ghost), [query], adapters)[0])
     return Answer(query, asked.written[0] if asked else None, box, found.written[0], seen, gone)
 
@@ -64,9 +74,15 @@ def read_image(path: Path, config: Config) -> tuple[Pillow.Image, Tensor]:
     try:
         picture = decode.decode(path, config.data.max_header_pixels)
     except decode.BadImage as fault:
-        raise DataError(f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM file") from None
-    size = decode.grid_size(picture.height, picture.width, multiple, config.data.min_pixels, config.data.max_pixels)
-    return picture, torch.from_numpy(np.array(picture.resize(size[::-1], Pillow.Resampling.BICUBIC)))
+        raise DataError(
+            f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM file"
+        ) from None
+    size = decode.grid_size(
+        picture.height, picture.width, multiple, config.data.min_pixels, config.data.max_pixels
+    )
+    return picture, torch.from_numpy(
+        np.array(picture.resize(size[::-1], Pillow.Resampling.BICUBIC))
+    )
 
 
 def draw(picture: Pillow.Image, box_1000: Tensor, path: Path) -> None:
@@ -77,34 +93,56 @@ def draw(picture: Pillow.Image, box_1000: Tensor, path: Path) -> None:
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"cannot write {path}; {error}; give --draw a writable file name that ends in .png or .jpg") from error
+        raise EnvironmentFault(
+            f"cannot write {path}; {error}; give --draw a writable file name that ends in .png or .jpg"
+        ) from error
 
 
 def say(console: Console, given: Answer, picture: Pillow.Image) -> None:
     """The answers, with the box in the picture's own pixels."""
-    console.say(f"query    {given.query}" + (f"   (written: {given.query_written})" if given.query_written else ""))
+    console.say(
+        f"query    {given.query}"
+        + (f"   (written: {given.query_written})" if given.query_written else "")
+    )
     if given.box_1000 is None:
         console.say(f"box      none   (written: {given.box_written})")
     else:
-        pixels = geometry.to_px(given.box_1000, picture.height, picture.width).round().int().tolist()
-        console.say(f"box      {given.box_1000.round().int().tolist()} of 1000, pixels {pixels} of {picture.width} x {picture.height}")
+        pixels = (
+            geometry.to_px(given.box_1000, picture.height, picture.width).round().int().tolist()
+        )
+        console.say(
+            f"box      {given.box_1000.round().int().tolist()} of 1000, pixels {pixels} of {picture.width} x {picture.height}"
+        )
     console.say(f"visible  {'yes' if given.seen >= 0.5 else 'no'}, p {given.seen:.3f}")
     if given.gone is not None:
-        console.say(f"hidden   with the box hidden: {'still visible' if given.gone >= 0.5 else 'gone'}, p {given.gone:.3f}")
+        console.say(
+            f"hidden   with the box hidden: {'still visible' if given.gone >= 0.5 else 'gone'}, p {given.gone:.3f}"
+        )
 
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options, console = parse(words, ("image", "adapter", "model", "config", "query", "draw")), Console()
+    options, console = (
+        parse(words, ("image", "adapter", "model", "config", "query", "draw")),
+        Console(),
+    )
     if options.help:
         console.say(__doc__)
         return 0
     if options["image"] is None:
-        raise ConfigError("which image? infer answers about one picture; write python -m vise_fast.infer --image photo.jpg")
+        raise ConfigError(
+            "which image? infer answers about one picture; write python -m vise_fast.infer --image photo.jpg"
+        )
     config = options.configuration()
     picture, pixels = read_image(Path(options["image"]), config)
     policy = load(config, options["adapter"])
-    given = answer(Engine(policy.backbone, policy.tokens), pixels, config, options["query"], adapters=options["adapter"] is not None)
+    given = answer(
+        Engine(policy.backbone, policy.tokens),
+        pixels,
+        config,
+        options["query"],
+        adapters=options["adapter"] is not None,
+    )
     say(console, given, picture)
     if options["draw"] and given.box_1000 is not None:
         draw(picture, given.box_1000, Path(options["draw"]))

@@ -1,6 +1,6 @@
 """Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings the planner chose and what else would fit.
 
-    python -m vise_fast.lowmem
+python -m vise_fast.lowmem
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def write(directory: Path, out: Console) -> int:
         plans = {name: planned(name, card) for name in WEIGHTS_GB}
         path = directory / f"lowmem-{card}gb.yaml"
         path.write_text(text(card, size, plans), encoding="utf-8")
-        out.say(f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted")
+        out.say(
+            f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted"
+        )
     return 0
 
 
@@ -40,7 +42,12 @@ def asked(size: str, card: float) -> Config:
     """The robust preset on photographs, before the planner changes anything."""
     paper, config = (SMALL if size in ("2b", "4b") else LARGE), Config()
     config.model.path, config.data.dir = f"Qwen/Qwen3-VL-{size.upper()}-Instruct", "images"
-    config.lora.r, config.lora.alpha, config.train.lr, config.update.eta = paper["rank"], paper["alpha"], paper["lr"], paper["eta"]
+    config.lora.r, config.lora.alpha, config.train.lr, config.update.eta = (
+        paper["rank"],
+        paper["alpha"],
+        paper["lr"],
+        paper["eta"],
+    )
     config.memory.budget_gb = float(card)
     return config
 
@@ -62,26 +69,46 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
         f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from the hub or from a directory (--model.path).",
         f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the {chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by",
         "# `python -m vise_fast.lowmem`; for the sizes of your images ask `train --dry-run`.",
-        "# The same card also holds:" if any(p for other, p in plans.items() if other != size) else "#",
+        "# The same card also holds:"
+        if any(p for other, p in plans.items() if other != size)
+        else "#",
     ]
-    lines += [f"#   {other.upper():4s}{_words(p)}  (peak {p.rehearsed.peak / GIB:.1f} GiB)" for other, p in plans.items() if p is not None and other != size]
+    lines += [
+        f"#   {other.upper():4s}{_words(p)}  (peak {p.rehearsed.peak / GIB:.1f} GiB)"
+        for other, p in plans.items()
+        if p is not None and other != size
+    ]
     sections: dict[str, dict] = {
         "model": {"path": dtype.path} | ({"quant": dtype.quant} if dtype.quant != "none" else {}),
         "lora": {"r": config.lora.r, "alpha": config.lora.alpha},
         "data": {"dir": "images", "max_pixels": config.data.max_pixels},
-        "train": {"steps": 500, "batch": config.train.batch, "lr": config.train.lr, "micro_batch": config.train.micro_batch, "checkpointing": config.train.checkpointing}
+        "train": {
+            "steps": 500,
+            "batch": config.train.batch,
+            "lr": config.train.lr,
+            "micro_batch": config.train.micro_batch,
+            "checkpointing": config.train.checkpointing,
+        }
         | ({} if config.train.share_forward else {"share_forward": False}),
         "optim": {"name": config.optim.name},
         "update": {"eta": config.update.eta},
         "run": {"dir": f"runs/{name}-{card}gb", "checkpoint_every": 50},
     }
-    bodies = [yaml.safe_dump({section: values}, sort_keys=False) for section, values in sections.items()]
+    bodies = [
+        yaml.safe_dump({section: values}, sort_keys=False) for section, values in sections.items()
+    ]
     return "\n".join(lines) + "\n\n" + "\n".join(bodies)
 
 
 def _words(p: Plan) -> str:
     """What the planner chose over the defaults, as command-line words."""
-    return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in p.changes.items()) or "as it is"
+    return (
+        " ".join(
+            f"--{key} {str(value).lower() if isinstance(value, bool) else value}"
+            for key, value in p.changes.items()
+        )
+        or "as it is"
+    )
 
 
 def main(words: Sequence[str]) -> int:

@@ -73,7 +73,9 @@ def merge(model: PeftModel, adapter: str = "default") -> Loss:
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             weight = module.get_base_layer().weight
-            wanted = (module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float()) * module.scaling[adapter]
+            wanted = (
+                module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float()
+            ) * module.scaling[adapter]
             merged = (weight.float() + wanted).to(weight.dtype)
             loss.add(wanted, merged.float() - weight.float())
             weight.copy_(merged)
@@ -87,7 +89,9 @@ def load_for_merge(config: Config, adapter: str) -> PeftModel:
         base = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {config.model.path} cannot be loaded; {reason}; name the adapter's base with --model") from error
+        raise ConfigError(
+            f"model {config.model.path} cannot be loaded; {reason}; name the adapter's base with --model"
+        ) from error
     model = attach(base.requires_grad_(False), config, adapter)
     check_targets(model)
     return model
@@ -104,7 +108,9 @@ def save(model: PeftModel, source: str, out: Path) -> None:
                 shutil.copyfile(path, aside / path.name)
         os.replace(aside, out)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {out}; {error.strerror or error}; free space or give --out a writable place") from error
+        raise EnvironmentFault(
+            f"cannot write {out}; {error.strerror or error}; free space or give --out a writable place"
+        ) from error
 
 
 def main(words: Sequence[str]) -> int:
@@ -114,14 +120,20 @@ def main(words: Sequence[str]) -> int:
         console.say(__doc__)
         return 0
     if options["adapter"] is None or options["out"] is None:
-        raise ConfigError("merge needs an adapter and a place for the result; write python -m vise_fast.merge --adapter RUN/adapter --out DIR")
+        raise ConfigError(
+            "merge needs an adapter and a place for the result; write python -m vise_fast.merge --adapter RUN/adapter --out DIR"
+        )
     out = Path(options["out"])
     if out.exists():
-        raise ConfigError(f"--out {out} exists already; nothing is overwritten; name a new directory")
+        raise ConfigError(
+            f"--out {out} exists already; nothing is overwritten; name a new directory"
+        )
     config = options.configuration()
     model = load_for_merge(config, options["adapter"])
     if config.model.quant != "none":
-        console.warn(f"the adapter was trained on a base held in {config.model.quant}; it is merged into the unquantised weights, which it has not seen")
+        console.warn(
+            f"the adapter was trained on a base held in {config.model.quant}; it is merged into the unquantised weights, which it has not seen"
+        )
     loss = merge(model)
     _say(console, loss, model.get_base_model().lm_head.weight.dtype)
     save(model, resolve(config.model.path), out)
@@ -132,9 +144,13 @@ def main(words: Sequence[str]) -> int:
 def _say(console: Console, loss: Loss, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     console.say(f"merged   {loss.matrices} matrices in fp32, stored as {name}")
-    console.say(f"rounding {loss.relative:.2%} of the update's size is lost, {loss.kept:.2%} of it arrived, {loss.unmoved} of {loss.touched} weights did not move")
+    console.say(
+        f"rounding {loss.relative:.2%} of the update's size is lost, {loss.kept:.2%} of it arrived, {loss.unmoved} of {loss.touched} weights did not move"
+    )
     if loss.kept < KEPT_WARNING or loss.relative > 1 - KEPT_WARNING:
-        console.warn(f"{name} is too coarse for this update: the merged model is not the model that was trained; use the adapter itself where you can")
+        console.warn(
+            f"{name} is too coarse for this update: the merged model is not the model that was trained; use the adapter itself where you can"
+        )
 
 
 if __name__ == "__main__":

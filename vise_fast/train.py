@@ -66,9 +66,20 @@ def train(config: Config, truth: Truth | None = None) -> int:
             with run.progress() as advance:
                 for step in range(done, config.train.steps):
                     images = source.batch(step, config.train.batch)
-                    slices, metrics = in_memory(lambda images=images, step=step: one_step(engine, learner, images, config, step, truth))
+                    slices, metrics = in_memory(
+                        lambda images=images, step=step: one_step(
+                            engine, learner, images, config, step, truth
+                        )
+                    )
                     done = step + 1
-                    advance(step, metrics | engine.counters.take() | in_memory.figures() | {"phases": engine.clock.take()}, slices)
+                    advance(
+                        step,
+                        metrics
+                        | engine.counters.take()
+                        | in_memory.figures()
+                        | {"phases": engine.clock.take()},
+                        slices,
+                    )
                     run.keep(done, learner)
                     stop.check()
                     if run.should_stop(done):
@@ -80,17 +91,29 @@ def train(config: Config, truth: Truth | None = None) -> int:
     return 0
 
 
-def one_step(engine: Engine, learner: Learner, images: list[Image], config: Config, step: int, truth: Truth | None) -> tuple[list[Played], dict]:
+def one_step(
+    engine: Engine,
+    learner: Learner,
+    images: list[Image],
+    config: Config,
+    step: int,
+    truth: Truth | None,
+) -> tuple[list[Played], dict]:
     """Play the batch and learn from it: (slices, metrics)."""
     slices = play_batch(engine, images, config, step, truth)
     return slices, learner.learn(slices, step) | attention_share(slices)
 
 
-def play_batch(engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None) -> list[Played]:
+def play_batch(
+    engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
+) -> list[Played]:
     """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the slices."""
     size = config.train.micro_batch or len(images)
     cuts = range(0, len(images), size)
-    return [play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth) for i in cuts]
+    return [
+        play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth)
+        for i in cuts
+    ]
 
 
 def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:
@@ -108,7 +131,12 @@ def open_source(config: Config, directory: Path) -> Source:
     """The user's folder, or the embedded scenes. Raises DataError before any model is loaded."""
     if config.data.dir is None:
         return Scenes(config, multiple=model.grid_multiple(config.model.path))
-    return Folder(config.data.dir, config, model.grid_multiple(config.model.path), directory / "bad_images.jsonl")
+    return Folder(
+        config.data.dir,
+        config,
+        model.grid_multiple(config.model.path),
+        directory / "bad_images.jsonl",
+    )
 
 
 if __name__ == "__main__":

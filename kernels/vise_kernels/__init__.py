@@ -19,6 +19,23 @@ from vise_kernels.token_logprob import token_logprob
 from vise_kernels.warp import warp
 
 __all__ = [
-    "attention", "available", "decode_attention", "few_rows", "ghost", "heads", "heads_backward", "linear_logprob", "linear_logprob_kl", "patchify", "prefer",
-    "resize", "rms_norm", "rms_norm_backward", "sample", "swiglu", "swiglu_backward", "token_logprob", "warp",
-]  # fmt: skip
+    "attention",
+    "available",
+    "decode_attention",
+    "few_rows",
+    "ghost",
+    "heads",
+    "heads_backward",
+    "linear_logprob",
+    "linear_logprob_kl",
+    "patchify",
+    "prefer",
+    "resize",
+    "rms_norm",
+    "rms_norm_backward",
+    "sample",
+    "swiglu",
+    "swiglu_backward",
+    "token_logprob",
+    "warp",
+]

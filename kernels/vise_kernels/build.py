@@ -23,15 +23,30 @@ def build(options: list[str]) -> None:
     """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError: the build failed."""
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     if cmake is None:
-        raise RuntimeError("no cmake; the native module is compiled with it; pip install cmake ninja nanobind")
+        raise RuntimeError(
+            "no cmake; the native module is compiled with it; pip install cmake ninja nanobind"
+        )
     if not (ROOT / "CMakeLists.txt").is_file():
         raise RuntimeError(f"no CMakeLists.txt in {ROOT}; only a checkout is built in place")
     where = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [cmake, "-S", str(ROOT), "-B", str(where), *generator, f"-DPython_EXECUTABLE={sys.executable}", *options]
+    configure = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(where),
+        *generator,
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *options,
+    ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([cmake, "--build", str(where)], check=True)
-    subprocess.run([cmake, "--install", str(where), "--prefix", str(PACKAGE.parent)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [cmake, "--install", str(where), "--prefix", str(PACKAGE.parent)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The taps of a truncated Gaussian, and the same taps as a short sum of cosines for the constant-time native blur.
 
-    taps(d) = exp(-d^2 / 2 sigma^2) / sum, |d| <= radius        taps(d) ~ sum_k amplitude_k cos(frequency_k d)
+taps(d) = exp(-d^2 / 2 sigma^2) / sum, |d| <= radius        taps(d) ~ sum_k amplitude_k cos(frequency_k d)
 """
 
 import functools
@@ -31,7 +31,9 @@ def fit(sigma: float, radius: int) -> tuple[int, np.ndarray, np.ndarray]:
     radius = min(radius, math.ceil(6 * sigma))  # beyond, taps are below 2e-8 of the largest
     target = taps(sigma, radius).numpy()
     fits = [_fit(target, radius, stretch) for stretch in STRETCHES]
-    frequency, amplitude = min((found for found in fits if found is not None), key=lambda found: len(found[0]))
+    frequency, amplitude = min(
+        (found for found in fits if found is not None), key=lambda found: len(found[0])
+    )
     frequency.flags.writeable = amplitude.flags.writeable = False
     return radius, frequency, amplitude
 

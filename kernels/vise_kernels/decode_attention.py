@@ -43,8 +43,13 @@ def locate(keys: list[Tensor], values: list[Tensor]) -> Tensor:
     """The table of some banks: addresses of keys and values and the tokens per entry, int64 (P, 3), on the CPU. ValueError: not contiguous."""
     for bank in (*keys, *values):
         if not bank.is_contiguous():
-            raise ValueError(f"decode_attention: banks must be contiguous, got {tuple(bank.shape)} with strides {bank.stride()}")
-    return torch.tensor([[k.data_ptr(), v.data_ptr(), k.shape[2]] for k, v in zip(keys, values, strict=True)], dtype=torch.int64)
+            raise ValueError(
+                f"decode_attention: banks must be contiguous, got {tuple(bank.shape)} with strides {bank.stride()}"
+            )
+    return torch.tensor(
+        [[k.data_ptr(), v.data_ptr(), k.shape[2]] for k, v in zip(keys, values, strict=True)],
+        dtype=torch.int64,
+    )
 
 
 def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None = None) -> Tensor:
@@ -52,24 +57,38 @@ def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None 
     _check(q, banks)
     if choose("decode_attention", q.device, path).path == "plain":
         return plain(q, banks, scale)
-    return _attend(*(x.contiguous() for x in (q, banks.owner, banks.length, banks.table)), banks.keys[0].shape[1], scale)
+    return _attend(
+        *(x.contiguous() for x in (q, banks.owner, banks.length, banks.table)),
+        banks.keys[0].shape[1],
+        scale,
+    )
 
 
 def plain(q: Tensor, banks: Banks, scale: float) -> Tensor:
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks, in fp32."""
     scores, values = [], []
-    for keys, bank, owner, length in zip(banks.keys, banks.values, banks.owner, banks.length, strict=True):
+    for keys, bank, owner, length in zip(
+        banks.keys, banks.values, banks.owner, banks.length, strict=True
+    ):
         repeat = q.shape[1] // keys.shape[1]
         k, v = (x[owner].float().repeat_interleave(repeat, 1) for x in (keys, bank))
         hidden = torch.arange(k.shape[2], device=q.device) >= length[:, None]
-        scores.append((torch.einsum("nhd,nhtd->nht", q.float(), k) * scale).masked_fill(hidden[:, None], -torch.inf))
-        values.append(v.masked_fill(hidden[:, None, :, None], 0))  # what was never written may be nan
+        scores.append(
+            (torch.einsum("nhd,nhtd->nht", q.float(), k) * scale).masked_fill(
+                hidden[:, None], -torch.inf
+            )
+        )
+        values.append(
+            v.masked_fill(hidden[:, None, :, None], 0)
+        )  # what was never written may be nan
     weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
     return torch.einsum("nht,nhtd->nhd", weights, torch.cat(values, 2)).to(q.dtype)
 
 
 @torch.library.custom_op("vise_kernels::decode_attention", mutates_args=())
-def _attend(q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: int, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: int, scale: float
+) -> Tensor:
     """`plain` on Triton: part of a row's tokens per program, then one program per head over the parts."""
     rows, heads, dim = q.shape
     out = torch.empty_like(q)
@@ -81,21 +100,45 @@ def _attend(q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: i
     wide, group = triton.next_power_of_2(dim), heads // kv_heads
     tile = max(TILE, triton.next_power_of_2(group))
     sizes = dict(BANKS=len(table), GROUP=group, TILE=tile, DIM=dim, WIDE=max(wide, 16), BLOCK=BLOCK)
-    _partial_kernel[(rows, kv_heads, splits)](q, owner, length, table, partial, lse, scale, **sizes, num_warps=4)
-    _merge_kernel[(rows * heads,)](partial, lse, out, SPLITS=splits, LANES=triton.next_power_of_2(splits), DIM=dim, WIDE=wide, num_warps=1)
+    _partial_kernel[(rows, kv_heads, splits)](
+        q, owner, length, table, partial, lse, scale, **sizes, num_warps=4
+    )
+    _merge_kernel[(rows * heads,)](
+        partial,
+        lse,
+        out,
+        SPLITS=splits,
+        LANES=triton.next_power_of_2(splits),
+        DIM=dim,
+        WIDE=wide,
+        num_warps=1,
+    )
     return out
 
 
 @_attend.register_fake
-def _(q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: int, scale: float) -> Tensor:
+def _(
+    q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: int, scale: float
+) -> Tensor:
     return torch.empty_like(q)
 
 
 @jit
 def _partial_kernel(
-    q, owner, length, table, partial, lse, scale,
-    BANKS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    q,
+    owner,
+    length,
+    table,
+    partial,
+    lse,
+    scale,
+    BANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Softmax-weighted values and log-sum-exp over one part of a row's tokens, for the query heads of one key head; grid (N, KV, splits)."""
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, kv_heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
@@ -129,12 +172,28 @@ def _partial_kernel(
             top = highest
     some = total > 0
     out = head * splits + split
-    tl.store(partial + out[:, None] * DIM + lane[None], found / tl.where(some, total, 1.0)[:, None], mask=mine)
-    tl.store(lse + out, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -1e30), mask=member < GROUP)
+    tl.store(
+        partial + out[:, None] * DIM + lane[None],
+        found / tl.where(some, total, 1.0)[:, None],
+        mask=mine,
+    )
+    tl.store(
+        lse + out,
+        tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -1e30),
+        mask=member < GROUP,
+    )
 
 
 @jit
-def _merge_kernel(partial, lse, out, SPLITS: tl.constexpr, LANES: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr):
+def _merge_kernel(
+    partial,
+    lse,
+    out,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """The parts of one row's head, weighted by the share of the softmax mass each holds; grid (N * H,)."""
     head = tl.program_id(0).to(tl.int64)
     part, lane = tl.arange(0, LANES), tl.arange(0, WIDE)
@@ -148,11 +207,23 @@ def _merge_kernel(partial, lse, out, SPLITS: tl.constexpr, LANES: tl.constexpr, 
 
 def _check(q: Tensor, banks: Banks) -> None:
     if q.dim() != 3 or q.dtype not in DTYPES:
-        raise ValueError(f"decode_attention: q must be a float tensor (N,H,D), got {q.dtype} {tuple(q.shape)}")
+        raise ValueError(
+            f"decode_attention: q must be a float tensor (N,H,D), got {q.dtype} {tuple(q.shape)}"
+        )
     want = (len(banks.keys), q.shape[0])
     for name, table in (("owner", banks.owner), ("length", banks.length)):
         if table.shape != want or table.dtype != torch.int64:
-            raise ValueError(f"decode_attention: {name} must be int64 {want}, got {table.dtype} {tuple(table.shape)}")
+            raise ValueError(
+                f"decode_attention: {name} must be int64 {want}, got {table.dtype} {tuple(table.shape)}"
+            )
     for keys, values in zip(banks.keys, banks.values, strict=True):
-        if keys.shape != values.shape or keys.dim() != 4 or keys.shape[3] != q.shape[2] or q.shape[1] % max(keys.shape[1], 1) or keys.dtype != q.dtype:
-            raise ValueError(f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}")
+        if (
+            keys.shape != values.shape
+            or keys.dim() != 4
+            or keys.shape[3] != q.shape[2]
+            or q.shape[1] % max(keys.shape[1], 1)
+            or keys.dtype != q.dtype
+        ):
+            raise ValueError(
+                f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}"
+            )

@@ -39,9 +39,14 @@ NATIVE_OPS = {
 }
 CPU_ONLY = {"attention", "few_rows", "rms_norm"}  # no Triton version
 PATHS = ("plain", "native", "triton")
-FLOATS = {"native": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+FLOATS = {
+    "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 ONLY_FLOAT32 = {"attention", "few_rows"}  # of the native ops without gradients
-_PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred path", default=None)
+_PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "preferred path", default=None
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
     return Choice(path, "asked for")
 
 
-def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None, tables: tuple[torch.Tensor, ...] = ()) -> str:
+def without_gradients(
+    op: str, path: str | None, *operands: torch.Tensor | None, tables: tuple[torch.Tensor, ...] = ()
+) -> str:
     """The path of an op whose fast paths record no gradients: native takes float32 and mostly bfloat16, one of them for all operands,
     Triton float16 too and any mixture. `tables` are float32 in any case. ValueError as `choose`.
 
@@ -92,7 +99,11 @@ def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None,
     """
     operands = [t for t in operands if t is not None]
     if path is None and operands[0].is_meta:
-        gpu = op not in CPU_ONLY and _PREFERRED.get() is None and _no_gradients(op, "triton", operands, tables) is None
+        gpu = (
+            op not in CPU_ONLY
+            and _PREFERRED.get() is None
+            and _no_gradients(op, "triton", operands, tables) is None
+        )
         return "triton" if gpu else "plain"
     chosen = choose(op, operands[0].device, path).path
     if chosen == "plain":
@@ -105,10 +116,16 @@ def without_gradients(op: str, path: str | None, *operands: torch.Tensor | None,
     raise ValueError(f"{op}: path {path!r} cannot run here: {obstacle}")
 
 
-def _no_gradients(op: str, path: str, operands: list[torch.Tensor], tables: tuple[torch.Tensor, ...]) -> str | None:
+def _no_gradients(
+    op: str, path: str, operands: list[torch.Tensor], tables: tuple[torch.Tensor, ...]
+) -> str | None:
     device, taken = operands[0].device, (torch.float32,) if op in ONLY_FLOAT32 else FLOATS[path]
     mixed = path == "native" and any(t.dtype != operands[0].dtype for t in operands)
-    if mixed or any(t.dtype not in taken or t.device != device for t in operands) or any(t.dtype != torch.float32 or t.device != device for t in tables):
+    if (
+        mixed
+        or any(t.dtype not in taken or t.device != device for t in operands)
+        or any(t.dtype != torch.float32 or t.device != device for t in tables)
+    ):
         return f"it takes {' or '.join(str(dtype)[6:] for dtype in taken)}, all on one device"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*operands, *tables)):
         return "it has no gradients"

@@ -19,12 +19,23 @@ NEAR = 2**17  # elements of x; more do not stay in the second cache while the we
 
 def gains(x: Tensor, weight: Tensor) -> bool:
     """Whether the native path is there, can take these operands and is the quicker one for them."""
-    sized = len(x) in ROWS and x.numel() <= NEAR and weight.numel() >= LARGE and torch.get_num_threads() == 1
+    sized = (
+        len(x) in ROWS
+        and x.numel() <= NEAR
+        and weight.numel() >= LARGE
+        and torch.get_num_threads() == 1
+    )
     return sized and without_gradients("few_rows", None, x, weight) == "native"
 
 
 def few_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, low: Tensor | None = None, up: Tensor | None = None, *, path: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+    *,
+    path: str | None = None,
 ) -> Tensor:
     """x (n, in) times weight (out, in), plus bias (out,), plus low (n, r) times up (out, r): (n, out). Native where it `gains`, else PyTorch's own.
 
@@ -38,24 +49,48 @@ def few_rows(
     return y if low is None else y + F.linear(low, up)
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
+) -> Tensor:
     (rows, width), outs = x.shape, len(weight)
     rank = 0 if low is None else low.shape[-1]
     if any(t.dtype != torch.float32 for t in (x, weight, bias, low, up) if t is not None):
         raise ValueError("few_rows: path 'native' takes float32 on a CPU")
-    fits = weight.shape == (outs, width) and (bias is None or bias.shape == (outs,)) and (low is None) == (up is None)
+    fits = (
+        weight.shape == (outs, width)
+        and (bias is None or bias.shape == (outs,))
+        and (low is None) == (up is None)
+    )
     if not fits or (low is not None and (low.shape != (rows, rank) or up.shape != (outs, rank))):
-        shapes = ", ".join(f"{name} {None if t is None else tuple(t.shape)}" for name, t in zip(_NAMES, (x, weight, bias, low, up), strict=True))
+        shapes = ", ".join(
+            f"{name} {None if t is None else tuple(t.shape)}"
+            for name, t in zip(_NAMES, (x, weight, bias, low, up), strict=True)
+        )
         raise ValueError(f"few_rows: {shapes} do not fit")
     y = x.new_empty(rows, outs)
-    x, weight, bias, low, up = (None if t is None else t.contiguous() for t in (x, weight, bias, low, up))
-    place = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
-    native().few_rows(place(x), rows, width, place(weight), outs, place(bias), place(low), rank, place(up), place(y))
+    x, weight, bias, low, up = (
+        None if t is None else t.contiguous() for t in (x, weight, bias, low, up)
+    )
+    place = lambda t: 0 if t is None else t.data_ptr()
+    native().few_rows(
+        place(x),
+        rows,
+        width,
+        place(weight),
+        outs,
+        place(bias),
+        place(low),
+        rank,
+        place(up),
+        place(y),
+    )
     return y
 
 
 _NAMES = ("x", "weight", "bias", "low", "up")
 # Registered by hand: a call of torch.library.custom_op takes tens of microseconds, and a decode step makes dozens.
 _LIBRARY = torch.library.Library("vise_kernels", "FRAGMENT")
-_LIBRARY.define("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? low, Tensor? up) -> Tensor")
+_LIBRARY.define(
+    "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? low, Tensor? up) -> Tensor"
+)
 _LIBRARY.impl("few_rows", _native, "CPU")

@@ -80,19 +80,35 @@ def ghost(
 
 def _plan(images, image_index, boxes_px, method, sigma, radius, feather, region) -> Plan:
     if method not in METHODS or region not in REGIONS or not feather >= 0:
-        raise ValueError(f"ghost: method {method!r} of {METHODS}, region {region!r} of {REGIONS}, feather {feather} >= 0")
+        raise ValueError(
+            f"ghost: method {method!r} of {METHODS}, region {region!r} of {REGIONS}, feather {feather} >= 0"
+        )
     index = on_host("ghost", "image_index", torch.as_tensor(image_index, dtype=torch.int64))
     boxes = on_host("ghost", "boxes_px", boxes_px)
     if index.dim() != 1 or boxes.shape != (len(index), 4) or boxes.is_floating_point():
-        raise ValueError(f"ghost: boxes_px must be integers ({len(index)},4), got {boxes.dtype} {tuple(boxes.shape)}")
+        raise ValueError(
+            f"ghost: boxes_px must be integers ({len(index)},4), got {boxes.dtype} {tuple(boxes.shape)}"
+        )
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(images):
         raise ValueError(f"ghost: image_index must lie in 0..{len(images) - 1}")
     sigmas = _per_box("sigma", sigma, len(index), torch.float64)
-    radii = (3 * sigmas).ceil().long() if radius is None else _per_box("radius", radius, len(index), torch.int64)
+    radii = (
+        (3 * sigmas).ceil().long()
+        if radius is None
+        else _per_box("radius", radius, len(index), torch.int64)
+    )
     if not bool((sigmas > 0).all() and sigmas.isfinite().all() and (radii >= 0).all()):
         raise ValueError("ghost: sigma must be finite and above 0, radius at least 0")
     clipped = _clip(boxes.long(), [images[i] for i in index.tolist()])
-    return Plan(index.tolist(), clipped, sigmas.tolist(), radii.tolist(), method, float(feather), region == "outside")
+    return Plan(
+        index.tolist(),
+        clipped,
+        sigmas.tolist(),
+        radii.tolist(),
+        method,
+        float(feather),
+        region == "outside",
+    )
 
 
 def _per_box(name: str, value: float | Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -103,7 +119,9 @@ def _per_box(name: str, value: float | Tensor, count: int, dtype: torch.dtype) -
 
 
 def _clip(boxes: Tensor, images: Images) -> Tensor:
-    most = torch.tensor([[image.shape[1], image.shape[0]] * 2 for image in images], dtype=torch.int64).view(-1, 4)
+    most = torch.tensor(
+        [[image.shape[1], image.shape[0]] * 2 for image in images], dtype=torch.int64
+    ).view(-1, 4)
     clipped = boxes.clamp(min=0).minimum(most)
     proper = (clipped[:, 0] < clipped[:, 2]) & (clipped[:, 1] < clipped[:, 3])
     return torch.where(proper[:, None], clipped, 0)
@@ -149,7 +167,9 @@ def _fill(crop: Tensor, n: int, plan: Plan, mean: Tensor | None) -> Tensor:
 def blur_matrix(size: int, weights: Tensor) -> Tensor:
     """(size, size): blurs a signal of `size` samples with `weights` (2 radius + 1,), mirrored (101) at both ends."""
     radius = len(weights) // 2
-    at = torch.arange(size, device=weights.device)[:, None] + torch.arange(-radius, radius + 1, device=weights.device)
+    at = torch.arange(size, device=weights.device)[:, None] + torch.arange(
+        -radius, radius + 1, device=weights.device
+    )
     period = max(2 * (size - 1), 1)
     at = at.abs() % period
     at = torch.where(at < size, at, period - at)
@@ -173,7 +193,9 @@ def _soften(image: Tensor, ghosted: Tensor, box: tuple[int, int, int, int], plan
     across = _depth(box[0], box[2], width, plan.outside, image.device)
     down = _depth(box[1], box[3], height, plan.outside, image.device)
     depth = torch.minimum(across[None, :], down[:, None])
-    alpha = ((-depth if plan.outside else depth).clamp(min=0) / plan.feather).clamp(max=1)[:, :, None]
+    alpha = ((-depth if plan.outside else depth).clamp(min=0) / plan.feather).clamp(max=1)[
+        :, :, None
+    ]
     return to_bytes(image + alpha * (ghosted.float() - image))
 
 
@@ -181,7 +203,9 @@ def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) 
     """(size,) how deep each pixel's centre lies in [low, high), in pixels; for the inside, the image's border is no edge."""
     centre = torch.arange(size, dtype=torch.float32, device=device) + 0.5
     from_low = torch.full_like(centre, torch.inf) if low == 0 and not outside else centre - low
-    from_high = torch.full_like(centre, torch.inf) if high == size and not outside else high - centre
+    from_high = (
+        torch.full_like(centre, torch.inf) if high == size and not outside else high - centre
+    )
     return torch.minimum(from_low, from_high)
 
 
@@ -191,7 +215,9 @@ def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) 
 def _native(images: Images, plan: Plan) -> list[Tensor]:
     sources = [images[i] for i in plan.images]
     outs = [torch.empty_like(source) for source in sources]
-    keys = list(zip(plan.sigma, plan.radius)) if plan.method == "blur" else [(1.0, 0)] * len(sources)
+    keys = (
+        list(zip(plan.sigma, plan.radius)) if plan.method == "blur" else [(1.0, 0)] * len(sources)
+    )
     distinct = list(dict.fromkeys(keys))
     order = {key: k for k, key in enumerate(distinct)}
     native().ghost(
@@ -213,7 +239,10 @@ def _native(images: Images, plan: Plan) -> list[Tensor]:
 
 # One row per box: addresses of source, out, scratch, taps; width, height; box; region; radius, cell
 COLUMNS = 16
-TILE, STRETCH = 64, 32  # pixels of a program's tile along both axes; samples per tensor-core product
+TILE, STRETCH = (
+    64,
+    32,
+)  # pixels of a program's tile along both axes; samples per tensor-core product
 PIXELS = 1024  # per step of a cell's sum
 
 
@@ -246,7 +275,9 @@ def _put(row, x, y, channel, inside, ghosted, feather, OUTSIDE: tl.constexpr):
         depth = tl.minimum(tl.minimum(left, right), tl.minimum(top, bottom))
     at = (y.to(tl.int64) * width + x) * 3 + channel
     before = tl.load(source + at, mask=inside, other=0).to(tl.float32)
-    alpha = tl.where(feather > 0, tl.minimum(tl.maximum(depth, 0.0) / tl.maximum(feather, 1e-6), 1.0), 1.0)
+    alpha = tl.where(
+        feather > 0, tl.minimum(tl.maximum(depth, 0.0) / tl.maximum(feather, 1e-6), 1.0), 1.0
+    )
     level = tl.floor(tl.minimum(tl.maximum(ghosted, 0.0), 255.0) + 0.5)
     level = tl.floor(before + alpha * (level - before) + 0.5)
     tl.store(out + at, level.to(tl.uint8), mask=inside)
@@ -274,7 +305,11 @@ def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl
     if y0 < height:
         x, y = x0 + tl.arange(0, TILE), y0 + tl.arange(0, TILE)
         line = source + ((top + y).to(tl.int64) * stride + left)[:, None] * 3
-        red, green, blue = tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32)
+        red, green, blue = (
+            tl.zeros((TILE, TILE), tl.float32),
+            tl.zeros((TILE, TILE), tl.float32),
+            tl.zeros((TILE, TILE), tl.float32),
+        )
         for start in range(x0 - radius, tl.minimum(x0 + TILE, width) + radius, STRETCH):
             sample = start + tl.arange(0, STRETCH)
             band = _band(taps, sample[:, None], x[None, :], radius)
@@ -291,7 +326,14 @@ def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl
 
 
 @jit
-def _down_kernel(table, feather, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl.constexpr, OUTSIDE: tl.constexpr):
+def _down_kernel(
+    table,
+    feather,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    STRETCH: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+):
     """Blurs a tile of a region's scratch along y and blends it into the image; its columns are bytes, three per pixel."""
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
@@ -307,13 +349,31 @@ def _down_kernel(table, feather, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRE
             sample = start + tl.arange(0, STRETCH)
             at = scratch + _mirror(sample, height).to(tl.int64)[:, None] * bytes + j[None, :]
             seen = (sample < height + radius)[:, None] & (j < bytes)[None, :]
-            level += tl.dot(_band(taps, sample[None, :], y[:, None], radius), tl.load(at, mask=seen, other=0))
+            level += tl.dot(
+                _band(taps, sample[None, :], y[:, None], radius), tl.load(at, mask=seen, other=0)
+            )
         inside = (y < height)[:, None] & (j < bytes)[None, :]
-        _put(row, left + (j // 3)[None, :], top + y[:, None], (j % 3)[None, :], inside, level + 128, feather, OUTSIDE)
+        _put(
+            row,
+            left + (j // 3)[None, :],
+            top + y[:, None],
+            (j % 3)[None, :],
+            inside,
+            level + 128,
+            feather,
+            OUTSIDE,
+        )
 
 
 @jit
-def _cells_kernel(table, feather, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, HOLE: tl.constexpr, OUTSIDE: tl.constexpr):
+def _cells_kernel(
+    table,
+    feather,
+    COLUMNS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    HOLE: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+):
     """Fills a cell of a region with its mean; with HOLE the box's pixels do not count."""
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
@@ -321,16 +381,28 @@ def _cells_kernel(table, feather, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, H
     tiles = tl.maximum(tl.cdiv(_number(row, 12) - _number(row, 10), cell), 1)
     left = _number(row, 10) + tl.program_id(0) % tiles * cell
     top = _number(row, 11) + tl.program_id(0) // tiles * cell
-    width, height = tl.minimum(cell, _number(row, 12) - left), tl.minimum(cell, _number(row, 13) - top)
+    width, height = (
+        tl.minimum(cell, _number(row, 12) - left),
+        tl.minimum(cell, _number(row, 13) - top),
+    )
     if height > 0:
-        red, green, blue = tl.zeros((PIXELS,), tl.int32), tl.zeros((PIXELS,), tl.int32), tl.zeros((PIXELS,), tl.int32)
+        red, green, blue = (
+            tl.zeros((PIXELS,), tl.int32),
+            tl.zeros((PIXELS,), tl.int32),
+            tl.zeros((PIXELS,), tl.int32),
+        )
         counted = tl.zeros((PIXELS,), tl.int32)
         for start in range(0, width * height, PIXELS):
             p = start + tl.arange(0, PIXELS)
             x, y = left + p % width, top + p // width
             counts = p < width * height
             if HOLE:
-                counts &= (x < _number(row, 6)) | (x >= _number(row, 8)) | (y < _number(row, 7)) | (y >= _number(row, 9))
+                counts &= (
+                    (x < _number(row, 6))
+                    | (x >= _number(row, 8))
+                    | (y < _number(row, 7))
+                    | (y >= _number(row, 9))
+                )
             at = source + (y.to(tl.int64) * stride + x) * 3
             red += tl.load(at, mask=counts, other=0).to(tl.int32)
             green += tl.load(at + 1, mask=counts, other=0).to(tl.int32)
@@ -357,11 +429,20 @@ def _triton(images: Images, plan: Plan) -> list[Tensor]:
     if int(extent.max()) == 0:
         return outs
     launch = _launch_blur if plan.method == "blur" else _launch_cells
-    launch(addresses(sources), addresses(outs), torch.cat([size, plan.boxes, region], 1), extent, plan, sources[0].device)
+    launch(
+        addresses(sources),
+        addresses(outs),
+        torch.cat([size, plan.boxes, region], 1),
+        extent,
+        plan,
+        sources[0].device,
+    )
     return outs
 
 
-def _launch_blur(source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device) -> None:
+def _launch_blur(
+    source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device
+) -> None:
     keys = list(zip(plan.sigma, plan.radius))
     parts = {key: cosines.taps(*key).float() for key in keys}
     begin = dict(zip(parts, _starts(torch.tensor([len(part) for part in parts.values()])).tolist()))
@@ -370,22 +451,40 @@ def _launch_blur(source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, 
     scratch = torch.empty(int(values.sum()), dtype=torch.float16, device=device)
     scratch_at = scratch.data_ptr() + 2 * _starts(values)
     taps_at = taps.data_ptr() + 4 * torch.tensor([begin[key] for key in keys])
-    columns = [source, out, scratch_at, taps_at, *geometry.unbind(1), torch.tensor(plan.radius), torch.ones_like(source)]
+    columns = [
+        source,
+        out,
+        scratch_at,
+        taps_at,
+        *geometry.unbind(1),
+        torch.tensor(plan.radius),
+        torch.ones_like(source),
+    ]
     table = torch.stack(columns, 1).to(device, non_blocking=True)
     tiles = (extent + TILE - 1) // TILE
     _across_kernel[(int(tiles.prod(1).max()), len(table))](table, COLUMNS, TILE, STRETCH)
     tiles = (extent * torch.tensor([3, 1]) + TILE - 1) // TILE
-    _down_kernel[(int(tiles.prod(1).max()), len(table))](table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside)
+    _down_kernel[(int(tiles.prod(1).max()), len(table))](
+        table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside
+    )
 
 
-def _launch_cells(source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device) -> None:
+def _launch_cells(
+    source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device
+) -> None:
     whole = extent.max(1).values.clamp(min=1)  # one cell, or the rounded root of 12 sigma a side
-    cell = whole if plan.method == "mean" else torch.tensor([plan.cell(n) for n in range(len(whole))])
+    cell = (
+        whole if plan.method == "mean" else torch.tensor([plan.cell(n) for n in range(len(whole))])
+    )
     none = torch.zeros_like(source)
-    table = torch.stack([source, out, none, none, *geometry.unbind(1), none, cell], 1).to(device, non_blocking=True)
+    table = torch.stack([source, out, none, none, *geometry.unbind(1), none, cell], 1).to(
+        device, non_blocking=True
+    )
     tiles = (extent + cell[:, None] - 1) // cell[:, None]
     hole = plan.outside and plan.method == "mean"
-    _cells_kernel[(int(tiles.prod(1).max()), len(table))](table, plan.feather, COLUMNS, PIXELS, hole, plan.outside)
+    _cells_kernel[(int(tiles.prod(1).max()), len(table))](
+        table, plan.feather, COLUMNS, PIXELS, hole, plan.outside
+    )
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -52,9 +52,27 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
     qkv, turn = qkv.contiguous(), _contiguous(turn)
     q, k = (qkv.new_empty(rows, count, 2 * half) for count in (queries, keys))
     if chosen == "native":
-        native().heads(sizes, _places(turn[:4]), turn.eps, *_places([qkv, q, k]), qkv.dtype == torch.bfloat16, threads_for(qkv.numel()))
+        native().heads(
+            sizes,
+            _places(turn[:4]),
+            turn.eps,
+            *_places([qkv, q, k]),
+            qkv.dtype == torch.bfloat16,
+            threads_for(qkv.numel()),
+        )
     elif qkv.numel() and not qkv.is_meta:
-        _kernel[_grid(sizes)](qkv, q, k, *turn[:4], turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
+        _kernel[_grid(sizes)](
+            qkv,
+            q,
+            k,
+            *turn[:4],
+            turn.eps,
+            queries,
+            keys,
+            HALF=half,
+            LANES=triton.next_power_of_2(half),
+            HEADS=HEADS,
+        )
     return Parts(q, k, qkv.view(rows, queries + 2 * keys, 2 * half)[:, queries + keys :])
 
 
@@ -68,9 +86,27 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
     qkv, turn, grads = qkv.contiguous(), _contiguous(turn), [grad.contiguous() for grad in grads]
     dqkv = torch.empty_like(qkv)
     if chosen == "native":
-        native().heads_backward(sizes, _places(turn[:4]), turn.eps, *_places([qkv, *grads, dqkv]), qkv.dtype == torch.bfloat16, threads_for(qkv.numel()))
+        native().heads_backward(
+            sizes,
+            _places(turn[:4]),
+            turn.eps,
+            *_places([qkv, *grads, dqkv]),
+            qkv.dtype == torch.bfloat16,
+            threads_for(qkv.numel()),
+        )
     elif qkv.numel() and not qkv.is_meta:
-        _backward_kernel[_grid(sizes)](qkv, *grads, *turn[:4], dqkv, turn.eps, queries, keys, HALF=half, LANES=triton.next_power_of_2(half), HEADS=HEADS)
+        _backward_kernel[_grid(sizes)](
+            qkv,
+            *grads,
+            *turn[:4],
+            dqkv,
+            turn.eps,
+            queries,
+            keys,
+            HALF=half,
+            LANES=triton.next_power_of_2(half),
+            HEADS=HEADS,
+        )
     return dqkv
 
 
@@ -82,7 +118,11 @@ def plain(qkv: Tensor, turn: Turn, queries: int) -> Parts:
     unit = qk * (qk.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     low, high = (unit * _weights(turn, queries, keys)).chunk(2, -1)
     cos, sin = turn.cos[:, None], turn.sin[:, None]
-    q, k = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(qkv.dtype).split([queries, keys], 1)
+    q, k = (
+        torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+        .to(qkv.dtype)
+        .split([queries, keys], 1)
+    )
     return Parts(q, k, v)
 
 
@@ -91,7 +131,9 @@ def plain_backward(qkv: Tensor, turn: Turn, grads: Parts) -> Tensor:
     queries, keys = grads.q.shape[1], grads.k.shape[1]
     low, high = _wide(torch.cat(grads[:2], 1)).chunk(2, -1)
     cos, sin = turn.cos[:, None], turn.sin[:, None]
-    g = torch.cat([low * cos + high * sin, high * cos - low * sin], -1) * _weights(turn, queries, keys)
+    g = torch.cat([low * cos + high * sin, high * cos - low * sin], -1) * _weights(
+        turn, queries, keys
+    )
     x = _wide(qkv).view(len(qkv), queries + 2 * keys, g.shape[-1])[:, : queries + keys]
     inverse = (x.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     dx = inverse * (g - x * inverse.square() * (g * x).mean(-1, keepdim=True))
@@ -113,7 +155,12 @@ def _load(qkv, row, head, total, HALF: tl.constexpr, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     place = (row * total + head)[:, None] * (2 * HALF) + lane[None]
     mask = (head < total)[:, None] & (lane < HALF)[None]
-    return tl.load(qkv + place, mask=mask, other=0.0).to(tl.float32), tl.load(qkv + place + HALF, mask=mask, other=0.0).to(tl.float32), place, mask
+    return (
+        tl.load(qkv + place, mask=mask, other=0.0).to(tl.float32),
+        tl.load(qkv + place + HALF, mask=mask, other=0.0).to(tl.float32),
+        place,
+        mask,
+    )
 
 
 @jit
@@ -121,8 +168,16 @@ def _turn_of(q_weight, k_weight, cos, sin, row, is_query, HALF: tl.constexpr, LA
     """Weights of both halves per head, cos and sin."""
     lane = tl.arange(0, LANES)
     there = lane < HALF
-    low = tl.where(is_query[:, None], tl.load(q_weight + lane, mask=there, other=0.0)[None], tl.load(k_weight + lane, mask=there, other=0.0)[None])
-    high = tl.where(is_query[:, None], tl.load(q_weight + HALF + lane, mask=there, other=0.0)[None], tl.load(k_weight + HALF + lane, mask=there, other=0.0)[None])
+    low = tl.where(
+        is_query[:, None],
+        tl.load(q_weight + lane, mask=there, other=0.0)[None],
+        tl.load(k_weight + lane, mask=there, other=0.0)[None],
+    )
+    high = tl.where(
+        is_query[:, None],
+        tl.load(q_weight + HALF + lane, mask=there, other=0.0)[None],
+        tl.load(k_weight + HALF + lane, mask=there, other=0.0)[None],
+    )
     c = tl.load(cos + row * HALF + lane, mask=there, other=0.0)[None]
     s = tl.load(sin + row * HALF + lane, mask=there, other=0.0)[None]
     return low.to(tl.float32), high.to(tl.float32), c, s
@@ -138,7 +193,21 @@ def _part_places(row, head, queries, keys, lane, HALF: tl.constexpr):
 
 
 @jit
-def _kernel(qkv, q, k, q_weight, k_weight, cos, sin, eps, queries, keys, HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr):
+def _kernel(
+    qkv,
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    eps,
+    queries,
+    keys,
+    HALF: tl.constexpr,
+    LANES: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Grid (n, blocks of HEADS heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     low, high, _, mask = _load(qkv, row, head, queries + 2 * keys, HALF, LANES)
@@ -156,23 +225,54 @@ def _kernel(qkv, q, k, q_weight, k_weight, cos, sin, eps, queries, keys, HALF: t
 
 
 @jit
-def _backward_kernel(qkv, dq, dk, dv, q_weight, k_weight, cos, sin, dqkv, eps, queries, keys, HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr):
+def _backward_kernel(
+    qkv,
+    dq,
+    dk,
+    dv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    dqkv,
+    eps,
+    queries,
+    keys,
+    HALF: tl.constexpr,
+    LANES: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Grid (n, blocks of HEADS heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     low, high, place, mask = _load(qkv, row, head, queries + 2 * keys, HALF, LANES)
     w_low, w_high, c, s = _turn_of(q_weight, k_weight, cos, sin, row, head < queries, HALF, LANES)
     of_q, of_k, of_v = _part_places(row, head, queries, keys, tl.arange(0, LANES), HALF)
     is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
-    g_low = tl.load(dq + of_q, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(dk + of_k, mask=mask & ~is_q & ~is_v, other=0.0).to(tl.float32)
-    g_high = tl.load(dq + of_q + HALF, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(dk + of_k + HALF, mask=mask & ~is_q & ~is_v, other=0.0).to(tl.float32)
+    g_low = tl.load(dq + of_q, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(
+        dk + of_k, mask=mask & ~is_q & ~is_v, other=0.0
+    ).to(tl.float32)
+    g_high = tl.load(dq + of_q + HALF, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(
+        dk + of_k + HALF, mask=mask & ~is_q & ~is_v, other=0.0
+    ).to(tl.float32)
     u_low, u_high = (g_low * c + g_high * s) * w_low, (g_high * c - g_low * s) * w_high
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
-    share = (tl.sum(u_low * low, 1) + tl.sum(u_high * high, 1))[:, None] * inverse * inverse / (2 * HALF)
+    share = (
+        (tl.sum(u_low * low, 1) + tl.sum(u_high * high, 1))[:, None]
+        * inverse
+        * inverse
+        / (2 * HALF)
+    )
     of_v_low = tl.load(dv + of_v, mask=mask & is_v, other=0.0).to(tl.float32)
     of_v_high = tl.load(dv + of_v + HALF, mask=mask & is_v, other=0.0).to(tl.float32)
     kind = dqkv.dtype.element_ty
-    tl.store(dqkv + place, tl.where(is_v, of_v_low, (u_low - low * share) * inverse).to(kind), mask=mask)
-    tl.store(dqkv + place + HALF, tl.where(is_v, of_v_high, (u_high - high * share) * inverse).to(kind), mask=mask)
+    tl.store(
+        dqkv + place, tl.where(is_v, of_v_low, (u_low - low * share) * inverse).to(kind), mask=mask
+    )
+    tl.store(
+        dqkv + place + HALF,
+        tl.where(is_v, of_v_high, (u_high - high * share) * inverse).to(kind),
+        mask=mask,
+    )
 
 
 def _grid(sizes: list[int]) -> tuple[int, int]:
@@ -196,8 +296,15 @@ def _sizes(qkv: Tensor, turn: Turn, queries: int) -> list[int]:
     """n, H, KV and D / 2."""
     half = turn.cos.shape[-1]
     keys, rest = divmod(qkv.shape[-1] - queries * 2 * half, 4 * half) if half else (0, 1)
-    tables = turn.cos.shape == turn.sin.shape == (len(qkv), half) and turn.q_weight.shape == turn.k_weight.shape == (2 * half,)
+    tables = turn.cos.shape == turn.sin.shape == (
+        len(qkv),
+        half,
+    ) and turn.q_weight.shape == turn.k_weight.shape == (2 * half,)
     if qkv.dim() != 2 or rest or keys < 1 or not tables:
-        shapes = ", ".join(f"{name} {tuple(table.shape)}" for name, table in zip(Turn._fields, turn[:4]))
-        raise ValueError(f"heads: qkv {tuple(qkv.shape)} with {queries} query heads, {shapes} do not fit")
+        shapes = ", ".join(
+            f"{name} {tuple(table.shape)}" for name, table in zip(Turn._fields, turn[:4])
+        )
+        raise ValueError(
+            f"heads: qkv {tuple(qkv.shape)} with {queries} query heads, {shapes} do not fit"
+        )
     return [len(qkv), queries, keys, half]

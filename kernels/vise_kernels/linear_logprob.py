@@ -30,12 +30,21 @@ from vise_kernels.dispatch import choose, jit, tl, triton
 
 CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32
 BLOCK_ROWS = 2048  # hidden rows per walk over the head (policy and reference together): enough to keep a product compute-bound
-MAX_CHUNK = 2**15  # ids per chunk at most: few rows must not make one program walk the whole vocabulary
+MAX_CHUNK = (
+    2**15
+)  # ids per chunk at most: few rows must not make one program walk the whole vocabulary
 FLOOR = -1e30  # the running maximum before the first id: finite, so that differences never are nan
 BLOCK = 2048  # elements per step of a Triton program
 
+
 def linear_logprob(
-    hidden: Tensor, head: Tensor, ids: Tensor, *, banned: Tensor | None = None, chunk: int | None = None, path: str | None = None
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    *,
+    banned: Tensor | None = None,
+    chunk: int | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Log-prob (N,) of `ids` (N,) int64 under softmax(`hidden` (N,H) `head` (V,H)^T), in nat; differentiable in hidden only.
 
@@ -45,7 +54,9 @@ def linear_logprob(
     """
     _check("linear_logprob", hidden, head, ids, banned)
     path = _path("linear_logprob", hidden, path)
-    return _LinearLogprob.apply(hidden, None, head, ids, banned, chunk, path, _wants_gradient(hidden))[0]
+    return _LinearLogprob.apply(
+        hidden, None, head, ids, banned, chunk, path, _wants_gradient(hidden)
+    )[0]
 
 
 def linear_logprob_kl(
@@ -65,13 +76,21 @@ def linear_logprob_kl(
     """
     _check("linear_logprob_kl", hidden, head, ids, banned)
     if reference_hidden.shape != hidden.shape or reference_hidden.dtype != hidden.dtype:
-        raise ValueError(f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden {_describe(hidden)}")
+        raise ValueError(
+            f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden {_describe(hidden)}"
+        )
     path = _path("linear_logprob_kl", hidden, path)
-    return _LinearLogprob.apply(hidden, reference_hidden, head, ids, banned, chunk, path, _wants_gradient(hidden))
+    return _LinearLogprob.apply(
+        hidden, reference_hidden, head, ids, banned, chunk, path, _wants_gradient(hidden)
+    )
 
 
 def full_softmax(
-    hidden: Tensor, reference_hidden: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None = None
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    banned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_logprob_kl` by its definition, with (N,V) tensors: the truth of the tests and the baseline of the bench."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -123,9 +142,13 @@ class _LinearLogprob(torch.autograd.Function):
         slopes = hidden.new_empty((kinds, *hidden.shape)) if wants_gradient else None
         results = hidden.new_empty((3, len(hidden)), dtype=_wide(hidden.dtype))
         for block in _blocks(len(hidden), BLOCK_ROWS // kinds):
-            rows = hidden[block] if reference is None else torch.cat([hidden[block], reference[block]])
+            rows = (
+                hidden[block] if reference is None else torch.cat([hidden[block], reference[block]])
+            )
             slope = None if slopes is None else slopes[:, block]
-            results[:, block] = _walk(rows.view(kinds, -1, rows.shape[1]), head, ids[block], banned, chunk, path, slope)
+            results[:, block] = _walk(
+                rows.view(kinds, -1, rows.shape[1]), head, ids[block], banned, chunk, path, slope
+            )
         if slopes is not None:
             ctx.save_for_backward(slopes)
         logprob, reference_logprob, kl = (result.clone() for result in results)
@@ -137,7 +160,9 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob, _grad_reference, grad_kl):
         (slopes,) = ctx.saved_tensors
         gradient = torch.empty_like(slopes[0])
-        for block in _blocks(len(gradient), BLOCK_ROWS):  # in blocks: the float32 products stay small
+        for block in _blocks(
+            len(gradient), BLOCK_ROWS
+        ):  # in blocks: the float32 products stay small
             rows = grad_logprob[block, None] * slopes[0, block]
             if len(slopes) == 2:
                 rows += grad_kl[block, None] * slopes[1, block]
@@ -146,12 +171,20 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _walk(
-    states: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, chunk: int | None, path: str, slope: Tensor | None
+    states: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    banned: Tensor | None,
+    chunk: int | None,
+    path: str,
+    slope: Tensor | None,
 ) -> Tensor:
     """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope` (K,R,H) unless it is None."""
     kinds, rows, width = states.shape
     sums = Sums.start(kinds, rows, states)
-    merge, finish = (_merge_triton, _finish_triton) if path == "triton" else (merge_plain, _finish_plain)
+    merge, finish = (
+        (_merge_triton, _finish_triton) if path == "triton" else (merge_plain, _finish_plain)
+    )
     states = states if path == "triton" else states.to(sums.top.dtype)
     size = _chunk_size(chunk or CHUNK_LOGITS // (kinds * kinds * rows), len(head))
     logits = sums.top.new_empty(kinds * rows * size)
@@ -172,7 +205,12 @@ def _walk(
 
 
 def merge_plain(
-    logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None
+    logits: Tensor,
+    ids: Tensor,
+    banned: Tensor | None,
+    sums: Sums,
+    weights: Tensor | None,
+    averages: Tensor | None,
 ) -> None:
     """Add a chunk of `logits` (K,R,C) to `sums`; `ids` (R,) count from the chunk's first id.
 
@@ -198,7 +236,9 @@ def merge_plain(
         averages.mul_(factor[0][:, None])
 
 
-def _finish_plain(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor) -> None:
+def _finish_plain(
+    sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor
+) -> None:
     """`slope` (K,R,H), dlogprob/dh and for K = 2 dKL/dh, from the unnormalised averages (K,R,H)."""
     averages = averages / sums.total[0][:, None]
     own = head[ids].to(averages.dtype)
@@ -218,21 +258,38 @@ def _kept(banned, column, inside):
 
 @jit
 def _merge_kernel(
-    logits, weights, ids, banned, top, total, target, drift, factor, width, PAIRED: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    weights,
+    ids,
+    banned,
+    top,
+    total,
+    target,
+    drift,
+    factor,
+    width,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """`merge_plain` of one row of one distribution; grid (R, K), logits and weights (K, R, width); writes the row's `factor`.
 
     `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum are as exact, and most
     rows then never need their averages rescaled after the first chunk.
     """
-    row, kind, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
+    row, kind, rows = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1),
+        tl.num_programs(0).to(tl.int64),
+    )
     lanes = tl.arange(0, BLOCK)
     mine = kind * rows + row
     z_row = logits + mine * width
     highest = -1e30
     for at in range(0, width, BLOCK):
         kept = _kept(banned, at + lanes, at + lanes < width)
-        highest = tl.maximum(highest, tl.max(tl.load(z_row + at + lanes, mask=kept, other=-1e30), 0))
+        highest = tl.maximum(
+            highest, tl.max(tl.load(z_row + at + lanes, mask=kept, other=-1e30), 0)
+        )
     before = tl.load(top + mine)
     now = tl.where(highest > before + 4, highest, before)
     share_sum, moved_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -243,12 +300,22 @@ def _merge_kernel(
         share_sum += share
         if kind == 0:
             if weights is not None:
-                tl.store(weights + row * width + at + lanes, share.to(weights.dtype.element_ty), mask=inside)
+                tl.store(
+                    weights + row * width + at + lanes,
+                    share.to(weights.dtype.element_ty),
+                    mask=inside,
+                )
             if PAIRED:
-                moved = share * (z - tl.load(logits + (rows + row) * width + at + lanes, mask=inside, other=0.0))
+                moved = share * (
+                    z - tl.load(logits + (rows + row) * width + at + lanes, mask=inside, other=0.0)
+                )
                 moved_sum += moved
                 if weights is not None:
-                    tl.store(weights + (rows + row) * width + at + lanes, moved.to(weights.dtype.element_ty), mask=inside)
+                    tl.store(
+                        weights + (rows + row) * width + at + lanes,
+                        moved.to(weights.dtype.element_ty),
+                        mask=inside,
+                    )
     scale = tl.exp(before - now)
     tl.store(top + mine, now)
     tl.store(total + mine, tl.load(total + mine) * scale + tl.sum(share_sum, 0))
@@ -274,38 +341,73 @@ def _rescale_kernel(averages, factor, rows, width, BLOCK: tl.constexpr):
 
 @jit
 def _finish_kernel(
-    averages, total, drift, head, ids, banned, slope, plane, vocabulary, width, head_stride, head_step,
-    PAIRED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    averages,
+    total,
+    drift,
+    head,
+    ids,
+    banned,
+    slope,
+    plane,
+    vocabulary,
+    width,
+    head_stride,
+    head_step,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between the slopes of a row."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     id = tl.load(ids + row)
     known = tl.where(_kept(banned, id, (id >= 0) & (id < vocabulary)), width, 0)
-    own = tl.load(head + id * head_stride + column * head_step, mask=column < known, other=0.0).to(tl.float32)
+    own = tl.load(head + id * head_stride + column * head_step, mask=column < known, other=0.0).to(
+        tl.float32
+    )
     norm = tl.load(total + row)
     average = tl.load(averages + row * width + column, mask=inside, other=0.0) / norm
     tl.store(slope + row * width + column, (own - average).to(slope.dtype.element_ty), mask=inside)
     if PAIRED:
         moved = tl.load(averages + (rows + row) * width + column, mask=inside, other=0.0) / norm
         moved -= tl.load(drift + row) / norm * average
-        tl.store(slope + plane + row * width + column, moved.to(slope.dtype.element_ty), mask=inside)
+        tl.store(
+            slope + plane + row * width + column, moved.to(slope.dtype.element_ty), mask=inside
+        )
 
 
 def _merge_triton(
-    logits: Tensor, ids: Tensor, banned: Tensor | None, sums: Sums, weights: Tensor | None, averages: Tensor | None
+    logits: Tensor,
+    ids: Tensor,
+    banned: Tensor | None,
+    sums: Sums,
+    weights: Tensor | None,
+    averages: Tensor | None,
 ) -> None:
     kinds, rows, width = logits.shape
     factor = torch.empty_like(sums.drift)
     state = sums.top, sums.total, sums.target, sums.drift, factor
-    _merge_kernel[(rows, kinds)](logits, weights, ids, _bytes(banned), *state, width, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
+    _merge_kernel[(rows, kinds)](
+        logits,
+        weights,
+        ids,
+        _bytes(banned),
+        *state,
+        width,
+        PAIRED=kinds == 2,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
     if averages is not None:
         width = averages.shape[2]
-        _rescale_kernel[(kinds * rows, triton.cdiv(width, BLOCK))](averages, factor, rows, width, BLOCK=BLOCK, num_warps=8)
+        _rescale_kernel[(kinds * rows, triton.cdiv(width, BLOCK))](
+            averages, factor, rows, width, BLOCK=BLOCK, num_warps=8
+        )
 
 
-def _finish_triton(sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor) -> None:
+def _finish_triton(
+    sums: Sums, averages: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None, slope: Tensor
+) -> None:
     kinds, rows, width = averages.shape
     grid = (rows, triton.cdiv(width, BLOCK))
     tensors = averages, sums.total, sums.drift, head, ids, _bytes(banned), slope
@@ -322,7 +424,9 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
     if left.dtype != out.dtype and left.device.type != "cuda":
         left, right = left.to(out.dtype), right.to(out.dtype)
     if left.dtype != out.dtype:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out) if add else torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out) if add else torch.mm(
+            left, right, out_dtype=out.dtype, out=out
+        )
     elif add:
         out.addmm_(left, right)
     else:
@@ -362,12 +466,18 @@ def _describe(tensor: Tensor) -> str:
 
 def _check(op: str, hidden: Tensor, head: Tensor, ids: Tensor, banned: Tensor | None) -> None:
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"{op}: hidden (N,H) and head (V,H) do not fit: {_describe(hidden)}, {_describe(head)}")
+        raise ValueError(
+            f"{op}: hidden (N,H) and head (V,H) do not fit: {_describe(hidden)}, {_describe(head)}"
+        )
     if not hidden.is_floating_point() or hidden.dtype != head.dtype:
-        raise ValueError(f"{op}: hidden and head must share one float dtype, got {hidden.dtype} and {head.dtype}")
+        raise ValueError(
+            f"{op}: hidden and head must share one float dtype, got {hidden.dtype} and {head.dtype}"
+        )
     if ids.shape != hidden.shape[:1] or ids.dtype != torch.int64:
         raise ValueError(f"{op}: ids must be int64 ({len(hidden)},), got {_describe(ids)}")
     if banned is not None and (banned.shape != head.shape[:1] or banned.dtype != torch.bool):
         raise ValueError(f"{op}: banned must be bool ({len(head)},), got {_describe(banned)}")
     if torch.is_grad_enabled() and head.requires_grad:
-        raise ValueError(f"{op}: the head must be frozen (requires_grad=False): this op gives it no gradient")
+        raise ValueError(
+            f"{op}: the head must be frozen (requires_grad=False): this op gives it no gradient"
+        )

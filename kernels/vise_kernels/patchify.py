@@ -43,17 +43,23 @@ def patchify(
     """
     images = checked("patchify", images)
     if not images or dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and {dtype}")
+        raise ValueError(
+            f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and {dtype}"
+        )
     side = patch * merge
     for image in images:
         if image.shape[0] % side or image.shape[1] % side:
-            raise ValueError(f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x merge {merge})")
+            raise ValueError(
+                f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x merge {merge})"
+            )
     taps = 1 if single_tap else temporal
     inverses = None if matrices_px is None else inverted("patchify", images, matrices_px, fill)
     grid = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
     path = choose("patchify", images[0].device, path).path
     run = {"plain": plain, "native": _native, "triton": _triton}[path]
-    return run(images, Layout(patch, merge, taps), Values(tuple(mean), tuple(std), dtype), inverses, fill), grid
+    return run(
+        images, Layout(patch, merge, taps), Values(tuple(mean), tuple(std), dtype), inverses, fill
+    ), grid
 
 
 @dataclass(frozen=True)
@@ -85,31 +91,49 @@ def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)
 
 
-def plain(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+def plain(
+    images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int
+) -> Tensor:
     """A view of each image, warped where it is to be, in nine axes, permuted."""
     images = images if inverses is None else warp_plain(images, inverses, fill)
-    return torch.cat([_patchify_one(normalise(image, values.mean, values.std).to(values.dtype), layout) for image in images])
+    return torch.cat(
+        [
+            _patchify_one(normalise(image, values.mean, values.std).to(values.dtype), layout)
+            for image in images
+        ]
+    )
 
 
 def _patchify_one(values: Tensor, layout: Layout) -> Tensor:
     patch, merge = layout.patch, layout.merge
     rows, columns = (size // (patch * merge) for size in values.shape[:2])
     squares = values.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
-    return squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, layout.taps, -1, -1).reshape(-1, layout.row)
+    return (
+        squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, layout.taps, -1, -1).reshape(-1, layout.row)
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _levels(values: Values, device: torch.device) -> Tensor:
     """(3,256): the value of every grey level of every channel, so that the fast paths look up instead of computing."""
     every = torch.arange(256)[:, None].expand(-1, 3)
-    return normalise(every, values.mean, values.std).to(values.dtype).T.contiguous().to(device, non_blocking=True)
+    return (
+        normalise(every, values.mean, values.std)
+        .to(values.dtype)
+        .T.contiguous()
+        .to(device, non_blocking=True)
+    )
 
 
-def _native(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+def _native(
+    images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int
+) -> Tensor:
     out = _allocate(images, layout, values)
     inverses = None if inverses is None else inverses.contiguous()
     table, threads = _levels(values, out.device), torch.get_num_threads()
-    native().patchify(images, out, table, layout.patch, layout.merge, layout.taps, threads, inverses, float(fill))
+    native().patchify(
+        images, out, table, layout.patch, layout.merge, layout.taps, threads, inverses, float(fill)
+    )
     return out
 
 
@@ -118,16 +142,31 @@ def _allocate(images: Images, layout: Layout, values: Values) -> Tensor:
     return torch.empty(tokens, layout.row, dtype=values.dtype, device=images[0].device)
 
 
-COLUMNS = 4  # of the table: address of the image, first row of the output, width in patches, patches
+COLUMNS = (
+    4  # of the table: address of the image, first row of the output, width in patches, patches
+)
 VALUES = 1024  # per program
 PIXELS = 512  # per program, warped
 
 
 @jit
-def _patchify_kernel(table, levels, out, COLUMNS: tl.constexpr, VALUES: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr, TAPS: tl.constexpr):
+def _patchify_kernel(
+    table,
+    levels,
+    out,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PATCH: tl.constexpr,
+    MERGE: tl.constexpr,
+    TAPS: tl.constexpr,
+):
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    begin, columns, patches = tl.load(row + 1), tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    begin, columns, patches = (
+        tl.load(row + 1),
+        tl.load(row + 2).to(tl.int32),
+        tl.load(row + 3).to(tl.int32),
+    )
     plane: tl.constexpr = PATCH * PATCH
     p = tl.program_id(0) * VALUES + tl.arange(0, VALUES)  # counts patches, channels, y, x
     inside = p < patches * 3 * plane
@@ -136,7 +175,9 @@ def _patchify_kernel(table, levels, out, COLUMNS: tl.constexpr, VALUES: tl.const
     squares = columns // MERGE
     line = (square // squares * MERGE + member // MERGE) * PATCH + y
     column = (square % squares * MERGE + member % MERGE) * PATCH + x
-    level = tl.load(source + (line.to(tl.int64) * columns * PATCH + column) * 3 + channel, mask=inside, other=0)
+    level = tl.load(
+        source + (line.to(tl.int64) * columns * PATCH + column) * 3 + channel, mask=inside, other=0
+    )
     value = tl.load(levels + channel * 256 + level, mask=inside)
     to = out + ((begin + token) * 3 + channel) * TAPS * plane + y * PATCH + x
     for tap in tl.static_range(TAPS):
@@ -145,12 +186,25 @@ def _patchify_kernel(table, levels, out, COLUMNS: tl.constexpr, VALUES: tl.const
 
 @jit
 def _warped_kernel(
-    table, levels, out, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr, TAPS: tl.constexpr
-):  # fmt: skip
+    table,
+    levels,
+    out,
+    inverses,
+    fill,
+    COLUMNS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    MERGE: tl.constexpr,
+    TAPS: tl.constexpr,
+):
     """The same through a warp: a program's pixels in the order of the output, so that the three channels share their coordinates."""
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    begin, columns, patches = tl.load(row + 1), tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    begin, columns, patches = (
+        tl.load(row + 1),
+        tl.load(row + 2).to(tl.int32),
+        tl.load(row + 3).to(tl.int32),
+    )
     plane: tl.constexpr = PATCH * PATCH
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)  # counts patches, y, x
     inside = p < patches * plane
@@ -160,7 +214,9 @@ def _warped_kernel(
     line = (square // squares * MERGE + member // MERGE) * PATCH + y
     column = (square % squares * MERGE + member % MERGE) * PATCH + x
     width, height = columns * PATCH, patches // columns * PATCH
-    red, green, blue = sampled(source, inverses + tl.program_id(1) * 9, column + 0.5, line + 0.5, width, height, fill)
+    red, green, blue = sampled(
+        source, inverses + tl.program_id(1) * 9, column + 0.5, line + 0.5, width, height, fill
+    )
     to = out + (begin + token) * (3 * TAPS * plane) + p % plane
     for channel in tl.static_range(3):
         level = red if channel == 0 else green if channel == 1 else blue
@@ -169,17 +225,25 @@ def _warped_kernel(
             tl.store(to + (channel * TAPS + tap) * plane, value, mask=inside)
 
 
-def _triton(images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int) -> Tensor:
+def _triton(
+    images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int
+) -> Tensor:
     out, patch = _allocate(images, layout, values), layout.patch
     device = out.device
     width = torch.tensor([image.shape[1] // patch for image in images])
     patches = torch.tensor([image.shape[0] * image.shape[1] // patch**2 for image in images])
-    table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(device, non_blocking=True)
+    table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(
+        device, non_blocking=True
+    )
     levels, most = _levels(values, device), int(patches.max()) * patch**2
     if inverses is None:
-        _patchify_kernel[(triton.cdiv(3 * most, VALUES), len(images))](table, levels, out, COLUMNS, VALUES, patch, layout.merge, layout.taps)
+        _patchify_kernel[(triton.cdiv(3 * most, VALUES), len(images))](
+            table, levels, out, COLUMNS, VALUES, patch, layout.merge, layout.taps
+        )
         return out
     inverses = inverses.float().contiguous().to(device, non_blocking=True)
     grid = (triton.cdiv(most, PIXELS), len(images))
-    _warped_kernel[grid](table, levels, out, inverses, float(fill), COLUMNS, PIXELS, patch, layout.merge, layout.taps)
+    _warped_kernel[grid](
+        table, levels, out, inverses, float(fill), COLUMNS, PIXELS, patch, layout.merge, layout.taps
+    )
     return out

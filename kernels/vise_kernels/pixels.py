@@ -14,8 +14,15 @@ Images = Sequence[Tensor]
 def checked(op: str, images: Images) -> list[Tensor]:
     """The images, contiguous. ValueError: not uint8 (H,W,3), no pixels, or on different devices."""
     for image in images:
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
-            raise ValueError(f"{op}: an image must be uint8 (H,W,3), got {image.dtype} {tuple(image.shape)}")
+        if (
+            image.dtype != torch.uint8
+            or image.dim() != 3
+            or image.shape[2] != 3
+            or image.numel() == 0
+        ):
+            raise ValueError(
+                f"{op}: an image must be uint8 (H,W,3), got {image.dtype} {tuple(image.shape)}"
+            )
         if image.device != images[0].device:
             raise ValueError(f"{op}: images on {image.device} and on {images[0].device}")
     return [image.contiguous() for image in images]
@@ -24,7 +31,9 @@ def checked(op: str, images: Images) -> list[Tensor]:
 def on_host(op: str, name: str, values: Tensor) -> Tensor:
     """`values`, refused where reading them would make the host wait for a GPU: geometry belongs on the CPU."""
     if values.device.type != "cpu":
-        raise ValueError(f"{op}: {name} must be a CPU tensor; reading it from {values.device} would stall the host")
+        raise ValueError(
+            f"{op}: {name} must be a CPU tensor; reading it from {values.device} would stall the host"
+        )
     return values
 
 
@@ -51,7 +60,10 @@ def addresses(tensors: Images) -> Tensor:
 def copies(images: Images) -> list[Tensor]:
     """Each image again, side by side in one new allocation, by one copy."""
     flat = torch.cat([image.view(-1) for image in images])
-    return [part.view_as(image) for part, image in zip(flat.split([image.numel() for image in images]), images)]
+    return [
+        part.view_as(image)
+        for part, image in zip(flat.split([image.numel() for image in images]), images)
+    ]
 
 
 def packed(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:

@@ -19,7 +19,9 @@ from vise_kernels.dispatch import choose, jit, native, tl, triton
 from vise_kernels.pixels import Images, addresses, checked, packed
 
 
-def resize(images: Images, sizes: Sequence[tuple[int, int]], *, path: str | None = None) -> list[Tensor]:
+def resize(
+    images: Images, sizes: Sequence[tuple[int, int]], *, path: str | None = None
+) -> list[Tensor]:
     """N uint8 (H,W,3) images at sizes [(height, width)], within one grey level of Pillow's BICUBIC.
 
     path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot run.
@@ -50,9 +52,13 @@ def taps(size: int, out: int) -> tuple[Tensor, Tensor]:
     count = int((high - low).max())
     first = np.minimum(low, size - count)  # so that every row reads `count` samples that exist
     at = first[:, None] + np.arange(count)
-    weights = _cubic((at + 0.5 - centre[:, None]) / stretch) * ((at >= low[:, None]) & (at < high[:, None]))
+    weights = _cubic((at + 0.5 - centre[:, None]) / stretch) * (
+        (at >= low[:, None]) & (at < high[:, None])
+    )
     weights *= 1 / weights.sum(1, keepdims=True)
-    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22  # Pillow's whole numbers; exact in float32
+    weights = (
+        np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22
+    )  # Pillow's whole numbers; exact in float32
     return torch.from_numpy(first), torch.from_numpy(weights.astype(np.float32))
 
 
@@ -110,7 +116,11 @@ def _axis_kernel(table, COLUMNS: tl.constexpr, VALUES: tl.constexpr):
     out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
     first = tl.load(row + 2).to(tl.pointer_type(tl.int64))
     weights = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    outer, samples, inner = tl.load(row + 4), tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32)
+    outer, samples, inner = (
+        tl.load(row + 4),
+        tl.load(row + 5).to(tl.int32),
+        tl.load(row + 6).to(tl.int32),
+    )
     outputs, taps = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
     p = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = p < outer * outputs * inner
@@ -119,7 +129,9 @@ def _axis_kernel(table, COLUMNS: tl.constexpr, VALUES: tl.constexpr):
     total = tl.zeros((VALUES,), tl.float32)
     for t in range(taps):
         weight = tl.load(weights + i * taps + t, mask=inside, other=0)
-        level = tl.load(source + (line * samples + begin + t) * inner + column, mask=inside, other=0)
+        level = tl.load(
+            source + (line * samples + begin + t) * inner + column, mask=inside, other=0
+        )
         total += weight * level.to(tl.float32)
     level = tl.floor(tl.minimum(tl.maximum(total, 0.0), 255.0) + 0.5)
     tl.store(out + p, level.to(tl.uint8), mask=inside)
@@ -128,7 +140,10 @@ def _axis_kernel(table, COLUMNS: tl.constexpr, VALUES: tl.constexpr):
 def _triton(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     device = images[0].device
     orders = [down_first(image.shape[:2], size) for image, size in zip(images, sizes)]
-    between = [(size[0], image.shape[1]) if down else (image.shape[0], size[1]) for image, size, down in zip(images, sizes, orders)]
+    between = [
+        (size[0], image.shape[1]) if down else (image.shape[0], size[1])
+        for image, size, down in zip(images, sizes, orders)
+    ]
     halfway, outs = packed(between, device), packed(sizes, device)
     _launch(images, halfway, orders)
     _launch(halfway, outs, [not down for down in orders])
@@ -149,12 +164,19 @@ def _launch(sources: Images, outs: Images, downs: list[bool]) -> None:
     axes = [_axis(*row) for row in zip(sources, outs, downs)]
     distinct = {id(weights): (first, weights) for first, weights, _ in axes}
     first = torch.cat([first for first, _ in distinct.values()]).to(device, non_blocking=True)
-    weights = torch.cat([weights.view(-1) for _, weights in distinct.values()]).to(device, non_blocking=True)
+    weights = torch.cat([weights.view(-1) for _, weights in distinct.values()]).to(
+        device, non_blocking=True
+    )
     places, outputs_before, weights_before = {}, 0, 0
     for name, (_, part) in distinct.items():
-        places[name] = (first.data_ptr() + 8 * outputs_before, weights.data_ptr() + 4 * weights_before)
+        places[name] = (
+            first.data_ptr() + 8 * outputs_before,
+            weights.data_ptr() + 4 * weights_before,
+        )
         outputs_before, weights_before = outputs_before + len(part), weights_before + part.numel()
     rows = torch.tensor([[*places[id(part)], *shape, *part.shape] for _, part, shape in axes])
-    table = torch.cat([addresses(sources)[:, None], addresses(outs)[:, None], rows], 1).to(device, non_blocking=True)
+    table = torch.cat([addresses(sources)[:, None], addresses(outs)[:, None], rows], 1).to(
+        device, non_blocking=True
+    )
     grid = (triton.cdiv(max(out.numel() for out in outs), VALUES), len(outs))
     _axis_kernel[grid](table, COLUMNS, VALUES)

@@ -24,18 +24,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) 
         return F.rms_norm(x, (width,), weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     z = torch.empty_like(x)
-    native().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, z.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
+    native().rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        rows,
+        width,
+        eps,
+        z.data_ptr(),
+        x.dtype == torch.bfloat16,
+        threads_for(x.numel()),
+    )
     return z
 
 
-def rms_norm_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float, *, path: str | None = None) -> Tensor:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, dz: Tensor, eps: float, *, path: str | None = None
+) -> Tensor:
     """dL/dx (n, in) from dL/dz (n, in)."""
     rows, width = _sizes(x, weight, dz)
     if without_gradients("rms_norm", path, x, weight, dz) == "plain":
         return plain_backward(x, weight, dz, eps)
     x, weight, dz = x.contiguous(), weight.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
-    native().rms_norm_backward(x.data_ptr(), weight.data_ptr(), dz.data_ptr(), rows, width, eps, dx.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
+    native().rms_norm_backward(
+        x.data_ptr(),
+        weight.data_ptr(),
+        dz.data_ptr(),
+        rows,
+        width,
+        eps,
+        dx.data_ptr(),
+        x.dtype == torch.bfloat16,
+        threads_for(x.numel()),
+    )
     return dx
 
 
@@ -49,5 +70,7 @@ def plain_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float) -> Tensor:
 
 def _sizes(x: Tensor, weight: Tensor, dz: Tensor | None = None) -> tuple[int, int]:
     if x.dim() != 2 or weight.shape != x.shape[1:] or (dz is not None and dz.shape != x.shape):
-        raise ValueError(f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit")
+        raise ValueError(
+            f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit"
+        )
     return x.shape

@@ -18,7 +18,9 @@ MASK32 = 0xFFFFFFFF
 MULTIPLIER = 0xD256D193  # Philox2x32's multiplier and key increment, from the paper
 WEYL = 0x9E3779B9
 ROUNDS = 7
-LARGEST_U = 1 - 2.0**-24  # float32 rounds the topmost bits up to 1, whose noise would be minus infinity
+LARGEST_U = (
+    1 - 2.0**-24
+)  # float32 rounds the topmost bits up to 1, whose noise would be minus infinity
 SERIES_BELOW = 0.125  # of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
 BLOCK = 1024  # logits per step of a Triton program
 MAX_SPLITS = 64  # programs that share a row where there are too few rows to fill the device
@@ -44,12 +46,16 @@ def sample(
     _check(logits, banned, seed)
     temperature = _per_row(temperature, seed, torch.float32)
     position = _per_row(position, seed, torch.int64)
-    draw = {"triton": _draw, "native": _draw_native, "plain": plain}[_path(logits.device, logits.dtype, path)]
+    draw = {"triton": _draw, "native": _draw_native, "plain": plain}[
+        _path(logits.device, logits.dtype, path)
+    ]
     return draw(logits.detach(), temperature, banned, seed, position)
 
 
 @torch.no_grad()
-def plain(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def plain(
+    logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     """The formula in PyTorch, with (N,V) temporaries; temperature and position are (N,) here."""
     z = logits.float()
     if banned is not None:
@@ -72,7 +78,9 @@ def uniform_bits(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel float32 from 32 uniform bits; precise in the upper tail, which decides the arg-max."""
     u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=LARGEST_U)
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7)))))))
+    series = u * (
+        1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))))
+    )
     return -torch.where(u < SERIES_BELOW, series, -torch.log(1 - u)).log()
 
 
@@ -86,18 +94,30 @@ def _philox(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _draw_native(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _draw_native(
+    logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     """`plain` in C++: exact noise only for the ids that can win."""
     z = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     z = z.contiguous()
     ids, results = z.new_empty(len(z), dtype=torch.int64), z.new_empty(3, len(z))
     threads = min(torch.get_num_threads(), 1 + z.numel() // LOGITS_PER_THREAD)
-    native().sample(z, temperature.contiguous(), seed.contiguous(), position.contiguous(), ids, *results, threads)
+    native().sample(
+        z,
+        temperature.contiguous(),
+        seed.contiguous(),
+        position.contiguous(),
+        ids,
+        *results,
+        threads,
+    )
     return ids, results[0]
 
 
 @torch.library.custom_op("vise_kernels::sample", mutates_args=())
-def _draw(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     """`plain` on Triton: part of a row per program, then one program per row over the parts."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, columns = logits.shape
@@ -110,13 +130,37 @@ def _draw(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tens
     barred = None if banned is None else banned.view(torch.uint8)
     per_row = temperature.contiguous(), seed.contiguous(), position.contiguous()
     stride = logits.stride(0)
-    _partial_kernel[(rows, splits)](logits, barred, *per_row, partials, best_ids, columns, stride, splits, BLOCK=BLOCK, num_warps=4)
-    _merge_kernel[(rows,)](partials, best_ids, logits, barred, ids, logprob, stride, splits, SPLITS=MAX_SPLITS, num_warps=1)
+    _partial_kernel[(rows, splits)](
+        logits,
+        barred,
+        *per_row,
+        partials,
+        best_ids,
+        columns,
+        stride,
+        splits,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    _merge_kernel[(rows,)](
+        partials,
+        best_ids,
+        logits,
+        barred,
+        ids,
+        logprob,
+        stride,
+        splits,
+        SPLITS=MAX_SPLITS,
+        num_warps=1,
+    )
     return ids, logprob
 
 
 @_draw.register_fake
-def _(logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, temperature: Tensor, banned: Tensor | None, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(seed), logits.new_empty(len(logits), dtype=torch.float32)
 
 
@@ -134,20 +178,38 @@ def _philox_kernel(left, right, key):
 @jit
 def _gumbel_kernel(bits):
     """`gumbel` of unsigned 32-bit words."""
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)  # 2^-32, 1 - 2^-24
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7)))))))
+    u = tl.minimum(
+        (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375
+    )  # 2^-32, 1 - 2^-24
+    series = u * (
+        1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))))
+    )
     return -tl.log(tl.where(u < 0.125, series, -tl.log(1 - u)))
 
 
 @jit(do_not_specialize=["splits"])
-def _partial_kernel(logits, banned, temperature, seed, position, partials, best_ids, columns, stride, splits, BLOCK: tl.constexpr):
+def _partial_kernel(
+    logits,
+    banned,
+    temperature,
+    seed,
+    position,
+    partials,
+    best_ids,
+    columns,
+    stride,
+    splits,
+    BLOCK: tl.constexpr,
+):
     """Best score and id, and (top, total) of the softmax, of one of a row's `splits` parts; grid (N, splits)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     heat = tl.load(temperature + row)
     inverse = tl.div_rn(1.0, tl.where(heat > 0, heat, 1.0))
     word = tl.load(seed + row)
-    low, high = _philox_kernel(word.to(tl.uint32), (word >> 32).to(tl.uint32), tl.load(position + row).to(tl.uint32))
+    low, high = _philox_kernel(
+        word.to(tl.uint32), (word >> 32).to(tl.uint32), tl.load(position + row).to(tl.uint32)
+    )
     span = tl.cdiv(tl.cdiv(columns, BLOCK), splits) * BLOCK
     top = -1e30  # finite: a part of nothing but banned ids stays free of nan
     total = tl.zeros([BLOCK], tl.float32)
@@ -155,13 +217,21 @@ def _partial_kernel(logits, banned, temperature, seed, position, partials, best_
     best_id = tl.zeros([BLOCK], tl.int32)
     for first in range(split * span, tl.minimum((split + 1) * span, columns), BLOCK):
         column = first + lanes
-        z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(
+            tl.float32
+        )
         if banned is not None:
-            z = tl.where(tl.load(banned + column, mask=column < columns, other=1) != 0, -float("inf"), z)
+            z = tl.where(
+                tl.load(banned + column, mask=column < columns, other=1) != 0, -float("inf"), z
+            )
         highest = tl.maximum(top, tl.max(z, 0))
         total = tl.exp(top - highest) * total + tl.exp(z - highest)
         top = highest
-        bits, _ = _philox_kernel(column.to(tl.uint32), tl.zeros([BLOCK], tl.uint32) + high, tl.zeros([BLOCK], tl.uint32) + low)
+        bits, _ = _philox_kernel(
+            column.to(tl.uint32),
+            tl.zeros([BLOCK], tl.uint32) + high,
+            tl.zeros([BLOCK], tl.uint32) + low,
+        )
         score = z * inverse + tl.where(heat > 0, _gumbel_kernel(bits), 0.0)
         better = score > best  # strictly: the lowest id wins a tie
         best = tl.where(better, score, best)
@@ -176,7 +246,9 @@ def _partial_kernel(logits, banned, temperature, seed, position, partials, best_
 
 
 @jit(do_not_specialize=["splits"])
-def _merge_kernel(partials, best_ids, logits, banned, ids, logprob, stride, splits, SPLITS: tl.constexpr):
+def _merge_kernel(
+    partials, best_ids, logits, banned, ids, logprob, stride, splits, SPLITS: tl.constexpr
+):
     """The best of a row's parts and its log-prob; grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
@@ -207,7 +279,9 @@ def _per_row(value: Tensor | float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full_like(seed, value, dtype=dtype)
     if value.shape != seed.shape:
-        raise ValueError(f"sample: temperature and position must be numbers or {tuple(seed.shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"sample: temperature and position must be numbers or {tuple(seed.shape)}, got {tuple(value.shape)}"
+        )
     return value.to(dtype)
 
 
@@ -215,8 +289,14 @@ def _check(logits: Tensor, banned: Tensor | None, seed: Tensor) -> None:
     if logits.dim() == 2 and logits.shape[1] == 0:
         raise ValueError("sample: no ids to draw from")
     if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"sample: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}")
+        raise ValueError(
+            f"sample: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}"
+        )
     if seed.shape != logits.shape[:1] or seed.dtype != torch.int64:
-        raise ValueError(f"sample: seed must be int64 ({len(logits)},), got {seed.dtype} {tuple(seed.shape)}")
+        raise ValueError(
+            f"sample: seed must be int64 ({len(logits)},), got {seed.dtype} {tuple(seed.shape)}"
+        )
     if banned is not None and (banned.shape != logits.shape[1:] or banned.dtype != torch.bool):
-        raise ValueError(f"sample: banned must be bool ({logits.shape[1]},), got {banned.dtype} {tuple(banned.shape)}")
+        raise ValueError(
+            f"sample: banned must be bool ({logits.shape[1]},), got {banned.dtype} {tuple(banned.shape)}"
+        )

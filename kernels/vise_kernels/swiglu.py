@@ -28,7 +28,14 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
     x = x.contiguous()
     z = x.new_empty(rows, width)
     if chosen == "native":
-        native().swiglu(x.data_ptr(), rows, width, z.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
+        native().swiglu(
+            x.data_ptr(),
+            rows,
+            width,
+            z.data_ptr(),
+            x.dtype == torch.bfloat16,
+            threads_for(x.numel()),
+        )
     elif z.numel() and not z.is_meta:
         _kernel[_grid(rows, width)](x, z, width, BLOCK=BLOCK)
     return z
@@ -43,7 +50,15 @@ def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor
     x, dz = x.contiguous(), dz.contiguous()
     dx = torch.empty_like(x)
     if chosen == "native":
-        native().swiglu_backward(x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr(), x.dtype == torch.bfloat16, threads_for(x.numel()))
+        native().swiglu_backward(
+            x.data_ptr(),
+            dz.data_ptr(),
+            rows,
+            width,
+            dx.data_ptr(),
+            x.dtype == torch.bfloat16,
+            threads_for(x.numel()),
+        )
     elif dx.numel() and not dx.is_meta:
         _backward_kernel[_grid(rows, width)](x, dz, dx, width, BLOCK=BLOCK)
     return dx
@@ -53,7 +68,9 @@ def plain_backward(x: Tensor, dz: Tensor) -> Tensor:
     """The formula in PyTorch."""
     gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     share = gate.sigmoid()
-    return torch.cat([dz * up * share * (1 + gate * (1 - share)), dz * gate * share], -1).to(x.dtype)
+    return torch.cat([dz * up * share * (1 + gate * (1 - share)), dz * gate * share], -1).to(
+        x.dtype
+    )
 
 
 @jit
@@ -86,5 +103,7 @@ def _grid(rows: int, width: int) -> tuple[int, int]:
 def _sizes(x: Tensor, dz: Tensor | None = None) -> tuple[int, int]:
     """Rows and w."""
     if x.dim() != 2 or x.shape[1] % 2 or (dz is not None and dz.shape != (len(x), x.shape[1] // 2)):
-        raise ValueError(f"swiglu: x {tuple(x.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit")
+        raise ValueError(
+            f"swiglu: x {tuple(x.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit"
+        )
     return len(x), x.shape[1] // 2

@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 from vise_kernels.dispatch import choose, jit, native, tl, triton
 
-DTYPES = {"native": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {
+    "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 BLOCK = 4096  # logits per step of a Triton program
 MAX_SPLITS = 64  # programs that share a row where there are too few rows to fill the device
 PROGRAMS = 1024  # about eight per multiprocessor of a large GPU
 
 
-def token_logprob(logits: Tensor, ids: Tensor, *, path: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprob(
+    logits: Tensor, ids: Tensor, *, path: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of `ids` (N,) int64 under softmax(`logits` (N,V), any float dtype): (logprob, logsumexp, entropy) in nat.
 
     Each is (N,) float32 (float64 for float64 logits), accumulated in that dtype; all three are differentiable in the
@@ -69,7 +74,9 @@ def _backward(logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, path:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad.numel() == 0:
         return grad
-    (_backward_native if path == "native" else _backward_triton)(logits, ids.contiguous(), results, grads.contiguous(), grad)
+    (_backward_native if path == "native" else _backward_triton)(
+        logits, ids.contiguous(), results, grads.contiguous(), grad
+    )
     return grad
 
 
@@ -94,9 +101,13 @@ def _forward_native(logits: Tensor, ids: Tensor, results: Tensor) -> None:
     native().token_logprob_forward(logits.detach(), ids, *results, torch.get_num_threads())
 
 
-def _backward_native(logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, grad: Tensor) -> None:
+def _backward_native(
+    logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, grad: Tensor
+) -> None:
     _, logsumexp, entropy = results
-    native().token_logprob_backward(logits.detach(), ids, logsumexp, entropy, *grads, grad, torch.get_num_threads())
+    native().token_logprob_backward(
+        logits.detach(), ids, logsumexp, entropy, *grads, grad, torch.get_num_threads()
+    )
 
 
 @jit(do_not_specialize=["splits"])
@@ -110,11 +121,15 @@ def _partial_kernel(logits, partials, columns, stride, splits, BLOCK: tl.constex
     moment = tl.zeros([BLOCK], tl.float32)
     for first in range(split * span, tl.minimum((split + 1) * span, columns), BLOCK):
         column = first + lanes
-        z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(
+            tl.float32
+        )
         highest = tl.maximum(top, tl.max(z, 0))
         share = tl.exp(z - highest)
         factor = tl.exp(top - highest)
-        moment = factor * (moment + (top - highest) * total) + tl.where(z == -float("inf"), 0.0, share * (z - highest))
+        moment = factor * (moment + (top - highest) * total) + tl.where(
+            z == -float("inf"), 0.0, share * (z - highest)
+        )
         total = factor * total + share
         top = highest
     out = partials + row * splits + split
@@ -152,12 +167,20 @@ def _backward_kernel(logits, ids, results, grads, grad, columns, stride, BLOCK: 
     """grad (N, columns); grid (N, blocks of columns). d logprob = [v = id] - p, d logsumexp = p, d entropy = -p (log p + entropy)."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+    z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(
+        tl.float32
+    )
     log_share = z - tl.load(results + rows + row)
     entropy = tl.load(results + 2 * rows + row)
-    of_logprob, of_logsumexp, of_entropy = tl.load(grads + row), tl.load(grads + rows + row), tl.load(grads + 2 * rows + row)
+    of_logprob, of_logsumexp, of_entropy = (
+        tl.load(grads + row),
+        tl.load(grads + rows + row),
+        tl.load(grads + 2 * rows + row),
+    )
     slope = tl.exp(log_share) * (of_logsumexp - of_logprob - of_entropy * (log_share + entropy))
-    slope = tl.where(z == -float("inf"), 0.0, slope) + tl.where(column == tl.load(ids + row), of_logprob, 0.0)
+    slope = tl.where(z == -float("inf"), 0.0, slope) + tl.where(
+        column == tl.load(ids + row), of_logprob, 0.0
+    )
     tl.store(grad + row * columns + column, slope.to(grad.dtype.element_ty), mask=column < columns)
 
 
@@ -165,14 +188,30 @@ def _forward_triton(logits: Tensor, ids: Tensor, results: Tensor) -> None:
     rows, columns = logits.shape
     splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
     partials = results.new_empty((3, rows, splits))
-    _partial_kernel[(rows, splits)](logits, partials, columns, logits.stride(0), splits, BLOCK=BLOCK, num_warps=8)
-    _merge_kernel[(rows,)](partials, logits, ids, results, columns, logits.stride(0), splits, SPLITS=MAX_SPLITS, num_warps=1)
+    _partial_kernel[(rows, splits)](
+        logits, partials, columns, logits.stride(0), splits, BLOCK=BLOCK, num_warps=8
+    )
+    _merge_kernel[(rows,)](
+        partials,
+        logits,
+        ids,
+        results,
+        columns,
+        logits.stride(0),
+        splits,
+        SPLITS=MAX_SPLITS,
+        num_warps=1,
+    )
 
 
-def _backward_triton(logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, grad: Tensor) -> None:
+def _backward_triton(
+    logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, grad: Tensor
+) -> None:
     rows, columns = logits.shape
     grid = (rows, triton.cdiv(columns, BLOCK))
-    _backward_kernel[grid](logits, ids, results, grads, grad, columns, logits.stride(0), BLOCK=BLOCK, num_warps=8)
+    _backward_kernel[grid](
+        logits, ids, results, grads, grad, columns, logits.stride(0), BLOCK=BLOCK, num_warps=8
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -188,8 +227,12 @@ def _path(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
 
 def _check(logits: Tensor, ids: Tensor) -> None:
     if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"token_logprob: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}")
+        raise ValueError(
+            f"token_logprob: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}"
+        )
     if ids.shape != logits.shape[:1] or ids.dtype != torch.int64:
-        raise ValueError(f"token_logprob: ids must be int64 ({len(logits)},), got {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(
+            f"token_logprob: ids must be int64 ({len(logits)},), got {ids.dtype} {tuple(ids.shape)}"
+        )
     if ids.device != logits.device:
         raise ValueError(f"token_logprob: ids are on {ids.device}, logits on {logits.device}")

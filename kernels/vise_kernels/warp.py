@@ -15,7 +15,9 @@ from vise_kernels.dispatch import choose, jit, native, tl, triton
 from vise_kernels.pixels import Images, addresses, checked, on_host, packed, to_bytes
 
 
-def warp(images: Images, matrices_px: Tensor, *, fill: int = 128, path: str | None = None) -> list[Tensor]:
+def warp(
+    images: Images, matrices_px: Tensor, *, fill: int = 128, path: str | None = None
+) -> list[Tensor]:
     """N uint8 (H,W,3) images seen through matrices_px (N,3,3), source -> view in pixels, each at its own size.
 
     matrices_px is a CPU tensor, inverted in float64. fill: grey level 0..255 around the source. path forces "plain", "native" or
@@ -33,12 +35,16 @@ def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
     """(N,3,3) float64, view -> source, of `warp`'s arguments. ValueError: what does not fit, or a matrix that cannot be inverted."""
     matrices = on_host(op, "matrices_px", matrices_px).double()
     if matrices.shape != (len(images), 3, 3):
-        raise ValueError(f"{op}: matrices_px must be ({len(images)},3,3), got {tuple(matrices.shape)}")
+        raise ValueError(
+            f"{op}: matrices_px must be ({len(images)},3,3), got {tuple(matrices.shape)}"
+        )
     if not 0 <= fill <= 255:
         raise ValueError(f"{op}: fill must be a grey level 0..255, got {fill}")
     inverses, fault = torch.linalg.inv_ex(matrices)
     if bool(fault.any()) or not bool(inverses.isfinite().all()):
-        raise ValueError(f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be inverted")
+        raise ValueError(
+            f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be inverted"
+        )
     return inverses
 
 
@@ -54,7 +60,9 @@ def _warp_one(image: Tensor, inverse: Tensor, fill: int) -> Tensor:
     grid = torch.stack([2 * u / depth / width - 1, 2 * v / depth / height - 1], -1)
     grid = grid.nan_to_num(-9.0, -9.0, -9.0).clamp(-9, 9).to(image.device, torch.float32)
     levels = image.permute(2, 0, 1)[None].float() - fill
-    seen = F.grid_sample(levels, grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)
+    seen = F.grid_sample(
+        levels, grid[None], mode="bilinear", padding_mode="zeros", align_corners=False
+    )
     return to_bytes(seen[0] + fill).permute(1, 2, 0).contiguous()
 
 
@@ -88,7 +96,11 @@ def sampled(source, m, x, y, width, height, fill):
         red += weight * tl.where(seen, tl.load(at, mask=seen, other=0).to(tl.float32), fill)
         green += weight * tl.where(seen, tl.load(at + 1, mask=seen, other=0).to(tl.float32), fill)
         blue += weight * tl.where(seen, tl.load(at + 2, mask=seen, other=0).to(tl.float32), fill)
-    return tl.floor(red + 0.5).to(tl.int32), tl.floor(green + 0.5).to(tl.int32), tl.floor(blue + 0.5).to(tl.int32)
+    return (
+        tl.floor(red + 0.5).to(tl.int32),
+        tl.floor(green + 0.5).to(tl.int32),
+        tl.floor(blue + 0.5).to(tl.int32),
+    )
 
 
 @jit
@@ -99,7 +111,15 @@ def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.conste
     width, height = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = p < width * height
-    red, green, blue = sampled(source, inverses + tl.program_id(1) * 9, p % width + 0.5, p // width + 0.5, width, height, fill)
+    red, green, blue = sampled(
+        source,
+        inverses + tl.program_id(1) * 9,
+        p % width + 0.5,
+        p // width + 0.5,
+        width,
+        height,
+        fill,
+    )
     to = out + p.to(tl.int64) * 3
     tl.store(to, red.to(tl.uint8), mask=inside)
     tl.store(to + 1, green.to(tl.uint8), mask=inside)
@@ -110,7 +130,15 @@ def _triton(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
     device = images[0].device
     outs = packed([image.shape[:2] for image in images], device)
     size = torch.tensor([[image.shape[1], image.shape[0]] for image in images])
-    table = torch.cat([addresses(images)[:, None], addresses(outs)[:, None], size], 1).to(device, non_blocking=True)
+    table = torch.cat([addresses(images)[:, None], addresses(outs)[:, None], size], 1).to(
+        device, non_blocking=True
+    )
     grid = (triton.cdiv(int(size.prod(1).max()), PIXELS), len(images))
-    _warp_kernel[grid](table, inverses.float().contiguous().to(device, non_blocking=True), float(fill), COLUMNS, PIXELS)
+    _warp_kernel[grid](
+        table,
+        inverses.float().contiguous().to(device, non_blocking=True),
+        float(fill),
+        COLUMNS,
+        PIXELS,
+    )
     return outs

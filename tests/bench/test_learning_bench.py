@@ -19,27 +19,54 @@ def cell(row, seed, iou, n=200, steps=5):
     rng = np.random.default_rng(7)  # the scenes are the same for every row
     noise = rng.normal(0, 0.1, n)
     top = (iou + noise).tolist()
-    marks = {"greedy_iou": {"top": top, "bottom": [1.0] * n}, "greedy_iou_rescaled": {"top": (np.array(top) + 0.01).tolist(), "bottom": [1.0] * n}}
-    return {"row": row, "seed": seed, "steps": steps, "split": "validation", "marks": marks, "curve": [], "seconds": 1.0}
+    marks = {
+        "greedy_iou": {"top": top, "bottom": [1.0] * n},
+        "greedy_iou_rescaled": {"top": (np.array(top) + 0.01).tolist(), "bottom": [1.0] * n},
+    }
+    return {
+        "row": row,
+        "seed": seed,
+        "steps": steps,
+        "split": "validation",
+        "marks": marks,
+        "curve": [],
+        "seconds": 1.0,
+    }
 
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "CELLS", tmp_path)
-    made = [cell("base", 0, 0.40), *[cell("robust", s, 0.45 + 0.01 * s) for s in range(3)], *[cell("oracle", s, 0.50) for s in range(3)], cell("random", 0, 0.40)]
+    made = [
+        cell("base", 0, 0.40),
+        *[cell("robust", s, 0.45 + 0.01 * s) for s in range(3)],
+        *[cell("oracle", s, 0.50) for s in range(3)],
+        cell("random", 0, 0.40),
+    ]
     for one in made:
         learning.cell_path(one["row"], one["seed"], 5, "validation").write_text(json.dumps(one))
-    learning.cell_path("robust", 0, 9, "validation").write_text(json.dumps(cell("robust", 0, 0.9, steps=9)))
+    learning.cell_path("robust", 0, 9, "validation").write_text(
+        json.dumps(cell("robust", 0, 0.9, steps=9))
+    )
     return learning.load_cells(5, "validation")
 
 
 def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
     table = learning.summarise(cells)
     robust = table["robust"]["greedy_iou"]
-    assert robust["gain"] == pytest.approx(0.06) and robust["seeds"] == 3 and robust["se"] == pytest.approx(0.01 / 3**0.5)
+    assert (
+        robust["gain"] == pytest.approx(0.06)
+        and robust["seeds"] == 3
+        and robust["se"] == pytest.approx(0.01 / 3**0.5)
+    )
     assert robust["of_oracle"] == pytest.approx(0.6)
-    assert 0.04 < robust["low"] < 0.06 < robust["high"] < 0.08, "scenes are paired, so their spread of 0.1 is no part of the interval"
-    assert table["random"]["greedy_iou"]["gain"] == pytest.approx(0) and table["random"]["greedy_iou"]["se"] is None
+    assert 0.04 < robust["low"] < 0.06 < robust["high"] < 0.08, (
+        "scenes are paired, so their spread of 0.1 is no part of the interval"
+    )
+    assert (
+        table["random"]["greedy_iou"]["gain"] == pytest.approx(0)
+        and table["random"]["greedy_iou"]["se"] is None
+    )
 
 
 def test_cells_of_other_lengths_stay_out(cells):
@@ -53,7 +80,9 @@ def test_the_base_rescaled_is_a_row_of_its_own(cells):
     panels = [panel.splitlines() for panel in learning.show(table, cells).split("\n\n")]
     assert any(line.startswith(f"| {learning.RESCALED}") for line in panels[0])
     for panel in panels:
-        assert len({line.count("|") for line in panel}) == 1, "every line has as many cells as the heading"
+        assert len({line.count("|") for line in panel}) == 1, (
+            "every line has as many cells as the heading"
+        )
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path):
@@ -72,9 +101,19 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     words = ["--train.batch", "2", "--rollout.samples", "2"]
     result = learning.run_cell("oracle", 0, 1, "validation", words)
     monkeypatch.setattr(learning, "train", None)
-    again, elsewhere = (learning.run_cell("oracle", 0, 1, split, words) for split in ("validation", "reported"))
-    assert again == result and elsewhere["curve"] == result["curve"] and elsewhere["marks"] != result["marks"], "examined again, not trained again"
-    assert result["row"] == "oracle" and len(result["curve"]) == 1 and {"greedy_iou", "sampled_iou"} <= set(result["marks"])
+    again, elsewhere = (
+        learning.run_cell("oracle", 0, 1, split, words) for split in ("validation", "reported")
+    )
+    assert (
+        again == result
+        and elsewhere["curve"] == result["curve"]
+        and elsewhere["marks"] != result["marks"]
+    ), "examined again, not trained again"
+    assert (
+        result["row"] == "oracle"
+        and len(result["curve"]) == 1
+        and {"greedy_iou", "sampled_iou"} <= set(result["marks"])
+    )
     learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
     learning.spawn([("oracle", 0)], 1, "validation", 1, [])
     assert "1 cells finished, 0 to do" in capsys.readouterr().out
@@ -85,6 +124,8 @@ def test_what_a_piece_knows_is_measured_within_its_group():
     truth = torch.tensor([0.1, 0.3, 0.9, 0.7], dtype=torch.float64)
     good, offset = truth * 2, truth + torch.tensor([0, 0, 100, 100], dtype=torch.float64)
     for values in (good, offset):  # what differs between groups says nothing
-        assert signals.correlation(signals.deviation(values, group), signals.deviation(truth, group)) == pytest.approx(1)
+        assert signals.correlation(
+            signals.deviation(values, group), signals.deviation(truth, group)
+        ) == pytest.approx(1)
         assert signals.picked(values, truth, group) == pytest.approx(0.6)
     assert signals.picked(-truth, truth, group) == pytest.approx(0.4)

@@ -20,4 +20,10 @@ def test_the_rollout_bench_runs():
     assert fast["counts"]["encodes_per_distinct_image"] == 1
     assert naive["counts"]["encodes_per_distinct_image"] > 2.3
     assert fast["flops"]["step"] < naive["flops"]["step"]
-    assert set(result["ratios"]) == {"graphed / fast", "unshared / fast", "stock / fast", "naive / fast", "naive+ / fast"}
+    assert set(result["ratios"]) == {
+        "graphed / fast",
+        "unshared / fast",
+        "stock / fast",
+        "naive / fast",
+        "naive+ / fast",
+    }

@@ -128,7 +128,7 @@ def test_an_override_is_taken(words, key, value):
         (["-x"], ["'-x'"]),
         (["--"], ["unknown key"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_override_is_one_line(words, parts):
     said = complaint(None, *words)
     assert all(part in said for part in parts), said
@@ -139,7 +139,10 @@ def test_a_wrong_override_is_one_line(words, parts):
     [
         (["--rollout.samples", "1"], "rollout.samples to 2 or more"),
         (["--rollout.samples", "1", "--update.advantage", "grpo"], "rollout.samples to 2 or more"),
-        (["--rollout.samples", "1", "--update.advantage", "dr_grpo"], "rollout.samples to 2 or more"),
+        (
+            ["--rollout.samples", "1", "--update.advantage", "dr_grpo"],
+            "rollout.samples to 2 or more",
+        ),
         (["--update.beta_min", "1", "--update.beta_max", "0.5"], "beta_min"),
         (["--update.beta", "1000"], "beta_max"),
         (["--data.min_pixels", "400000"], "min_pixels"),
@@ -152,7 +155,10 @@ def test_a_wrong_override_is_one_line(words, parts):
         (["--optim.betas", "0.9,1"], "optim.betas"),
         (["--model.graphs", "true", "--model.quant", "nf4"], "model.graphs"),
         (["--model.graphs", "true", "--model.engine", "stock"], "model.graphs"),
-        (["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"], "nothing is rewarded"),
+        (
+            ["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"],
+            "nothing is rewarded",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words, part):
@@ -199,7 +205,7 @@ def test_several_wrong_values_are_counted():
         ("&a [*a]\n", ["no settings"]),
         ("train: &a\n  x: *a\n", ["YAML"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_one_line(tmp_path, text, parts):
     said = complaint(written(tmp_path, text))
     assert all(part in said for part in parts), said
@@ -223,24 +229,57 @@ def test_command_line_beats_file_beats_preset_beats_nano(tmp_path):
     path = written(tmp_path, "reward:\n  preset: paper\n  gate: 0.25\nrollout:\n  samples: 3\n")
     conf = load(path, ["--rollout.samples", "5"])
     assert (conf.rollout.samples, conf.reward.gate, conf.rollout.views) == (5, 0.25, 1)
-    assert conf.train.batch == 1 and load(written(tmp_path, "")).train.batch == yaml.safe_load(config.NANO.read_text())["train"]["batch"]
+    assert (
+        conf.train.batch == 1
+        and load(written(tmp_path, "")).train.batch
+        == yaml.safe_load(config.NANO.read_text())["train"]["batch"]
+    )
     assert conf.train.lr == load().train.lr  # nano's; presets leave the learning rate to the model
 
 
 # -- presets ---------------------------------------------------------------------------------------------------------
 
 PAPER = {
-    "rollout.samples": 1, "rollout.views": 1, "train.batch": 1, "reward.sem": "paper", "reward.soft": False, "reward.sufficiency": False,
-    "reward.judge": "policy", "reward.gate": 0.0, "reward.projection": "corners", "reward.w_area": 0.0, "update.advantage": "ema",
-    "update.ema_momentum": 0.9, "update.kl": "exact", "update.beta": 1e-3, "update.beta_min": 1e-6, "update.tau": 0.02, "update.eta": 0.1,
-    "ghost.radius_sigmas": 3.0, "view.literal_pixels": False,
-    "rollout.temperature": 1.0, "rollout.asker": "policy", "rollout.regrounder": "policy", "rollout.view_temperature": 1.0,
-}  # fmt: skip
+    "rollout.samples": 1,
+    "rollout.views": 1,
+    "train.batch": 1,
+    "reward.sem": "paper",
+    "reward.soft": False,
+    "reward.sufficiency": False,
+    "reward.judge": "policy",
+    "reward.gate": 0.0,
+    "reward.projection": "corners",
+    "reward.w_area": 0.0,
+    "update.advantage": "ema",
+    "update.ema_momentum": 0.9,
+    "update.kl": "exact",
+    "update.beta": 1e-3,
+    "update.beta_min": 1e-6,
+    "update.tau": 0.02,
+    "update.eta": 0.1,
+    "ghost.radius_sigmas": 3.0,
+    "view.literal_pixels": False,
+    "rollout.temperature": 1.0,
+    "rollout.asker": "policy",
+    "rollout.regrounder": "policy",
+    "rollout.view_temperature": 1.0,
+}
 RELEASED = PAPER | {"update.kl": "k1_loss", "ghost.radius_sigmas": 1.0, "view.literal_pixels": True}
 ROBUST = {
-    "rollout.samples": 8, "rollout.asker": "reference", "rollout.regrounder": "reference", "rollout.view_temperature": 0.0, "reward.sem": "contrast", "reward.soft": True, "reward.sufficiency": True, "reward.gate": 0.5,
-    "reward.judge": "reference", "reward.projection": "ellipse", "update.advantage": "rloo", "update.kl": "exact", "update.beta_min": 1e-3,
-}  # fmt: skip
+    "rollout.samples": 8,
+    "rollout.asker": "reference",
+    "rollout.regrounder": "reference",
+    "rollout.view_temperature": 0.0,
+    "reward.sem": "contrast",
+    "reward.soft": True,
+    "reward.sufficiency": True,
+    "reward.gate": 0.5,
+    "reward.judge": "reference",
+    "reward.projection": "ellipse",
+    "update.advantage": "rloo",
+    "update.kl": "exact",
+    "update.beta_min": 1e-3,
+}
 
 
 NANO_ROBUST = ROBUST | {"update.beta_min": 0.02}  # the embedded model's own leash
@@ -248,7 +287,14 @@ NANO_ROBUST = ROBUST | {"update.beta_min": 0.02}  # the embedded model's own lea
 
 @pytest.mark.parametrize(
     "preset, values, words",
-    [("paper", PAPER, []), ("paper", PAPER, NO_NANO), ("as_released", RELEASED, []), ("as_released", RELEASED, NO_NANO), ("robust", NANO_ROBUST, []), ("robust", ROBUST, NO_NANO)],
+    [
+        ("paper", PAPER, []),
+        ("paper", PAPER, NO_NANO),
+        ("as_released", RELEASED, []),
+        ("as_released", RELEASED, NO_NANO),
+        ("robust", NANO_ROBUST, []),
+        ("robust", ROBUST, NO_NANO),
+    ],
 )
 def test_preset_values(preset, values, words):
     conf = load(None, [*words, "--reward.preset", preset])
@@ -304,7 +350,9 @@ def test_shipped_files_load_and_survive_yaml(path, tmp_path):
 
 def test_resolved_yaml_states_everything():
     content = yaml.safe_load(to_yaml(load(None, ["--view.scale", "0.5,2"])))
-    assert {f"{section}.{key}" for section, inside in content.items() for key in inside} == {key for key, _ in settings.fields(Config)}
+    assert {f"{section}.{key}" for section, inside in content.items() for key in inside} == {
+        key for key, _ in settings.fields(Config)
+    }
     assert content["view"]["scale"] == [0.5, 2.0]
 
 
@@ -312,7 +360,9 @@ def test_resolved_yaml_states_everything():
 def test_help_names_every_key_with_its_default(width):
     text = settings.help_text(Config, width)
     lines = text.splitlines()
-    assert max(map(len, lines)) <= max(width, max(len(line) for line in lines if line.startswith("  --")), 90)
+    assert max(map(len, lines)) <= max(
+        width, max(len(line) for line in lines if line.startswith("  --")), 90
+    )
     for key, field in settings.fields(Config):
         assert f"  --{key} " in text
         assert field.description, f"{key} has no help"
@@ -328,8 +378,12 @@ def test_every_section_has_its_line_of_help():
 
 
 def test_the_words_are_sorted():
-    command = settings.command("--config a.yaml --train.steps 5 --dry-run --resume auto --debug".split())
-    assert command == settings.Command("a.yaml", ["--train.steps", "5", "--train.resume=auto"], frozenset({"dry-run", "debug"}))
+    command = settings.command(
+        "--config a.yaml --train.steps 5 --dry-run --resume auto --debug".split()
+    )
+    assert command == settings.Command(
+        "a.yaml", ["--train.steps", "5", "--train.resume=auto"], frozenset({"dry-run", "debug"})
+    )
     assert settings.command(["--config=b.yaml", "--resume=x=y"]).overrides == ["--train.resume=x=y"]
     assert settings.command(["-h"]).flags == {"help"}
 
@@ -345,7 +399,12 @@ def test_a_word_without_its_value(words):
 
 @pytest.mark.parametrize(
     "size, total, vision",
-    [("2b", 2_127_532_032, 406_957_056), ("4b", 4_437_815_808, 415_347_712), ("8b", 8_767_123_696, 576_388_336), ("32b", 33_357_390_064, 595_266_800)],
+    [
+        ("2b", 2_127_532_032, 406_957_056),
+        ("4b", 4_437_815_808, 415_347_712),
+        ("8b", 8_767_123_696, 576_388_336),
+        ("32b", 33_357_390_064, 595_266_800),
+    ],
 )
 def test_model_shapes(size, total, vision, tmp_path):
     """bf16 bytes as METHOD states them: 4.3, 8.9, 17.5 and 66.7 GB."""
@@ -360,7 +419,11 @@ def test_model_shapes(size, total, vision, tmp_path):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (size in ("2b", "4b")) == json.loads(content)["tie_word_embeddings"]
     rope = model.config.text_config.rope_parameters
-    assert (rope["rope_theta"], rope["mrope_section"], rope["mrope_interleaved"]) == (5_000_000, [24, 20, 20], True)
+    assert (rope["rope_theta"], rope["mrope_section"], rope["mrope_interleaved"]) == (
+        5_000_000,
+        [24, 20, 20],
+        True,
+    )
 
 
 def test_a_run_shorter_than_the_embedded_warm_up_is_no_mistake():

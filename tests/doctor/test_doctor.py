@@ -21,11 +21,24 @@ from vise_fast.doctor import checks
 from vise_fast.doctor.checks import Check
 from vise_fast.system.errors import ConfigError
 
-HERE = [*doctor.MACHINE, *doctor.LIBRARIES, *doctor.FAST_PATHS, *doctor.ACCELERATOR, *doctor.RESOURCES, *doctor.EMBEDDED, *doctor.HUB]
+HERE = [
+    *doctor.MACHINE,
+    *doctor.LIBRARIES,
+    *doctor.FAST_PATHS,
+    *doctor.ACCELERATOR,
+    *doctor.RESOURCES,
+    *doctor.EMBEDDED,
+    *doctor.HUB,
+]
 
 
 def sound(check: Check) -> bool:
-    return check.status in ("OK", "WARN", "FAIL") and bool(check.name) and bool(check.found) and (bool(check.fix) == (check.status != "OK"))
+    return (
+        check.status in ("OK", "WARN", "FAIL")
+        and bool(check.name)
+        and bool(check.found)
+        and (bool(check.fix) == (check.status != "OK"))
+    )
 
 
 def test_there_are_many_checks_and_none_breaks(tmp_path):
@@ -42,16 +55,22 @@ def test_the_packages_here_are_new_enough(distribution, module, oldest):
 def gpu(monkeypatch, **facts):
     """A machine with a card, as far as torch tells."""
     defaults = dict(
-        is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda: "Card", get_device_capability=lambda: (9, 0),
-        is_bf16_supported=lambda including_emulation=True: True, mem_get_info=lambda: (70 * 10**9, 80 * 10**9),
-    )  # fmt: skip
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        get_device_name=lambda: "Card",
+        get_device_capability=lambda: (9, 0),
+        is_bf16_supported=lambda including_emulation=True: True,
+        mem_get_info=lambda: (70 * 10**9, 80 * 10**9),
+    )
     for name, value in (defaults | facts).items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 
 def absent(monkeypatch, *names: str) -> None:
     real = checks.importlib.util.find_spec
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name in names else real(name))
+    monkeypatch.setattr(
+        checks.importlib.util, "find_spec", lambda name: None if name in names else real(name)
+    )
 
 
 def broken(monkeypatch, name: str, fault: Exception) -> None:
@@ -62,51 +81,243 @@ def broken(monkeypatch, name: str, fault: Exception) -> None:
             raise fault
         return real(module)
 
-    monkeypatch.setattr(checks, "importlib", types.SimpleNamespace(import_module=load, util=checks.importlib.util, metadata=importlib.metadata))
+    monkeypatch.setattr(
+        checks,
+        "importlib",
+        types.SimpleNamespace(
+            import_module=load, util=checks.importlib.util, metadata=importlib.metadata
+        ),
+    )
 
 
 # name: (what is wrong, the check, status, what it says)
 MACHINES = {
-    "old python": (lambda m: m.setattr(sys, "version_info", (3, 10, 1)), checks.python, "FAIL", "3.11"),
-    "another system": (lambda m: m.setattr(checks.platform, "system", lambda: "Darwin"), checks.system, "WARN", "Linux"),
-    "ascii file names": (lambda m: m.setattr(sys, "getfilesystemencoding", lambda: "ascii"), checks.encoding, "WARN", "UTF-8"),
-    "no environment": (lambda m: m.setattr(sys, "prefix", sys.base_prefix), checks.virtual_environment, "WARN", "venv"),
-    "old transformers": (lambda m: m.setattr(checks, "_version", lambda name: (5, 3, 0)), checks.transformers_range, "WARN", "5.17"),
-    "new transformers": (lambda m: m.setattr(checks, "_version", lambda name: (6, 0, 0)), checks.transformers_range, "WARN", "5.23"),
-    "no jpeg": (lambda m: m.setattr("PIL.features.check", lambda name: name != "jpg"), checks.image_formats, "FAIL", "jpg"),
-    "no webp": (lambda m: m.setattr("PIL.features.check", lambda name: name != "webp"), checks.image_formats, "WARN", "webp"),
-    "no bitsandbytes": (lambda m: absent(m, "bitsandbytes"), checks.bitsandbytes, "WARN", "pip install bitsandbytes"),
-    "bfloat16 attention on an old card": (lambda m: gpu(m, get_device_capability=lambda device=None: (7, 5)), checks.attention, "WARN", "7.5"),
-    "attention on a card": (lambda m: gpu(m, get_device_capability=lambda device=None: (9, 0)), checks.attention, "OK", "FlashAttention"),
-    "attention without a card": (lambda m: gpu(m, is_available=lambda: False), checks.attention, "OK", "CPU"),
-    "no triton, a card": (lambda m: [absent(m, "triton"), gpu(m)], checks.triton, "WARN", "pip install triton"),
-    "no triton, no card": (lambda m: [absent(m, "triton"), gpu(m, is_available=lambda: False)], checks.triton, "OK", "not needed"),
-    "no torchvision": (lambda m: absent(m, "torchvision"), checks.torchvision, "OK", "not installed"),
-    "no flash-attn": (lambda m: absent(m, "flash_attn", "flash_attn_4", "flash_attn_interface"), checks.flash_attention, "OK", "torch's own"),
-    "not compiled": (lambda m: m.setattr("vise_kernels.dispatch.native", lambda: None), checks.native_module, "WARN", "plain"),
-    "not compiled, no compiler": (lambda m: [m.setattr("vise_kernels.dispatch.native", lambda: None), m.setattr(shutil, "which", lambda name: None)], checks.native_module, "WARN", "install a C++ compiler"),
+    "old python": (
+        lambda m: m.setattr(sys, "version_info", (3, 10, 1)),
+        checks.python,
+        "FAIL",
+        "3.11",
+    ),
+    "another system": (
+        lambda m: m.setattr(checks.platform, "system", lambda: "Darwin"),
+        checks.system,
+        "WARN",
+        "Linux",
+    ),
+    "ascii file names": (
+        lambda m: m.setattr(sys, "getfilesystemencoding", lambda: "ascii"),
+        checks.encoding,
+        "WARN",
+        "UTF-8",
+    ),
+    "no environment": (
+        lambda m: m.setattr(sys, "prefix", sys.base_prefix),
+        checks.virtual_environment,
+        "WARN",
+        "venv",
+    ),
+    "old transformers": (
+        lambda m: m.setattr(checks, "_version", lambda name: (5, 3, 0)),
+        checks.transformers_range,
+        "WARN",
+        "5.17",
+    ),
+    "new transformers": (
+        lambda m: m.setattr(checks, "_version", lambda name: (6, 0, 0)),
+        checks.transformers_range,
+        "WARN",
+        "5.23",
+    ),
+    "no jpeg": (
+        lambda m: m.setattr("PIL.features.check", lambda name: name != "jpg"),
+        checks.image_formats,
+        "FAIL",
+        "jpg",
+    ),
+    "no webp": (
+        lambda m: m.setattr("PIL.features.check", lambda name: name != "webp"),
+        checks.image_formats,
+        "WARN",
+        "webp",
+    ),
+    "no bitsandbytes": (
+        lambda m: absent(m, "bitsandbytes"),
+        checks.bitsandbytes,
+        "WARN",
+        "pip install bitsandbytes",
+    ),
+    "bfloat16 attention on an old card": (
+        lambda m: gpu(m, get_device_capability=lambda device=None: (7, 5)),
+        checks.attention,
+        "WARN",
+        "7.5",
+    ),
+    "attention on a card": (
+        lambda m: gpu(m, get_device_capability=lambda device=None: (9, 0)),
+        checks.attention,
+        "OK",
+        "FlashAttention",
+    ),
+    "attention without a card": (
+        lambda m: gpu(m, is_available=lambda: False),
+        checks.attention,
+        "OK",
+        "CPU",
+    ),
+    "no triton, a card": (
+        lambda m: [absent(m, "triton"), gpu(m)],
+        checks.triton,
+        "WARN",
+        "pip install triton",
+    ),
+    "no triton, no card": (
+        lambda m: [absent(m, "triton"), gpu(m, is_available=lambda: False)],
+        checks.triton,
+        "OK",
+        "not needed",
+    ),
+    "no torchvision": (
+        lambda m: absent(m, "torchvision"),
+        checks.torchvision,
+        "OK",
+        "not installed",
+    ),
+    "no flash-attn": (
+        lambda m: absent(m, "flash_attn", "flash_attn_4", "flash_attn_interface"),
+        checks.flash_attention,
+        "OK",
+        "torch's own",
+    ),
+    "not compiled": (
+        lambda m: m.setattr("vise_kernels.dispatch.native", lambda: None),
+        checks.native_module,
+        "WARN",
+        "plain",
+    ),
+    "not compiled, no compiler": (
+        lambda m: [
+            m.setattr("vise_kernels.dispatch.native", lambda: None),
+            m.setattr(shutil, "which", lambda name: None),
+        ],
+        checks.native_module,
+        "WARN",
+        "install a C++ compiler",
+    ),
     "a card": (gpu, checks.accelerator, "OK", "Card"),
     "a card: driver": (gpu, checks.driver, "OK", "CUDA"),
-    "a card torch cannot use": (lambda m: [m.setattr(Path, "exists", lambda self: True), m.setattr(torch.version, "cuda", "13.0"), gpu(m, is_available=lambda: False)], checks.driver, "WARN", "update the driver"),
-    "a card, torch for CPUs": (lambda m: [m.setattr(Path, "exists", lambda self: True), m.setattr(torch.version, "cuda", None), gpu(m, is_available=lambda: False)], checks.driver, "WARN", "CPU build"),
+    "a card torch cannot use": (
+        lambda m: [
+            m.setattr(Path, "exists", lambda self: True),
+            m.setattr(torch.version, "cuda", "13.0"),
+            gpu(m, is_available=lambda: False),
+        ],
+        checks.driver,
+        "WARN",
+        "update the driver",
+    ),
+    "a card, torch for CPUs": (
+        lambda m: [
+            m.setattr(Path, "exists", lambda self: True),
+            m.setattr(torch.version, "cuda", None),
+            gpu(m, is_available=lambda: False),
+        ],
+        checks.driver,
+        "WARN",
+        "CPU build",
+    ),
     "no card": (lambda m: gpu(m, is_available=lambda: False), checks.accelerator, "OK", "none"),
-    "an old card": (lambda m: gpu(m, get_device_capability=lambda: (7, 5)), checks.compute_capability, "WARN", "--model.dtype float32"),
+    "an old card": (
+        lambda m: gpu(m, get_device_capability=lambda: (7, 5)),
+        checks.compute_capability,
+        "WARN",
+        "--model.dtype float32",
+    ),
     "a new card": (gpu, checks.compute_capability, "OK", "9.0"),
-    "no bfloat16": (lambda m: gpu(m, is_bf16_supported=lambda including_emulation=True: False), checks.bfloat16, "WARN", "float32"),
+    "no bfloat16": (
+        lambda m: gpu(m, is_bf16_supported=lambda including_emulation=True: False),
+        checks.bfloat16,
+        "WARN",
+        "float32",
+    ),
     "bfloat16": (gpu, checks.bfloat16, "OK", "GPU"),
-    "a busy card": (lambda m: gpu(m, mem_get_info=lambda: (10**9, 80 * 10**9)), checks.gpu_memory, "WARN", "nvidia-smi"),
+    "a busy card": (
+        lambda m: gpu(m, mem_get_info=lambda: (10**9, 80 * 10**9)),
+        checks.gpu_memory,
+        "WARN",
+        "nvidia-smi",
+    ),
     "a free card": (gpu, checks.gpu_memory, "OK", "70.0 of 80.0"),
-    "wrong products": (lambda m: m.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros(128, 128, dtype=a.dtype) + (a.dtype == torch.float32)), checks.arithmetic, "FAIL", "off by 1"),
-    "products of nan": (lambda m: m.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.full((128, 128), float("nan"), dtype=a.dtype)), checks.arithmetic, "FAIL", "nan"),
-    "one core": (lambda m: m.setattr(os, "sched_getaffinity", lambda pid: {0}), checks.cores, "WARN", "twice"),
-    "too many threads": (lambda m: m.setattr(torch, "get_num_threads", lambda: 999), checks.threads, "WARN", "OMP_NUM_THREADS"),
-    "an old processor": (lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"), checks.cpu_instructions, "WARN", "AVX2"),
-    "little memory": (lambda m: m.setattr(Path, "read_text", lambda self: "MemTotal: 9\nMemAvailable:  1000000 kB\n"), checks.memory, "WARN", "1.0 GB"),
-    "few files": (lambda m: m.setattr(checks.resource, "getrlimit", lambda kind: (64, 64)), checks.open_files, "WARN", "ulimit"),
-    "offline": (lambda m: m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True), checks.offline, "OK", "offline"),
-    "online": (lambda m: m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False), checks.offline, "OK", "online"),
-    "a cache that cannot be written": (lambda m: m.setattr(os, "access", lambda path, mode: False), checks.hub_cache, "WARN", "HF_HOME"),
-}  # fmt: skip
+    "wrong products": (
+        lambda m: m.setattr(
+            torch.Tensor,
+            "__matmul__",
+            lambda a, b: torch.zeros(128, 128, dtype=a.dtype) + (a.dtype == torch.float32),
+        ),
+        checks.arithmetic,
+        "FAIL",
+        "off by 1",
+    ),
+    "products of nan": (
+        lambda m: m.setattr(
+            torch.Tensor,
+            "__matmul__",
+            lambda a, b: torch.full((128, 128), float("nan"), dtype=a.dtype),
+        ),
+        checks.arithmetic,
+        "FAIL",
+        "nan",
+    ),
+    "one core": (
+        lambda m: m.setattr(os, "sched_getaffinity", lambda pid: {0}),
+        checks.cores,
+        "WARN",
+        "twice",
+    ),
+    "too many threads": (
+        lambda m: m.setattr(torch, "get_num_threads", lambda: 999),
+        checks.threads,
+        "WARN",
+        "OMP_NUM_THREADS",
+    ),
+    "an old processor": (
+        lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+        checks.cpu_instructions,
+        "WARN",
+        "AVX2",
+    ),
+    "little memory": (
+        lambda m: m.setattr(
+            Path, "read_text", lambda self: "MemTotal: 9\nMemAvailable:  1000000 kB\n"
+        ),
+        checks.memory,
+        "WARN",
+        "1.0 GB",
+    ),
+    "few files": (
+        lambda m: m.setattr(checks.resource, "getrlimit", lambda kind: (64, 64)),
+        checks.open_files,
+        "WARN",
+        "ulimit",
+    ),
+    "offline": (
+        lambda m: m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+        checks.offline,
+        "OK",
+        "offline",
+    ),
+    "online": (
+        lambda m: m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False),
+        checks.offline,
+        "OK",
+        "online",
+    ),
+    "a cache that cannot be written": (
+        lambda m: m.setattr(os, "access", lambda path, mode: False),
+        checks.hub_cache,
+        "WARN",
+        "HF_HOME",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -121,7 +332,10 @@ def test_what_a_machine_lacks_is_said(monkeypatch, name):
 def test_a_missing_package(monkeypatch):
     absent(monkeypatch, "peft")
     found = checks.package("peft", "peft", "0.18")
-    assert (found.status, found.found) == ("FAIL", "not installed") and "pip install 'peft>=0.18'" in found.fix
+    assert (found.status, found.found) == (
+        "FAIL",
+        "not installed",
+    ) and "pip install 'peft>=0.18'" in found.fix
 
 
 def test_an_old_package(monkeypatch):
@@ -130,7 +344,15 @@ def test_an_old_package(monkeypatch):
     assert found.status == "FAIL" and "older than 0.18" in found.found
 
 
-@pytest.mark.parametrize("version, parts", [("2.13.0+cpu", (2, 13, 0)), ("5.0.0.dev0", (5, 0, 0)), ("13.0", (13, 0)), ("1.2.3.4", (1, 2, 3))])
+@pytest.mark.parametrize(
+    "version, parts",
+    [
+        ("2.13.0+cpu", (2, 13, 0)),
+        ("5.0.0.dev0", (5, 0, 0)),
+        ("13.0", (13, 0)),
+        ("1.2.3.4", (1, 2, 3)),
+    ],
+)
 def test_versions_are_compared_as_numbers(monkeypatch, version, parts):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert checks._version("x") == parts
@@ -143,17 +365,38 @@ def test_versions_are_compared_as_numbers(monkeypatch, version, parts):
         ("a bitsandbytes without its library", "bitsandbytes", checks.bitsandbytes),
         ("a flash-attn for another torch", "flash_attn", checks.flash_attention),
         ("a triton that breaks", "triton", checks.triton),
-        ("transformers without the model", "transformers.models.qwen3_vl.modeling_qwen3_vl", checks.qwen3_vl),
+        (
+            "transformers without the model",
+            "transformers.models.qwen3_vl.modeling_qwen3_vl",
+            checks.qwen3_vl,
+        ),
         ("a native module for another machine", "vise_kernels.dispatch", checks.native_module),
     ],
 )
-@pytest.mark.parametrize("fault", [ImportError("undefined symbol\n_ZN3c10"), OSError("libcudart.so.13"), RuntimeError("operator torchvision::nms does not exist"), AttributeError("x")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ImportError("undefined symbol\n_ZN3c10"),
+        OSError("libcudart.so.13"),
+        RuntimeError("operator torchvision::nms does not exist"),
+        AttributeError("x"),
+    ],
+)
 def test_a_broken_package_is_a_finding(monkeypatch, name, module, check, fault):
     real = checks.importlib.util.find_spec
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda wanted: object() if wanted == module else real(wanted))
+    monkeypatch.setattr(
+        checks.importlib.util,
+        "find_spec",
+        lambda wanted: object() if wanted == module else real(wanted),
+    )
     broken(monkeypatch, module, fault)
     found = doctor._guarded(check)
-    assert sound(found) and found.status == "FAIL" and type(fault).__name__ in found.found and "\n" not in found.found
+    assert (
+        sound(found)
+        and found.status == "FAIL"
+        and type(fault).__name__ in found.found
+        and "\n" not in found.found
+    )
 
 
 def test_a_kernels_package_in_the_working_directory(monkeypatch, tmp_path):
@@ -178,7 +421,9 @@ def test_disk_space(monkeypatch, tmp_path, free, status):
 
 
 def test_the_run_directory_is_tried_and_left_clean(tmp_path):
-    assert checks.writable(tmp_path / "runs" / "a").status == "OK" and list(tmp_path.iterdir()) == []
+    assert (
+        checks.writable(tmp_path / "runs" / "a").status == "OK" and list(tmp_path.iterdir()) == []
+    )
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
@@ -204,21 +449,33 @@ def nano(monkeypatch, tmp_path) -> Path:
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<box>": 0, "?": 1}, "unk_token": "?"}}')
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<box>": 0, "?": 1}, "unk_token": "?"}}'
+    )
     monkeypatch.setattr(checks, "NANO", tmp_path)
     stamp(tmp_path)
     return tmp_path
 
 
 def stamp(folder: Path) -> None:
-    (folder / "SHA256SUMS").write_text(subprocess.run(["sha256sum", "model.safetensors"], cwd=folder, capture_output=True, text=True, check=True).stdout)
+    (folder / "SHA256SUMS").write_text(
+        subprocess.run(
+            ["sha256sum", "model.safetensors"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
 
 
 def test_a_whole_embedded_model(nano):
     assert [check().status for check in doctor.EMBEDDED] == ["OK", "OK", "OK"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_an_embedded_model_with_a_hole(nano, name):
     (nano / name).unlink()
     found = [doctor._guarded(check) for check in doctor.EMBEDDED]
@@ -252,29 +509,48 @@ def test_a_damaged_tokenizer(nano, text):
 
 
 def test_a_tokenizer_of_another_model(nano):
-    (nano / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}')
+    (nano / "tokenizer.json").write_text(
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}'
+    )
     assert "no <box>" in checks.nano_tokenizer().found
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statuses, code", [(["OK", "OK"], 0), (["OK", "WARN"], 0), (["WARN", "FAIL", "OK"], 4)])
+@pytest.mark.parametrize(
+    "statuses, code", [(["OK", "OK"], 0), (["OK", "WARN"], 0), (["WARN", "FAIL", "OK"], 4)]
+)
 def test_the_exit_code(monkeypatch, capsys, statuses, code):
-    found = [Check(f"check {i}", status, "found [this]", "" if status == "OK" else "do that") for i, status in enumerate(statuses)]
+    found = [
+        Check(f"check {i}", status, "found [this]", "" if status == "OK" else "do that")
+        for i, status in enumerate(statuses)
+    ]
     monkeypatch.setattr(doctor, "examine", lambda run_dir: iter(found))
     assert doctor.main([]) == code
     said = capsys.readouterr().out
-    assert said.count("do that") == sum(status != "OK" for status in statuses) and "found [this]" in said
-    assert said.splitlines()[-1] == f"{statuses.count('OK')} OK  {statuses.count('WARN')} WARN  {statuses.count('FAIL')} FAIL"
+    assert (
+        said.count("do that") == sum(status != "OK" for status in statuses)
+        and "found [this]" in said
+    )
+    assert (
+        said.splitlines()[-1]
+        == f"{statuses.count('OK')} OK  {statuses.count('WARN')} WARN  {statuses.count('FAIL')} FAIL"
+    )
 
 
-@pytest.mark.parametrize("words, wanted", [([], "runs"), (["--run.dir", "x"], "x"), (["--run.dir=y"], "y"), (["--debug"], "runs")])
+@pytest.mark.parametrize(
+    "words, wanted",
+    [([], "runs"), (["--run.dir", "x"], "x"), (["--run.dir=y"], "y"), (["--debug"], "runs")],
+)
 def test_the_words(words, wanted):
     assert doctor._run_dir(words) == Path(wanted)
 
 
-@pytest.mark.parametrize("words", [["x"], ["--run.dir"], ["--run.dir", "a", "b"], ["--train.steps", "3"], ["--run.dir=a", "b"]])
+@pytest.mark.parametrize(
+    "words",
+    [["x"], ["--run.dir"], ["--run.dir", "a", "b"], ["--train.steps", "3"], ["--run.dir=a", "b"]],
+)
 def test_other_words_are_refused(words):
     with pytest.raises(ConfigError, match="--run.dir"):
         doctor._run_dir(words)

@@ -20,7 +20,9 @@ def eager_share(model, engine, picture, question, answer):
 
 
 def measured(engine, pictures, answers, owner, questions, adapters):
-    return image_share(engine, engine.prefill(engine.encode(pictures), adapters), owner, questions, answers)
+    return image_share(
+        engine, engine.prefill(engine.encode(pictures), adapters), owner, questions, answers
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,14 +42,20 @@ def test_share_equals_eager_weights(shape, adapters):
         else:
             with model.disable_adapter():
                 truth = eager_share(model, engine, pictures[i], ROWS[i], answer)
-        assert (share[:, n] - truth).abs().max() < 1e-5, f"row {n}: {share[:, n].tolist()} against {truth.tolist()}"
+        assert (share[:, n] - truth).abs().max() < 1e-5, (
+            f"row {n}: {share[:, n].tolist()} against {truth.tolist()}"
+        )
 
 
 @torch.no_grad()
 def test_rows_in_any_order_several_questions_about_one_image():
     _, engine = engine_of("gqa2")
     pictures, owner = images(SIZES[:3]), [2, 0, 2, 1, 0]
-    answers = Rollout(torch.tensor([[9, 8, 1], [7, 1, 0], [1, 0, 0], [12, 13, 14], [20, 1, 0]]), torch.zeros(5, 3), [3, 2, 1, 3, 2])
+    answers = Rollout(
+        torch.tensor([[9, 8, 1], [7, 1, 0], [1, 0, 0], [12, 13, 14], [20, 1, 0]]),
+        torch.zeros(5, 3),
+        [3, 2, 1, 3, 2],
+    )
     questions = [[10], [11, 12], [13, 14, 15], [16], [17, 18]]
     together = measured(engine, pictures, answers, owner, questions, True)
     for n in range(5):
@@ -60,7 +68,9 @@ def test_share_depends_on_the_adapters_and_lies_between_zero_and_one():
     _, engine = engine_of("mha_untied")
     pictures = images(SIZES)
     _, answers = sampled(engine, pictures, fan=1)
-    on, off = (measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, state) for state in (True, False))
+    on, off = (
+        measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, state) for state in (True, False)
+    )
     assert on.shape == (3, 4) and ((on > 0) & (on < 1)).all()
     assert (on - off).abs().max() > 1e-3
 

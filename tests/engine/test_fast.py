@@ -1,4 +1,5 @@
 """The fast engine against transformers' own forward and generate: logits, gradients, greedy ids, sampled log-probs, counts."""
+
 import pytest
 import torch
 from small_engines import ROWS, SIZES, engine_of, relative, sampled, stock_inputs, stock_logits
@@ -48,14 +49,26 @@ def test_greedy_equals_stock_generate(shape, adapters):
     assert rows[1] == rows[2]
     banned = torch.where(engine.banned)[0].tolist()
     for i, row in enumerate([rows[0], rows[1], rows[3], rows[4]]):
-        settings = dict(max_new_tokens=9, do_sample=False, suppress_tokens=banned, eos_token_id=1, pad_token_id=PAD)
+        settings = dict(
+            max_new_tokens=9,
+            do_sample=False,
+            suppress_tokens=banned,
+            eos_token_id=1,
+            pad_token_id=PAD,
+        )
         with torch.no_grad():
             if adapters:
                 out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
             else:
                 with model.disable_adapter():
                     out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
-        assert row == out[0, -(out.shape[1] - len(stock_inputs(engine, pictures[i], ROWS[i])["input_ids"][0])) :].tolist()
+        assert (
+            row
+            == out[
+                0,
+                -(out.shape[1] - len(stock_inputs(engine, pictures[i], ROWS[i])["input_ids"][0])) :,
+            ].tolist()
+        )
 
 
 def test_scored_logprob_equals_the_samplers_own():
@@ -78,11 +91,15 @@ def test_shared_prefix_update_equals_row_by_row_stock(shape, recompute):
     pictures = images(SIZES)
     features, answers = sampled(engine, pictures)
     owner = [i for i in range(4) for _ in range(3)]
-    names, leaves = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    names, leaves = zip(
+        *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
+    )
     hidden = engine.score(features, ROWS, answers, owner, True, recompute=recompute)
     weights = torch.linspace(-1, 1, len(hidden))
     flat = torch.tensor([t for row in answers.rows() for t in row])
-    loss = (engine.backbone.logits(hidden).log_softmax(-1).gather(1, flat[:, None])[:, 0] * weights).sum()
+    loss = (
+        engine.backbone.logits(hidden).log_softmax(-1).gather(1, flat[:, None])[:, 0] * weights
+    ).sum()
     fast = torch.autograd.grad(loss, leaves)
     total, start = 0.0, 0
     for row, image in zip(answers.rows(), owner, strict=True):
@@ -102,7 +119,9 @@ def test_reference_scores_from_cached_prefixes():
     owner = [i for i in range(4) for _ in range(3)]
     with torch.no_grad():
         fresh = engine.score(features, ROWS, answers, owner, False)
-        cached = engine.score(features, ROWS, answers, owner, False, prefixes=engine.prefill(features, False))
+        cached = engine.score(
+            features, ROWS, answers, owner, False, prefixes=engine.prefill(features, False)
+        )
     assert relative(cached, fresh) < 1e-5
 
 
@@ -112,7 +131,12 @@ def test_single_token_answers_are_scored():
     answers = Rollout(torch.tensor([[1], [1]]), torch.zeros(2, 1), [1, 1])
     with torch.no_grad():
         hidden = engine.score(features, ROWS[:2], answers, [0, 1], True)
-        assert relative(engine.backbone.logits(hidden), engine.verdict_logits(features, ROWS[:2], True)) < 1e-5
+        assert (
+            relative(
+                engine.backbone.logits(hidden), engine.verdict_logits(features, ROWS[:2], True)
+            )
+            < 1e-5
+        )
 
 
 def test_sampling_does_not_depend_on_the_batch():

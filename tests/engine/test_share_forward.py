@@ -18,8 +18,19 @@ from vise_fast.model import load as model
 from vise_fast.profile.flops import executed_flops
 from vise_fast.train import play_batch
 
-WORDS = ["--train.batch=3", "--rollout.samples=2", "--rollout.views=1", "--rollout.box_tokens=18", "--rollout.query_tokens=8", "--train.lr=1e-3"]
-ALIKE = ["--rollout.regrounder=policy", "--rollout.view_temperature=0.7", "--rollout.temperature=0.7"]  # samples and views in one batch
+WORDS = [
+    "--train.batch=3",
+    "--rollout.samples=2",
+    "--rollout.views=1",
+    "--rollout.box_tokens=18",
+    "--rollout.query_tokens=8",
+    "--train.lr=1e-3",
+]
+ALIKE = [
+    "--rollout.regrounder=policy",
+    "--rollout.view_temperature=0.7",
+    "--rollout.temperature=0.7",
+]  # samples and views in one batch
 TRAINED = 3  # of the four images of test_engine, whose sizes and questions differ in length
 FAN = [2, 1, 3, 1]
 
@@ -38,10 +49,20 @@ def generated(engine, prompts, limit=9):
 def test_what_is_sampled_from_does_not_depend_on_what_is_kept(shape, trained):
     _, engine = engine_of(shape)
     features = engine.encode(images(SIZES))
-    (plain_prefixes, plain), (prefixes, prompts) = asked(engine, features, 0), asked(engine, features, trained)
-    assert prefixes.following == plain_prefixes.following and prompts.following == plain.following and prompts.owner == plain.owner
+    (plain_prefixes, plain), (prefixes, prompts) = (
+        asked(engine, features, 0),
+        asked(engine, features, trained),
+    )
+    assert (
+        prefixes.following == plain_prefixes.following
+        and prompts.following == plain.following
+        and prompts.owner == plain.owner
+    )
     assert torch.allclose(prompts.last, plain.last, atol=1e-5) and not prompts.last.requires_grad
-    assert prompts.trained.last.requires_grad and len(prompts.trained) == len(prefixes.trained) == trained
+    assert (
+        prompts.trained.last.requires_grad
+        and len(prompts.trained) == len(prefixes.trained) == trained
+    )
     truth, found = generated(engine, plain), generated(engine, prompts)
     assert truth.rows() == found.rows()
     assert torch.allclose(truth.logprob, found.logprob, atol=1e-5)
@@ -54,13 +75,25 @@ def test_scores_and_gradients_equal_those_of_a_pass_from_the_images_on(shape, ch
     net, engine = engine_of(shape)
     features = engine.encode(images(SIZES))
     _, prompts = asked(engine, features, TRAINED)
-    answers, owners = generated(engine, prompts, limit), [r for r, n in enumerate(FAN) for _ in range(n)]
+    answers, owners = (
+        generated(engine, prompts, limit),
+        [r for r, n in enumerate(FAN) for _ in range(n)],
+    )
     rows = [n for n, owner in enumerate(owners) if owner in chosen]
-    args = features.select(chosen), [ROWS[i] for i in chosen], answers.select(rows), [chosen.index(owners[n]) for n in rows], True
+    args = (
+        features.select(chosen),
+        [ROWS[i] for i in chosen],
+        answers.select(rows),
+        [chosen.index(owners[n]) for n in rows],
+        True,
+    )
     truth, found = engine.score(*args), engine.score(*args, prompts=prompts.trained.select(chosen))
     assert torch.allclose(found, truth, atol=1e-5)
     weights = torch.linspace(0.5, 2, len(truth))
-    gradients = [torch.autograd.grad((hidden.sum(1) * weights).sum(), leaves(net)) for hidden in (found, truth)]
+    gradients = [
+        torch.autograd.grad((hidden.sum(1) * weights).sum(), leaves(net))
+        for hidden in (found, truth)
+    ]
     assert worst(*gradients) <= 1e-5
 
 
@@ -68,9 +101,17 @@ def stepped(words, monkeypatch, engine_class=Engine):
     """(gradient, metrics, update's FLOPs, config) of one step."""
     config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)
-    engine = engine_class(policy.backbone, policy.tokens) if engine_class is Engine else engine_class(StockBackbone(policy.model), policy.tokens)
+    engine = (
+        engine_class(policy.backbone, policy.tokens)
+        if engine_class is Engine
+        else engine_class(StockBackbone(policy.model), policy.tokens)
+    )
     learn, kept = Learner(policy, engine, config), []
-    monkeypatch.setattr(learn, "_apply", lambda norm: kept.append(torch.cat([p.grad.flatten() for p in learn.parameters.values()])))
+    monkeypatch.setattr(
+        learn,
+        "_apply",
+        lambda norm: kept.append(torch.cat([p.grad.flatten() for p in learn.parameters.values()])),
+    )
     slices = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
     with executed_flops() as counter:
         metrics = learn.learn(slices, 0)
@@ -78,12 +119,23 @@ def stepped(words, monkeypatch, engine_class=Engine):
     return kept[0], metrics, counter.get_total_flops(), (engine, config)
 
 
-@pytest.mark.parametrize("words", [[], ["--update.views_too=true", "--rollout.views=2", *ALIKE], ["--update.kl=k1_reward"], ALIKE, ["--rollout.regrounder=reference"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--update.views_too=true", "--rollout.views=2", *ALIKE],
+        ["--update.kl=k1_reward"],
+        ALIKE,
+        ["--rollout.regrounder=reference"],
+    ],
+)
 def test_a_step_has_the_same_gradient_either_way_and_costs_less(monkeypatch, words):
     gradient, metrics, flops, how = stepped(words, monkeypatch)
     truth, expected, more, _ = stepped([*words, "--train.share_forward=false"], monkeypatch)
     assert shares_forward(*how)
-    assert metrics["reward"] == pytest.approx(expected["reward"], abs=1e-6) and metrics["kl"] == pytest.approx(expected["kl"], abs=1e-6)
+    assert metrics["reward"] == pytest.approx(expected["reward"], abs=1e-6) and metrics[
+        "kl"
+    ] == pytest.approx(expected["kl"], abs=1e-6)
     excess = ((gradient - truth).abs().max() / truth.abs().max()).item()
     assert truth.abs().max() > 0 and excess <= 1e-5, excess
     assert flops < 0.85 * more, (flops, more)
@@ -92,7 +144,11 @@ def test_a_step_has_the_same_gradient_either_way_and_costs_less(monkeypatch, wor
 def test_few_scored_images_are_computed_alone(monkeypatch):
     """A graph of three images for the sake of one would cost more than a new pass over that one."""
     calls, real = [], Engine.score
-    monkeypatch.setattr(Engine, "score", lambda self, *args, **named: calls.append("prompts" in named) or real(self, *args, **named))
+    monkeypatch.setattr(
+        Engine,
+        "score",
+        lambda self, *args, **named: calls.append("prompts" in named) or real(self, *args, **named),
+    )
     aims = learning.Learner._targets
 
     def one(self, *args):
@@ -105,7 +161,15 @@ def test_few_scored_images_are_computed_alone(monkeypatch):
     assert calls == [False, False]
 
 
-@pytest.mark.parametrize("words", [["--train.micro_batch=1"], ["--train.checkpointing=true"], ["--train.share_forward=false"], ["--reward.preset=as_released"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--train.micro_batch=1"],
+        ["--train.checkpointing=true"],
+        ["--train.share_forward=false"],
+        ["--reward.preset=as_released"],
+    ],
+)
 def test_where_memory_is_short_the_update_computes_all_again(words):
     config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)

@@ -21,15 +21,21 @@ def both(shape):
 def played(engine, fan=(2, 1, 1, 2), limit=10, adapters=True, temperature=1.0):
     features = engine.encode(images(SIZES))
     prompts = engine.prompt(engine.prefill(features, adapters), OWNER, ROWS)
-    return features, engine.generate(prompts, list(fan), limit, list(range(40, 40 + sum(fan))), temperature)
+    return features, engine.generate(
+        prompts, list(fan), limit, list(range(40, 40 + sum(fan))), temperature
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("adapters", [True, False])
-@pytest.mark.parametrize("temperature, fan", [(0.0, (2, 1, 1, 2)), (1.0, (2, 1, 1, 2)), (1.0, (1, 1, 1, 1))])
+@pytest.mark.parametrize(
+    "temperature, fan", [(0.0, (2, 1, 1, 2)), (1.0, (2, 1, 1, 2)), (1.0, (1, 1, 1, 1))]
+)
 def test_same_seeds_sample_the_same_ids(shape, adapters, temperature, fan):
     fast, stock = both(shape)
-    (_, a), (_, b) = (played(engine, fan, adapters=adapters, temperature=temperature) for engine in (fast, stock))
+    (_, a), (_, b) = (
+        played(engine, fan, adapters=adapters, temperature=temperature) for engine in (fast, stock)
+    )
     assert a.rows() == b.rows()
     assert len(set(map(tuple, a.rows()))) > 2, "the fixture should sample different answers"
     assert (a.logprob - b.logprob).abs().max() < 1e-4
@@ -46,7 +52,9 @@ def test_same_scores_and_gradients(shape, recompute):
     b = stock.score(stock.encode(images(SIZES)), ROWS, answers, owner, True, recompute=recompute)
     assert relative(a, b) < 1e-4
     weights = torch.linspace(-1, 1, a.numel()).view_as(a)
-    fast_grads, stock_grads = (torch.autograd.grad((x * weights).sum(), list(leaves.values())) for x in (a, b))
+    fast_grads, stock_grads = (
+        torch.autograd.grad((x * weights).sum(), list(leaves.values())) for x in (a, b)
+    )
     for name, x, y in zip(leaves, fast_grads, stock_grads, strict=True):
         assert relative(x, y) < 1e-4, f"{name}: {relative(x, y)}"
 
@@ -55,7 +63,8 @@ def test_same_released_span():
     fast, stock = both("gqa2")
     features, answers = played(fast)
     (a, a_ids, a_lengths), (b, b_ids, b_lengths) = (
-        engine.score_released(engine.encode(images(SIZES)), ROWS, answers, [0, 0, 1, 2, 3, 3], True) for engine in (fast, stock)
+        engine.score_released(engine.encode(images(SIZES)), ROWS, answers, [0, 0, 1, 2, 3, 3], True)
+        for engine in (fast, stock)
     )
     assert relative(a, b) < 1e-4
     assert a_ids.tolist() == b_ids.tolist() and a_lengths == b_lengths
@@ -64,8 +73,13 @@ def test_same_released_span():
 @pytest.mark.parametrize("adapters", [True, False])
 def test_same_verdicts(adapters):
     fast, stock = both("gqa2")
-    a, b = (engine.verdict_logits(engine.encode(images(SIZES)), ROWS, adapters) for engine in (fast, stock))
-    c = stock.forked_verdict_logits(stock.prefill(stock.encode(images(SIZES)), adapters), [2, 0], [ROWS[2], ROWS[0]])
+    a, b = (
+        engine.verdict_logits(engine.encode(images(SIZES)), ROWS, adapters)
+        for engine in (fast, stock)
+    )
+    c = stock.forked_verdict_logits(
+        stock.prefill(stock.encode(images(SIZES)), adapters), [2, 0], [ROWS[2], ROWS[0]]
+    )
     assert relative(a, b) < 1e-4
     assert relative(c, b[[2, 0]]) < 1e-5
 
@@ -81,22 +95,57 @@ def test_the_counters_show_the_repeated_work():
 def qwen2_5_vl():
     """A random Qwen2.5-VL: windowed vision attention, no deepstack, patches normalised otherwise."""
     text = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]),
-    )  # fmt: skip
-    vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, out_hidden_size=32, window_size=16, fullatt_block_indexes=[1])
-    marks = dict(image_token_id=IMAGE, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4)
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        patch_size=4,
+        out_hidden_size=32,
+        window_size=16,
+        fullatt_block_indexes=[1],
+    )
+    marks = dict(
+        image_token_id=IMAGE, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4
+    )
     torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)).eval().requires_grad_(False)
+    return (
+        Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def test_a_family_without_a_fast_forward_generates_as_its_own_generate_does():
     model = qwen2_5_vl()
     engine = StockEngine(StockBackbone(model), TinyTokens())
     features = engine.encode(images(SIZES))
-    answers = engine.generate(engine.prompt(engine.prefill(features, True), OWNER, ROWS), [1] * 4, 8, [0] * 4, temperature=0.0)
+    answers = engine.generate(
+        engine.prompt(engine.prefill(features, True), OWNER, ROWS),
+        [1] * 4,
+        8,
+        [0] * 4,
+        temperature=0.0,
+    )
     banned = torch.where(engine.banned)[0].tolist()
     for i, row in enumerate(answers.rows()):
         inputs = stock_inputs(engine, images(SIZES)[i], ROWS[i])
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=banned, eos_token_id=1, pad_token_id=0)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            suppress_tokens=banned,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
         assert row == out[0, inputs["input_ids"].shape[1] :].tolist()

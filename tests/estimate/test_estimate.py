@@ -70,7 +70,9 @@ def test_fewer_bits_come_before_fewer_pixels_and_speed_before_both(asked):
 
 def test_a_second_forward_pass_comes_before_checkpointing(asked):
     """Just too little room: what the rollout would have kept for the update is computed again."""
-    config = configuration.load(None, ["--train.batch=4", "--rollout.samples=1", "--reward.preset=paper"])
+    config = configuration.load(
+        None, ["--train.batch=4", "--rollout.samples=1", "--reward.preset=paper"]
+    )
     whole = plan(config).rehearsed.peak
     config.memory.budget_gb = gb_for(whole * 0.99)
     assert plan(config).changes == {"train.share_forward": False}
@@ -84,7 +86,10 @@ def test_nothing_fits_a_thimble():
 def test_the_largest_images_of_the_folder_decide():
     config = nano()
     config.data.max_pixels = 256 * 256
-    peaks = [Planner(config, Sizes(*sizes)).rehearse(config).peak for sizes in ([(64, 64)] * 9, [(64, 64)] * 9 + [(256, 256)] * 4, [(256, 256)] * 4)]
+    peaks = [
+        Planner(config, Sizes(*sizes)).rehearse(config).peak
+        for sizes in ([(64, 64)] * 9, [(64, 64)] * 9 + [(256, 256)] * 4, [(256, 256)] * 4)
+    ]
     assert peaks[0] < peaks[1] == peaks[2]
 
 

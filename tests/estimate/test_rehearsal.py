@@ -19,7 +19,13 @@ from vise_fast.estimate.live_bytes import Live  # noqa: E402
 from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
 
 BOUND = 0.05
-SAMPLED = ["nano-like, one slice an image", "G 16", "views too", "wide, int8", "wide, nf4, 8-bit Adam"]
+SAMPLED = [
+    "nano-like, one slice an image",
+    "G 16",
+    "views too",
+    "wide, int8",
+    "wide, nf4, 8-bit Adam",
+]
 """The bench does all sixteen."""
 
 
@@ -30,7 +36,9 @@ def test_the_prediction_is_within_five_percent_of_the_count(name):
 
 
 def test_the_bench_covers_enough():
-    assert len(CONFIGURATIONS) >= 12 and {shape for shape, *_ in CONFIGURATIONS.values()} == set(MODELS)
+    assert len(CONFIGURATIONS) >= 12 and {shape for shape, *_ in CONFIGURATIONS.values()} == set(
+        MODELS
+    )
 
 
 def test_live_counts_storages_not_views_and_forgets_the_dead():
@@ -82,11 +90,18 @@ def test_the_line_through_two_shallow_models_meets_the_deep_one(shapes, checkpoi
     config = Config()
     config.train.batch, config.train.checkpointing = 2, checkpointing
     arguments = (config, shapes, [(64, 96)] * 2, torch.float32)
-    line, whole = rehearse(*arguments, device="cpu"), rehearsal._rehearse(*arguments, Lengths(), "cpu")[0]
+    line, whole = (
+        rehearse(*arguments, device="cpu"),
+        rehearsal._rehearse(*arguments, Lengths(), "cpu")[0],
+    )
     assert line.phases.keys() == whole.keys()
     for phase, parts in whole.items():
-        assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=1e-2), phase
-    assert line.peak == pytest.approx(max(sum(parts.values()) for parts in whole.values()), rel=1e-3)
+        assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=1e-2), (
+            phase
+        )
+    assert line.peak == pytest.approx(
+        max(sum(parts.values()) for parts in whole.values()), rel=1e-3
+    )
 
 
 def peak(shapes, **changes):
@@ -102,6 +117,13 @@ def test_every_knob_of_the_planner_saves_memory(shapes):
     deep = copy.deepcopy(shapes)
     deep.text_config.num_hidden_layers = 20
     base = peak(deep)
-    knobs = [dict(train__micro_batch=1), dict(model__quant="int8"), dict(model__quant="nf4"), dict(train__checkpointing=True)]
-    assert all(peak(deep, **knob) < base for knob in knobs), [(knob, peak(deep, **knob), base) for knob in knobs]
+    knobs = [
+        dict(train__micro_batch=1),
+        dict(model__quant="int8"),
+        dict(model__quant="nf4"),
+        dict(train__checkpointing=True),
+    ]
+    assert all(peak(deep, **knob) < base for knob in knobs), [
+        (knob, peak(deep, **knob), base) for knob in knobs
+    ]
     assert peak(deep, model__quant="nf4") < peak(deep, model__quant="int8")

@@ -29,7 +29,10 @@ class Pupil:
     def __init__(self, source, box, sees, query=lambda scene: scene.names[0]):
         self.source, self.box, self.sees, self.query = source, box, sees, query
         keys = [image.key for image in source.held_out(10_000)]
-        keys += [exam.randomness.key(source.eval.seed, 0, "validation scene", i) for i in range(len(keys))]
+        keys += [
+            exam.randomness.key(source.eval.seed, 0, "validation scene", i)
+            for i in range(len(keys))
+        ]
         self.scenes = [source.scene(key) for key in keys]
 
     def encode(self, images):
@@ -40,7 +43,11 @@ class Pupil:
 
     def scene_of(self, pixels):
         """The scene whose pixels these mostly are; None for a grey image and for views."""
-        found = [scene for scene in self.scenes if (torch.from_numpy(scene.pixels) == pixels).float().mean() > 0.3]
+        found = [
+            scene
+            for scene in self.scenes
+            if (torch.from_numpy(scene.pixels) == pixels).float().mean() > 0.3
+        ]
         return found[0] if found else None
 
     def ask(self, engine, prefixes, owner, seeds, limit, temperature=1.0):
@@ -50,18 +57,31 @@ class Pupil:
     def ground(self, engine, prefixes, owner, queries, fan, seeds, limit, temperature=1.0):
         rows = [r for r, count in enumerate(fan) for _ in range(count)]
         boxes = [self.box(self.scene_of(prefixes[owner[r]]), queries[r]) for r in rows]
-        box = geometry.clean_1000(torch.tensor([b or (0.0,) * 4 for b in boxes], dtype=torch.float64))
-        return SimpleNamespace(box_1000=box, readable=torch.tensor([b is not None for b in boxes]), owner=rows)
+        box = geometry.clean_1000(
+            torch.tensor([b or (0.0,) * 4 for b in boxes], dtype=torch.float64)
+        )
+        return SimpleNamespace(
+            box_1000=box, readable=torch.tensor([b is not None for b in boxes]), owner=rows
+        )
 
     def verify(self, engine, features, queries, adapters):
-        return torch.tensor([float(self.sees(self.scene_of(pixels), query, pixels)) for pixels, query in zip(features, queries, strict=True)])
+        return torch.tensor(
+            [
+                float(self.sees(self.scene_of(pixels), query, pixels))
+                for pixels, query in zip(features, queries, strict=True)
+            ]
+        )
 
     def verify_forked(self, engine, prefixes, owner, queries):
         return self.verify(engine, [prefixes[i] for i in owner], queries, True)
 
 
 def true_box(scene, name):
-    return next((thing.box_1000 for thing in scene.objects if thing.name == name), None) if scene else (0.0, 0.0, 1000.0, 1000.0)
+    return (
+        next((thing.box_1000 for thing in scene.objects if thing.name == name), None)
+        if scene
+        else (0.0, 0.0, 1000.0, 1000.0)
+    )
 
 
 def truly_sees(scene, name, pixels):
@@ -74,62 +94,145 @@ def truly_sees(scene, name, pixels):
 
 @pytest.fixture
 def settings():
-    return config.load(None, ["--eval.scenes=12", "--eval.batch=5", "--eval.attention=false", "--ghost.method=mean"])
+    return config.load(
+        None,
+        ["--eval.scenes=12", "--eval.batch=5", "--eval.attention=false", "--ghost.method=mean"],
+    )
 
 
 def examined(monkeypatch, settings, box=true_box, sees=truly_sees, **more):
     source = Scenes(settings)
     pupil = Pupil(source, box, sees, **more)
-    monkeypatch.setattr(exam, "roles", SimpleNamespace(ask=pupil.ask, ground=pupil.ground, verify=pupil.verify, verify_forked=pupil.verify_forked, Queries=roles.Queries))
+    monkeypatch.setattr(
+        exam,
+        "roles",
+        SimpleNamespace(
+            ask=pupil.ask,
+            ground=pupil.ground,
+            verify=pupil.verify,
+            verify_forked=pupil.verify_forked,
+            Queries=roles.Queries,
+        ),
+    )
     return evaluate.held_out(pupil, source, settings, True)
 
 
 def test_a_perfect_pupil_gets_full_marks(monkeypatch, settings):
     values = examined(monkeypatch, settings).values
     for label in ("greedy", "sampled"):
-        full = {name: values[f"{label}_{name}"] for name in ("iou", "iou_50", "iou_rescaled", "centre_inside", "parse_rate", "area_ratio")}
+        full = {
+            name: values[f"{label}_{name}"]
+            for name in (
+                "iou",
+                "iou_50",
+                "iou_rescaled",
+                "centre_inside",
+                "parse_rate",
+                "area_ratio",
+            )
+        }
         assert full == dict.fromkeys(full, pytest.approx(1.0))
-        assert values[f"{label}_centre_error"] == pytest.approx(0.0, abs=1e-12) and values[f"{label}_scale"] == 1.0
-    for name in ("visible_present", "visible_absent", "visible_hidden", "visible_accuracy", "pope_accuracy", "pope_precision", "pope_recall", "pope_f1", "TU", "query_present"):
+        assert (
+            values[f"{label}_centre_error"] == pytest.approx(0.0, abs=1e-12)
+            and values[f"{label}_scale"] == 1.0
+        )
+    for name in (
+        "visible_present",
+        "visible_absent",
+        "visible_hidden",
+        "visible_accuracy",
+        "pope_accuracy",
+        "pope_precision",
+        "pope_recall",
+        "pope_f1",
+        "TU",
+        "query_present",
+    ):
         assert values[name] == pytest.approx(1.0), name
     assert values["visible_elsewhere"] == pytest.approx(1.0) and values["changed_elsewhere"] == 0
-    assert values["pope_yes_rate"] == pytest.approx(0.5) and values["SB"] == values["IG"] == values["ID"] == 0
+    assert (
+        values["pope_yes_rate"] == pytest.approx(0.5)
+        and values["SB"] == values["IG"] == values["ID"] == 0
+    )
     assert values["own_TU"] == pytest.approx(1.0) and values["blind_yes_rate"] == 0
 
 
 def test_a_pupil_who_always_answers_the_full_image_is_seen_through(monkeypatch, settings):
-    found = examined(monkeypatch, settings, box=lambda scene, name: (0.0, 0.0, 1000.0, 1000.0), sees=lambda scene, name, pixels: True)
-    values, things = found.values, [thing for image in Scenes(settings).held_out(12) for thing in Scenes(settings).scene(image.key).objects]
+    found = examined(
+        monkeypatch,
+        settings,
+        box=lambda scene, name: (0.0, 0.0, 1000.0, 1000.0),
+        sees=lambda scene, name, pixels: True,
+    )
+    values, things = (
+        found.values,
+        [
+            thing
+            for image in Scenes(settings).held_out(12)
+            for thing in Scenes(settings).scene(image.key).objects
+        ],
+    )
     areas = geometry.area_share(torch.tensor([thing.box_1000 for thing in things])).numpy()
-    assert values["greedy_iou"] == pytest.approx(areas.mean()), "IoU with the full image is the area"
+    assert values["greedy_iou"] == pytest.approx(areas.mean()), (
+        "IoU with the full image is the area"
+    )
     assert values["greedy_area_ratio"] == pytest.approx(1 / areas.mean())
-    assert values["greedy_scale"] <= 0.6 and values["greedy_iou_rescaled"] < 0.3, "shrinking helps a little, and is no grounding"
+    assert values["greedy_scale"] <= 0.6 and values["greedy_iou_rescaled"] < 0.3, (
+        "shrinking helps a little, and is no grounding"
+    )
     assert values["own_area_large"] == 1 and values["own_area"] == 1
     assert values["invariance"] > 0.9, "the collapse that invariance alone rewards"
-    assert values["pope_yes_rate"] == 1 and values["pope_precision"] == pytest.approx(0.5) and values["pope_recall"] == 1
+    assert (
+        values["pope_yes_rate"] == 1
+        and values["pope_precision"] == pytest.approx(0.5)
+        and values["pope_recall"] == 1
+    )
     assert values["SB"] == 1 and values["own_SB"] == 1 and values["blind_yes_rate"] == 1
     assert LARGE_AREA < 1
 
 
-def test_boxes_too_large_by_a_constant_are_made_good_by_the_rescale_and_by_nothing_else(monkeypatch, settings):
-    grown = lambda scene, name: None if true_box(scene, name) is None else tuple(exam.rescaled(torch.tensor(true_box(scene, name)), 1.25).tolist())  # noqa: E731
+def test_boxes_too_large_by_a_constant_are_made_good_by_the_rescale_and_by_nothing_else(
+    monkeypatch, settings
+):
+    grown = lambda scene, name: (
+        None
+        if true_box(scene, name) is None
+        else tuple(exam.rescaled(torch.tensor(true_box(scene, name)), 1.25).tolist())
+    )
     values = examined(monkeypatch, settings, box=grown).values
     assert values["greedy_scale"] == pytest.approx(0.8)
-    assert values["greedy_iou"] < 0.7 and values["greedy_iou_rescaled"] > 0.95  # not 1: grown boxes are cut at the image's edge
+    assert (
+        values["greedy_iou"] < 0.7 and values["greedy_iou_rescaled"] > 0.95
+    )  # not 1: grown boxes are cut at the image's edge
     assert values["greedy_centre_inside"] == 1
 
 
 def test_unreadable_answers_count_as_misses_and_have_no_area(monkeypatch, settings):
-    values = examined(monkeypatch, settings, box=lambda scene, name: None, query=lambda scene: "purple giraffe").values
-    assert values["greedy_parse_rate"] == 0 and values["greedy_iou"] == 0 and values["greedy_centre_inside"] == 0
-    assert "greedy_area" not in values and "greedy_centre_error" not in values and "invariance" not in values
+    values = examined(
+        monkeypatch, settings, box=lambda scene, name: None, query=lambda scene: "purple giraffe"
+    ).values
+    assert (
+        values["greedy_parse_rate"] == 0
+        and values["greedy_iou"] == 0
+        and values["greedy_centre_inside"] == 0
+    )
+    assert (
+        "greedy_area" not in values
+        and "greedy_centre_error" not in values
+        and "invariance" not in values
+    )
     assert values["query_present"] == 0 and values["distinct_queries"] == pytest.approx(1 / 12)
 
 
 def test_only_clearly_visible_objects_are_asked_about(monkeypatch, settings):
     found = examined(monkeypatch, settings)
-    things = [[thing for thing in Scenes(settings).scene(image.key).objects] for image in Scenes(settings).held_out(12)]
-    assert found.marks["visible_present"][1].tolist() == [sum(thing.visible_share >= 0.5 for thing in row) for row in things]
+    things = [
+        [thing for thing in Scenes(settings).scene(image.key).objects]
+        for image in Scenes(settings).held_out(12)
+    ]
+    assert found.marks["visible_present"][1].tolist() == [
+        sum(thing.visible_share >= 0.5 for thing in row) for row in things
+    ]
     assert found.marks["greedy_iou"][1].tolist() == [len(row) for row in things]
 
 
@@ -155,7 +258,16 @@ def test_every_measured_figure_has_a_title_and_titles_differ(monkeypatch, settin
 @pytest.fixture(scope="module")
 def shipped():
     """The shipped model with a small non-zero adapter, and a handful of scenes."""
-    settings = config.load(None, ["--eval.scenes=4", "--eval.batch=3", "--rollout.box_tokens=20", "--rollout.query_tokens=8", "--eval.samples=2"])
+    settings = config.load(
+        None,
+        [
+            "--eval.scenes=4",
+            "--eval.batch=3",
+            "--rollout.box_tokens=20",
+            "--rollout.query_tokens=8",
+            "--eval.samples=2",
+        ],
+    )
     policy = model.load(settings)
     torch.manual_seed(0)
     for name, parameter in policy.parameters().items():
@@ -185,29 +297,59 @@ def test_both_arms_share_every_encode_that_does_not_depend_on_the_arm(shipped):
     evaluate.held_out(engine, source, settings, False)
     alone = engine.counters.take()["images_encoded"]
     evaluate.compare(engine, source, settings)
-    own = settings.eval.scenes + 2  # per arm: ghosts of its own boxes (at most one per image) and a grey image per batch
+    own = (
+        settings.eval.scenes + 2
+    )  # per arm: ghosts of its own boxes (at most one per image) and a grey image per batch
     assert engine.counters.take()["images_encoded"] <= alone + own < 2 * alone
 
 
 def test_photographs_get_the_figures_that_need_no_labels(shipped, tmp_path):
     settings, policy, source = shipped
     for i in range(6):
-        Pillow.fromarray(source.scene(1000 + i).pixels).resize((160, 96)).save(tmp_path / f"{i}.png")
-    photographs = config.load(None, ["--data.dir", str(tmp_path), "--data.holdout=0.5", "--eval.scenes=2", "--rollout.box_tokens=20", "--rollout.query_tokens=8"])
+        Pillow.fromarray(source.scene(1000 + i).pixels).resize((160, 96)).save(
+            tmp_path / f"{i}.png"
+        )
+    photographs = config.load(
+        None,
+        [
+            "--data.dir",
+            str(tmp_path),
+            "--data.holdout=0.5",
+            "--eval.scenes=2",
+            "--rollout.box_tokens=20",
+            "--rollout.query_tokens=8",
+        ],
+    )
     folder = Folder(tmp_path, photographs, model.grid_multiple("nano"), tmp_path / "bad.jsonl")
     found = evaluate.held_out(Engine(policy.backbone, policy.tokens), folder, photographs, True)
-    assert found.n == 2 and {"attention_share", "own_parse_rate", "query_parse_rate"} <= set(found.values)
-    assert not {name for name in found.values if name.startswith(("greedy", "sampled", "visible", "pope", "blind"))}
+    assert found.n == 2 and {"attention_share", "own_parse_rate", "query_parse_rate"} <= set(
+        found.values
+    )
+    assert not {
+        name
+        for name in found.values
+        if name.startswith(("greedy", "sampled", "visible", "pope", "blind"))
+    }
 
 
 def test_no_held_out_images_is_an_empty_table(shipped):
     settings, policy, source = shipped
     none = config.load(None, ["--eval.scenes=0"])
-    assert evaluate.held_out(Engine(policy.backbone, policy.tokens), Scenes(none), none, True).json()["values"] == {}
+    assert (
+        evaluate.held_out(Engine(policy.backbone, policy.tokens), Scenes(none), none, True).json()[
+            "values"
+        ]
+        == {}
+    )
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
-    assert evaluate.main(["--scenes", "3", "--rollout.box_tokens", "20", "--json", str(tmp_path / "e.json")]) == 0
+    assert (
+        evaluate.main(
+            ["--scenes", "3", "--rollout.box_tokens", "20", "--json", str(tmp_path / "e.json")]
+        )
+        == 0
+    )
     assert "mean IoU, greedy" in capsys.readouterr().out
     content = json.loads((tmp_path / "e.json").read_text())
     assert set(content) == {"before"} and content["before"]["n"] == 3
@@ -216,7 +358,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert evaluate.side_by_side(content)["mean IoU, greedy"][1] == "-"
 
 
-@pytest.mark.parametrize("words", [["--scenes", "many"], ["--scnes", "3"], ["stray"], ["--json"], ["--adapter", "nowhere"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--scenes", "many"], ["--scnes", "3"], ["stray"], ["--json"], ["--adapter", "nowhere"]],
+)
 def test_wrong_words_are_config_errors(words):
     with pytest.raises(ConfigError):
         evaluate.main(words)

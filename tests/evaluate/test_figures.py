@@ -10,7 +10,13 @@ from vise_fast.evaluate.figures import Figures, difference, join
 
 def figures(**marks):
     n = len(next(iter(marks.values()))[0])
-    return Figures(n, {name: (np.asarray(top, float), np.asarray(bottom, float)) for name, (top, bottom) in marks.items()})
+    return Figures(
+        n,
+        {
+            name: (np.asarray(top, float), np.asarray(bottom, float))
+            for name, (top, bottom) in marks.items()
+        },
+    )
 
 
 def test_a_figure_is_the_ratio_of_sums_not_the_mean_of_ratios():
@@ -26,7 +32,10 @@ def test_a_figure_without_anything_to_count_is_left_out_of_values_and_nan_as_est
 
 def test_interval_covers_the_true_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = sum(e.low <= 0.3 <= e.high for e in (figures(x=(rng.random(80) < 0.3, np.ones(80))).estimate("x") for _ in range(300)))
+    hits = sum(
+        e.low <= 0.3 <= e.high
+        for e in (figures(x=(rng.random(80) < 0.3, np.ones(80))).estimate("x") for _ in range(300))
+    )
     assert 0.90 <= hits / 300 <= 0.985, hits / 300
 
 
@@ -34,17 +43,25 @@ def test_interval_of_clustered_rows_is_that_of_the_clusters():
     """Ten identical rows per scene are worth one: the interval must not shrink."""
     rng = np.random.default_rng(1)
     values = rng.random(60)
-    one, ten = figures(x=(values, np.ones(60))).estimate("x"), figures(x=(10 * values, np.full(60, 10))).estimate("x")
+    one, ten = (
+        figures(x=(values, np.ones(60))).estimate("x"),
+        figures(x=(10 * values, np.full(60, 10))).estimate("x"),
+    )
     assert (ten.low, ten.high) == pytest.approx((one.low, one.high))
 
 
 def test_pairing_removes_what_both_arms_share():
     rng = np.random.default_rng(2)
     scene = rng.random(100)
-    before, after = figures(x=(scene, np.ones(100))), figures(x=(scene + 0.02 + rng.normal(0, 0.01, 100), np.ones(100)))
+    before, after = (
+        figures(x=(scene, np.ones(100))),
+        figures(x=(scene + 0.02 + rng.normal(0, 0.01, 100), np.ones(100))),
+    )
     gain = difference(before, after, "x")
     assert gain.low > 0 and gain.value == pytest.approx(0.02, abs=0.005)
-    unpaired = difference(before, figures(x=(rng.permutation(after.marks["x"][0]), np.ones(100))), "x")
+    unpaired = difference(
+        before, figures(x=(rng.permutation(after.marks["x"][0]), np.ones(100))), "x"
+    )
     assert unpaired.high - unpaired.low > 8 * (gain.high - gain.low)
 
 
@@ -64,9 +81,16 @@ def test_intervals_repeat():
 
 
 def test_join_fills_what_a_batch_had_nothing_to_say_about():
-    one, two = {"a": (np.array([1.0]), np.array([1.0]))}, {"a": (np.array([0.0, 1]), np.ones(2)), "b": (np.array([2.0, 3]), np.ones(2))}
+    one, two = (
+        {"a": (np.array([1.0]), np.array([1.0]))},
+        {"a": (np.array([0.0, 1]), np.ones(2)), "b": (np.array([2.0, 3]), np.ones(2))},
+    )
     whole = join([one, two])
-    assert whole["a"][0].tolist() == [1, 0, 1] and whole["b"][0].tolist() == [0, 2, 3] and whole["b"][1].tolist() == [0, 1, 1]
+    assert (
+        whole["a"][0].tolist() == [1, 0, 1]
+        and whole["b"][0].tolist() == [0, 2, 3]
+        and whole["b"][1].tolist() == [0, 1, 1]
+    )
 
 
 def test_json_round_trip():
@@ -77,7 +101,9 @@ def test_json_round_trip():
     assert again.estimate("x") == f.estimate("x")
 
 
-@pytest.mark.parametrize("content", [{}, {"n": 1, "marks": {"x": {"top": [1]}}, "plain": {}, "layers": []}])
+@pytest.mark.parametrize(
+    "content", [{}, {"n": 1, "marks": {"x": {"top": [1]}}, "plain": {}, "layers": []}]
+)
 def test_foreign_json_is_refused(content):
     with pytest.raises(KeyError):
         Figures.read(content)

@@ -16,7 +16,9 @@ BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
 
 
 def close(actual, expected, atol=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), atol=atol, rtol=0)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=torch.float64), atol=atol, rtol=0
+    )
 
 
 def test_flip_golden_numbers():
@@ -27,7 +29,10 @@ def test_flip_golden_numbers():
 @pytest.mark.parametrize("mode", ["corners", "ellipse"])
 def test_crop_golden_numbers(mode):
     matrix = geo.crop_px(32, 24, 576, 432, W, H)
-    close(geo.project_1000((100, 200, 400, 700), matrix, H, W, mode), (500 / 9, 500 / 3, 3500 / 9, 6500 / 9))
+    close(
+        geo.project_1000((100, 200, 400, 700), matrix, H, W, mode),
+        (500 / 9, 500 / 3, 3500 / 9, 6500 / 9),
+    )
 
 
 def test_giou_golden_numbers():
@@ -69,7 +74,11 @@ def test_hygiene():
     for bad in (math.nan, math.inf, -math.inf):
         close(geo.clean_1000((1, bad, 3, 4)), (0, 0, 0, 0))
         assert not geo.proper((1, bad, 3, 4))
-    assert not geo.proper((10, 10, 10, 20)) and not geo.proper((0, 0, 0, 0)) and not geo.proper((1200, 0, 1300, 50))
+    assert (
+        not geo.proper((10, 10, 10, 20))
+        and not geo.proper((0, 0, 0, 0))
+        and not geo.proper((1200, 0, 1300, 50))
+    )
     assert geo.proper((20, 20, 10, 10))
     close(geo.area_share([(0, 0, 1000, 1000), (500, 0, 0, 500), (0, 0, 0, 0)]), (1, 0.25, 0))
 
@@ -81,27 +90,59 @@ def test_pixels_and_thousandths_are_inverse(box, height, width):
 
 def test_sizes_broadcast_per_image():
     boxes = torch.tensor([[0.0, 0, 1000, 1000]]).expand(2, 4)
-    close(geo.to_px(boxes, torch.tensor([480, 31]), torch.tensor([640, 97])), [(0, 0, 640, 480), (0, 0, 97, 31)])
+    close(
+        geo.to_px(boxes, torch.tensor([480, 31]), torch.tensor([640, 97])),
+        [(0, 0, 640, 480), (0, 0, 97, 31)],
+    )
 
 
-AFFINE = st.builds(geo.affine_px, st.floats(-180, 180), st.floats(0.3, 2), st.floats(-90, 90), st.floats(-90, 90), st.just(W), st.just(H))
+AFFINE = st.builds(
+    geo.affine_px,
+    st.floats(-180, 180),
+    st.floats(0.3, 2),
+    st.floats(-90, 90),
+    st.floats(-90, 90),
+    st.just(W),
+    st.just(H),
+)
 
 
 @given(box=BOX, matrix=AFFINE)
 def test_corners_are_the_hull_of_mapped_corners(box, matrix):
     x1, y1, x2, y2 = geo.to_px(box, H, W).tolist()
-    corners = torch.tensor([(x1, y1, 1), (x2, y1, 1), (x1, y2, 1), (x2, y2, 1)], dtype=torch.float64) @ matrix.T
+    corners = (
+        torch.tensor([(x1, y1, 1), (x2, y1, 1), (x1, y2, 1), (x2, y2, 1)], dtype=torch.float64)
+        @ matrix.T
+    )
     hull = torch.cat([corners.min(0).values[:2], corners.max(0).values[:2]])
-    close(geo.project_1000(box, matrix, H, W, "corners", clamp=False), geo.to_1000(hull, H, W).tolist(), atol=1e-6)
+    close(
+        geo.project_1000(box, matrix, H, W, "corners", clamp=False),
+        geo.to_1000(hull, H, W).tolist(),
+        atol=1e-6,
+    )
 
 
 @given(box=BOX, matrix=AFFINE)
 def test_ellipse_is_the_hull_of_mapped_outline(box, matrix):
     x1, y1, x2, y2 = geo.to_px(box, H, W).tolist()
     t = torch.linspace(0, 2 * math.pi, 2001, dtype=torch.float64)
-    outline = torch.stack([(x1 + x2) / 2 + (x2 - x1) / 2 * t.cos(), (y1 + y2) / 2 + (y2 - y1) / 2 * t.sin(), torch.ones_like(t)], -1) @ matrix.T
+    outline = (
+        torch.stack(
+            [
+                (x1 + x2) / 2 + (x2 - x1) / 2 * t.cos(),
+                (y1 + y2) / 2 + (y2 - y1) / 2 * t.sin(),
+                torch.ones_like(t),
+            ],
+            -1,
+        )
+        @ matrix.T
+    )
     hull = torch.cat([outline.min(0).values[:2], outline.max(0).values[:2]])
-    close(geo.project_1000(box, matrix, H, W, "ellipse", clamp=False), geo.to_1000(hull, H, W).tolist(), atol=0.02)
+    close(
+        geo.project_1000(box, matrix, H, W, "ellipse", clamp=False),
+        geo.to_1000(hull, H, W).tolist(),
+        atol=0.02,
+    )
 
 
 def test_projection_is_clamped_and_broadcasts():
@@ -123,12 +164,19 @@ def test_rotation_turns_counter_clockwise_as_seen_and_keeps_the_centre():
 
 
 def test_matrices_are_affine_and_shift_right_and_down():
-    made = (geo.flip_px(97), geo.crop_px(3, 4, 50, 20, 97, 31), geo.affine_px(7, 1.1, 5, -6, 97, 31))
+    made = (
+        geo.flip_px(97),
+        geo.crop_px(3, 4, 50, 20, 97, 31),
+        geo.affine_px(7, 1.1, 5, -6, 97, 31),
+    )
     for matrix in made:
         assert matrix.dtype == torch.float64 and matrix[2].tolist() == [0, 0, 1]
     moved = geo.affine_px(0, 1, 5, -6, 97, 31) @ torch.tensor([10, 20, 1], dtype=torch.float64)
     close(moved, (15, 14, 1))
-    close(made[2] @ torch.tensor([97 / 2, 31 / 2, 1], dtype=torch.float64), (97 / 2 + 5, 31 / 2 - 6, 1))
+    close(
+        made[2] @ torch.tensor([97 / 2, 31 / 2, 1], dtype=torch.float64),
+        (97 / 2 + 5, 31 / 2 - 6, 1),
+    )
 
 
 def test_kept_share():
@@ -142,7 +190,14 @@ def test_kept_share():
 
 
 def random_affine(rng):
-    return geo.affine_px(rng.uniform(-10, 10), rng.uniform(0.9, 1.1), rng.uniform(-50, 50), rng.uniform(-50, 50), W, H)
+    return geo.affine_px(
+        rng.uniform(-10, 10),
+        rng.uniform(0.9, 1.1),
+        rng.uniform(-50, 50),
+        rng.uniform(-50, 50),
+        W,
+        H,
+    )
 
 
 def random_crop(rng):
@@ -160,7 +215,9 @@ FULL = torch.tensor([0.0, 0, 1000, 1000], dtype=torch.float64)
 
 def views(kind, count=4000):
     rng = np.random.default_rng(0)
-    return torch.stack([{"affine": random_affine, "crop": random_crop}[kind](rng) for _ in range(count)])
+    return torch.stack(
+        [{"affine": random_affine, "crop": random_crop}[kind](rng) for _ in range(count)]
+    )
 
 
 def test_full_image_is_exactly_invariant_to_flip_and_crop():
@@ -171,7 +228,9 @@ def test_full_image_is_exactly_invariant_to_flip_and_crop():
 
 @pytest.mark.parametrize("mode, mean", [("corners", 0.979), ("ellipse", 0.952)])
 def test_full_image_under_affine_on_average(mode, mean):
-    assert r_geo(geo.project_1000(FULL, views("affine"), H, W, mode), FULL).mean().item() == pytest.approx(mean, abs=0.003)
+    assert r_geo(
+        geo.project_1000(FULL, views("affine"), H, W, mode), FULL
+    ).mean().item() == pytest.approx(mean, abs=0.003)
 
 
 def test_full_image_over_all_views_on_average():

@@ -28,7 +28,11 @@ def test_boxes_bound_the_visible_pixels():
     for scene in SCENES:
         for index, thing in enumerate(scene.objects):
             rows, columns = np.nonzero(scene.owner == index)
-            bounds = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * 1000 / 128
+            bounds = (
+                np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                * 1000
+                / 128
+            )
             assert thing.box_1000 == pytest.approx(bounds)
 
 
@@ -57,11 +61,17 @@ def test_the_last_object_hides_and_is_not_hidden():
 
 def test_names_are_unique_and_all_occur():
     assert all(len(set(scene.names)) == len(scene.names) for scene in SCENES)
-    assert {name for scene in SCENES for name in scene.names} == set(scenes.NAMES) and len(scenes.NAMES) == 32
+    assert {name for scene in SCENES for name in scene.names} == set(scenes.NAMES) and len(
+        scenes.NAMES
+    ) == 32
 
 
 def test_sizes_are_as_described():
-    areas = [(t.box_1000[2] - t.box_1000[0]) * (t.box_1000[3] - t.box_1000[1]) / 1e6 for s in SCENES for t in s.objects]
+    areas = [
+        (t.box_1000[2] - t.box_1000[0]) * (t.box_1000[3] - t.box_1000[1]) / 1e6
+        for s in SCENES
+        for t in s.objects
+    ]
     assert 0.09 < np.mean(areas) < 0.13
 
 
@@ -70,7 +80,9 @@ def test_absent_names_are_absent_and_mostly_similar():
     present = ["red circle", "blue cross"]
     drawn = [scenes.absent_name(rng, present) for _ in range(1000)]
     assert not set(drawn) & set(present)
-    similar = np.mean([bool({"red", "circle", "blue", "cross"} & set(name.split())) for name in drawn])
+    similar = np.mean(
+        [bool({"red", "circle", "blue", "cross"} & set(name.split())) for name in drawn]
+    )
     expected = 0.7 + 0.3 * 18 / 30  # the unforced draws hit the 18 similar ones of 30 by chance
     assert similar == pytest.approx(expected, abs=0.04)
 

@@ -23,14 +23,27 @@ from vise_fast.system.errors import ConfigError, DataError
 
 
 def settings(tmp_path: Path, *words: str) -> Config:
-    return load(None, ["--run.dir", str(tmp_path / "run"), "--data.max_pixels", "16384", "--data.min_pixels", "256", *words])
+    return load(
+        None,
+        [
+            "--run.dir",
+            str(tmp_path / "run"),
+            "--data.max_pixels",
+            "16384",
+            "--data.min_pixels",
+            "256",
+            *words,
+        ],
+    )
 
 
 def fill(folder: Path, count: int, start: int = 0) -> Path:
     """`count` pictures of different sizes and colours."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(start, start + count):
-        Pillow.new("RGB", (40 + i, 90 - i % 50), (i * 7 % 256, i % 256, 255 - i % 256)).save(folder / f"{i:04d}.png")
+        Pillow.new("RGB", (40 + i, 90 - i % 50), (i * 7 % 256, i % 256, 255 - i % 256)).save(
+            folder / f"{i:04d}.png"
+        )
     return folder
 
 
@@ -69,19 +82,26 @@ def test_an_epoch_shows_every_training_image_once(tmp_path):
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
     folder = fill(tmp_path / "p", 23)
-    first, second, other = (opened(tmp_path, folder, "--train.seed", seed) for seed in ("1", "1", "2"))
+    first, second, other = (
+        opened(tmp_path, folder, "--train.seed", seed) for seed in ("1", "1", "2")
+    )
     steps = [first.batch(step, 5) for step in range(12)]
     for step in (11, 3, 7, 0, 4, 4):  # any order, as after a resume
         again = second.batch(step, 5)
         assert names(again) == names(steps[step])
-        assert all(torch.equal(a.pixels, b.pixels) and a.key == b.key for a, b in zip(again, steps[step]))
+        assert all(
+            torch.equal(a.pixels, b.pixels) and a.key == b.key for a, b in zip(again, steps[step])
+        )
     assert names(other.batch(0, 5) + other.batch(1, 5)) != names(steps[0] + steps[1])
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "3"])
 def test_threads_change_nothing(tmp_path, workers):
     folder = fill(tmp_path / "p", 17)
-    plain, threaded = opened(tmp_path, folder, "--data.workers", "0"), opened(tmp_path, folder, "--data.workers", workers)
+    plain, threaded = (
+        opened(tmp_path, folder, "--data.workers", "0"),
+        opened(tmp_path, folder, "--data.workers", workers),
+    )
     for step in range(6):
         for a, b in zip(plain.batch(step, 4), threaded.batch(step, 4)):
             assert a.name == b.name and torch.equal(a.pixels, b.pixels)
@@ -125,7 +145,9 @@ def test_the_split_stays_when_files_come_and_go(tmp_path):
     folder = fill(tmp_path / "p", 60)
     before = set(names(opened(tmp_path, folder, "--data.holdout", "0.3").held_out()))
     fill(folder, 60, start=60)
-    after = set(names(opened(tmp_path, folder, "--data.holdout", "0.3", "--train.seed", "9").held_out()))
+    after = set(
+        names(opened(tmp_path, folder, "--data.holdout", "0.3", "--train.seed", "9").held_out())
+    )
     assert before == {name for name in after if int(name[:4]) < 60}
     assert 20 <= len(after) <= 52  # 0.3 of 120 is 36; 99.7 % of hashes fall within
 
@@ -138,7 +160,10 @@ def test_the_split_ignores_content(tmp_path):
     assert names(opened(tmp_path, folder, "--data.holdout", "0.3").held_out()) == before
 
 
-@pytest.mark.parametrize("count, share, held", [(1, "0.5", 0), (2, "0.05", 1), (2, "0.99", 1), (5, "0", 0), (1, "0.05", 0), (30, "0.05", 1)])
+@pytest.mark.parametrize(
+    "count, share, held",
+    [(1, "0.5", 0), (2, "0.05", 1), (2, "0.99", 1), (5, "0", 0), (1, "0.05", 0), (30, "0.05", 1)],
+)
 def test_both_sides_have_at_least_one(tmp_path, count, share, held):
     source = opened(tmp_path, fill(tmp_path / "p", count), "--data.holdout", share)
     assert len(source.held_out()) == held and len(source.sizes()) == count - held
@@ -157,18 +182,26 @@ def test_images_travel_as_uint8_on_the_grid(tmp_path):
     folder = fill(tmp_path / "p", 12)
     source = opened(tmp_path, folder, multiple=32)
     for image in source.batch(0, 11):
-        assert image.pixels.dtype == torch.uint8 and image.pixels.shape[2] == 3 and image.pixels.is_contiguous()
+        assert (
+            image.pixels.dtype == torch.uint8
+            and image.pixels.shape[2] == 3
+            and image.pixels.is_contiguous()
+        )
         assert all(side % 32 == 0 for side in image.pixels.shape[:2])
         assert image.pixels.shape[0] * image.pixels.shape[1] <= 16384
         assert 0 <= image.key < 2**63
-    assert sorted(source.sizes()) == sorted(tuple(image.pixels.shape[:2]) for image in source.batch(0, 11))
+    assert sorted(source.sizes()) == sorted(
+        tuple(image.pixels.shape[:2]) for image in source.batch(0, 11)
+    )
 
 
 def test_keys_name_files_not_places(tmp_path):
     folder = fill(tmp_path / "p", 12)
     keys = {image.name: image.key for image in opened(tmp_path, folder).batch(0, 11)}
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
-    assert {image.name: image.key for image in opened(tmp_path, moved, "--train.seed", "5").batch(0, 11)} == keys
+    assert {
+        image.name: image.key for image in opened(tmp_path, moved, "--train.seed", "5").batch(0, 11)
+    } == keys
     assert len(set(keys.values())) == len(keys)
 
 
@@ -177,21 +210,31 @@ def test_the_one_resize_is_pillows_bicubic(tmp_path):
     Pillow.fromarray(zoo.gradient(300, 411)).save(tmp_path / "p" / "a.png")
     image = opened(tmp_path, tmp_path / "p").batch(0, 1)[0]
     height, width = image.pixels.shape[:2]
-    wanted = Pillow.fromarray(zoo.gradient(300, 411)).resize((width, height), Pillow.Resampling.BICUBIC)
-    assert (height, width) != (300, 411) and np.abs(image.pixels.numpy().astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    wanted = Pillow.fromarray(zoo.gradient(300, 411)).resize(
+        (width, height), Pillow.Resampling.BICUBIC
+    )
+    assert (height, width) != (300, 411) and np.abs(
+        image.pixels.numpy().astype(int) - np.asarray(wanted).astype(int)
+    ).max() <= 1
 
 
 def test_an_image_on_the_grid_is_untouched(tmp_path):
     (tmp_path / "p").mkdir()
     Pillow.fromarray(zoo.gradient(96, 128)).save(tmp_path / "p" / "a.png")
-    assert np.array_equal(opened(tmp_path, tmp_path / "p").batch(0, 1)[0].pixels.numpy(), zoo.gradient(96, 128))
+    assert np.array_equal(
+        opened(tmp_path, tmp_path / "p").batch(0, 1)[0].pixels.numpy(), zoo.gradient(96, 128)
+    )
 
 
 def test_real_photographs(tmp_path):
     """scikit-image's own: many sizes, grey and colour, PNG, JPEG, GIF and TIFF."""
     data = Path(pytest.importorskip("skimage").__file__).parent / "data"
-    source = Folder(data, load(None, ["--run.dir", str(tmp_path), "--data.max_pixels", "307200"]), 32)
-    assert {"astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"} <= {entry.name for entry in source.train + source.held}
+    source = Folder(
+        data, load(None, ["--run.dir", str(tmp_path), "--data.max_pixels", "307200"]), 32
+    )
+    assert {"astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"} <= {
+        entry.name for entry in source.train + source.held
+    }
     assert len({tuple(image.pixels.shape) for image in source.batch(0, 20)}) > 5
     assert "photographs" in source.describe() and "other files" in source.describe()
 
@@ -213,7 +256,15 @@ def test_a_folder_is_searched_deeply(tmp_path):
     (tmp_path / "p" / "Thumbs.db").write_text("")
     source = opened(tmp_path, tmp_path / "p")
     found = {entry.name for entry in source.train + source.held}
-    assert found == {"a/b/c d/é/0000.png", "a/b/c d/é/0001.png", "x.jpg/0000.png", "__pycache__/0000.png", "NO_SUFFIX", "UPPER.PNG", "liar.jpg"}
+    assert found == {
+        "a/b/c d/é/0000.png",
+        "a/b/c d/é/0001.png",
+        "x.jpg/0000.png",
+        "__pycache__/0000.png",
+        "NO_SUFFIX",
+        "UPPER.PNG",
+        "liar.jpg",
+    }
     assert source.ignored == 3 and source.bad == {} and not (tmp_path / "run").exists()
 
 
@@ -227,7 +278,9 @@ def test_links_are_followed_once(tmp_path):
     (folder / "one.png").symlink_to(elsewhere / "0010.png")
     source = opened(tmp_path, folder)
     found = sorted(os.path.realpath(folder / entry.name) for entry in source.train + source.held)
-    assert len(found) == 5 and len(set(found)) == 4  # the file link is a name of its own; folders count once
+    assert (
+        len(found) == 5 and len(set(found)) == 4
+    )  # the file link is a name of its own; folders count once
     assert source.bad == {}
 
 
@@ -247,7 +300,14 @@ def test_names_that_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, part", [("absent", "No such file"), ("file.jpg", "is not a folder"), ("dangling", "No such file"), ("file.jpg/x", "Not a directory"), ("a" * 300, "too long")]
+    "name, part",
+    [
+        ("absent", "No such file"),
+        ("file.jpg", "is not a folder"),
+        ("dangling", "No such file"),
+        ("file.jpg/x", "Not a directory"),
+        ("a" * 300, "too long"),
+    ],
 )
 def test_no_folder(tmp_path, name, part):
     (tmp_path / "file.jpg").write_bytes(zoo.rgb())
@@ -271,7 +331,11 @@ def test_all_bad_by_header(tmp_path, share):
     for name in ("a.jpg", "b.png", "c.gif"):
         (tmp_path / "p" / name).write_bytes(b"broken")
     said = refusal(tmp_path, tmp_path / "p", "--data.max_bad_share", share)
-    assert "none of the 3 images" in said and "a.jpg is none of JPEG" in said and "bad_images.jsonl" in said
+    assert (
+        "none of the 3 images" in said
+        and "a.jpg is none of JPEG" in said
+        and "bad_images.jsonl" in said
+    )
     assert set(lines(tmp_path)) == {"a.jpg", "b.png", "c.gif"}
 
 
@@ -289,7 +353,12 @@ def test_too_many_bad(tmp_path):
     (folder / "a.jpg").write_bytes(b"")
     (folder / "b.jpg").write_bytes(b"x")
     said = refusal(tmp_path, folder)
-    assert "2 of 20" in said and "0.05" in said and "--data.max_bad_share" in said and "a.jpg is empty" in said
+    assert (
+        "2 of 20" in said
+        and "0.05" in said
+        and "--data.max_bad_share" in said
+        and "a.jpg is empty" in said
+    )
     assert len(opened(tmp_path, folder, "--data.max_bad_share", "0.1").batch(0, 4)) == 4
 
 
@@ -318,7 +387,10 @@ FAULTS = {
     "loop.jpg": (lambda path: path.symlink_to("loop.jpg"), "leads nowhere"),
     "cut.jpg": (lambda path: path.write_bytes(zoo.rgb("JPEG")[:100]), "cannot be decoded"),
     "cut.webp": (lambda path: path.write_bytes(zoo.rgb("WEBP")[:-9]), "cannot be decoded"),
-    "nan.pfm": (lambda path: path.write_bytes(b"Pf\n8 8\n-1.0\n" + np.full(64, np.nan, "<f4").tobytes()), "not finite"),
+    "nan.pfm": (
+        lambda path: path.write_bytes(b"Pf\n8 8\n-1.0\n" + np.full(64, np.nan, "<f4").tobytes()),
+        "not finite",
+    ),
 }
 
 
@@ -340,7 +412,9 @@ def test_late_faults_get_a_drawn_substitute(tmp_path):
         (folder / name).write_bytes(zoo.rgb()[:-60])
     words = ["--data.max_bad_share", "1", "--data.holdout", "0"]
     first = opened(tmp_path, folder, *words)
-    second = Folder(folder, settings(tmp_path, *words, "--data.workers", "0"), 16, log=tmp_path / "second.jsonl")
+    second = Folder(
+        folder, settings(tmp_path, *words, "--data.workers", "0"), 16, log=tmp_path / "second.jsonl"
+    )
     steps = [names(first.batch(step, 5)) for step in range(9)]
     assert not any(name.startswith("x") for step in steps for name in step)
     assert [names(second.batch(step, 5)) for step in reversed(range(9))] == steps[::-1]
@@ -360,7 +434,9 @@ def test_late_faults_stop_the_run_when_too_many(tmp_path):
 
 def test_a_file_that_vanishes_is_a_late_fault(tmp_path):
     folder = fill(tmp_path / "p", 10)
-    source = opened(tmp_path, folder, "--data.max_bad_share", "1", "--data.workers", "0", "--data.holdout", "0")
+    source = opened(
+        tmp_path, folder, "--data.max_bad_share", "1", "--data.workers", "0", "--data.holdout", "0"
+    )
     gone = source._at(3).name
     (folder / gone).unlink()
     assert gone not in names(source.batch(0, 10)) and "No such file" in lines(tmp_path)[gone]
@@ -399,14 +475,21 @@ def test_a_folder_that_cannot_be_listed_is_a_line(tmp_path, monkeypatch):
 
 def test_a_budget_smaller_than_a_cell_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="data.max_pixels is too small"):
-        Folder(fill(tmp_path / "p", 2), load(None, ["--data.max_pixels", "1024", "--data.min_pixels", "1"]), 64)
+        Folder(
+            fill(tmp_path / "p", 2),
+            load(None, ["--data.max_pixels", "1024", "--data.min_pixels", "1"]),
+            64,
+        )
 
 
 def test_close_ends_the_threads(tmp_path):
     source = opened(tmp_path, fill(tmp_path / "p", 30), "--data.workers", "2")
     source.batch(0, 8)
     source.close()
-    assert not any(thread.name.startswith("decode") and thread in source._pool._threads for thread in threading.enumerate())
+    assert not any(
+        thread.name.startswith("decode") and thread in source._pool._threads
+        for thread in threading.enumerate()
+    )
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------
@@ -414,7 +497,10 @@ def test_close_ends_the_threads(tmp_path):
 
 def test_scenes_are_a_function_of_seed_and_step():
     first, second, other = Scenes(load()), Scenes(load()), Scenes(load(), seed=1)
-    assert all(torch.equal(a.pixels, b.pixels) and a.key == b.key for a, b in zip(first.batch(5, 4), second.batch(5, 4)))
+    assert all(
+        torch.equal(a.pixels, b.pixels) and a.key == b.key
+        for a, b in zip(first.batch(5, 4), second.batch(5, 4))
+    )
     assert not torch.equal(first.batch(5, 1)[0].pixels, other.batch(5, 1)[0].pixels)
     assert not torch.equal(first.batch(5, 1)[0].pixels, first.batch(6, 1)[0].pixels)
     assert len({image.key for step in range(20) for image in first.batch(step, 8)}) == 160
@@ -425,7 +511,11 @@ def test_the_truth_of_a_scene_is_found_by_its_key():
     image = source.batch(3, 2)[1]
     scene = source.scene(image.key)
     assert np.array_equal(scene.pixels, image.pixels.numpy()) and scene.objects
-    direct = scenes.draw(np.random.Generator(np.random.Philox(randomness.key(0, 3, "scene", 1))), size=128, max_objects=4)
+    direct = scenes.draw(
+        np.random.Generator(np.random.Philox(randomness.key(0, 3, "scene", 1))),
+        size=128,
+        max_objects=4,
+    )
     assert np.array_equal(direct.pixels, scene.pixels)
 
 
@@ -439,7 +529,11 @@ def test_held_out_scenes_are_never_trained_on():
 @pytest.mark.parametrize("size", [64, 128, 160])
 def test_scene_size(size):
     source = Scenes(load(None, ["--scenes.size", str(size)]))
-    assert source.sizes() == [(size, size)] and source.batch(0, 1)[0].pixels.shape == (size, size, 3)
+    assert source.sizes() == [(size, size)] and source.batch(0, 1)[0].pixels.shape == (
+        size,
+        size,
+        3,
+    )
     assert str(size) in source.describe()
     source.close()
 

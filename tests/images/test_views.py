@@ -24,7 +24,14 @@ def rng(seed=0):
 
 def drawn(kind, count=2000, height=H, width=W, **changes):
     generator = rng()
-    return torch.stack([views.draw_view(generator, height, width, ViewConfig(kinds=(kind,), **changes)).matrix_px for _ in range(count)])
+    return torch.stack(
+        [
+            views.draw_view(
+                generator, height, width, ViewConfig(kinds=(kind,), **changes)
+            ).matrix_px
+            for _ in range(count)
+        ]
+    )
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------------------------
@@ -36,7 +43,9 @@ def test_kinds_are_drawn_uniformly_and_only_from_the_list():
     for _ in range(3000):
         counts[views.draw_view(generator, H, W, ViewConfig()).kind] += 1
     assert all(abs(count - 1000) < 110 for count in counts.values())  # 4 standard deviations
-    assert {views.draw_view(generator, H, W, ViewConfig(kinds=("flip", "crop"))).kind for _ in range(50)} == {"flip", "crop"}
+    assert {
+        views.draw_view(generator, H, W, ViewConfig(kinds=("flip", "crop"))).kind for _ in range(50)
+    } == {"flip", "crop"}
 
 
 def test_the_same_generator_draws_the_same_view():
@@ -50,13 +59,21 @@ def test_affine_ranges():
     scale = matrices[:, 0, :2].norm(dim=-1)
     centre = torch.tensor([W / 2, H / 2, 1], dtype=torch.float64)
     shift = (matrices @ centre)[:, :2] - centre[:2]
-    for values, low, high in ((angle, -10, 10), (scale, 0.9, 1.1), (shift[:, 0], -50, 50), (shift[:, 1], -50, 50)):
+    for values, low, high in (
+        (angle, -10, 10),
+        (scale, 0.9, 1.1),
+        (shift[:, 0], -50, 50),
+        (shift[:, 1], -50, 50),
+    ):
         span = high - low
         assert low <= values.min() < low + 0.02 * span and high - 0.02 * span < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.03 * span
 
 
-@pytest.mark.parametrize("size, literal, reach", [((H, W), False, 50), ((96, 128), False, 10), ((128, 96), False, 10), ((96, 128), True, 50)])
+@pytest.mark.parametrize(
+    "size, literal, reach",
+    [((H, W), False, 50), ((96, 128), False, 10), ((128, 96), False, 10), ((96, 128), True, 50)],
+)
 def test_shifts_scale_with_the_short_side(size, literal, reach):
     matrices = drawn("affine", 500, *size, literal_pixels=literal)
     centre = torch.tensor([size[1] / 2, size[0] / 2, 1], dtype=torch.float64)
@@ -69,8 +86,14 @@ def test_crops_are_one_ratio_at_a_random_place_inside():
     ratio = 1 / matrices[:, 0, 0]
     torch.testing.assert_close(ratio, 1 / matrices[:, 1, 1])
     assert 0.8 <= ratio.min() < 0.81 and 0.99 < ratio.max() <= 1
-    corners = torch.linalg.inv(matrices) @ torch.tensor([(0, 0, 1), (W, H, 1)], dtype=torch.float64).T
-    assert corners[:, :2].min() >= -1e-9 and corners[:, 0].max() <= W + 1e-9 and corners[:, 1].max() <= H + 1e-9
+    corners = (
+        torch.linalg.inv(matrices) @ torch.tensor([(0, 0, 1), (W, H, 1)], dtype=torch.float64).T
+    )
+    assert (
+        corners[:, :2].min() >= -1e-9
+        and corners[:, 0].max() <= W + 1e-9
+        and corners[:, 1].max() <= H + 1e-9
+    )
     free = corners[:, 0, 0] / (W * (1 - ratio)).clamp_min(1e-6)
     assert abs(free.mean() - 0.5) < 0.03
 
@@ -84,7 +107,9 @@ LEFT_BOX, RIGHT_BOX = (0.0, 0, 400, 1000), (600.0, 0, 1000, 1000)
 
 def usable(rows, boxes, queries, **changes):
     config = ViewConfig(**changes)
-    return views.usable(rows, torch.tensor(boxes), queries, [H] * len(rows), [W] * len(rows), config).tolist()
+    return views.usable(
+        rows, torch.tensor(boxes), queries, [H] * len(rows), [W] * len(rows), config
+    ).tolist()
 
 
 def test_views_that_lose_the_box_are_dropped():
@@ -102,7 +127,14 @@ def test_the_limit_is_seventy_percent(kept, expected):
 
 def test_sizes_are_the_rows_own():
     shift = geo.affine_px(0, 1, 40, 0, 100, 50)
-    out = views.usable([[View("affine", shift)]] * 2, torch.tensor([RIGHT_BOX] * 2), [None] * 2, [50, 500], [100, 1000], ViewConfig())
+    out = views.usable(
+        [[View("affine", shift)]] * 2,
+        torch.tensor([RIGHT_BOX] * 2),
+        [None] * 2,
+        [50, 500],
+        [100, 1000],
+        ViewConfig(),
+    )
     assert out.tolist() == [[False], [True]]
 
 
@@ -113,7 +145,9 @@ def test_side_words_under_a_flip():
     for choice in ("swap", "keep"):
         assert usable(rows, boxes, queries, side_words=choice) == [[True, True]] * 3
     assert views.query_for("the left cup", FLIP, ViewConfig(side_words="swap")) == "the right cup"
-    assert views.query_for("the left cup", HALF_AWAY, ViewConfig(side_words="swap")) == "the left cup"
+    assert (
+        views.query_for("the left cup", HALF_AWAY, ViewConfig(side_words="swap")) == "the left cup"
+    )
     assert views.query_for("the left cup", FLIP, ViewConfig()) == "the left cup"
 
 
@@ -144,7 +178,9 @@ def overlap(a, b):
 def test_controls_are_disjoint_where_they_fit(box, seed):
     control, kind = views.control_box(rng(seed), box)
     x1, y1, x2, y2 = box.tolist()
-    assert control[2] - control[0] == pytest.approx(x2 - x1) and control[3] - control[1] == pytest.approx(y2 - y1)
+    assert control[2] - control[0] == pytest.approx(x2 - x1) and control[3] - control[
+        1
+    ] == pytest.approx(y2 - y1)
     assert min(control) >= 0 and max(control) <= 1000 + 1e-9
     fits = max(x1, 1000 - x2) >= x2 - x1 or max(y1, 1000 - y2) >= y2 - y1
     assert kind == ("far" if fits else "random")
@@ -159,7 +195,9 @@ def test_far_controls_are_uniform_over_the_free_places():
     places = generator.uniform((0, 0), (750, 800), (60_000, 2))
     free = (np.abs(places[:, 0] - 200) >= 250) | (np.abs(places[:, 1] - 300) >= 200)
     edges = [np.linspace(0, 750, 6), np.linspace(0, 800, 6)]
-    got, expected = (np.histogram2d(*points.T, bins=edges)[0] / len(points) for points in (ours, places[free]))
+    got, expected = (
+        np.histogram2d(*points.T, bins=edges)[0] / len(points) for points in (ours, places[free])
+    )
     assert np.abs(got - expected).max() < 0.01
 
 
@@ -179,23 +217,39 @@ def test_ghost_lengths_scale_with_the_short_side():
     assert views.ghost_settings(480, 640, config) == views.GhostLengths(25, 75, 10)
     assert views.ghost_settings(640, 480, config) == views.GhostLengths(25, 75, 10)
     small = views.ghost_settings(128, 128, config)
-    assert small.sigma == pytest.approx(25 * 128 / 480) and small.radius == 20 and small.feather == pytest.approx(10 * 128 / 480)
+    assert (
+        small.sigma == pytest.approx(25 * 128 / 480)
+        and small.radius == 20
+        and small.feather == pytest.approx(10 * 128 / 480)
+    )
     assert views.ghost_settings(128, 128, config, literal=True) == views.GhostLengths(25, 75, 10)
 
 
 @pytest.mark.parametrize("size", ODD + [(H, W)])
 def test_pixel_boxes_cover_the_box_and_are_tight(size):
     h, w = size
-    boxes = geo.clean_1000(torch.rand(500, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1200 - 100)
+    boxes = geo.clean_1000(
+        torch.rand(500, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1200
+        - 100
+    )
     boxes = boxes[geo.proper(boxes)]
     exact, whole = geo.to_px(boxes, h, w), views.whole_pixels(boxes, h, w)
     inside, outside = whole[:, :2] - exact[:, :2], whole[:, 2:] - exact[:, 2:]
-    assert (inside <= 1e-6).all() and (inside > -1).all() and (outside >= -1e-6).all() and (outside < 1).all()
+    assert (
+        (inside <= 1e-6).all()
+        and (inside > -1).all()
+        and (outside >= -1e-6).all()
+        and (outside < 1).all()
+    )
 
 
 def test_pixel_boxes_on_the_grid_do_not_grow():
-    assert views.whole_pixels(torch.tensor([(400.0, 200, 700, 700)]), H, W).tolist() == [[256, 96, 448, 336]]
-    assert views.whole_pixels(torch.tensor([(0.0, 0, 1000, 1000), (5, 5, 5, 9), (math.nan, 0, 9, 9)]), H, W).tolist() == [[0, 0, W, H], [0] * 4, [0] * 4]
+    assert views.whole_pixels(torch.tensor([(400.0, 200, 700, 700)]), H, W).tolist() == [
+        [256, 96, 448, 336]
+    ]
+    assert views.whole_pixels(
+        torch.tensor([(0.0, 0, 1000, 1000), (5, 5, 5, 9), (math.nan, 0, 9, 9)]), H, W
+    ).tolist() == [[0, 0, W, H], [0] * 4, [0] * 4]
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +265,9 @@ def blob(height, width, x, y, spread=2.5):
 def centre_of(image):
     """Centre of mass of what is brighter than the border could be, in continuous pixel coordinates."""
     weight = (image[..., 0].double() - 140).clamp_min(0)
-    yy, xx = torch.meshgrid(torch.arange(image.shape[0]) + 0.5, torch.arange(image.shape[1]) + 0.5, indexing="ij")
+    yy, xx = torch.meshgrid(
+        torch.arange(image.shape[0]) + 0.5, torch.arange(image.shape[1]) + 0.5, indexing="ij"
+    )
     return torch.stack([(weight * xx).sum(), (weight * yy).sum()]) / weight.sum()
 
 
@@ -230,7 +286,9 @@ def test_a_marked_point_lands_where_the_matrix_says(size, kind):
 
 @pytest.mark.parametrize("size", ODD)
 def test_a_flip_is_exact(size):
-    image = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(views.apply([image], [View("flip", geo.flip_px(size[1]))])[0], image.flip(1))
 
 
@@ -242,7 +300,9 @@ def test_the_border_is_grey_and_sizes_may_differ():
 
 
 def noise(height, width, seed=0):
-    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("method", ["blur", "mean", "pixelate"])
@@ -262,7 +322,16 @@ def test_a_ghost_changes_its_region_only(method, size):
 def test_ghosts_of_many_rows_keep_their_images_and_sizes():
     images = [noise(*size, seed) for seed, size in enumerate(ODD)]
     index = torch.tensor([3, 0, 0, 2, 1, 3])
-    boxes = torch.tensor([(0.0, 0, 500, 500), (500, 500, 900, 900), (0, 0, 0, 0), (900, 900, 100, 100), (0, 0, 1000, 1000), (300, 0, 301, 1000)])
+    boxes = torch.tensor(
+        [
+            (0.0, 0, 500, 500),
+            (500, 500, 900, 900),
+            (0, 0, 0, 0),
+            (900, 900, 100, 100),
+            (0, 0, 1000, 1000),
+            (300, 0, 301, 1000),
+        ]
+    )
     for config in (GhostConfig(), GhostConfig(feather_px=20)):
         together = views.ghost(images, index, boxes, config)
         for n, (i, box) in enumerate(zip(index.tolist(), boxes)):
@@ -274,5 +343,8 @@ def test_ghosts_of_many_rows_keep_their_images_and_sizes():
 
 def test_literal_lengths_blur_more_on_a_small_image():
     image, box = noise(96, 128), torch.tensor([(100.0, 100, 900, 900)])
-    scaled, literal = (views.ghost([image], torch.tensor([0]), box, GhostConfig(), literal=flag)[0][20:76, 20:108] for flag in (False, True))
+    scaled, literal = (
+        views.ghost([image], torch.tensor([0]), box, GhostConfig(), literal=flag)[0][20:76, 20:108]
+        for flag in (False, True)
+    )
     assert literal.double().var() < 0.5 * scaled.double().var()

@@ -15,12 +15,21 @@ def ghost(module):
     yield "_across_kernel", TABLE, sizes
     for outside in (False, True):
         yield "_down_kernel", {**TABLE, "feather": "fp32"}, {**sizes, "OUTSIDE": outside}
-        cells = {"COLUMNS": module.COLUMNS, "PIXELS": module.PIXELS, "HOLE": outside, "OUTSIDE": outside}
+        cells = {
+            "COLUMNS": module.COLUMNS,
+            "PIXELS": module.PIXELS,
+            "HOLE": outside,
+            "OUTSIDE": outside,
+        }
         yield "_cells_kernel", {**TABLE, "feather": "fp32"}, cells
 
 
 def views(module):
-    yield "_warp_kernel", {**TABLE, "inverses": "*fp32", "fill": "fp32"}, {"COLUMNS": module.COLUMNS, "PIXELS": module.PIXELS}
+    yield (
+        "_warp_kernel",
+        {**TABLE, "inverses": "*fp32", "fill": "fp32"},
+        {"COLUMNS": module.COLUMNS, "PIXELS": module.PIXELS},
+    )
 
 
 def resize(module):
@@ -29,10 +38,20 @@ def resize(module):
 
 def patchify(module):
     for value, taps in (("*bf16", 1), ("*fp32", 2)):
-        sizes = {"COLUMNS": module.COLUMNS, "VALUES": module.VALUES, "PATCH": 16, "MERGE": 2, "TAPS": taps}
+        sizes = {
+            "COLUMNS": module.COLUMNS,
+            "VALUES": module.VALUES,
+            "PATCH": 16,
+            "MERGE": 2,
+            "TAPS": taps,
+        }
         yield "_patchify_kernel", {**TABLE, "levels": value, "out": value}, sizes
     sizes = {"COLUMNS": module.COLUMNS, "PIXELS": module.PIXELS, "PATCH": 16, "MERGE": 2, "TAPS": 1}
-    yield "_warped_kernel", {**TABLE, "levels": "*bf16", "out": "*bf16", "inverses": "*fp32", "fill": "fp32"}, sizes
+    yield (
+        "_warped_kernel",
+        {**TABLE, "levels": "*bf16", "out": "*bf16", "inverses": "*fp32", "fill": "fp32"},
+        sizes,
+    )
 
 
 if __name__ == "__main__":
@@ -40,5 +59,7 @@ if __name__ == "__main__":
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for capability in (80, 90):
             for name, arguments, constants in op(module):
-                code = compiled(getattr(module, name), arguments, constants, capability).asm["cubin"]
+                code = compiled(getattr(module, name), arguments, constants, capability).asm[
+                    "cubin"
+                ]
                 print(op.__name__, name, f"sm_{capability}", len(code), "bytes")

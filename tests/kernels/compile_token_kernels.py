@@ -16,35 +16,98 @@ FLOATS, LONGS, BYTES, INT = "*fp32", "*i64", "*u8", "i32"
 
 def token_logprob(z):
     sizes = {"columns": INT, "stride": INT}
-    yield "_partial_kernel", {"logits": z, "partials": FLOATS, **sizes, "splits": INT}, {"BLOCK": 4096}
-    yield "_merge_kernel", {"partials": FLOATS, "logits": z, "ids": LONGS, "results": FLOATS, **sizes, "splits": INT}, {"SPLITS": 64}
-    yield "_backward_kernel", {"logits": z, "ids": LONGS, "results": FLOATS, "grads": FLOATS, "grad": z, **sizes}, {"BLOCK": 4096}
+    yield (
+        "_partial_kernel",
+        {"logits": z, "partials": FLOATS, **sizes, "splits": INT},
+        {"BLOCK": 4096},
+    )
+    yield (
+        "_merge_kernel",
+        {"partials": FLOATS, "logits": z, "ids": LONGS, "results": FLOATS, **sizes, "splits": INT},
+        {"SPLITS": 64},
+    )
+    yield (
+        "_backward_kernel",
+        {"logits": z, "ids": LONGS, "results": FLOATS, "grads": FLOATS, "grad": z, **sizes},
+        {"BLOCK": 4096},
+    )
 
 
 def sample(z):
     for banned in (BYTES, None):
-        rows = {"temperature": FLOATS, "seed": LONGS, "position": LONGS, "partials": FLOATS, "best_ids": "*i32"}
+        rows = {
+            "temperature": FLOATS,
+            "seed": LONGS,
+            "position": LONGS,
+            "partials": FLOATS,
+            "best_ids": "*i32",
+        }
         sizes = {"columns": INT, "stride": INT, "splits": INT}
         yield "_partial_kernel", {"logits": z, "banned": banned, **rows, **sizes}, {"BLOCK": 1024}
-        parts = {"partials": FLOATS, "best_ids": "*i32", "logits": z, "banned": banned, "ids": LONGS, "logprob": FLOATS}
+        parts = {
+            "partials": FLOATS,
+            "best_ids": "*i32",
+            "logits": z,
+            "banned": banned,
+            "ids": LONGS,
+            "logprob": FLOATS,
+        }
         yield "_merge_kernel", {**parts, "stride": INT, "splits": INT}, {"SPLITS": 64}
 
 
 def linear_logprob(h):
-    yield "_rescale_kernel", {"averages": FLOATS, "factor": FLOATS, "rows": INT, "width": INT}, {"BLOCK": 2048}
+    yield (
+        "_rescale_kernel",
+        {"averages": FLOATS, "factor": FLOATS, "rows": INT, "width": INT},
+        {"BLOCK": 2048},
+    )
     for paired, weights, banned in ((False, None, None), (True, h, BYTES)):
         constants = {"PAIRED": paired, "BLOCK": 2048}
         sums = dict.fromkeys(("top", "total", "target", "drift", "factor"), FLOATS)
-        yield "_merge_kernel", {"logits": FLOATS, "weights": weights, "ids": LONGS, "banned": banned, **sums, "width": INT}, constants
-        rows = {"averages": FLOATS, "total": FLOATS, "drift": FLOATS, "head": h, "ids": LONGS, "banned": banned, "slope": h}
-        yield "_finish_kernel", {**rows, **dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT)}, constants
+        yield (
+            "_merge_kernel",
+            {
+                "logits": FLOATS,
+                "weights": weights,
+                "ids": LONGS,
+                "banned": banned,
+                **sums,
+                "width": INT,
+            },
+            constants,
+        )
+        rows = {
+            "averages": FLOATS,
+            "total": FLOATS,
+            "drift": FLOATS,
+            "head": h,
+            "ids": LONGS,
+            "banned": banned,
+            "slope": h,
+        }
+        yield (
+            "_finish_kernel",
+            {
+                **rows,
+                **dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT),
+            },
+            constants,
+        )
 
 
 def decode_attention(q):
     rows = {"owner": LONGS, "length": LONGS, "table": LONGS}
     sizes = {"BANKS": 3, "GROUP": 2, "TILE": 16, "DIM": 128, "WIDE": 128, "BLOCK": 64}
-    yield "_partial_kernel", {"q": q, **rows, "partial": FLOATS, "lse": FLOATS, "scale": "fp32"}, sizes
-    yield "_merge_kernel", {"partial": FLOATS, "lse": FLOATS, "out": q}, {"SPLITS": 5, "LANES": 8, "DIM": 40, "WIDE": 64}
+    yield (
+        "_partial_kernel",
+        {"q": q, **rows, "partial": FLOATS, "lse": FLOATS, "scale": "fp32"},
+        sizes,
+    )
+    yield (
+        "_merge_kernel",
+        {"partial": FLOATS, "lse": FLOATS, "out": q},
+        {"SPLITS": 5, "LANES": 8, "DIM": 40, "WIDE": 64},
+    )
 
 
 def swiglu(x):
@@ -58,13 +121,23 @@ def heads(x):
     for half, lanes in ((64, 64), (40, 64)):
         constants = {"HALF": half, "LANES": lanes, "HEADS": 8}
         yield "_kernel", {"qkv": x, "q": x, "k": x, **turn, **sizes}, constants
-        yield "_backward_kernel", {"qkv": x, "dq": x, "dk": x, "dv": x, **turn, "dqkv": x, **sizes}, constants
+        yield (
+            "_backward_kernel",
+            {"qkv": x, "dq": x, "dk": x, "dv": x, **turn, "dqkv": x, **sizes},
+            constants,
+        )
 
 
 def compiled(kernel, arguments, constants, capability):
     constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
-    signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=constants)
+    signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs=constants,
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
@@ -73,5 +146,7 @@ if __name__ == "__main__":
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
             for name, arguments, constants in op(dtype):
-                code = compiled(getattr(module, name), arguments, constants, capability).asm["cubin"]
+                code = compiled(getattr(module, name), arguments, constants, capability).asm[
+                    "cubin"
+                ]
                 print(op.__name__, name, dtype, f"sm_{capability}", len(code), "bytes")

@@ -9,8 +9,14 @@ GPU = torch.cuda.is_available()
 
 PATHS = [
     "plain",
-    pytest.param("native", marks=pytest.mark.skipif(native() is None, reason="the native module was not built")),
-    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else pytest.mark.skipif(triton is None, reason="no Triton")),
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(native() is None, reason="the native module was not built"),
+    ),
+    pytest.param(
+        "triton",
+        marks=[pytest.mark.gpu] if GPU else pytest.mark.skipif(triton is None, reason="no Triton"),
+    ),
 ]
 
 
@@ -21,7 +27,11 @@ def device(path):
 
 def noise(height, width, seed=0):
     """uint8 (H,W,3), every level equally likely: the hardest picture for anything that rounds or clips."""
-    return torch.from_numpy(np.random.default_rng((seed, height, width)).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng((seed, height, width)).integers(
+            0, 256, (height, width, 3), dtype=np.uint8
+        )
+    )
 
 
 def on(path, images):
@@ -30,4 +40,6 @@ def on(path, images):
 
 def worst(image, truth):
     """The largest distance in grey levels between two images, whatever their types."""
-    return float(np.abs(image.cpu().numpy().astype(np.float64) - np.asarray(truth, dtype=np.float64)).max())
+    return float(
+        np.abs(image.cpu().numpy().astype(np.float64) - np.asarray(truth, dtype=np.float64)).max()
+    )

@@ -9,7 +9,22 @@ import torch
 import vise_kernels
 from vise_kernels import dispatch
 
-OPS = {"attention", "heads", "rms_norm", "swiglu", "ghost", "warp", "resize", "patchify", "token_logprob", "linear_logprob", "linear_logprob_kl", "sample", "decode_attention", "few_rows"}
+OPS = {
+    "attention",
+    "heads",
+    "rms_norm",
+    "swiglu",
+    "ghost",
+    "warp",
+    "resize",
+    "patchify",
+    "token_logprob",
+    "linear_logprob",
+    "linear_logprob_kl",
+    "sample",
+    "decode_attention",
+    "few_rows",
+}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -23,12 +38,20 @@ def fresh():
 
 def test_every_public_op_has_a_path_and_a_reason():
     table = vise_kernels.available()
-    assert set(table) == OPS == {name for name in vise_kernels.__all__ if not name.endswith("_backward")} - {"available", "prefer"}
+    assert (
+        set(table)
+        == OPS
+        == {name for name in vise_kernels.__all__ if not name.endswith("_backward")}
+        - {"available", "prefer"}
+    )
     for path, reason in table.values():
         assert path in dispatch.PATHS and reason
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+@pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")),
+    reason="no compiler",
+)
 def test_where_there_is_a_compiler_the_native_module_is_built():
     assert dispatch.native() is not None, "run python -m vise_kernels.build"
     assert dispatch.choose("ghost", CPU).path == "native"

@@ -7,7 +7,9 @@ from vise_kernels import attention
 from vise_kernels.attention import Bank
 from vise_kernels.dispatch import native
 
-NATIVE = pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+NATIVE = pytest.mark.skipif(
+    native() is None, reason="the native module was not built (python -m vise_kernels.build)"
+)
 # rows, tokens, heads, key heads, dim, [(entries, tokens)] of the banks before the causal one
 SHAPES = {
     "one query": (1, 1, 1, 1, 16, []),
@@ -23,9 +25,17 @@ SHAPES = {
 def made(shape, ragged=False):
     rows, tokens, heads, kv, dim, banks = SHAPES[shape]
     rng = torch.Generator().manual_seed(rows * 100 + dim)
-    draw = lambda *size: torch.randn(*size, generator=rng)  # noqa: E731
-    whole = lambda high, size: torch.randint(1, high + 1, size, generator=rng)  # noqa: E731
-    made = [Bank(draw(m, kv, s, dim), draw(m, kv, s, dim), whole(m, (rows,)) - 1, whole(s, (m,)) if ragged else None) for m, s in banks]
+    draw = lambda *size: torch.randn(*size, generator=rng)
+    whole = lambda high, size: torch.randint(1, high + 1, size, generator=rng)
+    made = [
+        Bank(
+            draw(m, kv, s, dim),
+            draw(m, kv, s, dim),
+            whole(m, (rows,)) - 1,
+            whole(s, (m,)) if ragged else None,
+        )
+        for m, s in banks
+    ]
     own = [draw(rows, tokens, kv, dim).transpose(1, 2) for _ in range(2)]
     return draw(rows, tokens, heads, dim), [*made, Bank(*own)]
 
@@ -34,14 +44,22 @@ def truth(q, banks, scale, causal):
     """Query by query in fp64."""
     rows, tokens, heads, _ = q.shape
     repeat = heads // banks[0].keys.shape[1]
-    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:3], dtype=torch.float64)
-    for n, t, h in torch.cartesian_prod(*map(torch.arange, (rows, tokens, heads))).view(-1, 3).tolist():
+    out, lse = (
+        torch.zeros(q.shape, dtype=torch.float64),
+        torch.zeros(q.shape[:3], dtype=torch.float64),
+    )
+    for n, t, h in (
+        torch.cartesian_prod(*map(torch.arange, (rows, tokens, heads))).view(-1, 3).tolist()
+    ):
         keys, values = [], []
         for index, (k, v, owner, length) in enumerate(banks):
             entry = n if owner is None else owner[n]
             seen = k.shape[2] if length is None else length[entry]
             seen = min(seen, t + 1) if causal and index + 1 == len(banks) else seen
-            keys.append(k[entry, h // repeat, :seen].double()), values.append(v[entry, h // repeat, :seen].double())
+            (
+                keys.append(k[entry, h // repeat, :seen].double()),
+                values.append(v[entry, h // repeat, :seen].double()),
+            )
         score = torch.cat(keys) @ q[n, t, h].double() * scale
         out[n, t, h], lse[n, t, h] = score.softmax(0) @ torch.cat(values), score.logsumexp(0)
     return out, lse
@@ -54,7 +72,10 @@ def truth(q, banks, scale, causal):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_softmax_over_all_banks(shape, causal, ragged, path):
     q, banks = made(shape, ragged)
-    found, wanted = attention(q, banks, scale=0.2, causal=causal, path=path), truth(q, banks, 0.2, causal)
+    found, wanted = (
+        attention(q, banks, scale=0.2, causal=causal, path=path),
+        truth(q, banks, 0.2, causal),
+    )
     for part, true, what in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
         assert part.dtype == torch.float32
         assert_close(part, true, absolute=3e-6, relative=2e-6, what=what)
@@ -75,9 +96,16 @@ def test_what_lies_beyond_a_length_is_never_seen_and_the_future_weighs_nothing()
     for keys, values, _, length in banks[:-1]:
         for entry, seen in enumerate(length):
             keys[entry, :, seen:], values[entry, :, seen:] = torch.nan, torch.nan
-    assert all(torch.equal(*pair) for pair in zip(attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(
+            attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True
+        )
+    )
     banks[-1].keys[:, :, 5:], banks[-1].values[:, :, 5:] = 1e4, 1e4
-    for part, old in zip(attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True):
+    for part, old in zip(
+        attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True
+    ):
         assert torch.allclose(part[:, :5], old[:, :5], atol=1e-6)
 
 
@@ -85,7 +113,13 @@ def test_what_lies_beyond_a_length_is_never_seen_and_the_future_weighs_nothing()
 def test_a_query_that_sees_nothing_is_zero():
     q, (bank, *_) = made("a prefix")
     for path in ("plain", "native"):
-        out, lse = attention(q, [bank._replace(length=torch.tensor([0, 3]), owner=torch.tensor([1, 0, 1]))], scale=1.0, causal=False, path=path)
+        out, lse = attention(
+            q,
+            [bank._replace(length=torch.tensor([0, 3]), owner=torch.tensor([1, 0, 1]))],
+            scale=1.0,
+            causal=False,
+            path=path,
+        )
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all() and (out[0] != 0).any()
 
 
@@ -93,7 +127,10 @@ def test_a_query_that_sees_nothing_is_zero():
 def test_a_length_beyond_the_bank_means_all_of_it():
     q, (bank, *_) = made("a prefix")
     for path in ("plain", "native"):
-        long, whole = (attention(q, [bank._replace(length=length)], scale=0.2, causal=False, path=path) for length in (torch.tensor([99, 99]), None))
+        long, whole = (
+            attention(q, [bank._replace(length=length)], scale=0.2, causal=False, path=path)
+            for length in (torch.tensor([99, 99]), None)
+        )
         assert all(torch.equal(*pair) for pair in zip(long, whole, strict=True))
 
 
@@ -114,9 +151,18 @@ def test_threads_and_strides_change_nothing():
         torch.set_num_threads(1)
         alone = attention(q, banks, scale=0.2, causal=True)
         torch.set_num_threads(3)
-        lying = [bank._replace(keys=bank.keys.transpose(2, 3).contiguous().transpose(2, 3), values=bank.values.flip(0).flip(0)) for bank in banks]
+        lying = [
+            bank._replace(
+                keys=bank.keys.transpose(2, 3).contiguous().transpose(2, 3),
+                values=bank.values.flip(0).flip(0),
+            )
+            for bank in banks
+        ]
         for call in ((q, banks), (q.transpose(1, 2).contiguous().transpose(1, 2), lying)):
-            assert all(torch.equal(*pair) for pair in zip(alone, attention(*call, scale=0.2, causal=True), strict=True))
+            assert all(
+                torch.equal(*pair)
+                for pair in zip(alone, attention(*call, scale=0.2, causal=True), strict=True)
+            )
     finally:
         torch.set_num_threads(threads)
 
@@ -128,16 +174,32 @@ def test_other_types_and_gradients_take_the_plain_path():
     q.requires_grad_()
     attention(q, banks, scale=0.2, causal=True)[0].sum().backward()
     assert q.grad.abs().sum() > 0
-    narrow = attention(q[..., :10].detach(), [Bank(k[..., :10], v[..., :10], owner) for k, v, owner, _ in banks], scale=0.2, causal=True)
+    narrow = attention(
+        q[..., :10].detach(),
+        [Bank(k[..., :10], v[..., :10], owner) for k, v, owner, _ in banks],
+        scale=0.2,
+        causal=True,
+    )
     assert narrow[0].shape[-1] == 10
 
 
 @NATIVE
-@pytest.mark.parametrize("spoil, words", [
-    (lambda q, b: (q.double(), b), "float32"), (lambda q, b: (q.requires_grad_(), b), "gradients"), (lambda q, b: (q[:2], b), "owner"),
-    (lambda q, b: (q, []), "at least one"), (lambda q, b: (q, [b[0]._replace(owner=b[0].owner + 2)]), "entry"), (lambda q, b: (q[:, :, :3], b), "do not fit"), (lambda q, b: (q, [b[0]._replace(owner=b[0].owner.int())]), "owner"),
-    (lambda q, b: (q[..., :8], [Bank(k[..., :8], v[..., :8], o) for k, v, o, _ in b]), "multiples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda q, b: (q.double(), b), "float32"),
+        (lambda q, b: (q.requires_grad_(), b), "gradients"),
+        (lambda q, b: (q[:2], b), "owner"),
+        (lambda q, b: (q, []), "at least one"),
+        (lambda q, b: (q, [b[0]._replace(owner=b[0].owner + 2)]), "entry"),
+        (lambda q, b: (q[:, :, :3], b), "do not fit"),
+        (lambda q, b: (q, [b[0]._replace(owner=b[0].owner.int())]), "owner"),
+        (
+            lambda q, b: (q[..., :8], [Bank(k[..., :8], v[..., :8], o) for k, v, o, _ in b]),
+            "multiples",
+        ),
+    ],
+)
 def test_what_it_cannot_take_is_refused(spoil, words):
     q, banks = spoil(*made("a prefix"))
     with pytest.raises(ValueError, match=words):

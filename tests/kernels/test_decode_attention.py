@@ -30,21 +30,37 @@ def runs(path):
 def made(shape, dtype=torch.float32, device="cpu", empty=False):
     rows, heads, kv, dim, banks = SHAPES[shape]
     rng = torch.Generator().manual_seed(rows * 100 + dim)
-    keys, values = ([torch.randn(m, kv, s, dim, generator=rng).to(device, dtype) for m, s in banks] for _ in range(2))
+    keys, values = (
+        [torch.randn(m, kv, s, dim, generator=rng).to(device, dtype) for m, s in banks]
+        for _ in range(2)
+    )
     owner = torch.stack([torch.randint(m, (rows,), generator=rng) for m, _ in banks])
-    length = torch.stack([torch.randint(0 if empty else 1, s + 1, (rows,), generator=rng) for _, s in banks])
+    length = torch.stack(
+        [torch.randint(0 if empty else 1, s + 1, (rows,), generator=rng) for _, s in banks]
+    )
     length[0] = torch.maximum(length[0], torch.tensor(1))
     q = torch.randn(rows, heads, dim, generator=rng).to(device, dtype)
-    return q, Banks(keys, values, owner.to(device), length.to(device), locate(keys, values).to(device))
+    return q, Banks(
+        keys, values, owner.to(device), length.to(device), locate(keys, values).to(device)
+    )
 
 
 def truth(q, banks, scale):
     """Row by row and head by head, in fp64."""
-    out, repeat = torch.zeros(q.shape, dtype=torch.float64, device=q.device), q.shape[1] // banks.keys[0].shape[1]
+    out, repeat = (
+        torch.zeros(q.shape, dtype=torch.float64, device=q.device),
+        q.shape[1] // banks.keys[0].shape[1],
+    )
     for n in range(q.shape[0]):
         for h in range(q.shape[1]):
-            seen = [(bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double()) for p, bank in enumerate(banks.keys)]
-            there = [(bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double()) for p, bank in enumerate(banks.values)]
+            seen = [
+                (bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double())
+                for p, bank in enumerate(banks.keys)
+            ]
+            there = [
+                (bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double())
+                for p, bank in enumerate(banks.values)
+            ]
             out[n, h] = (torch.cat(seen) @ q[n, h].double() * scale).softmax(0) @ torch.cat(there)
     return out
 
@@ -55,7 +71,13 @@ def truth(q, banks, scale):
 def test_it_is_softmax_over_all_banks(path, shape, dtype, bound):
     runs(path)
     q, banks = made(shape, dtype, empty=True)
-    assert_close(decode_attention(q, banks, scale=0.3, path=path), truth(q, banks, 0.3), absolute=bound, relative=bound, what=shape)
+    assert_close(
+        decode_attention(q, banks, scale=0.3, path=path),
+        truth(q, banks, 0.3),
+        absolute=bound,
+        relative=bound,
+        what=shape,
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -64,7 +86,9 @@ def test_what_lies_beyond_the_length_is_never_seen(path):
     q, banks = made("odd dims")
     before = decode_attention(q, banks, scale=0.3, path=path)
     for bank, keys, values in zip(range(3), banks.keys, banks.values, strict=True):
-        longest = torch.zeros(len(keys), dtype=torch.int64).scatter_reduce(0, banks.owner[bank], banks.length[bank], "amax")
+        longest = torch.zeros(len(keys), dtype=torch.int64).scatter_reduce(
+            0, banks.owner[bank], banks.length[bank], "amax"
+        )
         for entry, length in enumerate(longest):
             keys[entry, :, length:], values[entry, :, length:] = torch.nan, torch.nan
     assert torch.equal(decode_attention(q, banks, scale=0.3, path=path), before)
@@ -84,17 +108,27 @@ def test_banks_may_move():
     runs("triton")
     q, banks = made("2B, a group of three")
     table = banks.table
-    other = [torch.cat([bank, bank.flip(2)], 2) for bank in banks.keys], [torch.cat([-bank, bank], 2) for bank in banks.values]
+    other = (
+        [torch.cat([bank, bank.flip(2)], 2) for bank in banks.keys],
+        [torch.cat([-bank, bank], 2) for bank in banks.values],
+    )
     moved = Banks(*other, banks.owner, banks.length, table)
     table.copy_(locate(*other))
-    assert_close(decode_attention(q, moved, scale=0.3, path="triton"), -truth(q, banks, 0.3), absolute=3e-6, relative=3e-6)
+    assert_close(
+        decode_attention(q, moved, scale=0.3, path="triton"),
+        -truth(q, banks, 0.3),
+        absolute=3e-6,
+        relative=3e-6,
+    )
 
 
 def test_rows_do_not_touch_each_other():
     runs("triton")
     q, banks = made("2B, a group of three")
     alone = Banks(banks.keys, banks.values, banks.owner[:, 1:2], banks.length[:, 1:2], banks.table)
-    together, single = (decode_attention(x, b, scale=0.3, path="triton") for x, b in ((q, banks), (q[1:2], alone)))
+    together, single = (
+        decode_attention(x, b, scale=0.3, path="triton") for x, b in ((q, banks), (q[1:2], alone))
+    )
     assert_close(single[0], together[1], absolute=1e-6, relative=1e-6)
 
 
@@ -113,10 +147,18 @@ def test_misfits_are_named():
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
 def test_on_a_gpu(shape, dtype, bound):
     q, banks = made(shape, dtype, "cuda", empty=True)
-    assert_close(decode_attention(q, banks, scale=0.3), truth(q, banks, 0.3), absolute=bound, relative=bound, what=shape)
+    assert_close(
+        decode_attention(q, banks, scale=0.3),
+        truth(q, banks, 0.3),
+        absolute=bound,
+        relative=bound,
+        what=shape,
+    )
 
 
 @pytest.mark.gpu
@@ -128,7 +170,17 @@ def test_a_captured_graph_follows_owner_length_and_banks():
     with torch.cuda.graph(graph):
         out = decode_attention(q, banks, scale=0.3)
     q2, other = made("2B, a group of three", torch.bfloat16, "cuda")
-    other = Banks([k.flip(2).contiguous() for k in other.keys], other.values, other.owner, (other.length + 1) // 2, other.table)
-    banks.table.copy_(locate(other.keys, other.values)), banks.length.copy_(other.length), q.copy_(-q2)
+    other = Banks(
+        [k.flip(2).contiguous() for k in other.keys],
+        other.values,
+        other.owner,
+        (other.length + 1) // 2,
+        other.table,
+    )
+    (
+        banks.table.copy_(locate(other.keys, other.values)),
+        banks.length.copy_(other.length),
+        q.copy_(-q2),
+    )
     graph.replay()
     assert_close(out, truth(-q2, other, 0.3), absolute=2e-2, relative=2e-2)

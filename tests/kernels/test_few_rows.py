@@ -7,13 +7,19 @@ from vise_kernels import few_rows
 from vise_kernels.dispatch import native
 from vise_kernels.few_rows import LARGE, gains
 
-NATIVE = pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
-SHAPES = [(rows, width, outs) for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 49, 64, 65, 131) for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))]
+NATIVE = pytest.mark.skipif(
+    native() is None, reason="the native module was not built (python -m vise_kernels.build)"
+)
+SHAPES = [
+    (rows, width, outs)
+    for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 49, 64, 65, 131)
+    for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))
+]
 
 
 def operands(rows, width, outs):
     generator = torch.Generator().manual_seed(rows * 7919 + width)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
     return draw(rows, width), draw(outs, width) / width**0.5, draw(outs)
 
 
@@ -43,21 +49,38 @@ def test_the_low_rank_term_is_added(shape, rank):
     x, weight, bias = operands(*shape)
     low, up, _ = operands(shape[0], rank, shape[2])
     for path in ("native", "plain"):
-        assert within_rounding(few_rows(x, weight, bias, low, up, path=path), x, weight, bias, low, up)
+        assert within_rounding(
+            few_rows(x, weight, bias, low, up, path=path), x, weight, bias, low, up
+        )
 
 
 @NATIVE
 @pytest.mark.parametrize("rows", [3, 6, 13, 17, 33, 64])
 @pytest.mark.parametrize("width, outs, rank", [(37, 23, 0), (37, 23, 19), (16, 12, 5), (1, 1, 1)])
-def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operands(rows, width, outs, rank):
+def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operands(
+    rows, width, outs, rank
+):
     """Each operand lies between nans: a sum that read one would be nan. The result lies between marks."""
     x, weight, bias = operands(rows, width, outs)
     low, up, _ = operands(rows, rank, outs) if rank else (x[:, :0], weight[:, :0], None)
     y = torch.full((rows * outs + 128,), 7.0)
-    shelf = lambda t: torch.cat([torch.full((64,), torch.nan), t.flatten(), torch.full((64,), torch.nan)])  # noqa: E731
+    shelf = lambda t: torch.cat(
+        [torch.full((64,), torch.nan), t.flatten(), torch.full((64,), torch.nan)]
+    )
     held = [shelf(t) for t in (x, weight, bias, low, up)]
     places = [t.data_ptr() + 4 * 64 for t in held]
-    native().few_rows(places[0], rows, width, places[1], outs, places[2], places[3], rank, places[4], y.data_ptr() + 4 * 64)
+    native().few_rows(
+        places[0],
+        rows,
+        width,
+        places[1],
+        outs,
+        places[2],
+        places[3],
+        rank,
+        places[4],
+        y.data_ptr() + 4 * 64,
+    )
     assert (y[:64] == 7).all() and (y[-64:] == 7).all()
     given = (low, up) if rank else (None, None)
     assert within_rounding(y[64:-64].view(rows, outs), x, weight, bias, *given)
@@ -67,8 +90,16 @@ def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operan
 def test_strided_operands_and_empty_ones():
     x, weight, bias = operands(8, 130, 66)
     truth = F.linear(x, weight, bias)
-    assert torch.allclose(few_rows(x.T.contiguous().T, weight.T.contiguous().T, bias, path="native"), truth, atol=1e-5)
-    assert torch.allclose(few_rows(torch.cat([x, x], 1)[:, :130], weight, bias[:, None].expand(-1, 2)[:, 0], path="native"), truth, atol=1e-5)
+    assert torch.allclose(
+        few_rows(x.T.contiguous().T, weight.T.contiguous().T, bias, path="native"), truth, atol=1e-5
+    )
+    assert torch.allclose(
+        few_rows(
+            torch.cat([x, x], 1)[:, :130], weight, bias[:, None].expand(-1, 2)[:, 0], path="native"
+        ),
+        truth,
+        atol=1e-5,
+    )
     assert few_rows(x[:0], weight, path="native").shape == (0, 66)
     assert few_rows(x, weight[:0], path="native").shape == (8, 0)
     assert torch.equal(few_rows(x[:, :0], weight[:, :0], bias, path="native"), bias.expand(8, -1))
@@ -88,7 +119,11 @@ def test_not_finite_numbers_stay_in_their_row():
     x[2, 63] = torch.inf
     x[3, 0] = torch.nan
     found = few_rows(x, weight, path="native")
-    assert found[3].isnan().all() and not found[2].isfinite().any() and found[[0, 1, 4]].isfinite().all()
+    assert (
+        found[3].isnan().all()
+        and not found[2].isfinite().any()
+        and found[[0, 1, 4]].isfinite().all()
+    )
 
 
 @NATIVE
@@ -98,8 +133,14 @@ def test_it_is_taken_on_one_thread_for_few_rows_and_a_large_weight():
     try:
         torch.set_num_threads(1)
         assert gains(torch.zeros(8, 64), large)
-        assert not gains(torch.zeros(8, 64), small) and not gains(torch.zeros(500, 64), large) and not gains(torch.zeros(1, 64), large)
-        assert gains(torch.zeros(16, 1920), torch.zeros(640, 1920)) and not gains(torch.zeros(64, 4096), torch.zeros(640, 4096))
+        assert (
+            not gains(torch.zeros(8, 64), small)
+            and not gains(torch.zeros(500, 64), large)
+            and not gains(torch.zeros(1, 64), large)
+        )
+        assert gains(torch.zeros(16, 1920), torch.zeros(640, 1920)) and not gains(
+            torch.zeros(64, 4096), torch.zeros(640, 4096)
+        )
         assert not gains(torch.zeros(8, 64, dtype=torch.float64), large.double())
         assert not gains(torch.zeros(8, 64, requires_grad=True), large)
         torch.set_num_threads(2)
@@ -116,12 +157,18 @@ def test_gradients_flow_by_itself():
 
 
 @NATIVE
-@pytest.mark.parametrize("spoil, words", [
-    (lambda x, w, b: (x.double(), w.double(), None), "float32"), (lambda x, w, b: (x.requires_grad_(), w, b), "gradients"),
-    (lambda x, w, b: (x, w[:, :-1], b), "do not fit"), (lambda x, w, b: (x, w, b[:-1]), "do not fit"),
-    (lambda x, w, b: (x, w, b, x[:, :3], w[:, :4]), "do not fit"), (lambda x, w, b: (x, w, b, x[:-1, :4], w[:, :4]), "do not fit"),
-    (lambda x, w, b: (x, w, b, x[:, :4]), "do not fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda x, w, b: (x.double(), w.double(), None), "float32"),
+        (lambda x, w, b: (x.requires_grad_(), w, b), "gradients"),
+        (lambda x, w, b: (x, w[:, :-1], b), "do not fit"),
+        (lambda x, w, b: (x, w, b[:-1]), "do not fit"),
+        (lambda x, w, b: (x, w, b, x[:, :3], w[:, :4]), "do not fit"),
+        (lambda x, w, b: (x, w, b, x[:-1, :4], w[:, :4]), "do not fit"),
+        (lambda x, w, b: (x, w, b, x[:, :4]), "do not fit"),
+    ],
+)
 def test_what_it_cannot_take_is_refused(spoil, words):
     with pytest.raises(ValueError, match=words):
         few_rows(*spoil(*operands(8, 64, 30)), path="native")

@@ -11,7 +11,14 @@ from vise_kernels import cosines, ghost
 
 IMAGES = [(41, 67), (67, 41), (48, 80), (5, 90), (1, 1)]
 # x1, y1, x2, y2 on the first three: odd, one pixel wide, one high, one pixel, full image, larger than the image
-BOXES = [(3, 2, 40, 37), (7, 0, 8, 41), (0, 5, 41, 6), (11, 12, 12, 13), (0, 0, 67, 41), (-4, -9, 33, 500)]
+BOXES = [
+    (3, 2, 40, 37),
+    (7, 0, 8, 41),
+    (0, 5, 41, 6),
+    (11, 12, 12, 13),
+    (0, 0, 67, 41),
+    (-4, -9, 33, 500),
+]
 
 
 def clip(box, image):
@@ -25,7 +32,9 @@ def cut(image, box):
 
 
 def hide(images, index, boxes, path, **options):
-    outs = ghost(on(path, images), torch.tensor(index), torch.tensor(boxes).view(-1, 4), path=path, **options)
+    outs = ghost(
+        on(path, images), torch.tensor(index), torch.tensor(boxes).view(-1, 4), path=path, **options
+    )
     return [out.cpu() for out in outs]
 
 
@@ -33,7 +42,9 @@ def blurred(crop, sigma, radius):
     """(h,w,3) uint8 -> the same taps by OpenCV in float64."""
     taps = cv2.getGaussianKernel(2 * radius + 1, sigma, cv2.CV_64F)
     border = cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
-    return cv2.sepFilter2D(crop.numpy().astype(np.float64), -1, taps, taps, borderType=border).reshape(crop.shape)
+    return cv2.sepFilter2D(
+        crop.numpy().astype(np.float64), -1, taps, taps, borderType=border
+    ).reshape(crop.shape)
 
 
 # beyond rounding: float32 sums; the bound of the native fit; two passes of fp16 taps and one of fp16 values (Triton)
@@ -41,12 +52,16 @@ LOSS = {"plain": 0.001, "native": cosines.MOST_ERROR, "triton": 0.05}
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("sigma, radius", [(25.0, None), (25.0, 25), (1.3, None), (4.0, 2), (3.0, 40)])
+@pytest.mark.parametrize(
+    "sigma, radius", [(25.0, None), (25.0, 25), (1.3, None), (4.0, 2), (3.0, 40)]
+)
 def test_blur_is_the_gaussian_of_the_box(path, sigma, radius):
     image = noise(*IMAGES[0])
     outs = hide([image], [0] * len(BOXES), BOXES, path, sigma=sigma, radius=radius)
     for out, box in zip(outs, BOXES):
-        truth = blurred(cut(image, box), sigma, int(np.ceil(3 * sigma)) if radius is None else radius)
+        truth = blurred(
+            cut(image, box), sigma, int(np.ceil(3 * sigma)) if radius is None else radius
+        )
         assert worst(cut(out, box), truth) <= 0.5 + LOSS[path], box
 
 
@@ -55,7 +70,13 @@ def test_blur_is_within_one_level_of_opencv_on_bytes(path):
     image, box = noise(60, 90, 1), (5, 4, 77, 55)
     (out,) = hide([image], [0], [box], path, sigma=5.0)
     border = cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
-    assert worst(cut(out, box), cv2.GaussianBlur(cut(image, box).numpy(), (31, 31), 5.0, borderType=border)) <= 1
+    assert (
+        worst(
+            cut(out, box),
+            cv2.GaussianBlur(cut(image, box).numpy(), (31, 31), 5.0, borderType=border),
+        )
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -76,7 +97,14 @@ def test_outside_the_box_every_byte_stays(path, method):
 @pytest.mark.parametrize("method", ["blur", "mean", "pixelate"])
 def test_boxes_that_hold_nothing_leave_a_copy(path, method):
     image = noise(20, 30)
-    boxes = [(5, 5, 5, 9), (9, 5, 3, 9), (40, 2, 50, 8), (-9, -9, 0, 4), (0, 0, 0, 0), (11, 12, 12, 13)]  # the last: one pixel
+    boxes = [
+        (5, 5, 5, 9),
+        (9, 5, 3, 9),
+        (40, 2, 50, 8),
+        (-9, -9, 0, 4),
+        (0, 0, 0, 0),
+        (11, 12, 12, 13),
+    ]  # the last: one pixel
     outs = hide([image], [0] * len(boxes), boxes, path, method=method)
     assert all(torch.equal(out, image) for out in outs)
     assert all(out.data_ptr() != image.data_ptr() for out in outs)
@@ -91,7 +119,10 @@ def test_images_of_many_sizes_in_one_call_are_each_as_if_alone(path):
     for n, (i, box) in enumerate(zip(index, boxes)):
         (alone,) = hide([images[i]], [0], [box], path, sigma=float(sigma[n]), radius=int(radius[n]))
         assert torch.equal(together[n], alone)
-        assert worst(cut(alone, box), blurred(cut(images[i], box), float(sigma[n]), int(radius[n]))) <= 1
+        assert (
+            worst(cut(alone, box), blurred(cut(images[i], box), float(sigma[n]), int(radius[n])))
+            <= 1
+        )
 
 
 def rounded_mean(pixels):
@@ -112,13 +143,19 @@ def test_pixelate_averages_cells_of_sqrt_12_sigma(path):
     old, new = cut(image, box), cut(out, box)
     for y in range(0, 23, cell):
         for x in range(0, 27, cell):
-            assert (new[y : y + cell, x : x + cell].numpy() == rounded_mean(old[y : y + cell, x : x + cell])).all()
+            assert (
+                new[y : y + cell, x : x + cell].numpy()
+                == rounded_mean(old[y : y + cell, x : x + cell])
+            ).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_outside_keeps_the_box_and_ghosts_the_rest(path):
     image, box = noise(40, 52), (9, 7, 31, 30)
-    outs = {m: hide([image], [0], [box], path, method=m, sigma=4.0, region="outside")[0] for m in ("blur", "mean", "pixelate")}
+    outs = {
+        m: hide([image], [0], [box], path, method=m, sigma=4.0, region="outside")[0]
+        for m in ("blur", "mean", "pixelate")
+    }
     assert all(torch.equal(cut(out, box), cut(image, box)) for out in outs.values())
     rest = torch.ones(40, 52, dtype=torch.bool)
     cut(rest, box)[:] = False
@@ -130,7 +167,9 @@ def test_outside_keeps_the_box_and_ghosts_the_rest(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_outside_of_nothing_is_everything_and_of_everything_is_nothing(path):
     image = noise(22, 31)
-    nothing, everything = hide([image], [0, 0], [(5, 5, 5, 9), (0, 0, 31, 22)], path, method="mean", region="outside")
+    nothing, everything = hide(
+        [image], [0, 0], [(5, 5, 5, 9), (0, 0, 31, 22)], path, method="mean", region="outside"
+    )
     assert (nothing.numpy() == rounded_mean(image)).all()
     assert torch.equal(everything, image)
 
@@ -140,7 +179,12 @@ def softened(image, hard, box, feather, outside):
     out, (x1, y1, x2, y2), (height, width) = image.double(), box, image.shape[:2]
     for y in range(height):
         for x in range(width):
-            edges = [(x + 0.5 - x1, x1 == 0), (x2 - x - 0.5, x2 == width), (y + 0.5 - y1, y1 == 0), (y2 - y - 0.5, y2 == height)]
+            edges = [
+                (x + 0.5 - x1, x1 == 0),
+                (x2 - x - 0.5, x2 == width),
+                (y + 0.5 - y1, y1 == 0),
+                (y2 - y - 0.5, y2 == height),
+            ]
             depth = min(distance for distance, border in edges if outside or not border)
             alpha = min(max(-depth if outside else depth, 0) / feather, 1)
             out[y, x] += alpha * (hard[y, x].double() - out[y, x])
@@ -158,11 +202,22 @@ def test_feather_blends_from_the_edge(path, region, box):
 
 
 def test_cosines_stay_within_their_bound():
-    for sigma, radius in [(25.0, 75), (25.0, 25), (0.4, 2), (1.0, 40), (100.0, 300), (13.7, 9), (7.5, 0)]:
+    for sigma, radius in [
+        (25.0, 75),
+        (25.0, 25),
+        (0.4, 2),
+        (1.0, 40),
+        (100.0, 300),
+        (13.7, 9),
+        (7.5, 0),
+    ]:
         reach, frequency, amplitude = cosines.fit(sigma, radius)
         d = np.arange(-radius, radius + 1)
         fitted = np.where(abs(d) <= reach, np.cos(np.outer(d, frequency)) @ amplitude, 0)
-        assert 2 * 255 * np.abs(fitted - cosines.taps(sigma, radius).numpy()).sum() <= cosines.MOST_ERROR + 1e-4
+        assert (
+            2 * 255 * np.abs(fitted - cosines.taps(sigma, radius).numpy()).sum()
+            <= cosines.MOST_ERROR + 1e-4
+        )
         assert len(frequency) <= 9
 
 
@@ -177,11 +232,15 @@ def test_cosines_stay_within_their_bound():
     st.floats(0, 3.1416),
     st.floats(0, 6.3),
 )
-def test_native_blur_keeps_its_bound_on_stripes(path, sigma, radius, height, width, frequency, phase):
+def test_native_blur_keeps_its_bound_on_stripes(
+    path, sigma, radius, height, width, frequency, phase
+):
     stripes = 255 * (np.cos(frequency * np.arange(width) + phase) > 0) * np.ones((height, 1))
     image = torch.from_numpy(np.repeat(stripes[:, :, None], 3, 2).astype(np.uint8))
     for picture in (image, image.transpose(0, 1).contiguous()):
-        (out,) = hide([picture], [0], [(0, 0, *picture.shape[1::-1])], path, sigma=sigma, radius=radius)
+        (out,) = hide(
+            [picture], [0], [(0, 0, *picture.shape[1::-1])], path, sigma=sigma, radius=radius
+        )
         assert worst(out, blurred(picture, sigma, radius)) <= 0.5 + cosines.MOST_ERROR + 0.01
 
 
@@ -196,14 +255,19 @@ def test_native_blur_keeps_its_bound_on_stripes(path, sigma, radius, height, wid
 )
 def test_masks_for_any_box(path, box, method, region, feather, sigma):
     image = noise(29, 37, 5) // 4 + 96
-    (out,) = hide([image], [0], [box], path, method=method, region=region, feather=feather, sigma=sigma)
+    (out,) = hide(
+        [image], [0], [box], path, method=method, region=region, feather=feather, sigma=sigma
+    )
     inside = torch.zeros(29, 37, dtype=torch.bool)
     x1, y1, x2, y2 = clip(box, image)
     if x1 < x2 and y1 < y2:
         inside[y1:y2, x1:x2] = True
     kept = inside if region == "outside" else ~inside
     assert torch.equal(out[kept], image[kept])
-    ghosted, source = out[~kept].float(), (image if region == "outside" else image[inside]).float().reshape(-1, 3)
+    ghosted, source = (
+        out[~kept].float(),
+        (image if region == "outside" else image[inside]).float().reshape(-1, 3),
+    )
     if len(ghosted):  # averages stay between the extremes of what they average
         assert (ghosted >= source.amin(0) - 1).all() and (ghosted <= source.amax(0) + 1).all()
 
@@ -224,7 +288,10 @@ def test_threads_change_nothing(path):
 
 
 def test_no_boxes_no_images():
-    assert ghost([noise(4, 4)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long)) == []
+    assert (
+        ghost([noise(4, 4)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long))
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,6 +314,10 @@ def test_no_boxes_no_images():
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):
-    arguments = {"images": [noise(4, 4)], "image_index": torch.tensor([0]), "boxes_px": torch.tensor([[0, 0, 2, 2]])} | changes
+    arguments = {
+        "images": [noise(4, 4)],
+        "image_index": torch.tensor([0]),
+        "boxes_px": torch.tensor([[0, 0, 2, 2]]),
+    } | changes
     with pytest.raises(ValueError, match=words):
         ghost(**arguments)

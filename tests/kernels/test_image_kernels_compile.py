@@ -16,8 +16,13 @@ HERE = Path(__file__).parent
 def test_the_image_kernels_compile(tmp_path):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE.parent.parent / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {
+        "PYTHONPATH": str(HERE.parent.parent / "kernels"),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     script = str(HERE / "compile_image_kernels.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * (5 + 1 + 1 + 3)

@@ -33,22 +33,26 @@ class Case:
 
     def __init__(self, rows, width, vocabulary, dtype=torch.float32, device="cpu", banned=True):
         generator = torch.Generator().manual_seed(rows + width + vocabulary)
-        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        normal = lambda *shape: torch.randn(*shape, generator=generator)
         hidden = 3 * normal(rows, width) / width**0.5
         self.hidden = hidden.to(device, dtype)
         self.reference = (hidden + 0.5 * normal(rows, width) / width**0.5).to(device, dtype)
         self.head = normal(vocabulary, width).to(device, dtype)
         self.ids = torch.randint(vocabulary, (rows,), generator=generator).to(device)
-        self.banned = (torch.rand(vocabulary, generator=generator) < 0.3).to(device) if banned else None
+        self.banned = (
+            (torch.rand(vocabulary, generator=generator) < 0.3).to(device) if banned else None
+        )
         if banned:
             self.banned[self.ids] = False
         self.weights = normal(2, rows).to(device)
 
     def run(self, op, dtype=None, **options):
         """Results and the gradient of a weighted sum of logprob and kl."""
-        cast = lambda t: t if dtype is None else t.to(dtype)  # noqa: E731
+        cast = lambda t: t if dtype is None else t.to(dtype)
         hidden = cast(self.hidden).detach().clone().requires_grad_()
-        results = op(hidden, cast(self.reference), cast(self.head), self.ids, banned=self.banned, **options)
+        results = op(
+            hidden, cast(self.reference), cast(self.head), self.ids, banned=self.banned, **options
+        )
         loss = (self.weights[0] * results[0]).sum() + (self.weights[1] * results[2]).sum()
         return results, torch.autograd.grad(loss, hidden)[0]
 
@@ -62,12 +66,30 @@ def check(case, path, **options):
     if case.hidden.dtype != torch.float32:
         plain_results, plain_gradient = case.run(full_softmax)
         rounding = torch.finfo(case.hidden.dtype).eps
-        slack = [worst(a, b) + 1e-3 for a, b in ((torch.stack(plain_results), torch.stack(truths)), (plain_gradient, true_gradient))]
+        slack = [
+            worst(a, b) + 1e-3
+            for a, b in (
+                (torch.stack(plain_results), torch.stack(truths)),
+                (plain_gradient, true_gradient),
+            )
+        ]
     for name, actual, truth in zip(NAMES, results, truths):
         assert actual.dtype == torch.float32
-        assert_close(actual, truth, absolute=slack[0], relative=1e-6, what=f"{name} {path} {case.hidden.dtype}")
+        assert_close(
+            actual,
+            truth,
+            absolute=slack[0],
+            relative=1e-6,
+            what=f"{name} {path} {case.hidden.dtype}",
+        )
     assert gradient.dtype == case.hidden.dtype
-    assert_close(gradient, true_gradient, absolute=slack[1], relative=rounding, what=f"gradient {path} {case.hidden.dtype}")
+    assert_close(
+        gradient,
+        true_gradient,
+        absolute=slack[1],
+        relative=rounding,
+        what=f"gradient {path} {case.hidden.dtype}",
+    )
 
 
 def worst(actual, truth):
@@ -104,19 +126,32 @@ def test_the_small_op_agrees_with_the_large_one(path):
     assert_close(alone, both[0], absolute=1e-6, what="logprob")
     kept, _ = case.run(full_softmax, torch.float64)
     hidden_64 = case.hidden.double().requires_grad_()
-    truth = full_softmax(hidden_64, hidden_64.detach(), case.head.double(), case.ids, case.banned)[0]
-    gradients = torch.autograd.grad(alone.sum(), hidden)[0], torch.autograd.grad(truth.sum(), hidden_64)[0]
+    truth = full_softmax(hidden_64, hidden_64.detach(), case.head.double(), case.ids, case.banned)[
+        0
+    ]
+    gradients = (
+        torch.autograd.grad(alone.sum(), hidden)[0],
+        torch.autograd.grad(truth.sum(), hidden_64)[0],
+    )
     assert_close(alone, kept[0], absolute=3e-6, what="logprob")
     assert_close(*gradients, absolute=1e-5, what="gradient")
 
 
 def test_gradcheck_of_plain():
     case = Case(5, 6, 300)
-    run = lambda h: linear_logprob_kl(h, case.reference.double(), case.head.double(), case.ids, banned=case.banned, chunk=128, path="plain")  # noqa: E731
+    run = lambda h: linear_logprob_kl(
+        h,
+        case.reference.double(),
+        case.head.double(),
+        case.ids,
+        banned=case.banned,
+        chunk=128,
+        path="plain",
+    )
     hidden = case.hidden.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda h: run(h)[0], (hidden,))
     assert torch.autograd.gradcheck(lambda h: run(h)[2], (hidden,))
-    alone = lambda h: linear_logprob(h, case.head.double(), case.ids, chunk=128, path="plain")  # noqa: E731
+    alone = lambda h: linear_logprob(h, case.head.double(), case.ids, chunk=128, path="plain")
     assert torch.autograd.gradcheck(alone, (hidden,))
 
 
@@ -139,7 +174,12 @@ def test_equal_rows_have_no_divergence(path):
     assert_close(kl, torch.zeros(7), absolute=1e-6, what="kl")
     hidden = case.hidden.clone().requires_grad_()
     kl = linear_logprob_kl(hidden, case.hidden, case.head, case.ids, path=path)[2]
-    assert_close(torch.autograd.grad(kl.sum(), hidden)[0], torch.zeros_like(hidden), absolute=1e-6, what="gradient of kl")
+    assert_close(
+        torch.autograd.grad(kl.sum(), hidden)[0],
+        torch.zeros_like(hidden),
+        absolute=1e-6,
+        what="gradient of kl",
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -149,7 +189,11 @@ def test_the_maximum_may_move_with_every_chunk(order, path):
     runs(path)
     case = Case(3, 4, 1030, banned=False)
     steps = torch.linspace(-100, 100, 1030)
-    steps = {"rising": steps, "falling": steps.flip(0), "last": torch.where(torch.arange(1030) == 1029, 100.0, -100.0)}[order]
+    steps = {
+        "rising": steps,
+        "falling": steps.flip(0),
+        "last": torch.where(torch.arange(1030) == 1029, 100.0, -100.0),
+    }[order]
     case.head = steps[:, None] * torch.tensor([1.0, 0, 0, 0]) + 0.1 * case.head
     case.hidden = torch.tensor([[4.0, 1, 0, 0], [1, 0, 1, 0], [0.1, 0, 0, 1]])
     case.reference = case.hidden + 0.01
@@ -158,7 +202,9 @@ def test_the_maximum_may_move_with_every_chunk(order, path):
     results, gradient = case.run(linear_logprob_kl, path=path, chunk=128)
     for name, actual, truth in zip(NAMES, results, truths):
         assert_close(actual, truth, absolute=3e-5, relative=1e-6, what=f"{name} {order} {path}")
-    assert_close(gradient, true_gradient, absolute=2e-4, relative=1e-5, what=f"gradient {order} {path}")
+    assert_close(
+        gradient, true_gradient, absolute=2e-4, relative=1e-5, what=f"gradient {order} {path}"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -183,7 +229,9 @@ def test_a_banned_or_unknown_id_of_ones_own(path):
         assert linear_logprob(case.hidden, case.head, case.ids, path=path)[3].isnan()
     case.ids[3] = 5
     hidden = case.hidden.clone().requires_grad_()
-    linear_logprob(hidden, case.head, case.ids, banned=case.banned, path=path)[[0, 2, 3]].sum().backward()
+    linear_logprob(hidden, case.head, case.ids, banned=case.banned, path=path)[
+        [0, 2, 3]
+    ].sum().backward()
     assert torch.isfinite(hidden.grad).all() and (hidden.grad[1] == 0).all()
 
 
@@ -202,7 +250,11 @@ def test_blocks_of_rows_and_chunks_of_ids_do_not_show(path, monkeypatch):
 def test_strided_arguments(path):
     runs(path)
     case = Case(8, 14, 262)
-    case.hidden, case.reference, case.head = case.hidden[:, ::2], case.reference[:, ::2], case.head[:, ::2]
+    case.hidden, case.reference, case.head = (
+        case.hidden[:, ::2],
+        case.reference[:, ::2],
+        case.head[:, ::2],
+    )
     case.hidden, case.reference, case.ids = case.hidden[::2], case.reference[::2], case.ids[::2]
     case.weights, case.head = case.weights[:, ::2], case.head[::2]
     case.ids = case.ids // 2
@@ -220,7 +272,10 @@ def test_no_rows(path):
 
 def test_only_the_policy_gets_a_gradient():
     case = Case(5, 13, 131)
-    hidden, reference = case.hidden.clone().requires_grad_(), case.reference.clone().requires_grad_()
+    hidden, reference = (
+        case.hidden.clone().requires_grad_(),
+        case.reference.clone().requires_grad_(),
+    )
     logprob, reference_logprob, kl = linear_logprob_kl(hidden, reference, case.head, case.ids)
     assert logprob.requires_grad and kl.requires_grad and not reference_logprob.requires_grad
     (logprob + kl).sum().backward()
@@ -228,7 +283,9 @@ def test_only_the_policy_gets_a_gradient():
     with pytest.raises(ValueError, match="frozen"):
         linear_logprob(hidden, case.head.clone().requires_grad_(), case.ids)
     with torch.no_grad():
-        assert not linear_logprob(hidden, case.head.clone().requires_grad_(), case.ids).requires_grad
+        assert not linear_logprob(
+            hidden, case.head.clone().requires_grad_(), case.ids
+        ).requires_grad
 
 
 def test_what_does_not_fit_is_refused():
@@ -253,13 +310,17 @@ def test_the_logits_never_exist():
     """No tensor of the forward or the backward pass comes near (N,V); the Triton path walks alike."""
     case = Case(16, 32, 4096)
     largest, _ = largest_allocation(lambda: case.run(linear_logprob_kl, path="plain", chunk=256))
-    assert largest <= 2 * 16 * 256 * 4, f"{largest} bytes at once; a chunk of logits is {2 * 16 * 256 * 4}, all of them {16 * 4096 * 4}"
+    assert largest <= 2 * 16 * 256 * 4, (
+        f"{largest} bytes at once; a chunk of logits is {2 * 16 * 256 * 4}, all of them {16 * 4096 * 4}"
+    )
 
 
 def test_scoring_without_a_gradient_keeps_nothing():
     case = Case(5, 13, 131)
     with torch.no_grad():
-        results = linear_logprob_kl(case.hidden.requires_grad_(), case.reference, case.head, case.ids)
+        results = linear_logprob_kl(
+            case.hidden.requires_grad_(), case.reference, case.head, case.ids
+        )
     assert not any(result.requires_grad for result in results)
 
 

@@ -12,9 +12,28 @@ HERE = Path(__file__).parent
 FILES = ("test_few_rows.py", "test_bank_attention.py", "test_ghost.py", "test_warp.py")
 
 
-@pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+@pytest.mark.skipif(
+    native() is None, reason="the native module was not built (python -m vise_kernels.build)"
+)
 @pytest.mark.parametrize("lanes", [8, 4])
 def test_the_kernels_pass_with_narrow_vectors(lanes):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *(str(HERE / name) for name in FILES)]
-    done = subprocess.run(command, cwd=HERE.parent.parent, env=os.environ | {"VISE_LANES": str(lanes)}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not triton",
+        *(str(HERE / name) for name in FILES),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=HERE.parent.parent,
+        env=os.environ | {"VISE_LANES": str(lanes)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-3000:]

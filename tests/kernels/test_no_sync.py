@@ -6,12 +6,18 @@ from pictures import GPU, noise
 from vise_kernels import ghost, patchify, resize, warp
 
 CALLS = {
-    "ghost blur": lambda images: ghost(images, [0, 1, 1], torch.tensor([[3, 4, 50, 40], [0, 0, 9, 9], [5, 5, 5, 8]])),
-    "ghost mean": lambda images: ghost(images, [1], torch.tensor([[3, 4, 50, 40]]), method="mean", region="outside", feather=2.0),
+    "ghost blur": lambda images: ghost(
+        images, [0, 1, 1], torch.tensor([[3, 4, 50, 40], [0, 0, 9, 9], [5, 5, 5, 8]])
+    ),
+    "ghost mean": lambda images: ghost(
+        images, [1], torch.tensor([[3, 4, 50, 40]]), method="mean", region="outside", feather=2.0
+    ),
     "warp": lambda images: warp(images, torch.eye(3, dtype=torch.float64).expand(2, 3, 3)),
     "resize": lambda images: resize(images, [(32, 48), (70, 21)]),
     "patchify": lambda images: patchify([images[0]], patch=8, merge=2, dtype=torch.bfloat16),
-    "patchify, warped": lambda images: patchify([images[0]], patch=8, merge=2, matrices_px=torch.eye(3)[None] * torch.tensor([-1, 1, 1])),
+    "patchify, warped": lambda images: patchify(
+        [images[0]], patch=8, merge=2, matrices_px=torch.eye(3)[None] * torch.tensor([-1, 1, 1])
+    ),
 }
 
 

@@ -21,7 +21,13 @@ def patches_of(images, path, **options):
 
 def stock(images, patch, merge, mean, std, temporal=2):
     """The processor of Qwen3-VL checkpoints that runs without torchvision, on pixels that need no resizing."""
-    options = {"patch_size": patch, "merge_size": merge, "temporal_patch_size": temporal, "image_mean": mean, "image_std": std}
+    options = {
+        "patch_size": patch,
+        "merge_size": merge,
+        "temporal_patch_size": temporal,
+        "image_mean": mean,
+        "image_std": std,
+    }
     processor = Qwen2VLImageProcessorPil(do_resize=False, **options)
     out = processor([image.numpy() for image in images], return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"]
@@ -42,7 +48,10 @@ def test_equal_to_the_stock_processor(path, patch, merge, mean, std):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded(path, dtype):
-    images, options = [noise(*size) for size in SIZES], {"patch": 8, "merge": 2, "mean": NORMALS[1][0], "std": NORMALS[1][1]}
+    images, options = (
+        [noise(*size) for size in SIZES],
+        {"patch": 8, "merge": 2, "mean": NORMALS[1][0], "std": NORMALS[1][1]},
+    )
     half, _ = patches_of(images, path, **options, dtype=dtype)
     full, _ = patches_of(images, "plain", **options)
     assert torch.equal(half, full.to(dtype))
@@ -54,7 +63,9 @@ def test_a_single_tap_is_one_of_the_equal_taps(path):
     both, _ = patches_of(images, path, **options, temporal=2)
     one, _ = patches_of(images, path, **options, single_tap=True)
     both = both.view(-1, 3, 2, 64)
-    assert torch.equal(both[:, :, 0], both[:, :, 1]) and torch.equal(both[:, :, 0].reshape(-1, 192), one)
+    assert torch.equal(both[:, :, 0], both[:, :, 1]) and torch.equal(
+        both[:, :, 0].reshape(-1, 192), one
+    )
 
 
 def test_a_single_tap_serves_a_folded_embedding():
@@ -71,8 +82,19 @@ def test_merged_squares_stay_together(path):
     """Row and column of each patch, written into its pixels, come back in merge order."""
     rows, columns = np.mgrid[:4, :6]
     image = np.zeros((4 * 4, 6 * 4, 3), np.uint8)
-    image[:, :, 0], image[:, :, 1] = np.kron(rows, np.ones((4, 4))), np.kron(columns, np.ones((4, 4)))
-    patches, grid = patches_of([torch.from_numpy(image)], path, patch=4, merge=2, mean=(0, 0, 0), std=(1 / 255,) * 3, single_tap=True)
+    image[:, :, 0], image[:, :, 1] = (
+        np.kron(rows, np.ones((4, 4))),
+        np.kron(columns, np.ones((4, 4))),
+    )
+    patches, grid = patches_of(
+        [torch.from_numpy(image)],
+        path,
+        patch=4,
+        merge=2,
+        mean=(0, 0, 0),
+        std=(1 / 255,) * 3,
+        single_tap=True,
+    )
     assert grid.tolist() == [[1, 4, 6]]
     seen = [(int(row[0].round()), int(row[16].round())) for row in patches]
     squares = [(y, x) for y in (0, 2) for x in (0, 2, 4)]
@@ -91,7 +113,12 @@ WARPS = [  # identity, flip of 63 columns, enlarged crop, rotation with shear, a
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "options", [{"single_tap": True}, {"temporal": 3, "dtype": torch.bfloat16}, {"mean": NORMALS[1][0], "std": NORMALS[1][1], "fill": 7}]
+    "options",
+    [
+        {"single_tap": True},
+        {"temporal": 3, "dtype": torch.bfloat16},
+        {"mean": NORMALS[1][0], "std": NORMALS[1][1], "fill": 7},
+    ],
 )
 @pytest.mark.parametrize(
     "patch, merge, sizes",
@@ -107,18 +134,27 @@ def test_a_warp_on_the_way_is_the_warp_before(path, patch, merge, sizes, options
     after = {name: value for name, value in options.items() if name != "fill"}
     warped = warp(on(path, images), matrices, **before, path=path)
     truth, truth_grid = patches_of(warped, path, patch=patch, merge=merge, **after)
-    patches, grid = patches_of(images, path, patch=patch, merge=merge, matrices_px=matrices, **options)
+    patches, grid = patches_of(
+        images, path, patch=patch, merge=merge, matrices_px=matrices, **options
+    )
     assert torch.equal(grid, truth_grid) and patches.dtype == truth.dtype
     if device(path) == "cpu":
         assert torch.equal(patches, truth)
     else:  # a compiler may contract products differently in two kernels: a half may round the other way
         level = 1 / 255 / min(options.get("std", (0.5,)))
-        assert (patches.float() - truth.float()).abs().max() <= 1.01 * level + (patches.dtype != torch.float32) * 2**-7
+        assert (patches.float() - truth.float()).abs().max() <= 1.01 * level + (
+            patches.dtype != torch.float32
+        ) * 2**-7
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 5), st.integers(1, 5), st.lists(st.floats(-3, 3), min_size=6, max_size=6), st.integers(0, 255))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.lists(st.floats(-3, 3), min_size=6, max_size=6),
+    st.integers(0, 255),
+)
 def test_any_affine_warp_on_the_way(path, rows, columns, entries, fill):
     matrix = torch.eye(3, dtype=torch.float64)
     matrix[:2] += torch.tensor(entries, dtype=torch.float64).view(2, 3) * torch.tensor([1, 1, 10])
@@ -133,7 +169,9 @@ def test_any_affine_warp_on_the_way(path, rows, columns, entries, fill):
 @pytest.mark.parametrize("path", PATHS)
 def test_an_identity_reads_the_source_itself(path):
     images = [noise(32, 48), noise(16, 16)]
-    patches, _ = patches_of(images, path, patch=8, merge=2, matrices_px=torch.eye(3).expand(2, 3, 3))
+    patches, _ = patches_of(
+        images, path, patch=8, merge=2, matrices_px=torch.eye(3).expand(2, 3, 3)
+    )
     assert torch.equal(patches, patches_of(images, path, patch=8, merge=2)[0])
 
 

@@ -10,7 +10,15 @@ from vise_kernels.heads import Parts, Turn
 
 EPS = 1e-6
 SHAPES = [(1, 1), (1, 16), (3, 7), (5, 130), (37, 640), (2, 1031), (90, 65), (0, 8)]
-HEADS = {"one": (1, 1, 1, 2), "nano": (9, 3, 1, 16), "2B": (4, 16, 8, 128), "odd": (37, 5, 3, 10), "many": (2, 40, 1, 64), "long": (70, 6, 2, 24), "none": (0, 2, 1, 8)}
+HEADS = {
+    "one": (1, 1, 1, 2),
+    "nano": (9, 3, 1, 16),
+    "2B": (4, 16, 8, 128),
+    "odd": (37, 5, 3, 10),
+    "many": (2, 40, 1, 64),
+    "long": (70, 6, 2, 24),
+    "none": (0, 2, 1, 8),
+}
 DTYPES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -40,7 +48,11 @@ def turned(shape, dtype=torch.float32, device="cpu"):
     n, h, kv, d = HEADS[shape]
     angle = draw(n, d // 2, seed=1)
     weights = [(1 + 0.3 * draw(d, seed=s)).to(device, dtype) for s in (2, 3)]
-    return draw(n, (h + 2 * kv) * d).to(device, dtype), Turn(*weights, angle.cos().to(device), angle.sin().to(device), EPS), h
+    return (
+        draw(n, (h + 2 * kv) * d).to(device, dtype),
+        Turn(*weights, angle.cos().to(device), angle.sin().to(device), EPS),
+        h,
+    )
 
 
 def written_out(qkv, turn, queries):
@@ -50,10 +62,12 @@ def written_out(qkv, turn, queries):
     keys = (len(every) - queries) // 2
     out = []
     for index, x in enumerate(every[: queries + keys]):
-        u = F.rms_norm(x, (d,), (turn.q_weight if index < queries else turn.k_weight).to(x.dtype), turn.eps)
+        u = F.rms_norm(
+            x, (d,), (turn.q_weight if index < queries else turn.k_weight).to(x.dtype), turn.eps
+        )
         cos, sin = (torch.cat([t, t], 1).to(x.dtype) for t in (turn.cos, turn.sin))
         out.append(u * cos + torch.cat([-u[:, d // 2 :], u[:, : d // 2]], 1) * sin)
-    stack = lambda some: torch.stack(some, 1)  # noqa: E731
+    stack = lambda some: torch.stack(some, 1)
     return stack(out[:queries]), stack(out[queries:]), stack(every[queries + keys :])
 
 
@@ -62,12 +76,20 @@ def written_out(qkv, turn, queries):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_and_its_gradient(path, shape, dtype):
     runs("rms_norm", path)
-    x, weight, dz = (t.to(dtype) for t in (draw(*shape), 1 + 0.3 * draw(shape[1], seed=1), draw(*shape, seed=2)))
+    x, weight, dz = (
+        t.to(dtype) for t in (draw(*shape), 1 + 0.3 * draw(shape[1], seed=1), draw(*shape, seed=2))
+    )
     bound = DTYPES[dtype] / 2
-    norm = lambda x: F.rms_norm(x, shape[1:], weight.double(), EPS)  # noqa: E731
-    assert_close(rms_norm(x, weight, EPS, path=path), norm(x.double()), absolute=bound, relative=bound)
+    norm = lambda x: F.rms_norm(x, shape[1:], weight.double(), EPS)
+    assert_close(
+        rms_norm(x, weight, EPS, path=path), norm(x.double()), absolute=bound, relative=bound
+    )
     found = rms_norm_backward(x, weight, dz, EPS, path=path)
-    scale = dz.abs().max(1, keepdim=True)[0].double() / x.double().square().mean(1, keepdim=True).sqrt() if x.numel() else 1.0
+    scale = (
+        dz.abs().max(1, keepdim=True)[0].double() / x.double().square().mean(1, keepdim=True).sqrt()
+        if x.numel()
+        else 1.0
+    )
     assert_close(found, by_autograd(norm, x, [dz]), absolute=2 * bound * scale)
 
 
@@ -80,15 +102,39 @@ def test_swiglu_and_its_gradient(path, shape, dtype):
         pytest.skip("another path's dtype, or one that the interpreter does not know")
     (rows, width), bound = shape, DTYPES[dtype]
     x, dz = (3 * draw(rows, 2 * width)).to(dtype), draw(rows, width, seed=2).to(dtype)
-    function = lambda x: F.silu(x[:, :width]) * x[:, width:]  # noqa: E731
+    function = lambda x: F.silu(x[:, :width]) * x[:, width:]
     assert_close(swiglu(x, path=path), function(x.double()), absolute=bound, relative=bound)
-    assert_close(swiglu_backward(x, dz, path=path), by_autograd(function, x, [dz]), absolute=bound, relative=bound)
+    assert_close(
+        swiglu_backward(x, dz, path=path),
+        by_autograd(function, x, [dz]),
+        absolute=bound,
+        relative=bound,
+    )
 
 
 @pytest.mark.parametrize("path", ["native", "triton"])
 def test_swiglu_of_large_gates_is_finite(path):
     runs("swiglu", path)
-    gates = torch.tensor([[-1e30, -200.0, -90.0, -86.0, -50.0, -20.0, -5.0, -1e-30, 0.0, 1e-30, 5.0, 87.0, 200.0, 1e30]])
+    gates = torch.tensor(
+        [
+            [
+                -1e30,
+                -200.0,
+                -90.0,
+                -86.0,
+                -50.0,
+                -20.0,
+                -5.0,
+                -1e-30,
+                0.0,
+                1e-30,
+                5.0,
+                87.0,
+                200.0,
+                1e30,
+            ]
+        ]
+    )
     x = torch.cat([gates, torch.ones_like(gates)], 1)
     assert_close(swiglu(x, path=path), F.silu(gates.double()), absolute=1e-36, relative=5e-6)
     wanted = by_autograd(F.silu, gates, [torch.ones_like(gates)])
@@ -109,35 +155,59 @@ def test_heads_are_parted_normed_and_turned_and_back(path, shape, dtype):
     bound = DTYPES[dtype]
     found, truth = heads(qkv, turn, queries, path=path), written_out(qkv.double(), turn, queries)
     grads = Parts(*(draw(*part.shape, seed=7).to(dtype) for part in found))
-    assert torch.equal(found.v.double(), truth[2]) and found.v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    assert (
+        torch.equal(found.v.double(), truth[2])
+        and found.v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    )
     for part, name, true in zip(found, Parts._fields, truth, strict=True):
         assert part.dtype == dtype
         assert_close(part, true, absolute=2 * bound, relative=bound, what=name)
     wanted = by_autograd(lambda x: written_out(x, turn, queries), qkv, grads)
     size = qkv.double().unflatten(1, (-1, turn.q_weight.shape[0])).square().mean(-1).rsqrt()
-    room = 3 * bound * size.clamp(min=1)[..., None].expand(-1, -1, turn.q_weight.shape[0]).flatten(1)
-    assert_close(heads_backward(qkv, turn, grads, path=path), wanted, absolute=room, what="gradient")
+    room = (
+        3 * bound * size.clamp(min=1)[..., None].expand(-1, -1, turn.q_weight.shape[0]).flatten(1)
+    )
+    assert_close(
+        heads_backward(qkv, turn, grads, path=path), wanted, absolute=room, what="gradient"
+    )
 
 
 @pytest.mark.parametrize("path", ["native", "triton"])
 def test_strided_operands_give_what_their_copies_give(path):
     runs("heads", path)
     qkv, turn, queries = turned("odd")
-    across = Turn(turn.q_weight, turn.k_weight, turn.cos.T.contiguous().T, turn.sin.T.contiguous().T, EPS)
+    across = Turn(
+        turn.q_weight, turn.k_weight, turn.cos.T.contiguous().T, turn.sin.T.contiguous().T, EPS
+    )
     found = heads(qkv, turn, queries, path=path)
-    for part, other in zip(found, heads(qkv.T.contiguous().T, across, queries, path=path), strict=True):
+    for part, other in zip(
+        found, heads(qkv.T.contiguous().T, across, queries, path=path), strict=True
+    ):
         assert torch.equal(part, other)
     lying = Parts(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in found))
-    assert torch.equal(heads_backward(qkv, turn, found, path=path), heads_backward(qkv, turn, lying, path=path))
+    assert torch.equal(
+        heads_backward(qkv, turn, found, path=path), heads_backward(qkv, turn, lying, path=path)
+    )
     x = draw(6, 20)
     assert torch.equal(swiglu(x.T.contiguous().T, path=path), swiglu(x, path=path))
 
 
-@pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+@pytest.mark.skipif(
+    native() is None, reason="the native module was not built (python -m vise_kernels.build)"
+)
 def test_threads_change_nothing():
     threads, x, weight = torch.get_num_threads(), draw(1500, 700), draw(700)
-    qkv, turn, queries = draw(3000, 40 * 8), Turn(draw(8), draw(8), draw(3000, 4), draw(3000, 4), EPS), 20
-    calls = [lambda: swiglu(x), lambda: rms_norm(x, weight, EPS), lambda: heads(qkv, turn, queries).k, lambda: heads_backward(qkv, turn, heads(qkv, turn, queries))]
+    qkv, turn, queries = (
+        draw(3000, 40 * 8),
+        Turn(draw(8), draw(8), draw(3000, 4), draw(3000, 4), EPS),
+        20,
+    )
+    calls = [
+        lambda: swiglu(x),
+        lambda: rms_norm(x, weight, EPS),
+        lambda: heads(qkv, turn, queries).k,
+        lambda: heads_backward(qkv, turn, heads(qkv, turn, queries)),
+    ]
     try:
         torch.set_num_threads(1)
         alone = [call() for call in calls]
@@ -149,7 +219,9 @@ def test_threads_change_nothing():
 
 def test_mixed_types_take_the_plain_path():
     qkv, turn, queries = turned("odd")
-    assert heads(qkv.bfloat16(), turn, queries).q.dtype == torch.bfloat16 and rms_norm(draw(3, 4).bfloat16(), draw(4), EPS).shape == (3, 4)
+    assert heads(qkv.bfloat16(), turn, queries).q.dtype == torch.bfloat16 and rms_norm(
+        draw(3, 4).bfloat16(), draw(4), EPS
+    ).shape == (3, 4)
     wide = Turn(*(t.double() for t in turn[:4]), EPS)
     assert_close(heads(qkv, wide, queries).k, heads(qkv.double(), wide, queries).k, absolute=1e-5)
 
@@ -158,20 +230,56 @@ def test_gradients_flow_where_no_path_is_forced():
     x, weight = draw(5, 12).requires_grad_(), draw(12)
     qkv, turn, queries = turned("odd")
     qkv.requires_grad_()
-    (swiglu(x).sum() + rms_norm(x, weight, EPS).sum() + sum(part.sum() for part in heads(qkv, turn, queries))).backward()
-    assert x.grad.abs().sum() > 0 and torch.allclose(qkv.grad, by_autograd(lambda x: written_out(x, turn, queries), qkv, [torch.ones_like(p) for p in heads(qkv, turn, queries)]).float(), atol=1e-4)
+    (
+        swiglu(x).sum()
+        + rms_norm(x, weight, EPS).sum()
+        + sum(part.sum() for part in heads(qkv, turn, queries))
+    ).backward()
+    assert x.grad.abs().sum() > 0 and torch.allclose(
+        qkv.grad,
+        by_autograd(
+            lambda x: written_out(x, turn, queries),
+            qkv,
+            [torch.ones_like(p) for p in heads(qkv, turn, queries)],
+        ).float(),
+        atol=1e-4,
+    )
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: swiglu(draw(3, 4).requires_grad_(), path="native"), "gradients"), (lambda: swiglu(draw(3, 4).double(), path="native"), "float32"),
-    (lambda: swiglu_backward(draw(3, 4), draw(3, 2).bfloat16(), path="native"), "float32"), (lambda: rms_norm(draw(3, 4), draw(4).bfloat16(), EPS, path="native"), "float32"),
-    (lambda: heads(draw(3, 8).bfloat16(), Turn(draw(2), draw(2), draw(3, 1), draw(3, 1), EPS), 2, path="native"), "float32"),
-    (lambda: swiglu(draw(3, 5), path="native"), "do not fit"), (lambda: swiglu_backward(draw(3, 4), draw(3, 3), path="native"), "do not fit"),
-    (lambda: rms_norm(draw(3, 4), draw(5), EPS, path="native"), "do not fit"), (lambda: rms_norm(draw(3, 4), draw(4), EPS, path="triton"), "PyTorch is the GPU path"),
-    (lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(3, 1), draw(3, 1), EPS), 3, path="native"), "do not fit"),
-    (lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(2, 1), draw(3, 1), EPS), 2), "do not fit"), (lambda: swiglu(draw(3, 3)), "do not fit"),
-    (lambda: rms_norm(draw(3, 4), draw(5), EPS), "do not fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: swiglu(draw(3, 4).requires_grad_(), path="native"), "gradients"),
+        (lambda: swiglu(draw(3, 4).double(), path="native"), "float32"),
+        (lambda: swiglu_backward(draw(3, 4), draw(3, 2).bfloat16(), path="native"), "float32"),
+        (lambda: rms_norm(draw(3, 4), draw(4).bfloat16(), EPS, path="native"), "float32"),
+        (
+            lambda: heads(
+                draw(3, 8).bfloat16(),
+                Turn(draw(2), draw(2), draw(3, 1), draw(3, 1), EPS),
+                2,
+                path="native",
+            ),
+            "float32",
+        ),
+        (lambda: swiglu(draw(3, 5), path="native"), "do not fit"),
+        (lambda: swiglu_backward(draw(3, 4), draw(3, 3), path="native"), "do not fit"),
+        (lambda: rms_norm(draw(3, 4), draw(5), EPS, path="native"), "do not fit"),
+        (lambda: rms_norm(draw(3, 4), draw(4), EPS, path="triton"), "PyTorch is the GPU path"),
+        (
+            lambda: heads(
+                draw(3, 8), Turn(draw(2), draw(2), draw(3, 1), draw(3, 1), EPS), 3, path="native"
+            ),
+            "do not fit",
+        ),
+        (
+            lambda: heads(draw(3, 8), Turn(draw(2), draw(2), draw(2, 1), draw(3, 1), EPS), 2),
+            "do not fit",
+        ),
+        (lambda: swiglu(draw(3, 3)), "do not fit"),
+        (lambda: rms_norm(draw(3, 4), draw(5), EPS), "do not fit"),
+    ],
+)
 def test_what_a_path_cannot_take_is_refused(call, words):
     if native() is None and "triton" not in words:
         pytest.skip("the native module was not built (python -m vise_kernels.build)")
@@ -183,8 +291,15 @@ def test_without_data_the_sizes_are_those_of_a_gpu():
     """Planning: only the results are allocated, as the Triton kernels do."""
     qkv, turn, queries = turned("2B", torch.bfloat16, "meta")
     parts = heads(qkv, turn, queries)
-    assert [tuple(p.shape) for p in parts] == [(4, 16, 128), (4, 8, 128), (4, 8, 128)] and parts.q.dtype == torch.bfloat16
-    assert heads_backward(qkv, turn, parts).shape == qkv.shape and swiglu(qkv).shape == (4, 16 * 128)
+    assert [tuple(p.shape) for p in parts] == [
+        (4, 16, 128),
+        (4, 8, 128),
+        (4, 8, 128),
+    ] and parts.q.dtype == torch.bfloat16
+    assert heads_backward(qkv, turn, parts).shape == qkv.shape and swiglu(qkv).shape == (
+        4,
+        16 * 128,
+    )
     assert swiglu(qkv.requires_grad_()).requires_grad, "what is to be differentiated is not cut off"
 
 
@@ -195,14 +310,32 @@ def test_without_data_the_sizes_are_those_of_a_gpu():
 def test_on_a_gpu_they_are_what_fp64_says(shape, dtype):
     qkv, turn, queries = turned(shape, dtype, "cuda")
     bound = DTYPES[dtype]
-    found, truth = heads(qkv, turn, queries, path="triton"), written_out(qkv.double(), turn, queries)
+    found, truth = (
+        heads(qkv, turn, queries, path="triton"),
+        written_out(qkv.double(), turn, queries),
+    )
     for part, true in zip(found, truth, strict=True):
         assert_close(part, true, absolute=2 * bound, relative=bound)
     grads = Parts(*(draw(*part.shape, seed=7).to("cuda", dtype) for part in found))
-    plain = heads_backward(qkv.double(), Turn(*(t.double() for t in turn[:4]), EPS), Parts(*(g.double() for g in grads)), path="plain")
+    plain = heads_backward(
+        qkv.double(),
+        Turn(*(t.double() for t in turn[:4]), EPS),
+        Parts(*(g.double() for g in grads)),
+        path="plain",
+    )
     excess = (heads_backward(qkv, turn, grads, path="triton").double() - plain).abs()
     assert qkv.numel() == 0 or (excess.max() <= 10 * bound * plain.abs().max())
     if qkv.shape[1] % 2 == 0 and qkv.numel():
         x, dz = qkv, draw(len(qkv), qkv.shape[1] // 2, seed=9).to("cuda", dtype)
-        assert_close(swiglu(x, path="triton"), swiglu(x.double(), path="plain"), absolute=bound, relative=bound)
-        assert_close(swiglu_backward(x, dz, path="triton"), swiglu_backward(x.double(), dz.double(), path="plain"), absolute=bound, relative=bound)
+        assert_close(
+            swiglu(x, path="triton"),
+            swiglu(x.double(), path="plain"),
+            absolute=bound,
+            relative=bound,
+        )
+        assert_close(
+            swiglu_backward(x, dz, path="triton"),
+            swiglu_backward(x.double(), dz.double(), path="plain"),
+            absolute=bound,
+            relative=bound,
+        )

@@ -62,15 +62,25 @@ def test_any_size_matches_pillow(path, height, width, new_height, new_width):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_overshoot_is_cut_between_the_axes_as_pillow_does(path):
-    board = torch.from_numpy(np.indices((40, 40)).sum(0) % 7 > 2)[:, :, None].expand(-1, -1, 3).to(torch.uint8) * 255
+    board = (
+        torch.from_numpy(np.indices((40, 40)).sum(0) % 7 > 2)[:, :, None]
+        .expand(-1, -1, 3)
+        .to(torch.uint8)
+        * 255
+    )
     for size in ((64, 64), (64, 33)):
-        assert worst(resize(on(path, [board]), [size], path=path)[0], pillow(board, size)) <= LEVELS[path]
+        assert (
+            worst(resize(on(path, [board]), [size], path=path)[0], pillow(board, size))
+            <= LEVELS[path]
+        )
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_flat_pictures_stay_flat(path):
     for level in (0, 37, 255):
-        (out,) = resize(on(path, [torch.full((31, 17, 3), level, dtype=torch.uint8)]), [(13, 29)], path=path)
+        (out,) = resize(
+            on(path, [torch.full((31, 17, 3), level, dtype=torch.uint8)]), [(13, 29)], path=path
+        )
         assert (out == level).all()
 
 

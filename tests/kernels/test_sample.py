@@ -20,7 +20,11 @@ def runs(path):
 def drawn(rows, columns, dtype=torch.float32):
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     logits = (3 * torch.randn(rows, columns, generator=generator)).to(dtype)
-    return logits, torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator), torch.randint(500, (rows,), generator=generator)
+    return (
+        logits,
+        torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
+        torch.randint(500, (rows,), generator=generator),
+    )
 
 
 def chi_square(observed, expected):
@@ -69,7 +73,9 @@ def test_bits_are_even_and_rows_unlike():
 
 
 def test_gumbel_is_precise_where_it_decides():
-    bits = torch.cat([torch.arange(1000), torch.logspace(0, 32, 20_001, base=2).long().clamp(max=2**32 - 1)])
+    bits = torch.cat(
+        [torch.arange(1000), torch.logspace(0, 32, 20_001, base=2).long().clamp(max=2**32 - 1)]
+    )
     u = (bits.double() + 0.5) / 2**32
     truth = -torch.log(-torch.log1p(-u.clamp(max=1 - 2**-24)))
     assert torch.isfinite(gumbel(bits)).all()
@@ -88,7 +94,13 @@ def test_frequencies(vary, temperature):
     logits, _, _ = drawn(1, 23)
     count = torch.arange(40_000)
     seed, position = (count, 7) if vary == "seed" else (torch.full_like(count, 12345), count)
-    ids, _ = sample(logits.expand(40_000, -1), temperature=temperature, seed=seed, position=position, path="plain")
+    ids, _ = sample(
+        logits.expand(40_000, -1),
+        temperature=temperature,
+        seed=seed,
+        position=position,
+        path="plain",
+    )
     assert_distributed(ids, (logits[0].double() / temperature).softmax(-1))
 
 
@@ -96,7 +108,14 @@ def test_frequencies_without_the_banned():
     logits, _, _ = drawn(1, 23)
     banned = torch.arange(23) % 3 == 1
     count = torch.arange(40_000)
-    ids, _ = sample(logits.expand(40_000, -1), temperature=1.0, banned=banned, seed=count, position=0, path="plain")
+    ids, _ = sample(
+        logits.expand(40_000, -1),
+        temperature=1.0,
+        banned=banned,
+        seed=count,
+        position=0,
+        path="plain",
+    )
     assert_distributed(ids, logits[0].double().masked_fill(banned, -torch.inf).softmax(-1))
 
 
@@ -104,16 +123,27 @@ def test_frequencies_over_a_large_vocabulary():
     """Which sixteenth of 20,011 ids is drawn; the ids are grouped by rank, so that the shares differ."""
     logits, _, _ = drawn(1, 20_011)
     group = logits[0].argsort().argsort() * 16 // 20_011
-    shares = torch.zeros(16, dtype=torch.float64).index_add(0, group, logits[0].double().softmax(-1))
-    ids = torch.cat([sample(logits.expand(40, -1), temperature=1.0, seed=part, position=3, path="plain")[0] for part in torch.arange(600).split(40)])
+    shares = torch.zeros(16, dtype=torch.float64).index_add(
+        0, group, logits[0].double().softmax(-1)
+    )
+    ids = torch.cat(
+        [
+            sample(logits.expand(40, -1), temperature=1.0, seed=part, position=3, path="plain")[0]
+            for part in torch.arange(600).split(40)
+        ]
+    )
     counts = torch.bincount(group[ids], minlength=16).double()
     large = 600 * shares > 5
-    observed, expected = (torch.cat([t[large], t[~large].sum()[None]]) for t in (counts, 600 * shares))
+    observed, expected = (
+        torch.cat([t[large], t[~large].sum()[None]]) for t in (counts, 600 * shares)
+    )
     statistic, bound = chi_square(observed, expected)
     assert statistic < bound, f"chi-square {statistic:.1f} over {bound:.1f}"
 
 
-@pytest.mark.parametrize("other", ["next seed", "next position", "seed for position", "high word of the seed"])
+@pytest.mark.parametrize(
+    "other", ["next seed", "next position", "seed for position", "high word of the seed"]
+)
 def test_neighbouring_draws_are_independent(other):
     logits, _, _ = drawn(1, 6)
     count = torch.arange(40_000)
@@ -124,7 +154,10 @@ def test_neighbouring_draws_are_independent(other):
         "seed for position": ((count, zero), (zero, count)),
         "high word of the seed": ((count, zero), (count << 32, zero)),
     }[other]
-    first, second = (sample(logits.expand(40_000, -1), temperature=2.0, seed=s, position=p, path="plain")[0] for s, p in pairs)
+    first, second = (
+        sample(logits.expand(40_000, -1), temperature=2.0, seed=s, position=p, path="plain")[0]
+        for s, p in pairs
+    )
     share = (logits[0].double() / 2).softmax(-1)
     if other in ("seed for position", "high word of the seed"):
         first, second = first[1:], second[1:]  # (0, 0) is the same draw on both sides
@@ -144,7 +177,9 @@ def test_paths_draw_the_same_ids(rows, columns, dtype, path):
     banned = torch.arange(columns) % 3 == 1
     for barred in (None, banned):
         options = dict(temperature=temperature, banned=barred, seed=seed, position=position)
-        (ids, logprob), (plain_ids, plain_logprob) = (sample(logits, **options, path=path) for path in (path, "plain"))
+        (ids, logprob), (plain_ids, plain_logprob) = (
+            sample(logits, **options, path=path) for path in (path, "plain")
+        )
         assert torch.equal(ids, plain_ids)
         assert_close(logprob, plain_logprob, absolute=3e-6, what="logprob")
 
@@ -155,7 +190,10 @@ def test_native_bounds_miss_no_winner(spread):
     runs("native")
     generator = torch.Generator().manual_seed(5)
     logits, seed = spread * torch.randn(300, 4001, generator=generator), torch.arange(300) * 7919
-    draws = [sample(logits, temperature=1.0, seed=seed, position=11, path=path)[0] for path in ("native", "plain")]
+    draws = [
+        sample(logits, temperature=1.0, seed=seed, position=11, path=path)[0]
+        for path in ("native", "plain")
+    ]
     assert torch.equal(*draws)
     assert len(draws[0].unique()) > 150
 
@@ -166,8 +204,12 @@ def test_native_bounds_miss_no_winner(spread):
 @pytest.mark.parametrize("rows, columns", [(1, 1), (7, 13), (64, 151_936), (1000, 507)])
 def test_a_gpu_draws_the_same_ids(rows, columns, dtype):
     logits, seed, position = drawn(rows, columns, dtype)
-    ids, logprob = sample(logits.cuda(), temperature=1.0, seed=seed.cuda(), position=position.cuda(), path="triton")
-    plain_ids, plain_logprob = sample(logits, temperature=1.0, seed=seed, position=position, path="plain")
+    ids, logprob = sample(
+        logits.cuda(), temperature=1.0, seed=seed.cuda(), position=position.cuda(), path="triton"
+    )
+    plain_ids, plain_logprob = sample(
+        logits, temperature=1.0, seed=seed, position=position, path="plain"
+    )
     assert torch.equal(ids.cpu(), plain_ids)
     assert_close(logprob.cpu(), plain_logprob, absolute=1e-5, what="logprob")
 
@@ -179,7 +221,9 @@ def test_batching_and_row_order_do_not_matter(path):
     whole, logprob = sample(logits, temperature=1.0, seed=seed, position=position, path=path)
     order = torch.randperm(12)
     for rows in (order, order[:5], order[:1]):
-        ids, some = sample(logits[rows], temperature=1.0, seed=seed[rows], position=position[rows], path=path)
+        ids, some = sample(
+            logits[rows], temperature=1.0, seed=seed[rows], position=position[rows], path=path
+        )
         assert torch.equal(ids, whole[rows])
         assert_close(some, logprob[rows], absolute=2e-6, what="logprob")
 
@@ -188,7 +232,13 @@ def test_batching_and_row_order_do_not_matter(path):
 def test_a_number_serves_every_row(path):
     runs(path)
     logits, seed, _ = drawn(5, 131)
-    many = sample(logits, temperature=torch.full((5,), 0.8), seed=seed, position=torch.full((5,), 9), path=path)
+    many = sample(
+        logits,
+        temperature=torch.full((5,), 0.8),
+        seed=seed,
+        position=torch.full((5,), 9),
+        path=path,
+    )
     one = sample(logits, temperature=0.8, seed=seed, position=9, path=path)
     assert torch.equal(many[0], one[0]) and torch.equal(many[1], one[1])
 
@@ -201,9 +251,16 @@ def test_greedy_takes_the_lowest_of_the_largest(path):
     logits[1] = 0
     banned = torch.zeros(3000, dtype=torch.bool)
     banned[0] = True
-    ids, logprob = sample(logits, temperature=0.0, banned=banned, seed=seed, position=position, path=path)
+    ids, logprob = sample(
+        logits, temperature=0.0, banned=banned, seed=seed, position=position, path=path
+    )
     assert ids[:2].tolist() == [17, 1] and torch.equal(ids[2:], logits[2:, 1:].argmax(-1) + 1)
-    truth = logits.masked_fill(banned, -torch.inf).double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    truth = (
+        logits.masked_fill(banned, -torch.inf)
+        .double()
+        .log_softmax(-1)
+        .gather(1, ids[:, None])[:, 0]
+    )
     assert_close(logprob, truth, absolute=3e-6, what="logprob")
 
 
@@ -212,8 +269,20 @@ def test_the_log_prob_is_that_of_temperature_one(path):
     runs(path)
     logits, seed, position = drawn(9, 131)
     banned = torch.arange(131) < 40
-    ids, logprob = sample(logits, temperature=torch.linspace(0, 3, 9), banned=banned, seed=seed, position=position, path=path)
-    truth = logits.double().masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    ids, logprob = sample(
+        logits,
+        temperature=torch.linspace(0, 3, 9),
+        banned=banned,
+        seed=seed,
+        position=position,
+        path=path,
+    )
+    truth = (
+        logits.double()
+        .masked_fill(banned, -torch.inf)
+        .log_softmax(-1)
+        .gather(1, ids[:, None])[:, 0]
+    )
     assert logprob.dtype == torch.float32 and ids.dtype == torch.int64
     assert_close(logprob, truth, absolute=3e-6, what="logprob")
 
@@ -224,7 +293,9 @@ def test_the_only_candidate_is_drawn(path):
     rows = 300 if path == "plain" else 10
     logits, seed, position = drawn(rows, 40)
     banned = torch.arange(40) != 33
-    ids, logprob = sample(logits, temperature=1.0, banned=banned, seed=seed, position=position, path=path)
+    ids, logprob = sample(
+        logits, temperature=1.0, banned=banned, seed=seed, position=position, path=path
+    )
     assert (ids == 33).all() and (logprob == 0).all()
 
 
@@ -241,8 +312,16 @@ def test_a_row_of_nan_still_gives_an_id(path):
 def test_strided_logits_and_no_rows(path):
     runs(path)
     logits, seed, position = drawn(6, 131)
-    expected = sample(logits[::2, ::2].contiguous(), temperature=1.0, seed=seed[::2], position=position[::2], path=path)
-    actual = sample(logits[::2, ::2], temperature=1.0, seed=seed[::2], position=position[::2], path=path)
+    expected = sample(
+        logits[::2, ::2].contiguous(),
+        temperature=1.0,
+        seed=seed[::2],
+        position=position[::2],
+        path=path,
+    )
+    actual = sample(
+        logits[::2, ::2], temperature=1.0, seed=seed[::2], position=position[::2], path=path
+    )
     assert torch.equal(actual[0], expected[0])
     none = sample(logits[:0], temperature=1.0, seed=seed[:0], position=position[:0], path=path)
     assert none[0].shape == none[1].shape == (0,)
@@ -271,7 +350,9 @@ def test_what_does_not_fit_is_refused():
 def test_the_op_is_registered_as_torch_wants_it_and_traces_whole():
     runs("triton")
     logits, seed, position = drawn(5, 33)
-    torch.library.opcheck(torch.ops.vise_kernels.sample.default, (logits, torch.ones(5), None, seed, position))
-    draw = lambda z: sample(z, temperature=1.0, seed=seed, position=4, path="triton")  # noqa: E731
+    torch.library.opcheck(
+        torch.ops.vise_kernels.sample.default, (logits, torch.ones(5), None, seed, position)
+    )
+    draw = lambda z: sample(z, temperature=1.0, seed=seed, position=4, path="triton")
     traced = torch.compile(lambda z: draw(2 * z), fullgraph=True, backend="aot_eager")(logits)
     assert torch.equal(traced[0], draw(2 * logits)[0])

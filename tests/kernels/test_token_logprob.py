@@ -34,19 +34,35 @@ def check_values(logits, ids, path):
     truths = plain(logits.double(), ids)
     for name, actual, truth in zip(NAMES, token_logprob(logits, ids, path=path), truths):
         assert actual.dtype == torch.float32
-        assert_close(actual, truth, absolute=3e-6, relative=3e-7, what=f"{name} {tuple(logits.shape)} {logits.dtype} {path}")
+        assert_close(
+            actual,
+            truth,
+            absolute=3e-6,
+            relative=3e-7,
+            what=f"{name} {tuple(logits.shape)} {logits.dtype} {path}",
+        )
 
 
 def check_gradient(logits, ids, path, weights):
     """Of a weighted sum of all three results, to what rounding to the dtype of the logits leaves."""
     grads = []
     for z in (logits.clone(), logits.double()):
-        results = token_logprob(z.requires_grad_(), ids, path=path if z.dtype == logits.dtype else "plain")
-        grads.append(torch.autograd.grad(sum((w * r).sum() for w, r in zip(weights, results)), z)[0])
+        results = token_logprob(
+            z.requires_grad_(), ids, path=path if z.dtype == logits.dtype else "plain"
+        )
+        grads.append(
+            torch.autograd.grad(sum((w * r).sum() for w, r in zip(weights, results)), z)[0]
+        )
     rounding = torch.finfo(logits.dtype).eps
     tiny = 1e-7 if logits.dtype == torch.float16 else 0  # float16 turns subnormal
     assert grads[0].dtype == logits.dtype
-    assert_close(grads[0], grads[1], absolute=2e-6 + tiny, relative=rounding, what=f"gradient {tuple(logits.shape)} {logits.dtype} {path}")
+    assert_close(
+        grads[0],
+        grads[1],
+        absolute=2e-6 + tiny,
+        relative=rounding,
+        what=f"gradient {tuple(logits.shape)} {logits.dtype} {path}",
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -56,7 +72,9 @@ def test_values_and_gradient_against_float64(shape, dtype, path):
     runs(path, dtype)
     logits, ids = drawn(*shape, dtype)
     check_values(logits, ids, path)
-    check_gradient(logits, ids, path, torch.randn(3, shape[0], generator=torch.Generator().manual_seed(1)))
+    check_gradient(
+        logits, ids, path, torch.randn(3, shape[0], generator=torch.Generator().manual_seed(1))
+    )
 
 
 @pytest.mark.gpu
@@ -77,7 +95,11 @@ def test_gradcheck_of_plain():
 def test_by_hand():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).log1p()  # probabilities 1/6, 2/6, 3/6
     logprob, logsumexp, entropy = token_logprob(logits, torch.tensor([2]))
-    expected = torch.tensor([0.5]).log(), torch.tensor([6.0]).log(), -(torch.tensor([[1, 2, 3]]) / 6 * (torch.tensor([[1, 2, 3]]) / 6).log()).sum(-1)
+    expected = (
+        torch.tensor([0.5]).log(),
+        torch.tensor([6.0]).log(),
+        -(torch.tensor([[1, 2, 3]]) / 6 * (torch.tensor([[1, 2, 3]]) / 6).log()).sum(-1),
+    )
     for name, actual, truth in zip(NAMES, (logprob, logsumexp, entropy), expected):
         assert_close(actual, truth, absolute=1e-6, what=name)
 
@@ -90,7 +112,9 @@ def test_banned_logits_have_no_weight_and_no_gradient(path):
     logits[0] = -torch.inf
     logits[0, 4999] = 2.0  # one id left, at the far end
     logits[:, :4097][1:3] = -torch.inf
-    ids = torch.tensor([4999, 4999, 4100, 1, 2, 4, 3])  # the last one is banned: log-prob minus infinity
+    ids = torch.tensor(
+        [4999, 4999, 4100, 1, 2, 4, 3]
+    )  # the last one is banned: log-prob minus infinity
     check_values(logits, ids, path)
     z = logits.clone().requires_grad_()
     logprob, logsumexp, entropy = token_logprob(z, ids, path=path)
@@ -125,7 +149,12 @@ def test_rows_and_columns_may_be_strided(path):
     runs(path)
     logits, _ = drawn(12, 64)
     ids = torch.arange(12)[::2]
-    for view in (logits[::2, 3:50], logits.T[:12:2].contiguous().T.T, logits[:1].expand(6, 64), logits[::2, ::2]):
+    for view in (
+        logits[::2, 3:50],
+        logits.T[:12:2].contiguous().T.T,
+        logits[:1].expand(6, 64),
+        logits[::2, ::2],
+    ):
         check_values(view, ids[: len(view)] % view.shape[1], path)
         check_gradient(view, ids[: len(view)] % view.shape[1], path, torch.randn(3, len(view)))
 
@@ -176,7 +205,9 @@ def test_native_forward_allocates_and_keeps_no_more_than_rows():
     logits, ids = drawn(64, 20_000)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        largest, _ = largest_allocation(lambda: token_logprob(logits.requires_grad_(), ids, path="native"))
+        largest, _ = largest_allocation(
+            lambda: token_logprob(logits.requires_grad_(), ids, path="native")
+        )
     assert largest <= 64 * 3 * 4 + 64, f"{largest} bytes for 64 rows"
     mine = {logits.untyped_storage().data_ptr(), ids.untyped_storage().data_ptr()}
     assert all(t.untyped_storage().data_ptr() in mine or t.numel() <= 3 * 64 for t in kept)
@@ -186,7 +217,16 @@ def test_native_forward_allocates_and_keeps_no_more_than_rows():
 def test_the_op_is_registered_as_torch_wants_it_and_traces_whole(path):
     runs(path)
     logits, ids = drawn(5, 33)
-    torch.library.opcheck(torch.ops.vise_kernels.token_logprob.default, (logits.requires_grad_(), ids, path))
-    traced = torch.compile(lambda z: token_logprob(2 * z, ids, path=path)[0].sum(), fullgraph=True, backend="aot_eager")
+    torch.library.opcheck(
+        torch.ops.vise_kernels.token_logprob.default, (logits.requires_grad_(), ids, path)
+    )
+    traced = torch.compile(
+        lambda z: token_logprob(2 * z, ids, path=path)[0].sum(), fullgraph=True, backend="aot_eager"
+    )
     expected = torch.autograd.grad(plain(2 * logits, ids)[0].sum(), logits)[0]
-    assert_close(torch.autograd.grad(traced(logits), logits)[0], expected, absolute=4e-6, what="traced gradient")
+    assert_close(
+        torch.autograd.grad(traced(logits), logits)[0],
+        expected,
+        absolute=4e-6,
+        what="traced gradient",
+    )

@@ -15,8 +15,13 @@ HERE = Path(__file__).parent
 def test_the_kernels_of_tokens_compile(tmp_path):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE.parent.parent / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {
+        "PYTHONPATH": str(HERE.parent.parent / "kernels"),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     script = str(HERE / "compile_token_kernels.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * (3 + 4 + 5 + 2 + 2 + 4)

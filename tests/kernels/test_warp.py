@@ -33,7 +33,9 @@ def reference(image, matrix, fill=128):
             sx, sy = left + dx, top + dy
             weight = np.abs(1 - dx - (u - left)) * np.abs(1 - dy - (v - top))
             seen = (sx >= 0) & (sx < width) & (sy >= 0) & (sy < height)
-            levels = np.where(seen[:, None], image[sy.clip(0, height - 1), sx.clip(0, width - 1)], fill)
+            levels = np.where(
+                seen[:, None], image[sy.clip(0, height - 1), sx.clip(0, width - 1)], fill
+            )
             out += weight[:, None] * levels
     return out.reshape(height, width, 3)
 
@@ -98,10 +100,15 @@ def test_half_a_pixel_averages_neighbours_and_the_border(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_horizon_in_the_picture_is_border(path):
-    image, horizon = noise(16, 16, 3), np.linalg.inv(np.array([[1, 0, 0], [0, 1, 0], [0.25, 0, -2.0]]))
+    image, horizon = (
+        noise(16, 16, 3),
+        np.linalg.inv(np.array([[1, 0, 0], [0, 1, 0], [0.25, 0, -2.0]])),
+    )
     (out,) = see([image], [horizon], path)
     seen = reference(image, horizon)
-    steep = np.abs(0.25 * (np.arange(16) + 0.5) - 2) < 0.5  # beside it a pixel spans the whole source
+    steep = (
+        np.abs(0.25 * (np.arange(16) + 0.5) - 2) < 0.5
+    )  # beside it a pixel spans the whole source
     assert worst(out[:, ~steep], seen[:, ~steep]) <= 0.52
     assert (out[:, steep] == 128).all()
 

@@ -13,12 +13,35 @@ FILES = ("test_patchify.py", "test_warp.py", "test_resize.py")
 
 
 def test_the_plain_paths_pass_where_nothing_was_compiled(tmp_path):
-    shutil.copytree(ROOT / "kernels" / "vise_kernels", tmp_path / "vise_kernels", ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    shutil.copytree(
+        ROOT / "kernels" / "vise_kernels",
+        tmp_path / "vise_kernels",
+        ignore=shutil.ignore_patterns("_native*", "__pycache__"),
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
     tests = [str(HERE / name) for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", str(tmp_path / "pytest.ini"), "-p", "no:cacheprovider", "-k", "not triton", *tests]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path / "hypothesis")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-c",
+        str(tmp_path / "pytest.ini"),
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not triton",
+        *tests,
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONSAFEPATH": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path / "hypothesis"),
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "the native module was not built" in done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 50

@@ -32,23 +32,31 @@ def test_the_maximum_is_global():
     a, b = (geometry.clean_1000(corners[:, i]) for i in (0, 1))
     assert ((as_released.giou(a, b) + 1) / 2).max().item() <= 0.625 + 1e-12
     shift = torch.linspace(0, 300, 3001, dtype=torch.float64)  # and it is reached along a slide
-    slide = torch.tensor([0.0, 0, 300, 100], dtype=torch.float64) + shift[:, None] * torch.tensor([1.0, 0, 1, 0])
+    slide = torch.tensor([0.0, 0, 300, 100], dtype=torch.float64) + shift[:, None] * torch.tensor(
+        [1.0, 0, 1, 0]
+    )
     scores = (as_released.giou((0, 0, 300, 100), slide) + 1) / 2
-    assert scores.max().item() == pytest.approx(0.625, abs=1e-6) and shift[scores.argmax()].item() == pytest.approx(100, abs=0.1)
+    assert scores.max().item() == pytest.approx(0.625, abs=1e-6) and shift[
+        scores.argmax()
+    ].item() == pytest.approx(100, abs=0.1)
 
 
 def test_a_flip_lands_elsewhere():
     flip = geometry.flip_px(W)
     assert as_released.project((100.0, 200, 400, 700), flip).tolist() == [240, 200, 540, 700]
     right = geometry.project_1000((100.0, 200, 400, 700), flip, H, W)
-    assert as_released.r_geo((100.0, 200, 400, 700), right, flip).item() == pytest.approx(0.455, abs=0.0006)
+    assert as_released.r_geo((100.0, 200, 400, 700), right, flip).item() == pytest.approx(
+        0.455, abs=0.0006
+    )
 
 
 def random_cases(count=20_000):
     rng = np.random.default_rng(0)
     sizes = rng.uniform(100, 700, (count, 2))
     corners = rng.uniform(0, 1, (count, 2)) * (1000 - sizes)
-    matrices = torch.stack([draw_view(rng, H, W, ViewConfig(literal_pixels=True)).matrix_px for _ in range(count)])
+    matrices = torch.stack(
+        [draw_view(rng, H, W, ViewConfig(literal_pixels=True)).matrix_px for _ in range(count)]
+    )
     return torch.as_tensor(np.concatenate([corners, corners + sizes], 1)), matrices
 
 
@@ -56,7 +64,9 @@ def test_a_perfect_grounder_scores_like_a_constant_full_image():
     boxes, matrices = random_cases()
     perfect = geometry.project_1000(boxes, matrices, H, W, "corners")
     full = torch.tensor([0.0, 0, 1000, 1000], dtype=torch.float64).expand_as(boxes)
-    assert as_released.r_geo(boxes, perfect, matrices).mean().item() == pytest.approx(0.546, abs=0.005)
+    assert as_released.r_geo(boxes, perfect, matrices).mean().item() == pytest.approx(
+        0.546, abs=0.005
+    )
     assert as_released.r_geo(full, full, matrices).mean().item() == pytest.approx(0.542, abs=0.005)
 
 
@@ -76,7 +86,9 @@ def test_the_log_prob_span_begins_inside_the_image():
     """Prompt of 12 tokens, one of them an image placeholder that became 300: everything from position 12 is averaged."""
     before, image, after, completion = 4, 300, 7, 22
     length = before + image + after + completion
-    logprob = torch.cat([torch.full((before + image + after,), -9.0), torch.full((completion,), -1.0)])
+    logprob = torch.cat(
+        [torch.full((before + image + after,), -9.0), torch.full((completion,), -1.0)]
+    )
     span = as_released.scored_span(before + 1 + after, length)
     assert (span.start, span.stop) == (12, 333)
     mean = as_released.mean_logprob(logprob, before + 1 + after).item()
@@ -86,5 +98,13 @@ def test_the_log_prob_span_begins_inside_the_image():
 
 def test_the_preset_uses_them():
     config = load(None, ["--reward.preset=as_released"])
-    assert (config.ghost.radius_sigmas, config.update.kl, config.view.literal_pixels) == (1.0, "k1_loss", True)
-    assert (config.reward.sem, config.reward.projection, config.reward.soft) == ("paper", "corners", False)
+    assert (config.ghost.radius_sigmas, config.update.kl, config.view.literal_pixels) == (
+        1.0,
+        "k1_loss",
+        True,
+    )
+    assert (config.reward.sem, config.reward.projection, config.reward.soft) == (
+        "paper",
+        "corners",
+        False,
+    )

@@ -10,9 +10,27 @@ from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
 from vise_fast.train import play_batch
 
-SMALL = ["--train.batch", "3", "--rollout.samples", "2", "--rollout.views", "2", "--rollout.box_tokens", "24", "--rollout.query_tokens", "8"]
+SMALL = [
+    "--train.batch",
+    "3",
+    "--rollout.samples",
+    "2",
+    "--rollout.views",
+    "2",
+    "--rollout.box_tokens",
+    "24",
+    "--rollout.query_tokens",
+    "8",
+]
 SMALL += ["--reward.w_sem", "0", "--reward.w_geo", "1"]
-POLICY = ["--rollout.asker", "policy", "--rollout.regrounder", "policy", "--rollout.view_temperature", "1"]
+POLICY = [
+    "--rollout.asker",
+    "policy",
+    "--rollout.regrounder",
+    "policy",
+    "--rollout.view_temperature",
+    "1",
+]
 
 
 def played(*words, adapter=0.0, seed=0):
@@ -25,7 +43,9 @@ def played(*words, adapter=0.0, seed=0):
             if "lora_B" in name:
                 parameter.normal_(std=adapter)
     policy.backbone.refresh()
-    (one,) = play_batch(Engine(policy.backbone, policy.tokens), Scenes(config).batch(0, 3), config, 0)
+    (one,) = play_batch(
+        Engine(policy.backbone, policy.tokens), Scenes(config).batch(0, 3), config, 0
+    )
     return one
 
 
@@ -34,7 +54,17 @@ def views_of(one):
 
 
 def test_policy_and_reference_write_the_same_while_the_adapter_is_zero():
-    joint, split = played(*POLICY), played("--rollout.asker", "reference", "--rollout.regrounder", "reference", "--rollout.view_temperature", "1")
+    joint, split = (
+        played(*POLICY),
+        played(
+            "--rollout.asker",
+            "reference",
+            "--rollout.regrounder",
+            "reference",
+            "--rollout.view_temperature",
+            "1",
+        ),
+    )
     assert joint.queries.written == split.queries.written
     assert torch.equal(joint.evidence.box_1000, split.evidence.box_1000)
     for a, b in zip(views_of(joint), views_of(split), strict=True):
@@ -43,17 +73,25 @@ def test_policy_and_reference_write_the_same_while_the_adapter_is_zero():
 
 def test_the_reference_asks_and_boxes_the_views_whatever_the_adapter_says():
     reference = "--rollout.asker", "reference", "--rollout.regrounder", "reference"
-    base, moved, own = played(*reference), played(*reference, adapter=0.1), played(*POLICY, "--rollout.view_temperature", "0", adapter=0.1)
+    base, moved, own = (
+        played(*reference),
+        played(*reference, adapter=0.1),
+        played(*POLICY, "--rollout.view_temperature", "0", adapter=0.1),
+    )
     assert base.queries.written == moved.queries.written != own.queries.written
     for a, b in zip(views_of(base), views_of(moved), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(base.evidence.box_1000, moved.evidence.box_1000), "the samples are the policy's"
+    assert not torch.equal(base.evidence.box_1000, moved.evidence.box_1000), (
+        "the samples are the policy's"
+    )
 
 
 def test_greedy_views_follow_no_seed():
     one = played(*POLICY[:4], "--rollout.view_temperature", "0", "--view.kinds", "flip")
     rows = one.evidence.view_box_1000.view(3, 2, 2, 4)
-    assert torch.equal(rows[:, :, 0], rows[:, :, 1]), "two flips of one image are one question, and have one greedy answer"
+    assert torch.equal(rows[:, :, 0], rows[:, :, 1]), (
+        "two flips of one image are one question, and have one greedy answer"
+    )
 
 
 def test_sampled_views_differ():
@@ -61,7 +99,13 @@ def test_sampled_views_differ():
     assert not torch.equal(rows[:, :, 0], rows[:, :, 1])
 
 
-@pytest.mark.parametrize("words", [("--rollout.regrounder", "reference", "--rollout.view_temperature", "1"), ("--rollout.regrounder", "policy", "--rollout.view_temperature", "0")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--rollout.regrounder", "reference", "--rollout.view_temperature", "1"),
+        ("--rollout.regrounder", "policy", "--rollout.view_temperature", "0"),
+    ],
+)
 def test_views_train_only_as_the_policy_samples_them(words):
     with pytest.raises(ConfigError, match="views_too"):
         configuration.load(None, [*SMALL, *words, "--update.views_too", "true"])

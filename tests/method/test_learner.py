@@ -13,8 +13,26 @@ from vise_fast.model import load as model
 from vise_fast.system.errors import NumericFault
 from vise_fast.train import play_batch
 
-SMALL = ["--train.batch", "4", "--rollout.samples", "3", "--rollout.views", "1", "--rollout.box_tokens", "24", "--rollout.query_tokens", "8"]
-SAMPLED_VIEWS = ["--rollout.regrounder", "policy", "--rollout.temperature", "1", "--rollout.view_temperature", "1"]
+SMALL = [
+    "--train.batch",
+    "4",
+    "--rollout.samples",
+    "3",
+    "--rollout.views",
+    "1",
+    "--rollout.box_tokens",
+    "24",
+    "--rollout.query_tokens",
+    "8",
+]
+SAMPLED_VIEWS = [
+    "--rollout.regrounder",
+    "policy",
+    "--rollout.temperature",
+    "1",
+    "--rollout.view_temperature",
+    "1",
+]
 
 
 def setup(*words):
@@ -29,18 +47,26 @@ def adapter_of(learner):
 
 
 def step(config, learner, source, index=0, micro=0):
-    cut = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
+    cut = config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch": micro})}
+    )
     slices = play_batch(learner.engine, source.batch(index, config.train.batch), cut, index)
     return slices, learner.learn(slices, index)
 
 
-@pytest.mark.parametrize("words", [(), ("--reward.preset", "paper", "--rollout.samples", "2", "--train.batch", "4")], ids=["robust", "paper"])
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--reward.preset", "paper", "--rollout.samples", "2", "--train.batch", "4")],
+    ids=["robust", "paper"],
+)
 def test_micro_batches_do_not_change_samples_or_result(words):
     whole, cut = setup(*words), setup(*words)
     (one,), metrics = step(*whole)
     parts, cut_metrics = step(*cut, micro=1)
     assert len(parts) == 4
-    assert one.boxes.written[: one.evidence.box_1000.shape[0]] == [w for p in parts for w in p.boxes.written[: p.evidence.box_1000.shape[0]]]
+    assert one.boxes.written[: one.evidence.box_1000.shape[0]] == [
+        w for p in parts for w in p.boxes.written[: p.evidence.box_1000.shape[0]]
+    ]
     assert one.queries.written == [q for p in parts for q in p.queries.written]
     assert metrics["reward"] == pytest.approx(cut_metrics["reward"], abs=1e-6)
     assert metrics["grad_norm"] > 0
@@ -63,7 +89,13 @@ def test_the_reference_never_moves_and_the_policy_does():
 def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(monkeypatch):
     config, learner, source = setup()
     step(config, learner, source, 0)
-    weights, moments = adapter_of(learner), {n: {k: v.clone() for k, v in learner.optimizer.state[p].items()} for n, p in learner.parameters.items()}
+    weights, moments = (
+        adapter_of(learner),
+        {
+            n: {k: v.clone() for k, v in learner.optimizer.state[p].items()}
+            for n, p in learner.parameters.items()
+        },
+    )
     honest = torch.nn.utils.clip_grad_norm_
 
     def spoilt(parameters, clip):
@@ -76,16 +108,43 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(monkeypatch)
         for index in range(1, 1 + MAX_SKIPPED):
             step(config, learner, source, index)
     assert all(torch.equal(weights[n], p) for n, p in learner.parameters.items())
-    assert all(torch.equal(moments[n][k], v) for n, p in learner.parameters.items() for k, v in learner.optimizer.state[p].items())
+    assert all(
+        torch.equal(moments[n][k], v)
+        for n, p in learner.parameters.items()
+        for k, v in learner.optimizer.state[p].items()
+    )
 
 
-@pytest.mark.parametrize("kl,advantage", [("exact", "grpo"), ("k2", "ema"), ("k3", "dr_grpo"), ("k1_loss", "rloo"), ("k1_reward", "rloo")])
+@pytest.mark.parametrize(
+    "kl,advantage",
+    [
+        ("exact", "grpo"),
+        ("k2", "ema"),
+        ("k3", "dr_grpo"),
+        ("k1_loss", "rloo"),
+        ("k1_reward", "rloo"),
+    ],
+)
 def test_every_estimator_takes_a_step(kl, advantage):
-    config, learner, source = setup("--update.kl", kl, "--update.advantage", advantage, "--train.lr", "1e-3", "--update.views_too", "true", "--rollout.views", "2", *SAMPLED_VIEWS)
+    config, learner, source = setup(
+        "--update.kl",
+        kl,
+        "--update.advantage",
+        advantage,
+        "--train.lr",
+        "1e-3",
+        "--update.views_too",
+        "true",
+        "--rollout.views",
+        "2",
+        *SAMPLED_VIEWS,
+    )
     before = adapter_of(learner)
     for index in range(2):
         _, metrics = step(config, learner, source, index)
-    assert math.isfinite(metrics["grad_norm"]) and any(not torch.equal(before[n], p) for n, p in learner.parameters.items())
+    assert math.isfinite(metrics["grad_norm"]) and any(
+        not torch.equal(before[n], p) for n, p in learner.parameters.items()
+    )
 
 
 def test_as_released_scores_image_tokens_too():
@@ -100,7 +159,9 @@ def test_learning_rate_schedules():
     words = ["--train.lr", "1e-3", "--train.warmup", "4", "--train.steps", "12"]
     constant = configuration.load(None, [*words, "--train.schedule", "constant"])
     cosine = configuration.load(None, [*words, "--train.schedule", "cosine"])
-    assert [learning_rate(s, constant) for s in (0, 1, 3, 4, 11)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3])
+    assert [learning_rate(s, constant) for s in (0, 1, 3, 4, 11)] == pytest.approx(
+        [2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3]
+    )
     assert learning_rate(4, cosine) == pytest.approx(1e-3)
     assert learning_rate(8, cosine) == pytest.approx(5e-4)
     assert 0 < learning_rate(11, cosine) < 1e-4

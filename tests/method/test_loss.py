@@ -46,8 +46,12 @@ ROW = st.tuples(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.7, 1.0]), st.booleans()
 def test_advantages_follow_their_definition(kind, data, group, groups):
     rows = data.draw(st.lists(ROW, min_size=group * groups, max_size=group * groups))
     rewards, carries = [r for r, _ in rows], [c for _, c in rows]
-    got, _ = advantages(torch.tensor(rewards), torch.tensor(carries), group, kind, Baseline(value=0.3))
-    torch.testing.assert_close(got, torch.tensor(by_hand(rewards, carries, group, kind, 0.3)), atol=1e-5, rtol=1e-5)
+    got, _ = advantages(
+        torch.tensor(rewards), torch.tensor(carries), group, kind, Baseline(value=0.3)
+    )
+    torch.testing.assert_close(
+        got, torch.tensor(by_hand(rewards, carries, group, kind, 0.3)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rows_that_do_not_carry_enter_no_mean():
@@ -64,22 +68,30 @@ def test_groups_without_variance_are_counted_and_silent():
     for kind in ("rloo", "grpo", "dr_grpo"):
         got, metrics = advantages(rewards.double(), carries, 2, kind)
         assert got[[0, 1, 4, 5, 6, 7]].abs().max() == 0 and got[2] > 0 > got[3]
-        assert metrics["zero_variance"] == pytest.approx(2 / 3)  # equal, and alone; the last group has no row that carries
+        assert metrics["zero_variance"] == pytest.approx(
+            2 / 3
+        )  # equal, and alone; the last group has no row that carries
 
 
 def test_nothing_carries():
     for kind in ("rloo", "ema", "grpo", "dr_grpo"):
-        got, metrics = advantages(torch.ones(4), torch.zeros(4, dtype=torch.bool), 2, kind, Baseline(value=0.5))
+        got, metrics = advantages(
+            torch.ones(4), torch.zeros(4, dtype=torch.bool), 2, kind, Baseline(value=0.5)
+        )
         assert got.abs().max() == 0 and metrics["zero_variance"] == 0
 
 
 def test_ema_starts_at_the_first_batch_and_lags_by_one_step():
     baseline = Baseline(momentum=0.9)
-    first, metrics = advantages(torch.tensor([0.2, 0.6]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
+    first, metrics = advantages(
+        torch.tensor([0.2, 0.6]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline
+    )
     torch.testing.assert_close(first, torch.tensor([-0.2, 0.2]))
     assert baseline.value is None  # pure: the caller updates
     baseline.update(metrics["reward_mean"])
-    second, metrics = advantages(torch.tensor([0.6, 0.8]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline)
+    second, metrics = advantages(
+        torch.tensor([0.6, 0.8]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline
+    )
     torch.testing.assert_close(second, torch.tensor([0.2, 0.4]))
     baseline.update(metrics["reward_mean"])
     assert baseline.value == pytest.approx(0.9 * 0.4 + 0.1 * 0.7)
@@ -89,11 +101,38 @@ def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="known: rloo, ema"):
         advantages(torch.ones(2), torch.ones(2, dtype=torch.bool), 2, "best")
     with pytest.raises(ValueError, match="known: exact, k2"):
-        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "k9", 1)
+        reinforce(
+            torch.zeros(1, 1),
+            torch.ones(1, 1, dtype=torch.bool),
+            torch.ones(1),
+            None,
+            torch.zeros(1, 1),
+            0.1,
+            "k9",
+            1,
+        )
     with pytest.raises(ValueError, match="exact KL"):
-        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "exact", 1)
+        reinforce(
+            torch.zeros(1, 1),
+            torch.ones(1, 1, dtype=torch.bool),
+            torch.ones(1),
+            None,
+            torch.zeros(1, 1),
+            0.1,
+            "exact",
+            1,
+        )
     with pytest.raises(ValueError, match="denominator"):
-        reinforce(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), None, torch.zeros(1, 1), 0.1, "k2", 0)
+        reinforce(
+            torch.zeros(1, 1),
+            torch.ones(1, 1, dtype=torch.bool),
+            torch.ones(1),
+            None,
+            torch.zeros(1, 1),
+            0.1,
+            "k2",
+            0,
+        )
 
 
 # --- KL estimators: a policy over five tokens whose probabilities are counts / 16, so that a batch of sixteen rows *is* the expectation ---
@@ -126,7 +165,9 @@ def estimated(kind, rewards=None):
     reference = REFERENCE[TOKENS][:, None]
     exact = kl(logp, REFERENCE).expand(16, 1)
     advantage = torch.zeros(16) if rewards is None else rewards
-    loss, metrics = reinforce(rows, torch.ones(16, 1, dtype=torch.bool), advantage, exact, reference, BETA, kind, 16)
+    loss, metrics = reinforce(
+        rows, torch.ones(16, 1, dtype=torch.bool), advantage, exact, reference, BETA, kind, 16
+    )
     loss.backward()
     return metrics, logits.grad
 
@@ -147,11 +188,15 @@ def test_k2_is_biased_in_value():
 
 @pytest.mark.parametrize("kind", ["exact", "k2"])
 def test_gradient_of_the_reverse_kl(kind):
-    torch.testing.assert_close(estimated(kind)[1], BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        estimated(kind)[1], BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_k3_as_a_loss_follows_the_forward_kl():
-    torch.testing.assert_close(estimated("k3")[1], BETA * gradient_of(lambda p: kl(REFERENCE, p)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        estimated("k3")[1], BETA * gradient_of(lambda p: kl(REFERENCE, p)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_k1_as_a_loss_has_no_expected_gradient():
@@ -163,17 +208,23 @@ def test_k1_as_a_loss_has_no_expected_gradient():
 
 def test_k1_in_the_reward_follows_the_reverse_kl():
     logp = policy().log_softmax(0)[TOKENS][:, None]
-    penalised = k1_penalised(torch.zeros(16), logp, REFERENCE[TOKENS][:, None], torch.ones(16, 1, dtype=torch.bool), BETA)
+    penalised = k1_penalised(
+        torch.zeros(16), logp, REFERENCE[TOKENS][:, None], torch.ones(16, 1, dtype=torch.bool), BETA
+    )
     assert not penalised.requires_grad
     metrics, gradient = estimated("k1_reward", penalised)
     assert metrics["kl_loss"] == 0
-    torch.testing.assert_close(gradient, BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        gradient, BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_policy_term_climbs_the_expected_reward():
     rewards = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.5])
     _, gradient = estimated("k1_loss", rewards[TOKENS])
-    torch.testing.assert_close(gradient, gradient_of(lambda p: -(p.exp() * rewards).sum()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        gradient, gradient_of(lambda p: -(p.exp() * rewards).sum()), atol=1e-6, rtol=1e-5
+    )
 
 
 # --- means, masks, micro-batches -----------------------------------------------------------------------------------------------------
@@ -203,12 +254,16 @@ def test_means_over_tokens_then_samples(kind):
         tokens = [t for t in range(11) if mask[n, t]]
         for t in tokens:
             d = (logprob[n, t] - reference[n, t]).item()
-            term = {"exact": exact[n, t].item(), "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}.get(kind, d)
+            term = {"exact": exact[n, t].item(), "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}.get(
+                kind, d
+            )
             policy_loss -= advantage[n].item() * logprob[n, t].item() / len(tokens) / 9
             mean_kl += term / len(tokens) / 9
     assert metrics["policy_loss"].item() == pytest.approx(policy_loss, abs=1e-6)
     assert metrics["kl"].item() == pytest.approx(mean_kl, abs=1e-6)
-    assert loss.item() == pytest.approx(policy_loss + (0 if kind == "k1_reward" else 0.3 * mean_kl), abs=1e-6)
+    assert loss.item() == pytest.approx(
+        policy_loss + (0 if kind == "k1_reward" else 0.3 * mean_kl), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,7 +276,16 @@ def test_micro_batches_and_left_out_rows_add_up(kind, cut):
         for part in slices:
             rows = torch.arange(7)[part][keep[part]]
             if len(rows):
-                loss, _ = reinforce(leaf[rows], mask[rows], advantage[rows], exact[rows], reference[rows], 0.3, kind, 7)
+                loss, _ = reinforce(
+                    leaf[rows],
+                    mask[rows],
+                    advantage[rows],
+                    exact[rows],
+                    reference[rows],
+                    0.3,
+                    kind,
+                    7,
+                )
                 loss.backward()
                 total += loss.item()
         return leaf.grad, total
@@ -233,7 +297,9 @@ def test_micro_batches_and_left_out_rows_add_up(kind, cut):
     assert parts[1] == pytest.approx(whole[1], abs=1e-6)
     some = torch.tensor([True, False, True, True, False, True, True])
     fewer = gradient([slice(0, cut), slice(cut, 7)], some)
-    torch.testing.assert_close(fewer[0][some], whole[0][some], atol=1e-7, rtol=1e-5)  # leaving rows out changes no other row
+    torch.testing.assert_close(
+        fewer[0][some], whole[0][some], atol=1e-7, rtol=1e-5
+    )  # leaving rows out changes no other row
     assert fewer[0][~some].abs().sum() == 0
 
 
@@ -257,7 +323,9 @@ def test_token_mean_of_nothing_is_zero():
 
 def test_half_precision_log_probs_are_computed_in_float32():
     logprob, mask, advantage, exact, reference = ragged()
-    loss, _ = reinforce(logprob.bfloat16(), mask, advantage, exact.bfloat16(), reference.bfloat16(), 0.3, "exact", 7)
+    loss, _ = reinforce(
+        logprob.bfloat16(), mask, advantage, exact.bfloat16(), reference.bfloat16(), 0.3, "exact", 7
+    )
     assert loss.dtype == torch.float32
 
 

@@ -15,12 +15,16 @@ from vise_fast.system.errors import ConfigError, NumericFault
 H, W = 480, 640
 BOX = (100.0, 200.0, 400.0, 700.0)
 FLIPPED = (600.0, 200.0, 900.0, 700.0)
+
+
 def settings(**stated):
     """Equal weights and no area term, whatever the defaults are: the numbers below are worked out for these."""
     return RewardConfig(**({"w_geo": 0.5, "w_sem": 0.5, "w_area": 0.0} | stated))
 
 
-PAPER = settings(preset="paper", sem="paper", soft=False, sufficiency=False, gate=0.0, projection="corners")
+PAPER = settings(
+    preset="paper", sem="paper", soft=False, sufficiency=False, gate=0.0, projection="corners"
+)
 ROBUST = settings()
 
 
@@ -55,7 +59,9 @@ def rows_of(values, **kinds):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        actual.double(), torch.as_tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0
+    )
 
 
 # --- the paper's reward ----------------------------------------------------------------------------------------------------------
@@ -71,11 +77,15 @@ def test_paper_reward_is_half_geometry_half_verdict():
 
 def test_paper_verdict_needs_the_object_to_be_seen_first():
     close(score(evidence(seen=rows_of([0.4, 0.5, 1.0, 0.0])), PAPER, rng()).semantic, [0, 1, 1, 0])
-    close(score(evidence(gone=torch.full((4,), 0.5)), PAPER, rng()).semantic, [0, 0, 0, 0])  # a tie counts as visible
+    close(
+        score(evidence(gone=torch.full((4,), 0.5)), PAPER, rng()).semantic, [0, 0, 0, 0]
+    )  # a tie counts as visible
 
 
 def test_geometric_reward_is_the_shifted_giou_of_the_projection():
-    answers = torch.tensor([FLIPPED, (600, 200, 900, 450), (0, 200, 300, 700), (0, 0, 1000, 1000)]).double()[:, None]
+    answers = torch.tensor(
+        [FLIPPED, (600, 200, 900, 450), (0, 200, 300, 700), (0, 0, 1000, 1000)]
+    ).double()[:, None]
     expected = (geo.giou(torch.tensor(FLIPPED).double(), answers[:, 0]) + 1) / 2
     close(score(evidence(view_box_1000=answers), PAPER, rng()).geometric, expected)
 
@@ -95,8 +105,16 @@ def test_views_are_averaged_and_dropped_ones_are_not():
 def test_every_row_uses_its_own_image_size(size):
     h, w = size
     sizes = torch.tensor([h, 480, h, 480]), torch.tensor([w, 640, w, 640])
-    matrices = torch.stack([geo.affine_px(10, 0.9, 3, -2, int(b), int(a)) for a, b in zip(*sizes)])[:, None]
-    truth = geo.project_1000(torch.tensor(BOX).repeat(4, 1)[:, None], matrices, sizes[0][:, None], sizes[1][:, None], "ellipse")
+    matrices = torch.stack([geo.affine_px(10, 0.9, 3, -2, int(b), int(a)) for a, b in zip(*sizes)])[
+        :, None
+    ]
+    truth = geo.project_1000(
+        torch.tensor(BOX).repeat(4, 1)[:, None],
+        matrices,
+        sizes[0][:, None],
+        sizes[1][:, None],
+        "ellipse",
+    )
     made = evidence(height=sizes[0], width=sizes[1], matrix_px=matrices, view_box_1000=truth)
     close(score(made, ROBUST, rng()).geometric, [1] * 4)
 
@@ -143,7 +161,9 @@ def test_not_found_scores_zero_and_never_beats_a_placed_box():
     nothing = dict(gone=torch.ones(4), view_readable=torch.zeros(4, 1, dtype=torch.bool))
     scores = score(evidence(box_1000=boxes, **nothing), ROBUST, rng())
     close(scores.reward, [0, 0, 0, 0])
-    scores = score(evidence(box_1000=boxes, **nothing), ROBUST.model_copy(update={"w_area": 1.25}), rng())
+    scores = score(
+        evidence(box_1000=boxes, **nothing), ROBUST.model_copy(update={"w_area": 1.25}), rng()
+    )
     close(scores.reward, [-1.25, -1.25 * 0.15**0.5, -1.25, -1.25])
     assert scores.metrics["zero_area"] == 0.5
     perfect = score(evidence(box_1000=boxes), PAPER, rng())
@@ -172,7 +192,9 @@ def test_a_box_without_views_gets_its_groups_mean():
     wrong = ((geo.giou(torch.tensor(FLIPPED), torch.tensor(BOX)) + 1) / 2).item()
     usable = rows_of([[True], [True], [False], [True]])
     boxes = torch.tensor([BOX, BOX, BOX, (0, 0, 0, 0)]).double()  # the last one is no measurement
-    scores = score(evidence(box_1000=boxes, view_box_1000=answers, view_usable=usable), PAPER, rng())
+    scores = score(
+        evidence(box_1000=boxes, view_box_1000=answers, view_usable=usable), PAPER, rng()
+    )
     close(scores.geometric, [1, wrong, (1 + wrong) / 2, 0])
     assert scores.carries.all() and scores.metrics["unmeasured"] == 0
 
@@ -188,15 +210,26 @@ def test_a_group_without_views_carries_nothing_unless_geometry_has_no_weight():
 
 
 def test_unreadable_rows_carry_even_where_no_view_is_usable():
-    made = evidence(view_usable=torch.zeros(4, 1, dtype=torch.bool), readable=rows_of([False, True, True, True]))
+    made = evidence(
+        view_usable=torch.zeros(4, 1, dtype=torch.bool), readable=rows_of([False, True, True, True])
+    )
     assert score(made, ROBUST, rng()).carries.tolist() == [True, False, False, False]
-    boxes = torch.tensor([BOX, (0, 0, 0, 0), BOX, BOX]).double()  # a box without area needs no view to score 0
+    boxes = torch.tensor(
+        [BOX, (0, 0, 0, 0), BOX, BOX]
+    ).double()  # a box without area needs no view to score 0
     scores = score(dataclasses.replace(made, box_1000=boxes), ROBUST, rng())
-    assert scores.carries.tolist() == [True, True, False, False] and scores.metrics["geometric"] == 0
+    assert (
+        scores.carries.tolist() == [True, True, False, False] and scores.metrics["geometric"] == 0
+    )
 
 
 def test_the_gate_closes_groups_whose_object_is_not_seen():
-    made = evidence(rows=6, group=2, seen=rows_of([0.49, 0.49, 0.5, 0.5, 0.9, 0.9]), readable=rows_of([False, True] * 3))
+    made = evidence(
+        rows=6,
+        group=2,
+        seen=rows_of([0.49, 0.49, 0.5, 0.5, 0.9, 0.9]),
+        readable=rows_of([False, True] * 3),
+    )
     scores = score(made, ROBUST, rng())
     assert scores.carries.tolist() == [False, False, True, True, True, True]
     assert scores.reward[:2].tolist() == [0, 0] and scores.metrics["gated"] == pytest.approx(1 / 3)
@@ -204,46 +237,70 @@ def test_the_gate_closes_groups_whose_object_is_not_seen():
 
 
 def test_the_gate_asks_only_rows_that_were_judged():
-    made = evidence(seen=torch.tensor([float("nan"), 0.8, 0.8, 0.8]), readable=rows_of([False, True, True, True]))
+    made = evidence(
+        seen=torch.tensor([float("nan"), 0.8, 0.8, 0.8]),
+        readable=rows_of([False, True, True, True]),
+    )
     scores = score(made, ROBUST.model_copy(update={"gate": 0.7}), rng())
     assert scores.carries.all() and scores.metrics["seen"] == pytest.approx(0.8)
 
 
 def test_a_group_without_a_query_carries_nothing():
     nothing = torch.tensor([float("nan"), float("nan"), 1, 1])
-    made = evidence(group=2, query_readable=rows_of([False, False, True, True]), seen=nothing, gone=nothing - 1)
+    made = evidence(
+        group=2, query_readable=rows_of([False, False, True, True]), seen=nothing, gone=nothing - 1
+    )
     for config in (PAPER, ROBUST):
         scores = score(made, config, rng())
         assert scores.carries.tolist() == [False, False, True, True]
         assert scores.reward.isfinite().all()
-        assert scores.metrics["query_parse_rate"] == 0.5 and scores.metrics["gated"] == 0 and scores.metrics["parse_rate"] == 1
+        assert (
+            scores.metrics["query_parse_rate"] == 0.5
+            and scores.metrics["gated"] == 0
+            and scores.metrics["parse_rate"] == 1
+        )
 
 
 # --- the robust semantic term --------------------------------------------------------------------------------------------------------
 
 
 def test_contrast_is_necessity_minus_control():
-    made = evidence(seen=torch.full((4,), 0.9), gone=rows_of([0.1, 0.2, 0.9, 0.0]), control=rows_of([[0.8], [0.1], [0.1], [0.0]]))
+    made = evidence(
+        seen=torch.full((4,), 0.9),
+        gone=rows_of([0.1, 0.2, 0.9, 0.0]),
+        control=rows_of([[0.8], [0.1], [0.1], [0.0]]),
+    )
     config = ROBUST.model_copy(update={"sufficiency": False})
     close(score(made, config, rng()).semantic, [0.9 * (0.9 - 0.2), 0, 0, 0])
 
 
 def test_controls_are_averaged_and_sufficiency_is_a_factor():
-    made = evidence(controls=2, control=rows_of([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.5]]), keep=rows_of([1.0, 0.25, 1.0, 0.5]))
+    made = evidence(
+        controls=2,
+        control=rows_of([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.5]]),
+        keep=rows_of([1.0, 0.25, 1.0, 0.5]),
+    )
     close(score(made, ROBUST, rng()).semantic, [0.5, 0.25, 0, 0.25])
 
 
 def test_full_image_and_the_judge_that_denies_every_blur_get_nothing():
     full = torch.tensor([(0, 0, 1000, 1000)]).double().repeat(4, 1)
-    close(score(evidence(box_1000=full, control=torch.zeros(4, 1)), ROBUST, rng()).semantic, [0] * 4)
-    assert (score(evidence(box_1000=full, view_box_1000=full[:, None]), PAPER, rng()).reward == 1).all()
+    close(
+        score(evidence(box_1000=full, control=torch.zeros(4, 1)), ROBUST, rng()).semantic, [0] * 4
+    )
+    assert (
+        score(evidence(box_1000=full, view_box_1000=full[:, None]), PAPER, rng()).reward == 1
+    ).all()
 
 
 def test_area_term():
     config = ROBUST.model_copy(update={"w_area": 0.4})
     boxes = torch.tensor([(0, 0, 500, 500), (0, 0, 1000, 1000), (0, 0, 100, 100), BOX]).double()
     flipped = geo.project_1000(boxes, geo.flip_px(W), H, W)[:, None]
-    close(score(evidence(box_1000=boxes, view_box_1000=flipped), config, rng()).reward, [1 - 0.2, 1 - 0.4, 1 - 0.04, 1 - 0.4 * 0.15**0.5])
+    close(
+        score(evidence(box_1000=boxes, view_box_1000=flipped), config, rng()).reward,
+        [1 - 0.2, 1 - 0.4, 1 - 0.04, 1 - 0.4 * 0.15**0.5],
+    )
 
 
 @pytest.mark.parametrize("missing", ["control", "keep"])
@@ -258,7 +315,11 @@ def test_missing_evidence_is_named(missing):
 
 def test_oracle_is_the_true_iou():
     truth = torch.tensor([BOX, (100, 200, 400, 450), (500, 200, 800, 700), (0, 0, 0, 0)]).double()
-    scores = score(evidence(truth_1000=truth, readable=rows_of([True, True, True, True])), settings(name="oracle"), rng())
+    scores = score(
+        evidence(truth_1000=truth, readable=rows_of([True, True, True, True])),
+        settings(name="oracle"),
+        rng(),
+    )
     close(scores.reward, [1, 0.5, 0, 0])
     assert scores.carries.tolist() == [True, True, True, False]  # the last has no truth
     with pytest.raises(ValueError, match="truth_1000"):
@@ -267,16 +328,27 @@ def test_oracle_is_the_true_iou():
 
 def test_oracle_punishes_the_unreadable():
     truth = torch.tensor([BOX] * 4).double()
-    scores = score(evidence(truth_1000=truth, readable=rows_of([True, False, True, True])), settings(name="oracle"), rng())
+    scores = score(
+        evidence(truth_1000=truth, readable=rows_of([True, False, True, True])),
+        settings(name="oracle"),
+        rng(),
+    )
     close(scores.reward, [1, -1, 1, 1])
 
 
 def test_random_ignores_everything_but_the_generator():
     config = settings(name="random")
     first = score(evidence(rows=400), config, rng()).reward
-    assert torch.equal(first, score(evidence(rows=400, readable=torch.zeros(400, dtype=torch.bool)), config, rng()).reward)
+    assert torch.equal(
+        first,
+        score(
+            evidence(rows=400, readable=torch.zeros(400, dtype=torch.bool)), config, rng()
+        ).reward,
+    )
     assert 0.45 < first.mean() < 0.55 and 0.08 < first.std() < 0.12
-    assert not torch.equal(first, score(evidence(rows=400), config, np.random.default_rng(1)).reward)
+    assert not torch.equal(
+        first, score(evidence(rows=400), config, np.random.default_rng(1)).reward
+    )
 
 
 def test_shuffled_keeps_the_distribution_and_loses_the_meaning():
@@ -291,7 +363,12 @@ def test_shuffled_keeps_the_distribution_and_loses_the_meaning():
 def test_area_only():
     boxes = torch.tensor([(0, 0, 500, 500), (0, 0, 1000, 1000), (0, 0, 0, 0), BOX]).double()
     config = settings(name="area_only", w_area=2.0)
-    close(score(evidence(box_1000=boxes, readable=rows_of([True, True, True, False])), config, rng()).reward, [-1, -2, -2, -3])
+    close(
+        score(
+            evidence(box_1000=boxes, readable=rows_of([True, True, True, False])), config, rng()
+        ).reward,
+        [-1, -2, -2, -3],
+    )
     with pytest.raises(ConfigError, match="w_area"):
         score(evidence(), settings(name="area_only"), rng())
 
@@ -303,21 +380,44 @@ def test_geometric_only_and_semantic_only_are_weights():
 
 
 def test_as_released_scores_with_the_released_arithmetic():
-    released = settings(preset="as_released", sem="paper", soft=False, sufficiency=False, gate=0.0, projection="corners")
+    released = settings(
+        preset="as_released",
+        sem="paper",
+        soft=False,
+        sufficiency=False,
+        gate=0.0,
+        projection="corners",
+    )
     scores = score(evidence(), released, rng())
-    assert scores.geometric[0].item() == pytest.approx(0.4545, abs=1e-3)  # the right answer, as in METHOD.md section 7
+    assert scores.geometric[0].item() == pytest.approx(
+        0.4545, abs=1e-3
+    )  # the right answer, as in METHOD.md section 7
 
 
 def test_rewards_of_the_views_own_answers():
     answers = torch.tensor([[FLIPPED, BOX]]).double().repeat(4, 1, 1)
     readable = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
     usable = torch.tensor([[True, True], [True, False], [False, True], [True, True]])
-    made = evidence(views=2, view_box_1000=answers, view_readable=readable, view_usable=usable, readable=rows_of([True, True, True, False]))
+    made = evidence(
+        views=2,
+        view_box_1000=answers,
+        view_readable=readable,
+        view_usable=usable,
+        readable=rows_of([True, True, True, False]),
+    )
     scores = score(made, ROBUST.model_copy(update={"w_area": 0.1}), rng())
     wrong = ((geo.giou(torch.tensor(FLIPPED), torch.tensor(BOX)) + 1) / 2).item()
     size = 0.1 * 0.15**0.5
-    close(scores.view_reward[:3], [[0.5 - size, 0.5 * wrong - size], [0.5 - size, -1.1], [0.5 - size, 0.5 * wrong - size]])
-    assert scores.view_carries.tolist() == [[True, True], [True, True], [False, True], [False, False]]
+    close(
+        scores.view_reward[:3],
+        [[0.5 - size, 0.5 * wrong - size], [0.5 - size, -1.1], [0.5 - size, 0.5 * wrong - size]],
+    )
+    assert scores.view_carries.tolist() == [
+        [True, True],
+        [True, True],
+        [False, True],
+        [False, False],
+    ]
     assert not score(made, settings(name="random"), rng()).view_carries.any()
     closed = dataclasses.replace(made, seen=torch.zeros(4))
     assert not score(closed, ROBUST, rng()).view_carries.any()
@@ -337,8 +437,18 @@ def test_figures_that_are_always_logged():
     )
     m = score(made, ROBUST, rng()).metrics
     assert all(isinstance(value, float) and np.isfinite(value) for value in m.values())
-    assert m["area"] == pytest.approx((1 + 0.25) / 2) and m["area_large"] == 0.5 and m["zero_area"] == pytest.approx(1 / 3)
-    assert m["parse_rate"] == 0.75 and m["TU"] == 0.5 and m["SB"] == 0.5 and m["IG"] == 0 and m["ID"] == 0
+    assert (
+        m["area"] == pytest.approx((1 + 0.25) / 2)
+        and m["area_large"] == 0.5
+        and m["zero_area"] == pytest.approx(1 / 3)
+    )
+    assert (
+        m["parse_rate"] == 0.75
+        and m["TU"] == 0.5
+        and m["SB"] == 0.5
+        and m["IG"] == 0
+        and m["ID"] == 0
+    )
     assert m["control"] == pytest.approx(0.15) and m["changed_elsewhere"] == 1
 
 
@@ -346,13 +456,26 @@ def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
     """The trainer judges no ghosts of groups behind the gate and leaves zeros, or anything, there."""
     nothing = torch.tensor([float("nan"), 0.0, 0.2, 0.2])
     judged = rows_of([False, False, True, True])
-    made = evidence(group=2, seen=rows_of([0.1, 0.1, 1.0, 1.0]), gone=nothing, control=nothing[:, None] + 0.6, keep=nothing + 0.5, judged=judged)
+    made = evidence(
+        group=2,
+        seen=rows_of([0.1, 0.1, 1.0, 1.0]),
+        gone=nothing,
+        control=nothing[:, None] + 0.6,
+        keep=nothing + 0.5,
+        judged=judged,
+    )
     scores = score(made, ROBUST, rng())
     m = scores.metrics
-    assert m["gone"] == pytest.approx(0.2) and m["control"] == pytest.approx(0.8) and m["keep"] == pytest.approx(0.7)
+    assert (
+        m["gone"] == pytest.approx(0.2)
+        and m["control"] == pytest.approx(0.8)
+        and m["keep"] == pytest.approx(0.7)
+    )
     assert (m["TU"], m["SB"], m["IG"], m["ID"], m["judged"], m["gated"]) == (1, 0, 0, 0, 0.5, 0.5)
     assert m["semantic"] == pytest.approx((0.8 - 0.2) * 0.7) == scores.semantic[2].item()
-    unasked = score(evidence(judged=torch.zeros(4, dtype=torch.bool)), settings(w_geo=1, w_sem=0), rng())
+    unasked = score(
+        evidence(judged=torch.zeros(4, dtype=torch.bool)), settings(w_geo=1, w_sem=0), rng()
+    )
     assert unasked.metrics["TU"] == 0 and unasked.semantic.sum() == 0 and unasked.carries.all()
 
 
@@ -369,9 +492,15 @@ def test_verdict_table_adds_up():
 def test_figures_of_a_batch_nobody_could_read():
     none = torch.zeros(4, dtype=torch.bool)
     nothing = torch.full((4,), float("nan"))
-    for made in (evidence(readable=none, gone=nothing), evidence(query_readable=none, readable=none, seen=nothing, gone=nothing)):
+    for made in (
+        evidence(readable=none, gone=nothing),
+        evidence(query_readable=none, readable=none, seen=nothing, gone=nothing),
+    ):
         scores = score(made, ROBUST, rng())
-        assert all(np.isfinite(value) for value in scores.metrics.values()) and scores.metrics["parse_rate"] == 0
+        assert (
+            all(np.isfinite(value) for value in scores.metrics.values())
+            and scores.metrics["parse_rate"] == 0
+        )
 
 
 # --- faults ------------------------------------------------------------------------------------------------------------------------------
@@ -417,7 +546,11 @@ def tall(evidence, parts, config, rng):
 
 def test_plugin_registers_a_reward(tmp_path):
     file = tmp_path / "tall.py"
-    file.write_text(PLUGIN.format(name="test_tall", value="(evidence.box_1000[:, 3] - evidence.box_1000[:, 1]) / 1000"))
+    file.write_text(
+        PLUGIN.format(
+            name="test_tall", value="(evidence.box_1000[:, 3] - evidence.box_1000[:, 1]) / 1000"
+        )
+    )
     config = settings(name="test_tall", plugin=str(file))
     scores = score(evidence(readable=rows_of([True, False, True, True])), config, rng())
     close(scores.reward, [0.5, 0, 0.5, 0.5])
@@ -453,12 +586,17 @@ def test_a_plugin_that_returns_nan_stops_the_step(tmp_path):
 
 
 def noisy(boxes, generator, sd=20.0):
-    return geo.clean_1000(boxes + sd * torch.randn(boxes.shape, generator=generator, dtype=torch.float64))
+    return geo.clean_1000(
+        boxes + sd * torch.randn(boxes.shape, generator=generator, dtype=torch.float64)
+    )
 
 
 def covered(objects, boxes):
     """Share of each object inside a box."""
-    corner = torch.maximum(objects[:, :2], boxes[:, :2]), torch.minimum(objects[:, 2:], boxes[:, 2:])
+    corner = (
+        torch.maximum(objects[:, :2], boxes[:, :2]),
+        torch.minimum(objects[:, 2:], boxes[:, 2:]),
+    )
     return (corner[1] - corner[0]).clamp_min(0).prod(1) / (objects[:, 2:] - objects[:, :2]).prod(1)
 
 
@@ -484,7 +622,9 @@ def simulated(policy, rows=2000):
     moved = geo.project_1000(objects, matrices[:, 0], H, W, "ellipse")
     boxes = full if policy == "full" else noisy(objects, generator)
     answers = full if policy == "full" else noisy(moved, generator)
-    controls = torch.tensor([views.control_box(draws, box)[0] for box in boxes], dtype=torch.float64)
+    controls = torch.tensor(
+        [views.control_box(draws, box)[0] for box in boxes], dtype=torch.float64
+    )
     return evidence(
         rows,
         group=1,

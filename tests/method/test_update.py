@@ -18,7 +18,9 @@ OWNER = [i for i in range(4) for _ in range(3)]
 def double_ready(backbone, pictures, dtype):
     """`encode` for any float dtype; patchify makes none wider than fp32."""
     patches, grids = patchify(pictures, patch=4, merge=2, single_tap=True)
-    return backbone.encode_patches(patches.to(dtype), [tuple(grid) for grid in grids[:, 1:].tolist()])
+    return backbone.encode_patches(
+        patches.to(dtype), [tuple(grid) for grid in grids[:, 1:].tolist()]
+    )
 
 
 def test_a_group_of_eight_costs_a_fifth_of_row_by_row():
@@ -46,14 +48,18 @@ def test_loss_and_every_gradient_equal_row_by_row(shape):
         for p in leaves(model):
             p.data = p.data.to(dtype)
         engine = Engine(Backbone(model), TinyTokens())
-        engine.encode = lambda pictures, b=engine.backbone, dtype=dtype: double_ready(b, pictures, dtype)
+        engine.encode = lambda pictures, b=engine.backbone, dtype=dtype: double_ready(
+            b, pictures, dtype
+        )
         features, answers = sampled(engine, images(SIZES))
         hidden = engine.score(features, ROWS, answers, OWNER, True)
         weights = torch.linspace(-1, 1, len(hidden), dtype=dtype)
         shared = torch.autograd.grad((hidden.sum(1) * weights).sum(), leaves(model))
         alone, start = 0.0, 0
         for n, length in enumerate(answers.lengths):
-            row = engine.score(features.select([OWNER[n]]), [ROWS[OWNER[n]]], answers.select([n]), [0], True)
+            row = engine.score(
+                features.select([OWNER[n]]), [ROWS[OWNER[n]]], answers.select([n]), [0], True
+            )
             alone = alone + (row.sum(1) * weights[start : start + length]).sum()
             start += length
         gaps[dtype] = worst(shared, torch.autograd.grad(alone, leaves(model)))
@@ -66,10 +72,16 @@ def test_the_fused_node_equals_plain_autograd(monkeypatch):
     features, answers = sampled(engine, images(SIZES))
 
     def gradients():
-        return torch.autograd.grad(engine.score(features, ROWS, answers, OWNER, True).square().sum(), leaves(model))
+        return torch.autograd.grad(
+            engine.score(features, ROWS, answers, OWNER, True).square().sum(), leaves(model)
+        )
 
     fused = gradients()
-    monkeypatch.setattr(FusedLinear, "__call__", lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before))
+    monkeypatch.setattr(
+        FusedLinear,
+        "__call__",
+        lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before),
+    )
     assert worst(fused, gradients()) <= 1e-5
 
 
@@ -79,7 +91,11 @@ def saved(dtype, monkeypatch=None):
     engine = Engine(Backbone(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    own |= {t.untyped_storage().data_ptr() for f in engine.backbone.fused() for t in [f.cached.down, *f.cached.up, getattr(f, "weight", f.cached.down)]}
+    own |= {
+        t.untyped_storage().data_ptr()
+        for f in engine.backbone.fused()
+        for t in [f.cached.down, *f.cached.up, getattr(f, "weight", f.cached.down)]
+    }
     found = {}
 
     def keep(tensor):
@@ -90,7 +106,10 @@ def saved(dtype, monkeypatch=None):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = engine.score(features, ROWS, answers, OWNER, True)
-    return {d: sum(n for kind, n in found.values() if kind == d) for d in (torch.float32, torch.bfloat16)}, len(hidden)
+    return {
+        d: sum(n for kind, n in found.values() if kind == d)
+        for d in (torch.float32, torch.bfloat16)
+    }, len(hidden)
 
 
 def test_bf16_compute_saves_no_fp32_activations():
@@ -101,11 +120,13 @@ def test_bf16_compute_saves_no_fp32_activations():
 
 def test_the_fused_node_saves_less_than_three_quarters(monkeypatch):
     fused = sum(saved(torch.float32)[0].values())
-    monkeypatch.setattr(FusedLinear, "__call__", lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before))
+    monkeypatch.setattr(
+        FusedLinear,
+        "__call__",
+        lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before),
+    )
     plain = sum(saved(torch.float32)[0].values())
     assert fused < 0.75 * plain, (fused, plain)
-
-
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,6 +139,8 @@ def test_separate_factors_equal_block_diagonal_ones(monkeypatch, shape):
         assert len(engine.backbone.layers[0].linears[0].cached.up) == (1 if limit else 3)
         features, answers = sampled(engine, images(SIZES))
         hidden = engine.score(features, ROWS, answers, OWNER, True)
-        results.append([hidden.detach(), *torch.autograd.grad(hidden.square().sum(), leaves(model))])
+        results.append(
+            [hidden.detach(), *torch.autograd.grad(hidden.square().sum(), leaves(model))]
+        )
         engine.backbone.refresh()
     assert worst(results[1], results[0]) <= 1e-5

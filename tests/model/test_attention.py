@@ -16,14 +16,20 @@ def build(kv=2, rep=3, dim=8, tokens=5, owner=(0, 0, 1, 2, 2, 2, 1), dtype=torch
     rows = len(owner)
     q = torch.randn(rows, tokens, kv * rep, dim, dtype=dtype, requires_grad=True)
     parts = [
-        Part(*bank(3, kv, 11, dim, dtype), lengths=torch.tensor([11, 1, 7]), grid=Grid(list(owner), 3)),
+        Part(
+            *bank(3, kv, 11, dim, dtype),
+            lengths=torch.tensor([11, 1, 7]),
+            grid=Grid(list(owner), 3),
+        ),
         Part(*bank(rows, kv, 4, dim, dtype), lengths=torch.tensor([4, 2, 1, 4, 3, 1, 2])[:rows]),
         Part(*bank(rows, kv, tokens, dim, dtype), causal=True),
     ]
     return q, parts
 
 
-@pytest.mark.parametrize("kv,rep,dim,tokens", [(2, 3, 8, 5), (1, 1, 16, 1), (3, 2, 4, 13), (2, 1, 32, 2)])
+@pytest.mark.parametrize(
+    "kv,rep,dim,tokens", [(2, 3, 8, 5), (1, 1, 16, 1), (3, 2, 4, 13), (2, 1, 32, 2)]
+)
 def test_outputs_and_gradients_equal_the_plain_formula(kv, rep, dim, tokens):
     q, parts = build(kv, rep, dim, tokens)
     leaves = [q] + [t for p in parts for t in (p.keys, p.values)]
@@ -38,7 +44,9 @@ def test_outputs_and_gradients_equal_the_plain_formula(kv, rep, dim, tokens):
         assert (a - b).abs().max() < 2e-6, f"worst {(a - b).abs().max()}"
 
 
-@pytest.mark.skipif(native() is None, reason="the native module was not built (python -m vise_kernels.build)")
+@pytest.mark.skipif(
+    native() is None, reason="the native module was not built (python -m vise_kernels.build)"
+)
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 128])
 @pytest.mark.parametrize("owner", [(0, 0, 1, 2, 2, 2, 1), (0, 1, 2)])
 def test_one_kernel_over_all_parts_gives_what_fp64_gives(dim, owner):
@@ -65,7 +73,10 @@ def test_no_grad_path_equals_grad_path():
     assert torch.equal(quick, attend(q, parts, 0.3))
 
 
-@pytest.mark.parametrize("owner,entries,uniform", [([0, 0, 1, 1], 2, True), ([0, 1, 2], 3, True), ([1, 0, 1], 2, False), ([0, 0, 1], 2, False)])
+@pytest.mark.parametrize(
+    "owner,entries,uniform",
+    [([0, 0, 1, 1], 2, True), ([0, 1, 2], 3, True), ([1, 0, 1], 2, False), ([0, 0, 1], 2, False)],
+)
 def test_grid_round_trip(owner, entries, uniform):
     grid = Grid(owner, entries)
     x = torch.arange(float(len(owner) * 2)).view(-1, 2)

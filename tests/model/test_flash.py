@@ -18,13 +18,24 @@ from vise_fast.model.load import Policy
 
 GPU = torch.cuda.is_available()
 CUDA = torch.device("cuda")
-SHAPES = [(2, 3, 8, 5), (1, 1, 16, 1), (3, 2, 5, 13), (2, 1, 32, 33), (2, 2, 24, 32), (1, 4, 20, 8)]  # KV heads, queries per KV head, D, T
+SHAPES = [
+    (2, 3, 8, 5),
+    (1, 1, 16, 1),
+    (3, 2, 5, 13),
+    (2, 1, 32, 33),
+    (2, 2, 24, 32),
+    (1, 4, 20, 8),
+]  # KV heads, queries per KV head, D, T
 
 
 def scores(q, k, bias, causal, scale):
     found = q @ k.mT * scale
     found = found if bias is None else found + bias
-    return found.masked_fill(torch.ones(found.shape[-2:], dtype=torch.bool).triu(1), -torch.inf) if causal else found
+    return (
+        found.masked_fill(torch.ones(found.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        if causal
+        else found
+    )
 
 
 def gradients(grad, q, k, v, out, lse, bias, causal, scale):
@@ -36,18 +47,34 @@ def gradients(grad, q, k, v, out, lse, bias, causal, scale):
 def check_operands(causal, *tensors):
     q, k = tensors[:2]
     assert all(x.shape[3] % 8 == 0 and x.stride(3) == 1 for x in tensors), "head dimension"
-    assert not any(stride % 8 for x in tensors for stride in x.stride()[:3]), "rows that do not start at 16 bytes"
+    assert not any(stride % 8 for x in tensors for stride in x.stride()[:3]), (
+        "rows that do not start at 16 bytes"
+    )
     assert len({x.shape[1] for x in tensors}) == 1, "heads"
-    assert not causal or q.shape[2] == k.shape[2], "the two operators align a causal rectangle differently"
+    assert not causal or q.shape[2] == k.shape[2], (
+        "the two operators align a causal rectangle differently"
+    )
 
 
 def flash_forward(q, k, v, dropout, causal, debug_mask, *, scale):
     check_operands(causal, q, k, v)
     found = scores(q, k, None, causal, scale)
-    return found.softmax(-1) @ v, found.logsumexp(-1), None, None, q.shape[2], k.shape[2], None, None, None
+    return (
+        found.softmax(-1) @ v,
+        found.logsumexp(-1),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        None,
+        None,
+        None,
+    )
 
 
-def flash_backward(grad, q, k, v, out, lse, cum_q, cum_k, most_q, most_k, dropout, causal, seed, offset, *, scale):
+def flash_backward(
+    grad, q, k, v, out, lse, cum_q, cum_k, most_q, most_k, dropout, causal, seed, offset, *, scale
+):
     check_operands(causal, q, k, v, out, grad)
     assert cum_q is None and cum_k is None and (most_q, most_k) == (q.shape[2], k.shape[2])
     assert lse.shape == q.shape[:3] and lse.is_contiguous()  # its address alone is handed on
@@ -69,11 +96,15 @@ def efficient_forward(q, k, v, bias, compute_log_sumexp, dropout, causal, *, sca
     return found.softmax(-1) @ v, lse, None, None
 
 
-def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale):
+def efficient_backward(
+    grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale
+):
     check_operands(causal, q, k, v, out, grad), check_bias(bias, q, k)
     (batch, heads, queries, dim), rows = q.shape, -(-q.shape[2] // 32) * 32
     assert lse.shape == (batch, heads, rows) and (lse[:, :, queries:] == torch.inf).all()
-    out = out.as_strided(out.shape, (out.stride(0), out.stride(1), heads * dim, 1))  # as the kernel does, whatever the strides are
+    out = out.as_strided(
+        out.shape, (out.stride(0), out.stride(1), heads * dim, 1)
+    )  # as the kernel does, whatever the strides are
     lse = lse.as_strided((batch, heads, queries), (lse.stride(0), lse.stride(1), 1))
     assert wanted == [True, True, True, False]
     return *gradients(grad, q, k, v, out, lse, bias, causal, scale), None
@@ -90,11 +121,20 @@ STANDINS = types.SimpleNamespace(
 def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu", scale_by=1.0):
     """Queries of seven rows and three parts: a shared ragged bank, a bank per row without padding, the rows' own tokens."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: (scale_by * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).to(device).requires_grad_()  # noqa: E731
+    draw = lambda *shape: (
+        (scale_by * torch.randn(*shape, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .to(device)
+        .requires_grad_()
+    )
     owner = [0, 0, 1, 2, 2, 2, 1]
-    bank = lambda entries, keys: (draw(entries, kv, keys, dim), draw(entries, kv, keys, dim))  # noqa: E731
+    bank = lambda entries, keys: (draw(entries, kv, keys, dim), draw(entries, kv, keys, dim))
     parts = [
-        Part(*bank(3, 11), lengths=torch.tensor([11, 1, 7], device=device), grid=Grid(owner, 3, device)),
+        Part(
+            *bank(3, 11),
+            lengths=torch.tensor([11, 1, 7], device=device),
+            grid=Grid(owner, 3, device),
+        ),
         Part(*bank(7, 16)),
         Part(*bank(7, tokens), causal=True),
     ]
@@ -103,8 +143,18 @@ def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu", scale_by=1.0)
 
 def with_gradients(path, q, parts, weight=None):
     out = path(q, parts, q.shape[3] ** -0.5)
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype) if weight is None else weight
-    return [out.detach(), *torch.autograd.grad((out * weight).sum(), [q] + [bank for part in parts for bank in (part.keys, part.values)])]
+    weight = (
+        torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        if weight is None
+        else weight
+    )
+    return [
+        out.detach(),
+        *torch.autograd.grad(
+            (out * weight).sum(),
+            [q] + [bank for part in parts for bank in (part.keys, part.values)],
+        ),
+    ]
 
 
 def with_standins(monkeypatch, best):
@@ -126,8 +176,12 @@ def with_standins(monkeypatch, best):
 def test_gpu_kernels_are_called_as_they_are_made(monkeypatch, best, kv, rep, dim, tokens):
     used = with_standins(monkeypatch, best)
     q, parts = build(kv, rep, dim, tokens)
-    for found, truth in zip(with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True):
-        assert (found - truth).abs().max() < 2e-6, f"worst {(found - truth).abs().max()}"  # the plain path scores in fp32
+    for found, truth in zip(
+        with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True
+    ):
+        assert (found - truth).abs().max() < 2e-6, (
+            f"worst {(found - truth).abs().max()}"
+        )  # the plain path scores in fp32
     assert set(used) == {best, "efficient"}
 
 
@@ -154,29 +208,58 @@ def played(model, engine):
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
     found = torch.autograd.grad((hidden * weight).sum(), leaves, allow_unused=True)
-    return answers.ids, hidden.detach(), [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)]
+    return (
+        answers.ids,
+        hidden.detach(),
+        [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)],
+    )
 
 
-@pytest.mark.parametrize("kernel, dtype", [("FLASH", torch.bfloat16), ("FLASH", torch.float16), ("EFFICIENT", torch.bfloat16), ("EFFICIENT", torch.float32)])
+@pytest.mark.parametrize(
+    "kernel, dtype",
+    [
+        ("FLASH", torch.bfloat16),
+        ("FLASH", torch.float16),
+        ("EFFICIENT", torch.bfloat16),
+        ("EFFICIENT", torch.float32),
+    ],
+)
 @pytest.mark.parametrize("dim", [20, 32, 64, 128])
 @pytest.mark.parametrize("queries, keys, causal", [(5, 7, False), (33, 33, True), (1, 40, False)])
 def test_shapes_by_torch_s_own_rules(kernel, dtype, dim, queries, keys, causal):
     kernel = getattr(flash, kernel)
-    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
-    q, k, bias = make(2, 3, queries, dim), make(2, 3, keys, dim), None if kernel is flash.FLASH or causal else make(2, keys)
+    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
+    q, k, bias = (
+        make(2, 3, queries, dim),
+        make(2, 3, keys, dim),
+        None if kernel is flash.FLASH or causal else make(2, keys),
+    )
     out, lse = kernel.forward(q, k, k, bias, causal, 0.3)
     assert out.shape == q.shape and out.dtype == dtype
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
     grads = kernel.backward(q, q, k, k, out, lse, bias, causal, 0.3)
-    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape] and all(g.dtype == dtype for g in grads)
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape] and all(
+        g.dtype == dtype for g in grads
+    )
 
 
 T, N, B = "Tensor", "number", "bool"
 ARGUMENTS = {
     "_scaled_dot_product_flash_attention": [T, T, T, "float", B, B, "Optional[float]"],
-    "_scaled_dot_product_flash_attention_backward": [T] * 8 + ["int", "int", "float", B, T, T, "Optional[float]"],
-    "_scaled_dot_product_efficient_attention": [T, T, T, "Optional[Tensor]", B, "float", B, "Optional[float]"],
-    "_scaled_dot_product_efficient_attention_backward": [T] * 9 + ["float", "List[bool]", B, "Optional[float]"],
+    "_scaled_dot_product_flash_attention_backward": [T] * 8
+    + ["int", "int", "float", B, T, T, "Optional[float]"],
+    "_scaled_dot_product_efficient_attention": [
+        T,
+        T,
+        T,
+        "Optional[Tensor]",
+        B,
+        "float",
+        B,
+        "Optional[float]",
+    ],
+    "_scaled_dot_product_efficient_attention_backward": [T] * 9
+    + ["float", "List[bool]", B, "Optional[float]"],
 }
 
 
@@ -222,7 +305,13 @@ def test_a_torch_without_flash_attention(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "best, dim, ragged, name", [("flash", 128, False, "flash"), ("flash", 128, True, "efficient"), ("flash", 264, False, "efficient"), ("efficient", 64, False, "efficient")]
+    "best, dim, ragged, name",
+    [
+        ("flash", 128, False, "flash"),
+        ("flash", 128, True, "efficient"),
+        ("flash", 264, False, "efficient"),
+        ("efficient", 64, False, "efficient"),
+    ],
 )
 def test_the_kernel_of_a_part_on_a_gpu(monkeypatch, best, dim, ragged, name):
     monkeypatch.setattr(flash, "choose", lambda device, dtype: types.SimpleNamespace(path=best))
@@ -231,14 +320,23 @@ def test_the_kernel_of_a_part_on_a_gpu(monkeypatch, best, dim, ragged, name):
 
 
 def test_where_no_kernel_runs_the_formula_does(monkeypatch):
-    monkeypatch.setattr(attention, "choose", lambda device, dtype: types.SimpleNamespace(path="plain"))
+    monkeypatch.setattr(
+        attention, "choose", lambda device, dtype: types.SimpleNamespace(path="plain")
+    )
     q, parts = build(2, 2, 8, 3)
     assert torch.equal(attend(q, parts, 0.3), attend_plain(q, parts, 0.3))
 
 
-@pytest.mark.parametrize("attended, path, words", [(attend, "flash", "CPU"), (attend_plain, "plain", "model.attention")])
+@pytest.mark.parametrize(
+    "attended, path, words", [(attend, "flash", "CPU"), (attend_plain, "plain", "model.attention")]
+)
 def test_a_policy_says_how_it_attends(attended, path, words):
-    policy = Policy(None, None, types.SimpleNamespace(attend=attended, dtype=torch.float32, device=torch.device("cpu")), "nano")
+    policy = Policy(
+        None,
+        None,
+        types.SimpleNamespace(attend=attended, dtype=torch.float32, device=torch.device("cpu")),
+        "nano",
+    )
     assert policy.attention.path == path and words in policy.attention.reason
 
 
@@ -246,27 +344,51 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device"
 GPU_SHAPES = [(2, 3, 32, 5), (8, 2, 128, 1), (3, 2, 64, 33), (1, 4, 20, 130)]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), pytest.param(torch.float16, marks=gpu)])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=gpu), pytest.param(torch.float16, marks=gpu)]
+)
 @pytest.mark.parametrize("kv, rep, dim, tokens", GPU_SHAPES)
 def test_16_bits_on_a_gpu_lose_no_more_than_plain(dtype, kv, rep, dim, tokens):
     q, parts = build(kv, rep, dim, tokens, dtype, CUDA)
     weight = torch.linspace(-1, 1, q.numel(), device=CUDA).view_as(q).to(dtype)
-    wide = lambda x: x.detach().float().requires_grad_()  # noqa: E731
-    truth = with_gradients(attend_plain, wide(q), [Part(wide(p.keys), wide(p.values), p.lengths, p.grid, p.causal) for p in parts], weight.float())
-    for fast, plain, exact in zip(with_gradients(attend, q, parts, weight), with_gradients(attend_plain, q, parts, weight), truth, strict=True):
-        allowed = 1.5 * (plain.float() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        assert (fast.float() - exact).abs().max() <= allowed, f"worst {(fast.float() - exact).abs().max()}, allowed {allowed}"
+    wide = lambda x: x.detach().float().requires_grad_()
+    truth = with_gradients(
+        attend_plain,
+        wide(q),
+        [Part(wide(p.keys), wide(p.values), p.lengths, p.grid, p.causal) for p in parts],
+        weight.float(),
+    )
+    for fast, plain, exact in zip(
+        with_gradients(attend, q, parts, weight),
+        with_gradients(attend_plain, q, parts, weight),
+        truth,
+        strict=True,
+    ):
+        allowed = (
+            1.5 * (plain.float() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        )
+        assert (fast.float() - exact).abs().max() <= allowed, (
+            f"worst {(fast.float() - exact).abs().max()}, allowed {allowed}"
+        )
 
 
-@pytest.mark.parametrize("kv, rep, dim, tokens", [pytest.param(*shape, marks=gpu) for shape in GPU_SHAPES])
+@pytest.mark.parametrize(
+    "kv, rep, dim, tokens", [pytest.param(*shape, marks=gpu) for shape in GPU_SHAPES]
+)
 def test_float32_on_a_gpu_equals_the_formula(kv, rep, dim, tokens):
     q, parts = build(kv, rep, dim, tokens, torch.float32, CUDA)
     assert flash.choose(q.device, q.dtype).path == "efficient"
-    for fast, plain in zip(with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True):
-        assert (fast - plain).abs().max() <= 1e-4 * plain.abs().max(), f"worst {(fast - plain).abs().max() / plain.abs().max()} of the largest"
+    for fast, plain in zip(
+        with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True
+    ):
+        assert (fast - plain).abs().max() <= 1e-4 * plain.abs().max(), (
+            f"worst {(fast - plain).abs().max() / plain.abs().max()} of the largest"
+        )
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), pytest.param(torch.float32, marks=gpu)])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=gpu), pytest.param(torch.float32, marks=gpu)]
+)
 def test_nothing_waits_for_the_gpu(dtype):
     q, parts = build(2, 3, 64, 5, dtype, CUDA)
     with_gradients(attend, q, parts)

@@ -7,12 +7,24 @@ from torch.nn import functional as F
 from vise_fast.model import products
 from vise_fast.profile.flops import executed_flops
 
-SHAPES = [(3, 640, 411), (8, 512, 512), (64, 257, 1031), (1, 640, 640), (2, 640, 640), (65, 640, 640), (8, 37, 5)]
+SHAPES = [
+    (3, 640, 411),
+    (8, 512, 512),
+    (64, 257, 1031),
+    (1, 640, 640),
+    (2, 640, 640),
+    (65, 640, 640),
+    (8, 37, 5),
+]
 
 
 def operands(rows, width, out, dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.randn(rows, width, dtype=dtype), torch.randn(out, width, dtype=dtype) / width**0.5, torch.randn(out, dtype=dtype)
+    return (
+        torch.randn(rows, width, dtype=dtype),
+        torch.randn(out, width, dtype=dtype) / width**0.5,
+        torch.randn(out, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -23,7 +35,9 @@ def test_values_are_those_of_the_plain_versions(shape, biased):
     bias = bias if biased else None
     truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert (products.linear(x, weight, bias) - truth).abs().max() < 5e-6
-    assert (products.linear_gelu_tanh(x, weight, bias) - F.gelu(truth, approximate="tanh")).abs().max() < 5e-6
+    assert (
+        products.linear_gelu_tanh(x, weight, bias) - F.gelu(truth, approximate="tanh")
+    ).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,4 +81,7 @@ def test_gradients_flow():
 def test_other_dtypes_take_the_plain_version():
     x, weight, bias = operands(8, 640, 640, torch.float64)
     assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
-    assert torch.equal(products.linear_gelu_tanh(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+    assert torch.equal(
+        products.linear_gelu_tanh(x, weight, bias),
+        F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+    )

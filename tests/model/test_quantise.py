@@ -19,7 +19,12 @@ from vise_fast.model.qwen3_vl import LORA_TARGETS, Backbone
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
-KINDS = {"nf4": dict(quant="nf4"), "nf4_single": dict(quant="nf4", double_quant=False), "int8": dict(quant="int8"), "int8_no_outliers": dict(quant="int8", int8_threshold=0.0)}
+KINDS = {
+    "nf4": dict(quant="nf4"),
+    "nf4_single": dict(quant="nf4", double_quant=False),
+    "int8": dict(quant="int8"),
+    "int8_no_outliers": dict(quant="int8", int8_threshold=0.0),
+}
 
 
 def settings(kind):
@@ -40,7 +45,9 @@ def loaded(saved, kind, adapters=True):
     from peft import LoraConfig, get_peft_model
 
     bits = quantise.settings(settings(kind), torch.float32)
-    base = AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"})
+    base = AutoModelForImageTextToText.from_pretrained(
+        saved, dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"}
+    )
     base.requires_grad_(False).eval()
     quantise.settle(base)
     if not adapters:
@@ -58,7 +65,12 @@ def test_only_language_linears_are_quantised(saved, kind):
     base, quant = loaded(saved, kind, adapters=False), KINDS[kind]["quant"]
     assert quantise.check(base, quant) == 7 * base.config.text_config.num_hidden_layers
     core = base.model
-    kept = [m for tower in (core.visual, base.lm_head) for m in tower.modules() if isinstance(m, nn.Linear)]
+    kept = [
+        m
+        for tower in (core.visual, base.lm_head)
+        for m in tower.modules()
+        if isinstance(m, nn.Linear)
+    ]
     assert kept and {type(m) for m in kept} == {nn.Linear}
     assert {m.weight.dtype for m in core.modules() if "Norm" in type(m).__name__} == {torch.float32}
     assert core.language_model.embed_tokens.weight.dtype == torch.float32
@@ -101,17 +113,24 @@ def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
     features, answers = sampled(engine, images(SIZES))
     owner = [i for i in range(4) for _ in range(3)]
     leaves = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(engine.score(features, ROWS, answers, owner, True, recompute=recompute).square().sum(), leaves)
+    grads = torch.autograd.grad(
+        engine.score(features, ROWS, answers, owner, True, recompute=recompute).square().sum(),
+        leaves,
+    )
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
     for layer in model.get_base_model().model.language_model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for wrapper in [m for m in parent.children() if hasattr(m, "base_layer")]:
                 base = wrapper.base_layer
                 plain = nn.Linear(base.in_features, base.out_features, bias=False)
-                plain.weight = nn.Parameter(quantise.dequantised(base, torch.float32), requires_grad=False)
+                plain.weight = nn.Parameter(
+                    quantise.dequantised(base, torch.float32), requires_grad=False
+                )
                 wrapper.base_layer = plain
     truth_engine = Engine(Backbone(model), TinyTokens())
-    truth = torch.autograd.grad(truth_engine.score(features, ROWS, answers, owner, True).square().sum(), leaves)
+    truth = torch.autograd.grad(
+        truth_engine.score(features, ROWS, answers, owner, True).square().sum(), leaves
+    )
     for a, b in zip(grads, truth, strict=True):
         assert relative(a, b) < (1e-4 if "nf4" in kind else 0.1)
 
@@ -122,7 +141,9 @@ def test_a_row_does_not_depend_on_its_neighbours(saved, kind):
     prefixes = engine.prefill(engine.encode(images(SIZES)), True)
     together = engine.prompt(prefixes, [0, 1, 2, 3], ROWS).last
     for i in range(4):
-        assert relative(engine.prompt(prefixes, [i], [ROWS[i]]).last[0], together[i]) < (1e-5 if "nf4" in kind else 2e-2)
+        assert relative(engine.prompt(prefixes, [i], [ROWS[i]]).last[0], together[i]) < (
+            1e-5 if "nf4" in kind else 2e-2
+        )
 
 
 def test_int8_product_is_llm_int8s(saved):
@@ -145,7 +166,11 @@ def test_random_bases_never_exist_in_full_precision(quant):
     config = Config()
     config.model.quant = quant
     model_config = build("gqa2", adapters=False).config
-    model_config.text_config.num_hidden_layers, model_config.text_config.hidden_size, model_config.text_config.intermediate_size = 12, 256, 1024
+    (
+        model_config.text_config.num_hidden_layers,
+        model_config.text_config.hidden_size,
+        model_config.text_config.intermediate_size,
+    ) = 12, 256, 1024
     model_config.vision_config.out_hidden_size = 256
     with torch.device("meta"):
         shell = AutoModelForImageTextToText.from_config(model_config, dtype=torch.float32)
@@ -155,9 +180,15 @@ def test_random_bases_never_exist_in_full_precision(quant):
     assert base.lm_head.weight is base.model.language_model.embed_tokens.weight
     assert quantise.check(base, quant) == (0 if quant == "none" else 84)
     largest = 4 * 256 * 1024
-    assert live.peak <= live.now + 4 * largest, "at most a few copies of one weight beside the model"
+    assert live.peak <= live.now + 4 * largest, (
+        "at most a few copies of one weight beside the model"
+    )
     if quant != "none":
-        full = 4 * sum(m.in_features * m.out_features for n, m in base.named_modules() if quantise.LANGUAGE.match(n) and hasattr(m, "in_features"))
+        full = 4 * sum(
+            m.in_features * m.out_features
+            for n, m in base.named_modules()
+            if quantise.LANGUAGE.match(n) and hasattr(m, "in_features")
+        )
         assert live.peak < 0.6 * full
 
 
@@ -183,8 +214,13 @@ def test_optimizer_state_round_trips_bitwise(tmp_path, name):
     advance(straight, optimizer, range(3))
     moments, numbers = checkpoint.moments(optimizer, straight)
     if name != "adamw":
-        assert moments["big/state1"].dtype == torch.uint8 and moments["small/state1"].dtype == torch.float32
-    path = checkpoint.save(tmp_path, 3, {"adapter": straight, "optimizer": moments}, {"numbers": numbers}, keep=1)
+        assert (
+            moments["big/state1"].dtype == torch.uint8
+            and moments["small/state1"].dtype == torch.float32
+        )
+    path = checkpoint.save(
+        tmp_path, 3, {"adapter": straight, "optimizer": moments}, {"numbers": numbers}, keep=1
+    )
     advance(straight, optimizer, range(3, 6))
 
     tensors, state = checkpoint.load(path)

@@ -37,7 +37,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForImageTextToText.from_pretrained(nano.DIRECTORY, local_files_only=True, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        nano.DIRECTORY, local_files_only=True, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ def test_every_token_is_one_id(tokenizer, token):
 
 
 def test_whitespace_only_separates(tokenizer):
-    assert tokenizer(" see\nred  circle?")["input_ids"] == tokenizer("see red circle ?")["input_ids"]
+    assert (
+        tokenizer(" see\nred  circle?")["input_ids"] == tokenizer("see red circle ?")["input_ids"]
+    )
 
 
 def test_unknown_words_are_unknown(tokenizer):
@@ -72,9 +76,19 @@ def test_special_tokens(tokenizer):
 
 
 def test_chat_template_equals_the_pieces(tokenizer):
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "find red circle"}]}]
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "find red circle"}],
+        }
+    ]
     said = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    pieces = ("<|im_start|>user\n<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "find red circle<|im_end|>\n<|im_start|>assistant\n")
+    pieces = (
+        "<|im_start|>user\n<|vision_start|>",
+        "<|image_pad|>",
+        "<|vision_end|>",
+        "find red circle<|im_end|>\n<|im_start|>assistant\n",
+    )
     assert list(said) == [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
 
 
@@ -85,14 +99,20 @@ def test_config_asks_for_short_prompts():
 
 def test_sizes(model):
     assert 1.5e6 < sum(weight.numel() for weight in model.parameters()) < 5e6
-    assert sum(file.stat().st_size for file in nano.DIRECTORY.iterdir() if file.is_file()) < 10_000_000
+    assert (
+        sum(file.stat().st_size for file in nano.DIRECTORY.iterdir() if file.is_file()) < 10_000_000
+    )
     with safe_open(nano.DIRECTORY / "model.safetensors", "pt") as stored:
         assert "lm_head.weight" not in stored.keys()  # tied
 
 
 def test_preprocessor_config():
     settings = json.loads((nano.DIRECTORY / "preprocessor_config.json").read_text())
-    assert (settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]) == (8, 2, 2)
+    assert (settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]) == (
+        8,
+        2,
+        2,
+    )
     assert settings["image_mean"] == settings["image_std"] == [0.5, 0.5, 0.5]
 
 
@@ -124,7 +144,9 @@ def test_quick_forward_equals_stock(model, tokenizer, weights):
     question = "find red circle<|im_end|>\n<|im_start|>assistant\n<box>012,"
     stock = _stock(model, tokenizer, pixels, question)[:, -1]
     pupil = exam.Pupil(weights)
-    quick, _, _ = pupil._step(pupil.look(pixels), torch.tensor([tokenizer(question)["input_ids"]] * 3), forward.TEXT_START)
+    quick, _, _ = pupil._step(
+        pupil.look(pixels), torch.tensor([tokenizer(question)["input_ids"]] * 3), forward.TEXT_START
+    )
     assert (quick - stock).abs().max() <= 1e-4 * stock.abs().max()
 
 
@@ -133,7 +155,10 @@ def test_packed_questions_equal_separate_ones(model, tokenizer, weights):
     """The lesson's packed row gives each answer token the loss it has when its question is asked alone."""
     batch = lessons.batch(generator(5, 0, "packed"), 2)
     course = pretrain.Course(model, torch.float32)
-    parts = [torch.from_numpy(getattr(batch, name)) for name in ("pixels", "ids", "targets", "weights", "color", "shape", "box", "sure")]
+    parts = [
+        torch.from_numpy(getattr(batch, name))
+        for name in ("pixels", "ids", "targets", "weights", "color", "shape", "box", "sure")
+    ]
     packed = course(pretrain.PHASES[-1], *parts)["answers"]
     pupil, total, at, told = exam.Pupil(weights), 0.0, 0, 0
     past = pupil.look(parts[0])
@@ -141,7 +166,9 @@ def test_packed_questions_equal_separate_ones(model, tokenizer, weights):
         ids = parts[1][:, at : at + lessons.LENGTH[kind]]
         for row in range(2):
             for place in range(lessons.ANSWER[kind]):
-                logits, _, _ = pupil._step(past, ids[:, : lessons.QUESTION[kind] + place], forward.TEXT_START)
+                logits, _, _ = pupil._step(
+                    past, ids[:, : lessons.QUESTION[kind] + place], forward.TEXT_START
+                )
                 logprob = logits[row].log_softmax(-1)[batch.targets[row, told + place]]
                 total -= float(logprob) * batch.weights[row, told + place]
         at, told = at + lessons.LENGTH[kind], told + lessons.ANSWER[kind]
@@ -157,7 +184,12 @@ def test_lessons_repeat_and_differ():
 def test_lesson_answers_are_read_back(tokenizer):
     """What is taught is what the parsers read: the truth's box, a present name, a verdict."""
     box = (12.4, 100.0, 700.6, 1000.0)
-    assert prompts.read_box(_said(tokenizer, lessons.find_row("red circle", box))) == (12, 100, 701, 999)
+    assert prompts.read_box(_said(tokenizer, lessons.find_row("red circle", box))) == (
+        12,
+        100,
+        701,
+        999,
+    )
     assert prompts.read_query(_said(tokenizer, lessons.name_row("blue cross"))) == "blue cross"
     assert prompts.read_verdict(_said(tokenizer, lessons.see_row("blue cross", True))) is True
     assert prompts.read_verdict(_said(tokenizer, lessons.see_row("blue cross", False))) is False
@@ -172,7 +204,9 @@ def _said(tokenizer, row: lessons.Row) -> str:
 def test_ghost_blur_agrees_with_opencv(height, width):
     pixels = _drawn(1)[0].pixels
     ours = lessons.ghost(pixels, (0, 0, width, height), "blur", "inside")[:height, :width]
-    theirs = cv2.GaussianBlur(pixels[:height, :width], (41, 41), lessons.SIGMA_PX, borderType=cv2.BORDER_REFLECT_101)
+    theirs = cv2.GaussianBlur(
+        pixels[:height, :width], (41, 41), lessons.SIGMA_PX, borderType=cv2.BORDER_REFLECT_101
+    )
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
@@ -183,8 +217,12 @@ def test_ghost_touches_its_region_only(method):
     inside[30:90, 20:70] = True
     hidden = lessons.ghost(pixels, box, method, "inside")
     kept = lessons.ghost(pixels, box, method, "outside")
-    assert np.array_equal(hidden[~inside], pixels[~inside]) and not np.array_equal(hidden[inside], pixels[inside])
-    assert np.array_equal(kept[inside], pixels[inside]) and not np.array_equal(kept[~inside], pixels[~inside])
+    assert np.array_equal(hidden[~inside], pixels[~inside]) and not np.array_equal(
+        hidden[inside], pixels[inside]
+    )
+    assert np.array_equal(kept[inside], pixels[inside]) and not np.array_equal(
+        kept[~inside], pixels[~inside]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +231,24 @@ def figures(weights):
 
 
 def _arguments(out) -> argparse.Namespace:
-    return argparse.Namespace(out=str(out), minutes=1.0, seed=0, muon_lr=3e-3, adam_lr=1.5e-3, save_every=1.0, compile=False)
+    return argparse.Namespace(
+        out=str(out),
+        minutes=1.0,
+        seed=0,
+        muon_lr=3e-3,
+        adam_lr=1.5e-3,
+        save_every=1.0,
+        compile=False,
+    )
 
 
 def _one_step(run: pretrain.Run, index: int) -> float:
     batch = lessons.batch(generator(5, index, "step"), 2)
-    return float(run._step(pretrain.PHASES[-1], [torch.from_numpy(part) for part in astuple(batch)], 1.0)["total"].detach())
+    return float(
+        run._step(pretrain.PHASES[-1], [torch.from_numpy(part) for part in astuple(batch)], 1.0)[
+            "total"
+        ].detach()
+    )
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path):
@@ -211,7 +261,9 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
     again = pretrain.Run(_arguments(tmp_path))
     assert again.clock["step"] == 1
     assert [_one_step(again, 1), _one_step(again, 2)] == pytest.approx(straight, rel=1e-3)
-    assert straight[0] != pytest.approx(straight[1], rel=1e-3)  # the second loss does depend on the first update
+    assert straight[0] != pytest.approx(
+        straight[1], rel=1e-3
+    )  # the second loss does depend on the first update
 
 
 def test_boxes_on_held_out_scenes(figures):
@@ -228,7 +280,17 @@ def test_sampled_boxes_leave_room(figures):
 
 
 @pytest.mark.parametrize(
-    "kind", ["present", "absent", "blur_covered", "mean_covered", "blur_kept", "mean_kept", "blur_elsewhere", "mean_elsewhere"]
+    "kind",
+    [
+        "present",
+        "absent",
+        "blur_covered",
+        "mean_covered",
+        "blur_kept",
+        "mean_kept",
+        "blur_elsewhere",
+        "mean_elsewhere",
+    ],
 )
 def test_verdicts_on_held_out_scenes(figures, kind):
     assert figures[f"visible_{kind}"] >= 0.87

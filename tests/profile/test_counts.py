@@ -27,10 +27,25 @@ GHOSTS = {"paper": 1, "robust": 3}
 def small_2b():
     """Qwen3-VL-2B's proportions at a sixteenth of its width and half its depth; LoRA rank 1 as 16 is to 2048."""
     shape = json.loads((ROOT / "configs" / "models" / "mid-100m.json").read_text())
-    shape["text_config"] |= dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=9728, dtype="float32")
+    shape["text_config"] |= dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=9728,
+        dtype="float32",
+    )
     shape["text_config"]["rope_parameters"]["mrope_section"] = [6, 5, 5]
-    shape["vision_config"] |= dict(hidden_size=64, intermediate_size=256, num_heads=1, out_hidden_size=128)
-    return shape | dict(image_token_id=9723, video_token_id=9724, vision_start_token_id=9720, vision_end_token_id=9721)
+    shape["vision_config"] |= dict(
+        hidden_size=64, intermediate_size=256, num_heads=1, out_hidden_size=128
+    )
+    return shape | dict(
+        image_token_id=9723,
+        video_token_id=9724,
+        vision_start_token_id=9720,
+        vision_end_token_id=9721,
+    )
 
 
 class Step:
@@ -61,10 +76,19 @@ class Step:
         query = subjects.QUERIES[tokens.style.name]
         height, width = self.images[0].pixels.shape[:2]
         return Plan(
-            height, width, len(tokens.head), len(tokens.tail), len(tokens.row(tokens.style.ask())), len(tokens.row(tokens.style.ground(query))),
-            len(tokens.verdict_row(tokens.style.verify(query))), samples=rollout.samples, views=rollout.views, ghosts=GHOSTS[preset] * rollout.samples,
-            policy_judges=preset == "paper", shares_forward=shares_forward(self.engine, self.config),
-        )  # fmt: skip
+            height,
+            width,
+            len(tokens.head),
+            len(tokens.tail),
+            len(tokens.row(tokens.style.ask())),
+            len(tokens.row(tokens.style.ground(query))),
+            len(tokens.verdict_row(tokens.style.verify(query))),
+            samples=rollout.samples,
+            views=rollout.views,
+            ghosts=GHOSTS[preset] * rollout.samples,
+            policy_judges=preset == "paper",
+            shares_forward=shares_forward(self.engine, self.config),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +100,9 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("preset, samples, views", [("paper", 1, 1), ("robust", 4, 2)])
 def test_every_distinct_image_is_encoded_and_prefilled_once(directory, preset, samples, views):
-    step = Step(directory, preset, 2, f"--rollout.samples={samples}", f"--rollout.views={views}").run()
+    step = Step(
+        directory, preset, 2, f"--rollout.samples={samples}", f"--rollout.views={views}"
+    ).run()
     distinct = 2 * (1 + views + GHOSTS[preset] * samples)
     assert step.rollout["images_encoded"] == distinct
     # under a reference judge the image itself has a second prefix: another adapter state
@@ -89,13 +115,24 @@ def test_every_distinct_image_is_encoded_and_prefilled_once(directory, preset, s
 
 def test_sequential_forwards_of_one_image(directory):
     step = Step(directory, "paper", 1).run()
-    prefills = 2  # the image's with gradients, the view's without; so with the two questions for boxes
+    prefills = (
+        2  # the image's with gradients, the view's without; so with the two questions for boxes
+    )
     assert step.rollout["forwards"] - prefills + step.rollout["decode_steps"] == 39 <= 42
-    assert step.rollout["decode_steps"] == 13 + 21, "queries and boxes are decoded, verdicts are not"
+    assert step.rollout["decode_steps"] == 13 + 21, (
+        "queries and boxes are decoded, verdicts are not"
+    )
     assert step.update["decode_steps"] == 0 and step.update["forwards"] == 2
 
 
-@pytest.mark.parametrize("preset, words", [("paper", []), ("robust", ["--rollout.samples=4"]), ("paper", ["--train.share_forward=false"])])
+@pytest.mark.parametrize(
+    "preset, words",
+    [
+        ("paper", []),
+        ("robust", ["--rollout.samples=4"]),
+        ("paper", ["--train.share_forward=false"]),
+    ],
+)
 def test_executed_flops_are_the_minimal_ones(directory, preset, words):
     step = Step(directory, preset, 2, "--lora.r=1", *words)
     with perf.executed_flops() as counter:
@@ -115,15 +152,27 @@ def test_a_group_is_scored_behind_one_prefix(directory):
     slices = step.play()
     with perf.executed_flops() as counter:
         step.learner.learn(slices, 1)
-    terms = perf.minimal_step(Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("robust"))
-    assert counter.get_total_flops() <= 1.05 * (terms["update"] + terms["reference"] + terms["loss"] * 4 / 3)
+    terms = perf.minimal_step(
+        Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("robust")
+    )
+    assert counter.get_total_flops() <= 1.05 * (
+        terms["update"] + terms["reference"] + terms["loss"] * 4 / 3
+    )
 
 
 def test_only_completion_rows_pass_the_head(directory, monkeypatch):
     step, rows, updated = Step(directory, "paper", 2), [], []
     logits, scored = step.engine.backbone.logits, learning.linear_logprob_kl
-    monkeypatch.setattr(step.engine.backbone, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(learning, "linear_logprob_kl", lambda hidden, *rest, **named: updated.append(len(hidden)) or scored(hidden, *rest, **named))
+    monkeypatch.setattr(
+        step.engine.backbone, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden)
+    )
+    monkeypatch.setattr(
+        learning,
+        "linear_logprob_kl",
+        lambda hidden, *rest, **named: (
+            updated.append(len(hidden)) or scored(hidden, *rest, **named)
+        ),
+    )
     step.run()
     queries, boxes, verdicts = 2, 4, 4
     assert sum(rows) == queries * 14 + boxes * 22 + verdicts
@@ -132,11 +181,15 @@ def test_only_completion_rows_pass_the_head(directory, monkeypatch):
 
 @pytest.mark.parametrize("preset", ["paper", "robust"])
 def test_host_syncs_of_a_step(directory, preset):
-    step = Step(directory, preset, 2, *(["--rollout.samples=2"] if preset == "robust" else [])).run()
+    step = Step(
+        directory, preset, 2, *(["--rollout.samples=2"] if preset == "robust" else [])
+    ).run()
     with Work(step.policy.model.parameters()) as work:
         step.run()
     assert work.total <= 8, dict(work.syncs)
-    assert work.total == step.rollout["host_reads"] + step.update["host_reads"], "metrics.jsonl reports every one of them"
+    assert work.total == step.rollout["host_reads"] + step.update["host_reads"], (
+        "metrics.jsonl reports every one of them"
+    )
 
 
 def test_one_copy_of_the_weights(directory):
@@ -144,7 +197,9 @@ def test_one_copy_of_the_weights(directory):
     step = Step(directory, "paper", 1)
     frozen = [p for p in step.policy.model.parameters() if not p.requires_grad]
     owned = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
-    stacked = {linear.weight.untyped_storage().data_ptr() for linear in step.engine.backbone.fused()}
+    stacked = {
+        linear.weight.untyped_storage().data_ptr() for linear in step.engine.backbone.fused()
+    }
     assert stacked <= set(owned)
     assert sum(owned.values()) == sum({id(p): p.numel() * 4 for p in frozen}.values())
 
@@ -155,5 +210,9 @@ def test_a_wasteful_step_would_be_seen(directory):
     with perf.executed_flops() as counter:
         step.engine.prefill(step.engine.encode([step.images[0].pixels] * 3), True)
         step.run()
-    minimal = sum(perf.minimal_step(Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("paper")).values())
+    minimal = sum(
+        perf.minimal_step(
+            Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("paper")
+        ).values()
+    )
     assert counter.get_total_flops() / minimal > 1.05

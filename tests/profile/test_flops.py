@@ -23,9 +23,21 @@ from vise_fast.profile.flops import (
 from vise_fast.profile.host_syncs import Work
 
 QWEN_2B = Shapes(
-    hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocabulary=151_936, depth=24, width=1024, vision_mlp=4096, patch=16, merge=2,
-    taps=3, rank=16,
-)  # fmt: skip
+    hidden=2048,
+    layers=28,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    mlp=6144,
+    vocabulary=151_936,
+    depth=24,
+    width=1024,
+    vision_mlp=4096,
+    patch=16,
+    merge=2,
+    taps=3,
+    rank=16,
+)
 
 
 def test_minimal_step_of_2b_is_11_5_tflop():
@@ -35,9 +47,13 @@ def test_minimal_step_of_2b_is_11_5_tflop():
 def test_its_parts_are_the_known_ones():
     """GOALS: a vision encode 0.93 TFLOP with the mergers, a forward of 472 tokens 1.35 TFLOP."""
     bare = replace(QWEN_2B, rank=0)
-    assert encode_flops(bare, 480, 640) + perf.merge_flops(bare, 1200, False) == pytest.approx(0.93e12, rel=0.005)
+    assert encode_flops(bare, 480, 640) + perf.merge_flops(bare, 1200, False) == pytest.approx(
+        0.93e12, rel=0.005
+    )
     assert perf.forward_flops(bare, 472, 0, False) == pytest.approx(1.35e12, rel=0.005)
-    assert perf.attention_flops(bare, 472 * 473 / 2) / perf.forward_flops(bare, 472, 0, False) == pytest.approx(0.02, abs=0.002)
+    assert perf.attention_flops(bare, 472 * 473 / 2) / perf.forward_flops(
+        bare, 472, 0, False
+    ) == pytest.approx(0.02, abs=0.002)
 
 
 def test_known_weights_of_2b():
@@ -49,7 +65,9 @@ def test_known_weights_of_2b():
 def test_decode_floor_of_2b():
     """GOALS: 0.82, 1.01 and 1.59 ms per step at 1, 16 and 64 rows, 4.3 TB/s."""
     for rows, milliseconds in ((1, 0.82), (16, 1.01), (64, 1.59)):
-        assert decode_bytes(QWEN_2B, rows, 450) / 4.3e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
+        assert decode_bytes(QWEN_2B, rows, 450) / 4.3e12 * 1e3 == pytest.approx(
+            milliseconds, rel=0.02
+        )
 
 
 def test_a_shared_prefix_is_read_once():
@@ -104,9 +122,17 @@ def test_shapes_of_a_config_count_the_real_weights():
     model = build("gqa2").get_base_model()
     shapes = Shapes.of(model.config, rank=3)
     named = dict(model.named_parameters())
-    linears = sum(p.numel() for n, p in named.items() if ".language_model.layers." in n and n.endswith("base_layer.weight"))
-    lora = sum(p.numel() for n, p in named.items() if "lora_" in n and ".language_model.layers." in n)
-    mergers = sum(p.numel() for n, p in named.items() if "merger" in n and n.endswith("base_layer.weight"))
+    linears = sum(
+        p.numel()
+        for n, p in named.items()
+        if ".language_model.layers." in n and n.endswith("base_layer.weight")
+    )
+    lora = sum(
+        p.numel() for n, p in named.items() if "lora_" in n and ".language_model.layers." in n
+    )
+    mergers = sum(
+        p.numel() for n, p in named.items() if "merger" in n and n.endswith("base_layer.weight")
+    )
     merger_lora = sum(p.numel() for n, p in named.items() if "lora_" in n and "merger" in n)
     assert (shapes.decoder_weights(), shapes.decoder_lora()) == (linears, lora)
     assert (shapes.merger_weights(), shapes.merger_lora()) == (mergers, merger_lora)
@@ -121,7 +147,13 @@ def test_syncs_are_seen():
         x[x > 2]
         x.tolist()
         x.numpy()
-    assert work.syncs == {"_local_scalar_dense": 2, "nonzero": 1, "boolean index": 1, "tolist": 1, "numpy": 1}
+    assert work.syncs == {
+        "_local_scalar_dense": 2,
+        "nonzero": 1,
+        "boolean index": 1,
+        "tolist": 1,
+        "numpy": 1,
+    }
     assert work.total == 6
 
 

@@ -53,7 +53,11 @@ def test_model_written_text_never_becomes_markup(healthy):
     tags = Tags(page).seen
     assert not [tag for tag, _ in tags if tag == "script"]
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "{{ 7*7 }}" in page and "49</p>" not in page
+    assert (
+        "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+        and "{{ 7*7 }}" in page
+        and "49</p>" not in page
+    )
 
 
 def test_the_page_fetches_nothing(healthy):
@@ -69,7 +73,17 @@ def test_the_page_fetches_nothing(healthy):
 def test_plots_are_png_files_and_well_formed_themed_svg(healthy):
     run, page = healthy
     names = {path.stem for path in (run / "plots").iterdir()}
-    assert names == {"reward", "kl", "area", "readable", "verdicts", "gradient", "attention", "phases", "speed"}
+    assert names == {
+        "reward",
+        "kl",
+        "area",
+        "readable",
+        "verdicts",
+        "gradient",
+        "attention",
+        "phases",
+        "speed",
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "plots").iterdir())
     charts = [found for found in re.findall(r"<svg .*?</svg>", page, re.S) if 'role="img"' in found]
     assert len(charts) == len(names)
@@ -95,17 +109,30 @@ def test_sample_cards_show_image_views_ghost_and_verdicts(healthy):
     card = cards[-1][1][0]
     assert card.query == EVIL and len(card.pictures) == 1 + 4 + 1
     image, first, *_, ghost = card.pictures
-    assert [box.kind for box in image.boxes].count("chosen") == 1 and image.boxes[-1].kind == "chosen", "drawn last, on top"
-    assert {box.kind for box in first.boxes} == {"expected", "found"} and ghost.src != image.src != first.src
+    assert [box.kind for box in image.boxes].count("chosen") == 1 and image.boxes[
+        -1
+    ].kind == "chosen", "drawn last, on top"
+    assert {box.kind for box in first.boxes} == {
+        "expected",
+        "found",
+    } and ghost.src != image.src != first.src
     assert [v.wanted for v in card.verdicts] == [True, False, True, True]
 
 
 def test_chosen_box_is_the_best_rewarded_one_with_area(tmp_path):
     run = fake_run.write(tmp_path / "run", steps=10)
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    lines[0] |= {"rewards": [0.9, 0.1] + [0.0] * 6, "boxes_1000": [[0, 0, 0, 0], [100, 200, 300, 400]] + [[1, 1, 5, 5]] * 6, "readable": [True] * 8}
+    lines[0] |= {
+        "rewards": [0.9, 0.1] + [0.0] * 6,
+        "boxes_1000": [[0, 0, 0, 0], [100, 200, 300, 400]] + [[1, 1, 5, 5]] * 6,
+        "readable": [True] * 8,
+    }
     (run / "samples.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    chosen = [box for box in report.cards(record.read(run))[0][1][0].pictures[0].boxes if box.kind == "chosen"]
+    chosen = [
+        box
+        for box in report.cards(record.read(run))[0][1][0].pictures[0].boxes
+        if box.kind == "chosen"
+    ]
     assert (chosen[0].x, chosen[0].y) == (10.0, 20.0)
 
 
@@ -126,13 +153,21 @@ def texts(found, level):
 def test_a_healthy_run_is_called_healthy(tmp_path):
     found = diagnosed(tmp_path)
     assert (found.level, found.headline) == ("good", "Healthy: it learned")
-    assert "Grounding improved" in texts(found, "good") and "not one of size" in texts(found, "good")
+    assert "Grounding improved" in texts(found, "good") and "not one of size" in texts(
+        found, "good"
+    )
 
 
 def test_a_collapsed_run_is_called_unhealthy_for_its_reasons(tmp_path):
     found = diagnosed(tmp_path, "collapsed")
     assert (found.level, found.headline) == ("bad", "Not healthy")
-    for reason in ("Grounding got worse", "times the area", "paid for size", "collapsed to the full image", "alarm 'area'"):
+    for reason in (
+        "Grounding got worse",
+        "times the area",
+        "paid for size",
+        "collapsed to the full image",
+        "alarm 'area'",
+    ):
         assert reason in texts(found, "bad"), reason
     assert found.findings[0].level == "bad"
 
@@ -152,7 +187,9 @@ def test_no_gain_is_called_no_gain(tmp_path, monkeypatch):
     for name in ("iou", "iou_50", "iou_rescaled"):
         monkeypatch.setitem(fake_run.GAINS, name, 0.0)
     found = diagnosed(tmp_path)
-    assert found.headline == "Healthy, but no gain is shown" and "include zero" in texts(found, "note")
+    assert found.headline == "Healthy, but no gain is shown" and "include zero" in texts(
+        found, "note"
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +212,9 @@ def test_each_fault_is_named(tmp_path, change, level, said):
 
 
 def test_an_alarm_that_went_off_is_a_note(tmp_path):
-    found = diagnosed(tmp_path, edit=lambda m: m | {"alarms": ["area"] if m["step"] in (20, 21) else []})
+    found = diagnosed(
+        tmp_path, edit=lambda m: m | {"alarms": ["area"] if m["step"] in (20, 21) else []}
+    )
     assert found.level == "good" and "went off again" in texts(found, "note")
 
 
@@ -198,7 +237,9 @@ def test_metrics_alone_make_a_report(tmp_path):
 
 
 def test_old_metrics_without_most_keys_make_a_report(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.1}\n{"step": 2, "reward": null}\n{"broken')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 0.1}\n{"step": 2, "reward": null}\n{"broken'
+    )
     report.write(tmp_path)
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward.png"]
 
@@ -229,7 +270,14 @@ def test_damaged_json_is_a_data_error(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
-    "change", [{"image": "../../secret.png"}, {"image": "/etc/hostname"}, {"image": "samples/none.png"}, {"boxes_1000": [[1, 2]]}, {"views": [{"kind": "flip"}]}]
+    "change",
+    [
+        {"image": "../../secret.png"},
+        {"image": "/etc/hostname"},
+        {"image": "samples/none.png"},
+        {"boxes_1000": [[1, 2]]},
+        {"views": [{"kind": "flip"}]},
+    ],
 )
 def test_damaged_samples_are_a_data_error_and_no_file_outside_is_read(tmp_path, change):
     run = fake_run.write(tmp_path / "run", steps=1)
@@ -260,7 +308,10 @@ def test_the_command_says_where_the_page_is(tmp_path, capsys):
 def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
     """A query the judge does not see is gated: zeros stand where no verdict was asked for."""
     run = fake_run.write(tmp_path / "run", steps=1)
-    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {"seen": 0.3, "gone": [0.0] * 8}
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {
+        "seen": 0.3,
+        "gone": [0.0] * 8,
+    }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     verdicts = report.cards(record.read(run))[0][1][0].verdicts
     assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right

@@ -15,15 +15,32 @@ from vise_fast.run.out_of_memory import CPU_ALLOCATOR, Halving, exhausted
 from vise_fast.system.errors import MemoryFloor
 from vise_fast.train import play_batch
 
-SMALL = ["--train.batch=4", "--rollout.samples=3", "--rollout.views=1", "--rollout.box_tokens=18", "--rollout.query_tokens=8", "--train.lr=1e-3"]
+SMALL = [
+    "--train.batch=4",
+    "--rollout.samples=3",
+    "--rollout.views=1",
+    "--rollout.box_tokens=18",
+    "--rollout.query_tokens=8",
+    "--train.lr=1e-3",
+]
 PHASES = {
-    "vision encode": (Backbone, "encode", 1), "ghost encode": (Backbone, "encode", 2), "prefill": (Engine, "prefill", 1), "prompt": (Engine, "prompt", 2),
-    "decode": (Backbone, "decode", 5), "ghost verdicts": (Engine, "verdict_logits", 1), "scores": (Engine, "score", 1), "second slice": (Engine, "score", 4),
-    "head": (learner, "linear_logprob_kl", 1), "backward": (FusedLinear, "_input_gradient", 3), "room for the optimizer": (Learner, "_make_room", 1),
-}  # fmt: skip
+    "vision encode": (Backbone, "encode", 1),
+    "ghost encode": (Backbone, "encode", 2),
+    "prefill": (Engine, "prefill", 1),
+    "prompt": (Engine, "prompt", 2),
+    "decode": (Backbone, "decode", 5),
+    "ghost verdicts": (Engine, "verdict_logits", 1),
+    "scores": (Engine, "score", 1),
+    "second slice": (Engine, "score", 4),
+    "head": (learner, "linear_logprob_kl", 1),
+    "backward": (FusedLinear, "_input_gradient", 3),
+    "room for the optimizer": (Learner, "_make_room", 1),
+}
 FAULTS = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-    "cpu": RuntimeError(f"[enforce fail at alloc_cpu.cpp] {CPU_ALLOCATOR}: can't allocate memory: you tried to allocate 99 bytes"),
+    "cpu": RuntimeError(
+        f"[enforce fail at alloc_cpu.cpp] {CPU_ALLOCATOR}: can't allocate memory: you tried to allocate 99 bytes"
+    ),
     "python": MemoryError(),
 }
 
@@ -38,7 +55,9 @@ def run(steps=1, micro=0, prepare=lambda halving: None, words=()):
 
     def attempt(step):
         slices = play_batch(engine, source.batch(step, config.train.batch), config, step)
-        return learn.learn(slices, step) | {"written": [w for s in slices for w in s.queries.written]}
+        return learn.learn(slices, step) | {
+            "written": [w for s in slices for w in s.queries.written]
+        }
 
     prepare(halving)
     for step in range(steps):
@@ -73,7 +92,10 @@ def test_a_halved_step_is_the_step_of_the_smaller_micro_batch(monkeypatch, undis
     adapter, seen, halving = run(micro=start)
     truth, expected, _ = undisturbed[1 if start else 2]
     assert len(calls) >= nth, "the fault was never injected"
-    assert halving.halvings == 1 and halving.figures() == {"memory_halvings": 1, "micro_batch": 1 if start else 2}
+    assert halving.halvings == 1 and halving.figures() == {
+        "memory_halvings": 1,
+        "micro_batch": 1 if start else 2,
+    }
     assert all(torch.equal(adapter[name], truth[name]) for name in truth)
     assert seen == expected, "metrics and counters are those of the run that was not disturbed"
 
@@ -96,7 +118,9 @@ def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
     monkeypatch.setattr(Learner, "_apply", keeping)
     seen = [run(micro=micro)[1][0] for micro in (0, 2, 1)]
     for cut, gradient in zip(seen[1:], gradients[1:], strict=True):
-        assert seen[0]["written"] == cut["written"] and seen[0]["reward"] == pytest.approx(cut["reward"], abs=1e-6)
+        assert seen[0]["written"] == cut["written"] and seen[0]["reward"] == pytest.approx(
+            cut["reward"], abs=1e-6
+        )
         excess = (gradient - gradients[0]).abs().max() / gradients[0].abs().max()
         assert excess <= 1e-5, f"{excess:.2e}"
         assert gradients[0].abs().max() > 0
@@ -122,7 +146,10 @@ def test_the_floor_is_one_image(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr("vise_fast.train.play", never)
-    with pytest.raises(MemoryFloor, match=r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4") as caught:
+    with pytest.raises(
+        MemoryFloor,
+        match=r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4",
+    ) as caught:
         run()
     assert caught.value.code == 5
 

@@ -14,7 +14,12 @@ from vise_fast.model import load as model
 
 KINDS = {
     "int8": ["--model.quant=int8", "--optim.name=adamw8bit", "--lora.r=32"],
-    "nf4": ["--model.quant=nf4", "--optim.name=paged_adamw8bit", "--train.micro_batch=1", "--train.checkpointing=true"],
+    "nf4": [
+        "--model.quant=nf4",
+        "--optim.name=paged_adamw8bit",
+        "--train.micro_batch=1",
+        "--train.checkpointing=true",
+    ],
 }
 
 
@@ -33,15 +38,23 @@ def test_it_resumes_bitwise(run, tmp_path):
     assert go("--train.steps", 1, *common) == 0
     assert go("--train.steps", 3, "--resume", "auto", *common) == 0
     straight, resumed = adapter(whole), adapter(tmp_path / "resumed")
-    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
-    for a, b in zip(lines(whole / "metrics.jsonl"), lines(tmp_path / "resumed" / "metrics.jsonl"), strict=True):
-        assert {k: v for k, v in a.items() if k not in CHANGING} == {k: v for k, v in b.items() if k not in CHANGING}
+    assert straight.keys() == resumed.keys() and all(
+        torch.equal(straight[name], resumed[name]) for name in straight
+    )
+    for a, b in zip(
+        lines(whole / "metrics.jsonl"), lines(tmp_path / "resumed" / "metrics.jsonl"), strict=True
+    ):
+        assert {k: v for k, v in a.items() if k not in CHANGING} == {
+            k: v for k, v in b.items() if k not in CHANGING
+        }
 
 
 def test_it_trains_and_is_evaluated(run):
     directory, _ = run
     assert {"before", "after"} <= set(json.loads((directory / "evaluation.json").read_text()))
-    assert any(tensor.abs().max() > 0 for name, tensor in adapter(directory).items() if "lora_B" in name)
+    assert any(
+        tensor.abs().max() > 0 for name, tensor in adapter(directory).items() if "lora_B" in name
+    )
     assert any(record["grad_norm"] > 0 for record in lines(directory / "metrics.jsonl"))
 
 
@@ -51,13 +64,22 @@ def test_the_adapter_is_fp32_and_loads_on_the_unquantised_base(run):
     base = AutoModelForImageTextToText.from_pretrained(nano.DIRECTORY)
     loaded = peft.PeftModel.from_pretrained(base, str(directory / "adapter"))
     stored = adapter(directory)
-    live = {name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora_" in name}
-    assert live.keys() == stored.keys() and all(torch.equal(live[name], stored[name]) for name in stored)
+    live = {
+        name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora_" in name
+    }
+    assert live.keys() == stored.keys() and all(
+        torch.equal(live[name], stored[name]) for name in stored
+    )
 
 
 def test_it_starts_from_its_own_adapter(run):
     directory, words = run
-    config = configuration.load(None, [*map(str, words), f"--lora.init_from={directory / 'adapter'}"])
+    config = configuration.load(
+        None, [*map(str, words), f"--lora.init_from={directory / 'adapter'}"]
+    )
     policy = model.load(config)
     stored = adapter(directory)
-    assert all(torch.equal(p, stored[name.replace(".default", "")]) for name, p in policy.parameters().items())
+    assert all(
+        torch.equal(p, stored[name.replace(".default", "")])
+        for name, p in policy.parameters().items()
+    )

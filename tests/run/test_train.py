@@ -20,6 +20,8 @@ from transformers import AutoModelForImageTextToText
 from vise_fast.nano import DIRECTORY as NANO
 
 ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of four steps with a checkpoint after two."""
@@ -29,19 +31,50 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_everything_behind(finished):
-    expected = {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "checkpoints", "adapter", "report.html", "plots", "samples"}
+    expected = {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "checkpoints",
+        "adapter",
+        "report.html",
+        "plots",
+        "samples",
+    }
     assert expected <= {path.name for path in finished.iterdir()}
     assert [record["step"] for record in lines(finished / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {p.name for p in (finished / "adapter").iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= {p.name for p in (finished / "adapter").iterdir()}
     assert set(json.loads((finished / "evaluation.json").read_text())) == {"before", "after"}
 
 
 def test_attention_as_a_training_figure_changes_nothing_else(finished, tmp_path):
-    assert go("--run.dir", tmp_path / "run", "--train.steps", 3, "--train.attention_every", 2, "--run.report", "false", *SMALL) == 0
+    assert (
+        go(
+            "--run.dir",
+            tmp_path / "run",
+            "--train.steps",
+            3,
+            "--train.attention_every",
+            2,
+            "--run.report",
+            "false",
+            *SMALL,
+        )
+        == 0
+    )
     records, plain = lines(tmp_path / "run" / "metrics.jsonl"), lines(finished / "metrics.jsonl")
     assert ["attention_share" in record for record in records] == [True, False, True]
     assert all(0 < record.pop("attention_share", 0.5) < 1 for record in records)
-    same = lambda record: {name: value for name, value in record.items() if name not in CHANGING}  # noqa: E731
+    same = lambda record: {name: value for name, value in record.items() if name not in CHANGING}
     assert [same(record) for record in records] == [same(record) for record in plain[:3]]
 
 
@@ -66,10 +99,17 @@ def test_resume_is_bitwise(finished, tmp_path):
     assert go("--train.steps", 2, *common) == 0
     assert go("--train.steps", 4, "--resume", "auto", *common) == 0
     whole, resumed = adapter(finished), adapter(first)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(whole[name], resumed[name]) for name in whole
+    )
     for a, b in zip(lines(finished / "metrics.jsonl"), lines(first / "metrics.jsonl"), strict=True):
-        assert {k: v for k, v in a.items() if k not in CHANGING} == {k: v for k, v in b.items() if k not in CHANGING}
-    assert lines(finished / "samples.jsonl")[-1]["written"] == lines(first / "samples.jsonl")[-1]["written"]
+        assert {k: v for k, v in a.items() if k not in CHANGING} == {
+            k: v for k, v in b.items() if k not in CHANGING
+        }
+    assert (
+        lines(finished / "samples.jsonl")[-1]["written"]
+        == lines(first / "samples.jsonl")[-1]["written"]
+    )
 
 
 def test_an_earlier_run_is_never_overwritten(finished):
@@ -83,11 +123,17 @@ def test_an_earlier_run_is_never_overwritten(finished):
 def photographs(tmp_path_factory):
     """scikit-image's bundled photographs in mixed sizes, modes and formats, and one file that is no picture."""
     folder = tmp_path_factory.mktemp("photos")
-    pictures = {"astronaut.png": skimage.data.astronaut(), "coffee.jpg": skimage.data.coffee(), "chelsea.webp": skimage.data.chelsea()}
+    pictures = {
+        "astronaut.png": skimage.data.astronaut(),
+        "coffee.jpg": skimage.data.coffee(),
+        "chelsea.webp": skimage.data.chelsea(),
+    }
     for name, pixels in pictures.items():
         PIL.Image.fromarray(pixels).save(folder / name)
     PIL.Image.fromarray(skimage.data.camera()).save(folder / "camera.png")
-    PIL.Image.fromarray(np.dstack([skimage.data.rocket()[:300, :301], np.full((300, 301), 200, np.uint8)]), "RGBA").save(folder / "rocket.png")
+    PIL.Image.fromarray(
+        np.dstack([skimage.data.rocket()[:300, :301], np.full((300, 301), 200, np.uint8)]), "RGBA"
+    ).save(folder / "rocket.png")
     (folder / "sub").mkdir()
     PIL.Image.fromarray(skimage.data.coffee()).convert("P").save(folder / "sub" / "palette.png")
     (folder / "broken.jpg").write_bytes(b"not a picture")
@@ -96,7 +142,22 @@ def photographs(tmp_path_factory):
 
 def test_trains_on_photographs_of_mixed_sizes_and_modes(photographs, tmp_path):
     run = tmp_path / "photos"
-    assert go("--data.dir", photographs, "--train.steps", 5, "--run.dir", run, "--data.max_bad_share", 0.5, "--data.holdout", 0.2, *SMALL) == 0
+    assert (
+        go(
+            "--data.dir",
+            photographs,
+            "--train.steps",
+            5,
+            "--run.dir",
+            run,
+            "--data.max_bad_share",
+            0.5,
+            "--data.holdout",
+            0.2,
+            *SMALL,
+        )
+        == 0
+    )
     assert len(lines(run / "metrics.jsonl")) == 5
     assert [record["name"] for record in lines(run / "bad_images.jsonl")] == ["broken.jpg"]
 
@@ -125,9 +186,21 @@ def faults(tmp):
 
 
 FAULTS = (
-    "missing folder", "empty folder", "broken files", "unknown key", "wrong type", "negative", "no such model", "not a model", "no such adapter",
-    "no such config", "bad yaml", "no such checkpoint", "no gpu", "unknown reward",
-)  # fmt: skip
+    "missing folder",
+    "empty folder",
+    "broken files",
+    "unknown key",
+    "wrong type",
+    "negative",
+    "no such model",
+    "not a model",
+    "no such adapter",
+    "no such config",
+    "bad yaml",
+    "no such checkpoint",
+    "no gpu",
+    "unknown reward",
+)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -137,7 +210,9 @@ def test_a_users_fault_is_one_line_and_leaves_nothing(name, tmp_path, capsys):
     if name == "no gpu" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert go(*words, "--run.dir", run) == code
-    said = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
+    ]
     assert len(said) == 1 and said[0].startswith("error: "), said
     assert not run.exists() or {p.name for p in run.iterdir()} <= {"bad_images.jsonl"}
 
@@ -149,7 +224,10 @@ def test_an_adapter_of_another_base_is_refused(finished, tmp_path, capsys):
         (other / name).write_bytes((finished / "adapter" / name).read_bytes())
     from safetensors.torch import save_file
 
-    save_file({k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in adapter(finished).items()}, other / "adapter_model.safetensors")
+    save_file(
+        {k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in adapter(finished).items()},
+        other / "adapter_model.safetensors",
+    )
     assert go("--lora.init_from", other, "--run.dir", tmp_path / "x", *SMALL) == 2
     assert "another base" in capsys.readouterr().err
 
@@ -157,10 +235,28 @@ def test_an_adapter_of_another_base_is_refused(finished, tmp_path, capsys):
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(number, code, tmp_path):
     run = tmp_path / "run"
-    words = [sys.executable, "-m", "vise_fast.train", "--run.dir", str(run), "--train.steps", "500", *SMALL, "--eval.scenes", "0"]
+    words = [
+        sys.executable,
+        "-m",
+        "vise_fast.train",
+        "--run.dir",
+        str(run),
+        "--train.steps",
+        "500",
+        *SMALL,
+        "--eval.scenes",
+        "0",
+    ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").exists() and len(lines(run / "metrics.jsonl")) < 2:
+    process = subprocess.Popen(
+        words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while (
+        process.poll() is None
+        and not (run / "metrics.jsonl").exists()
+        or (run / "metrics.jsonl").exists()
+        and len(lines(run / "metrics.jsonl")) < 2
+    ):
         time.sleep(0.1)
     process.send_signal(number)
     begun = time.monotonic()
@@ -169,7 +265,20 @@ def test_a_signal_saves_and_resume_goes_on(number, code, tmp_path):
     assert time.monotonic() - begun < 20  # five seconds on an idle machine; this one may be busy
     done = len(lines(run / "metrics.jsonl"))
     assert (run / "checkpoints" / f"step_{done}").is_dir()
-    assert go("--resume", "auto", "--run.dir", run, "--train.steps", done + 1, *SMALL, "--eval.scenes", 0) == 0
+    assert (
+        go(
+            "--resume",
+            "auto",
+            "--run.dir",
+            run,
+            "--train.steps",
+            done + 1,
+            *SMALL,
+            "--eval.scenes",
+            0,
+        )
+        == 0
+    )
     assert [record["step"] for record in lines(run / "metrics.jsonl")] == list(range(1, done + 2))
 
 
@@ -189,18 +298,46 @@ def test_dry_run_of_the_default_tries_one_step(capsys, tmp_path):
 def test_stop_on_alarm_keeps_the_last_healthy_checkpoint(tmp_path, monkeypatch, capsys):
     from vise_fast.report import alarms
 
-    monkeypatch.setattr(alarms.Alarms, "_said", lambda self: {"area": "boxes grow" if self.seen > 6 else None})
+    monkeypatch.setattr(
+        alarms.Alarms, "_said", lambda self: {"area": "boxes grow" if self.seen > 6 else None}
+    )
     run = tmp_path / "run"
-    assert go("--run.dir", run, "--train.steps", 40, "--run.checkpoint_every", 2, "--train.stop_on_alarm", "true", *SMALL, "--eval.scenes", 0) == 0
+    assert (
+        go(
+            "--run.dir",
+            run,
+            "--train.steps",
+            40,
+            "--run.checkpoint_every",
+            2,
+            "--train.stop_on_alarm",
+            "true",
+            *SMALL,
+            "--eval.scenes",
+            0,
+        )
+        == 0
+    )
     assert len(lines(run / "metrics.jsonl")) < 40
     assert "last healthy checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--model.engine", "stock"], ["--model.kernels", "plain"], ["--model.attention", "plain"], ["--train.deterministic", "true"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.engine", "stock"],
+        ["--model.kernels", "plain"],
+        ["--model.attention", "plain"],
+        ["--train.deterministic", "true"],
+    ],
+)
 def test_every_choice_of_engine_and_kernels_writes_the_same(words, tmp_path):
     common = ["--train.steps", 1, *SMALL, "--eval.scenes", 0, "--run.report", "false"]
     assert go(*common, "--run.dir", tmp_path / "usual") == 0
     assert go(*common, *words, "--run.dir", tmp_path / "other") == 0
     torch.use_deterministic_algorithms(False)
-    usual, other = ([record["written"] for record in lines(tmp_path / name / "samples.jsonl")] for name in ("usual", "other"))
+    usual, other = (
+        [record["written"] for record in lines(tmp_path / name / "samples.jsonl")]
+        for name in ("usual", "other")
+    )
     assert usual == other

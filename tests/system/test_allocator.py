@@ -28,7 +28,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how):
-    done = subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, how],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

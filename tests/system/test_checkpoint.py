@@ -28,12 +28,26 @@ from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 def tensors(step: int) -> checkpoint.Tensors:
     generator = torch.Generator().manual_seed(step)
-    adapter = {"a.lora_A.weight": torch.randn(4, 7, generator=generator), "a.lora_B.weight": torch.randn(7, 4, generator=generator)}
-    return {"adapter": adapter, "optimizer": {"a/exp_avg": torch.randn(4, 7, generator=generator), "a/step": torch.tensor(float(step))}}
+    adapter = {
+        "a.lora_A.weight": torch.randn(4, 7, generator=generator),
+        "a.lora_B.weight": torch.randn(7, 4, generator=generator),
+    }
+    return {
+        "adapter": adapter,
+        "optimizer": {
+            "a/exp_avg": torch.randn(4, 7, generator=generator),
+            "a/step": torch.tensor(float(step)),
+        },
+    }
 
 
 def state(step: int) -> dict:
-    return {"beta": 1e-3 * step + 0.1, "baseline": 1 / 3, "counters": {"seen": step * 8}, "notes": ["é", None, True]}
+    return {
+        "beta": 1e-3 * step + 0.1,
+        "baseline": 1 / 3,
+        "counters": {"seen": step * 8},
+        "notes": ["é", None, True],
+    }
 
 
 def saved(run: Path, *steps: int, keep: int = 9) -> Path:
@@ -44,7 +58,11 @@ def saved(run: Path, *steps: int, keep: int = 9) -> Path:
 
 def whole(path: Path, step: int) -> bool:
     got, loop = load(path)
-    same = all(torch.equal(got[group][name], tensor) for group, named in tensors(step).items() for name, tensor in named.items())
+    same = all(
+        torch.equal(got[group][name], tensor)
+        for group, named in tensors(step).items()
+        for name, tensor in named.items()
+    )
     return same and loop == state(step) | {"step": step}
 
 
@@ -58,15 +76,29 @@ def present(run: Path) -> list[str]:
 def test_a_round_trip_is_bitwise(tmp_path):
     path = saved(tmp_path, 7)
     assert path == tmp_path / "checkpoints" / "step_7" and whole(path, 7)
-    assert sorted(os.listdir(path)) == ["adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
+    assert sorted(os.listdir(path)) == [
+        "adapter.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     assert present(tmp_path) == ["step_7"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
+)
 def test_every_dtype_survives(tmp_path, dtype):
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
-    got = load(save(tmp_path, 1, {"x": {"t": tensor, "scalar": tensor[0, 1], "empty": tensor[:0]}}, {}, 1))[0]["x"]
-    assert got["t"].dtype == dtype and torch.equal(got["t"], tensor) and got["scalar"].shape == () and got["empty"].shape == (0, 4)
+    got = load(
+        save(tmp_path, 1, {"x": {"t": tensor, "scalar": tensor[0, 1], "empty": tensor[:0]}}, {}, 1)
+    )[0]["x"]
+    assert (
+        got["t"].dtype == dtype
+        and torch.equal(got["t"], tensor)
+        and got["scalar"].shape == ()
+        and got["empty"].shape == (0, 4)
+    )
 
 
 def test_special_numbers_survive_bitwise(tmp_path):
@@ -105,7 +137,10 @@ def test_the_newest_are_kept(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     saved(tmp_path, 3)
     save(tmp_path, 3, tensors(4), state(4), 3)
-    assert torch.equal(load(latest(tmp_path))[0]["adapter"]["a.lora_A.weight"], tensors(4)["adapter"]["a.lora_A.weight"])
+    assert torch.equal(
+        load(latest(tmp_path))[0]["adapter"]["a.lora_A.weight"],
+        tensors(4)["adapter"]["a.lora_A.weight"],
+    )
     assert present(tmp_path) == ["step_3"]
 
 
@@ -177,7 +212,9 @@ DAMAGES = {
     "a bit of a tensor's name": lambda c: flip(c / "adapter.safetensors", 20),
     "a bit of the moments": lambda c: flip(c / "optimizer.safetensors", -3),
     "a bit of the state": lambda c: flip(c / "state.json", 12),
-    "a bit of the manifest's digest": lambda c: flip(c / "manifest.json", (c / "manifest.json").read_bytes().index(b"sha256") + 15),
+    "a bit of the manifest's digest": lambda c: flip(
+        c / "manifest.json", (c / "manifest.json").read_bytes().index(b"sha256") + 15
+    ),
     "tensors cut short": lambda c: os.truncate(c / "adapter.safetensors", 50),
     "tensors of no length": lambda c: os.truncate(c / "adapter.safetensors", 0),
     "state cut short": lambda c: os.truncate(c / "state.json", 5),
@@ -189,7 +226,13 @@ DAMAGES = {
     "manifest without files": lambda c: rewrite(c, files={}),
     "manifest with files of another kind": lambda c: rewrite(c, files=["state.json"]),
     "manifest without a step": lambda c: rewrite(c, step=None),
-    "manifest leading elsewhere": lambda c: rewrite(c, files={"../../secret": {"bytes": 1, "sha256": ""}, "state.json": {"bytes": 1, "sha256": ""}}),
+    "manifest leading elsewhere": lambda c: rewrite(
+        c,
+        files={
+            "../../secret": {"bytes": 1, "sha256": ""},
+            "state.json": {"bytes": 1, "sha256": ""},
+        },
+    ),
     "a format to come": lambda c: rewrite(c, format=99),
     "no manifest": lambda c: (c / "manifest.json").unlink(),
     "no tensors": lambda c: (c / "adapter.safetensors").unlink(),
@@ -207,9 +250,18 @@ def test_damage_is_noticed_and_passed_over(tmp_path, name):
     for attempt in (lambda: load(bad), lambda: resolve(str(bad), tmp_path)):
         with pytest.raises(Corrupt) as caught:
             attempt()
-        assert caught.value.code == DataError.code == 3 and "\n" not in str(caught.value) and str(bad) in str(caught.value)
+        assert (
+            caught.value.code == DataError.code == 3
+            and "\n" not in str(caught.value)
+            and str(bad) in str(caught.value)
+        )
     choice = resolve("auto", tmp_path)
-    assert choice.path == good and len(choice.notes) == 1 and str(bad) in choice.notes[0] and whole(choice.path, 1)
+    assert (
+        choice.path == good
+        and len(choice.notes) == 1
+        and str(bad) in choice.notes[0]
+        and whole(choice.path, 1)
+    )
 
 
 def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
@@ -238,7 +290,9 @@ def test_states_that_json_has_no_word_for_are_refused(tmp_path):
 CALLS = [(os, "fsync"), (os, "rename"), (os, "open"), (os, "mkdir")]
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, turn: int, fault: BaseException) -> list[int]:
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, turn: int, fault: BaseException
+) -> list[int]:
     """From its `turn`-th call on, `owner.name` raises `fault`; returns a counter of calls."""
     real, calls = getattr(owner, name), [0]
 
@@ -253,7 +307,9 @@ def refusing(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, turn: in
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES])
-@pytest.mark.parametrize("owner, name", CALLS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "owner, name", CALLS, ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize("turn", [0, 1, 2, 4])
 def test_a_refusing_disk_leaves_the_old_one(tmp_path, monkeypatch, owner, name, code, turn):
     saved(tmp_path, 1)
@@ -270,7 +326,11 @@ def test_a_refusing_disk_leaves_the_old_one(tmp_path, monkeypatch, owner, name, 
     choice = resolve("auto", tmp_path)
     assert whole(choice.path, int(choice.path.name.split("_")[1])) and choice.notes == []
     saved(tmp_path, 3)  # the disk is well again
-    assert whole(latest(tmp_path), 3) and present(tmp_path)[-1] == "step_3" and not any(name.startswith(".") for name in present(tmp_path))
+    assert (
+        whole(latest(tmp_path), 3)
+        and present(tmp_path)[-1] == "step_3"
+        and not any(name.startswith(".") for name in present(tmp_path))
+    )
 
 
 def test_a_full_disk_frees_what_it_took(tmp_path, monkeypatch):
@@ -293,7 +353,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 # -- kills -----------------------------------------------------------------------------------------------------------
 
-WATCHED = [(os, "fsync"), (os, "rename"), (os, "open"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"), (checkpoint, "_write")]
+WATCHED = [
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "open"),
+    (os, "mkdir"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (shutil, "rmtree"),
+    (checkpoint, "_write"),
+]
 
 
 def killed_at(turn: int, work) -> bool:
@@ -334,14 +403,18 @@ def kill_everywhere(tmp_path: Path, prepare, work, acceptable: set[int]) -> int:
         saved(run, 90)
         left = present(run)
         assert whole(latest(run), 90) and not any(name.startswith(".") for name in left), turn
-        assert not {name.removesuffix(".replaced") for name in left if name.endswith(".replaced")} & set(left), turn
+        assert not {
+            name.removesuffix(".replaced") for name in left if name.endswith(".replaced")
+        } & set(left), turn
         if not died:
             return turn - 1
     raise AssertionError("never finished")
 
 
 def test_a_kill_at_any_point_of_a_save(tmp_path):
-    points = kill_everywhere(tmp_path, lambda run: saved(run, 1, 2), lambda run: saved(run, 3, keep=2), {2, 3})
+    points = kill_everywhere(
+        tmp_path, lambda run: saved(run, 1, 2), lambda run: saved(run, 3, keep=2), {2, 3}
+    )
     assert points >= 20
 
 
@@ -364,14 +437,18 @@ def test_a_kill_at_any_point_of_saving_a_step_again(tmp_path):
 
 
 def test_a_kill_while_abandoned_steps_are_removed(tmp_path):
-    points = kill_everywhere(tmp_path, lambda run: saved(run, 10, 20, 30), lambda run: saved(run, 15), {10, 15, 20, 30})
+    points = kill_everywhere(
+        tmp_path, lambda run: saved(run, 10, 20, 30), lambda run: saved(run, 15), {10, 15, 20, 30}
+    )
     assert points >= 20
 
 
 # -- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-def trained(steps: int, seed: int = 0) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+def trained(
+    steps: int, seed: int = 0
+) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(seed)
     named = {"a": torch.nn.Parameter(torch.randn(3, 4)), "b": torch.nn.Parameter(torch.randn(5))}
     optimizer = torch.optim.AdamW(named.values(), lr=0.1)
@@ -380,7 +457,9 @@ def trained(steps: int, seed: int = 0) -> tuple[dict[str, torch.nn.Parameter], t
     return named, optimizer
 
 
-def advance(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
+def advance(
+    named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+) -> None:
     optimizer.zero_grad()
     sum(((parameter - step) ** 2).sum() for parameter in named.values()).backward()
     optimizer.step()
@@ -389,7 +468,9 @@ def advance(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimiz
 def test_moments_come_back_bit_for_bit(tmp_path):
     named, optimizer = trained(4)
     values, numbers = moments(optimizer, named)
-    path = save(tmp_path, 4, {"adapter": dict(named), "optimizer": values}, {"optimizer": numbers}, 1)
+    path = save(
+        tmp_path, 4, {"adapter": dict(named), "optimizer": values}, {"optimizer": numbers}, 1
+    )
     fresh, other = trained(0, seed=1)
     groups, loop = load(path)
     with torch.no_grad():
@@ -430,7 +511,10 @@ def test_moments_in_eight_bits_come_back_bit_for_bit(tmp_path):
 
     def begun(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(seed)
-        named = {"a": torch.nn.Parameter(torch.randn(128, 64)), "small": torch.nn.Parameter(torch.randn(5))}
+        named = {
+            "a": torch.nn.Parameter(torch.randn(128, 64)),
+            "small": torch.nn.Parameter(torch.randn(5)),
+        }
         return named, bitsandbytes.optim.AdamW8bit(named.values(), lr=0.01)
 
     named, optimizer = begun(0)
@@ -438,7 +522,9 @@ def test_moments_in_eight_bits_come_back_bit_for_bit(tmp_path):
         advance(named, optimizer, step)
     values, numbers = moments(optimizer, named)
     assert values["a/state1"].dtype == torch.uint8
-    groups, loop = load(save(tmp_path, 3, {"adapter": dict(named), "optimizer": values}, {"optimizer": numbers}, 1))
+    groups, loop = load(
+        save(tmp_path, 3, {"adapter": dict(named), "optimizer": values}, {"optimizer": numbers}, 1)
+    )
     fresh, other = begun(1)
     with torch.no_grad():
         for name, parameter in fresh.items():

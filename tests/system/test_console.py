@@ -51,7 +51,19 @@ def shown(text: str, encoding: str = "utf-8") -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["[bold]x[/bold]", "[/]", "[red", "]", ":smile: :warning:", "<query> a [link=http://x] </query>", "[[1,2],[3,4]]", "\\[bold]", "a  b", "é 漢字 ✓", "100% {x} {}"],
+    [
+        "[bold]x[/bold]",
+        "[/]",
+        "[red",
+        "]",
+        ":smile: :warning:",
+        "<query> a [link=http://x] </query>",
+        "[[1,2],[3,4]]",
+        "\\[bold]",
+        "a  b",
+        "é 漢字 ✓",
+        "100% {x} {}",
+    ],
 )
 def test_texts_are_shown_as_they_are(text):
     assert shown(text) == text + "\n"
@@ -59,8 +71,18 @@ def test_texts_are_shown_as_they_are(text):
 
 @pytest.mark.parametrize(
     "text, wanted",
-    [("\x1b[31mred", "\\x1b[31mred"), ("a\rb", "a\\rb"), ("\x07", "\\x07"), ("\x00", "\\x00"), ("a\tb", "a\\tb"), ("\u202eabc", "\\u202eabc"), ("\udcff", "\\udcff"), ("\x9b1m", "\\x9b1m"), ("a\nb", "a\nb")],
-)  # fmt: skip
+    [
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\rb", "a\\rb"),
+        ("\x07", "\\x07"),
+        ("\x00", "\\x00"),
+        ("a\tb", "a\\tb"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\udcff", "\\udcff"),
+        ("\x9b1m", "\\x9b1m"),
+        ("a\nb", "a\nb"),
+    ],
+)
 def test_control_codes_are_escaped(text, wanted):
     assert shown(text) == wanted + "\n"
 
@@ -79,7 +101,10 @@ def test_complaints_go_to_standard_error():
     console = Console(out, err)
     console.warn("careful")
     console.error(DataError("no images; why; what to do"))
-    assert out.getvalue() == "" and err.getvalue() == "warning: careful\nerror: no images; why; what to do\n"
+    assert (
+        out.getvalue() == ""
+        and err.getvalue() == "warning: careful\nerror: no images; why; what to do\n"
+    )
 
 
 def test_an_error_is_one_line_and_a_traceback_only_on_request():
@@ -99,7 +124,12 @@ def test_alarms_speak_when_they_change():
     for said in (None, "area 0.9", "area 0.95", None, None, "area 0.8"):
         console.alarm("area", said)
     console.alarm("parse", "parse rate 0.2")
-    assert err.getvalue().splitlines() == ["alarm: area 0.9", "alarm over: area", "alarm: area 0.8", "alarm: parse rate 0.2"]
+    assert err.getvalue().splitlines() == [
+        "alarm: area 0.9",
+        "alarm over: area",
+        "alarm: area 0.8",
+        "alarm: parse rate 0.2",
+    ]
 
 
 # -- tables and figures ----------------------------------------------------------------------------------------------
@@ -107,15 +137,24 @@ def test_alarms_speak_when_they_change():
 
 def test_a_table_holds_every_cell():
     screen = Screen()
-    Console(screen, screen).table("Before [b]and[/b] after", ["", "before", "after"], [["IoU", 0.41234, 0.5], ["[red]n", 12, None]])
+    Console(screen, screen).table(
+        "Before [b]and[/b] after",
+        ["", "before", "after"],
+        [["IoU", 0.41234, 0.5], ["[red]n", 12, None]],
+    )
     text = screen.getvalue()
-    assert all(part in text for part in ("Before [b]and[/b] after", "before", "0.4123", "0.5", "[red]n", "12", "-"))
+    assert all(
+        part in text
+        for part in ("Before [b]and[/b] after", "before", "0.4123", "0.5", "[red]n", "12", "-")
+    )
 
 
 def test_a_wide_table_is_not_cut_without_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     screen = Screen()
-    Console(screen, screen).table("", ["a long name of a column"] * 6, [[f"value number {i}" for i in range(6)]])
+    Console(screen, screen).table(
+        "", ["a long name of a column"] * 6, [[f"value number {i}" for i in range(6)]]
+    )
     assert all(f"value number {i}" in screen.getvalue() for i in range(6))
 
 
@@ -127,13 +166,38 @@ def test_a_table_on_an_ascii_terminal():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, "-"), (0.0, "0"), (0.5, "0.5"), (0.123456, "0.1235"), (1234.5, "1234"), (123456.0, "1.23e+05"), (1e-6, "1.00e-06"), (-0.25, "-0.25"), (7, "7"), (True, "True"), ("x", "x"), (float("nan"), "nan")],
-)  # fmt: skip
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.5, "0.5"),
+        (0.123456, "0.1235"),
+        (1234.5, "1234"),
+        (123456.0, "1.23e+05"),
+        (1e-6, "1.00e-06"),
+        (-0.25, "-0.25"),
+        (7, "7"),
+        (True, "True"),
+        ("x", "x"),
+        (float("nan"), "nan"),
+    ],
+)
 def test_figures(value, text):
     assert figure(value) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(-3, "0s"), (0.4, "0s"), (59.4, "59s"), (60, "1m00s"), (200, "3m20s"), (3599.6, "1h00m"), (7500, "2h05m"), (360_000, "100h00m")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (-3, "0s"),
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (60, "1m00s"),
+        (200, "3m20s"),
+        (3599.6, "1h00m"),
+        (7500, "2h05m"),
+        (360_000, "100h00m"),
+    ],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
@@ -156,7 +220,9 @@ def test_plain_progress_speaks_at_first_at_last_and_in_between():
 
 def test_the_eta_of_a_resumed_run_counts_its_own_steps():
     screen, now = Screen(), [0.0]
-    lines = module._Lines(Console(screen, screen), total=100, label="train", done=90, clock=lambda: now[0])
+    lines = module._Lines(
+        Console(screen, screen), total=100, label="train", done=90, clock=lambda: now[0]
+    )
     now[0] = 3.0
     lines.advance({})
     assert screen.getvalue() == "train 91/100  ETA 27s\n"
@@ -167,7 +233,10 @@ def test_progress_without_a_terminal_has_no_codes():
     with Console(screen, screen).progress(2, "train [x]") as advance:
         advance({"KL": 0.001})
         advance({"KL": 0.002})
-    assert screen.getvalue().splitlines()[0].startswith("train [x] 1/2") and "\x1b" not in screen.getvalue()
+    assert (
+        screen.getvalue().splitlines()[0].startswith("train [x] 1/2")
+        and "\x1b" not in screen.getvalue()
+    )
 
 
 def test_progress_on_a_terminal_shows_figures():
@@ -178,7 +247,12 @@ def test_progress_on_a_terminal_shows_figures():
         console.alarm("area", "area 0.9")
         advance({"reward": 0.75})
     text = screen.getvalue()
-    assert "train [x]" in text and "3/3" in text and "reward 0.75" in text and "alarm: area 0.9" in text
+    assert (
+        "train [x]" in text
+        and "3/3" in text
+        and "reward 0.75" in text
+        and "alarm: area 0.9" in text
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -196,7 +270,12 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
         "import sys, time\nfrom vise_fast.system.console import Console\nc = Console()\n"
         "for i in range(300):\n    c.say('x' * 1000)\nprint('still here', file=sys.stderr)\nsys.stderr.flush()\nimport os\nos._exit(0)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     child.stdout.readline()
     child.stdout.close()
     said = child.stderr.read().decode()
@@ -207,7 +286,17 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, code", [(ConfigError, 2), (DataError, 3), (EnvironmentFault, 4), (MemoryFloor, 5), (NumericFault, 6), (UserError, 1)])
+@pytest.mark.parametrize(
+    "kind, code",
+    [
+        (ConfigError, 2),
+        (DataError, 3),
+        (EnvironmentFault, 4),
+        (MemoryFloor, 5),
+        (NumericFault, 6),
+        (UserError, 1),
+    ],
+)
 def test_exit_codes(capsys, kind, code):
     def main(words):
         raise kind("what; why; what to do")
@@ -219,7 +308,11 @@ def test_exit_codes(capsys, kind, code):
 
 
 def test_a_command_that_ends_well(capsys):
-    assert run(lambda words: None, []) == 0 and run(lambda words: 143, []) == 143 and run(lambda words: len(words), ["a", "b"]) == 2
+    assert (
+        run(lambda words: None, []) == 0
+        and run(lambda words: 143, []) == 143
+        and run(lambda words: len(words), ["a", "b"]) == 2
+    )
     assert capsys.readouterr() == ("", "")
 
 
@@ -244,29 +337,55 @@ def test_our_own_faults_keep_their_traceback():
 def test_lines_are_on_disk_at_once(tmp_path):
     with JsonLines(tmp_path / "deep" / "metrics.jsonl") as metrics:
         metrics.write({"step": 1, "reward": 0.5, "text": "é\n[bold]"})
-        assert read_lines(tmp_path / "deep" / "metrics.jsonl") == [{"step": 1, "reward": 0.5, "text": "é\n[bold]"}]
+        assert read_lines(tmp_path / "deep" / "metrics.jsonl") == [
+            {"step": 1, "reward": 0.5, "text": "é\n[bold]"}
+        ]
         metrics.write({"step": 2})
     assert (tmp_path / "deep" / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_numbers_without_a_word_in_json_become_null(tmp_path):
     with JsonLines(tmp_path / "m.jsonl") as metrics:
-        metrics.write({"a": float("nan"), "b": [float("inf"), 1.0], "c": {"d": -float("inf")}, "e": (1, 2)})
+        metrics.write(
+            {"a": float("nan"), "b": [float("inf"), 1.0], "c": {"d": -float("inf")}, "e": (1, 2)}
+        )
     text = (tmp_path / "m.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.0], "c": {"d": None}, "e": [1, 2]}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 1.0],
+        "c": {"d": None},
+        "e": [1, 2],
+    }
 
 
-@pytest.mark.parametrize("tail", ['{"step": 4, "rew', '{"step": 4}', "\x00\x00\x00", "{", "null", "\n", '"text"\n', "garbage\n", '{"step": 3}\n{"st'])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        '{"step": 4, "rew',
+        '{"step": 4}',
+        "\x00\x00\x00",
+        "{",
+        "null",
+        "\n",
+        '"text"\n',
+        "garbage\n",
+        '{"step": 3}\n{"st',
+    ],
+)
 def test_a_line_cut_short_is_dropped(tmp_path, tail):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + tail)
     with JsonLines(path, last_step=3) as metrics:
         metrics.write({"step": 4})
     steps = [record["step"] for record in read_lines(path)]
-    assert steps in ([1, 2, 3, 4], [1, 2, 3, 3, 4]) and len(path.read_text().splitlines()) == len(steps)
+    assert steps in ([1, 2, 3, 4], [1, 2, 3, 3, 4]) and len(path.read_text().splitlines()) == len(
+        steps
+    )
 
 
-@pytest.mark.parametrize("last, kept", [(None, [1, 2, 3, 4, 5]), (0, []), (3, [1, 2, 3]), (9, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "last, kept", [(None, [1, 2, 3, 4, 5]), (0, []), (3, [1, 2, 3]), (9, [1, 2, 3, 4, 5])]
+)
 def test_a_resume_cuts_what_it_will_write_again(tmp_path, last, kept):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
@@ -306,7 +425,10 @@ def test_a_kill_while_cutting_loses_nothing(tmp_path, monkeypatch):
 
 def test_reading_lines_forgives(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b'{"a": 1}\n\xff\xfe\n[1]\n{"a": 2}\n{"a"')
-    assert read_lines(tmp_path / "m.jsonl") == [{"a": 1}, {"a": 2}] and read_lines(tmp_path / "absent") == []
+    assert (
+        read_lines(tmp_path / "m.jsonl") == [{"a": 1}, {"a": 2}]
+        and read_lines(tmp_path / "absent") == []
+    )
 
 
 def test_a_disk_that_refuses_lines(tmp_path):
@@ -351,7 +473,9 @@ class Fake:
         self.act("close")
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, OSError, ValueError, ImportError, KeyError, TimeoutError, AssertionError])
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, OSError, ValueError, ImportError, KeyError, TimeoutError, AssertionError]
+)
 @pytest.mark.parametrize("fails", ["open", "log", "close"])
 def test_a_failing_logger_is_dropped_and_the_others_go_on(monkeypatch, tmp_path, fails, kind):
     bad, good, said = Fake(fails, kind), Fake(), []
@@ -361,7 +485,9 @@ def test_a_failing_logger_is_dropped_and_the_others_go_on(monkeypatch, tmp_path,
     for step in range(3):
         loggers.log(step, {"step": step, "reward": 0.5, "text": "x", "flag": True})
     loggers.close()
-    assert len(said) == 1 and "wandb" in said[0] and "\n" not in said[0] and kind.__name__ in said[0]
+    assert (
+        len(said) == 1 and "wandb" in said[0] and "\n" not in said[0] and kind.__name__ in said[0]
+    )
     assert bad.seen.count(fails) == 1 and good.seen == ["open", "log", "log", "log", "close"]
     assert good.last == (2, {"reward": 0.5, "flag": 1.0})
 
@@ -378,13 +504,21 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "trackio", None)
     loggers = Loggers(["wandb", "trackio"], tmp_path, {}, said.append)
-    assert len(said) == 2 and loggers.alive == {} and all("metrics.jsonl goes on" in line for line in said)
+    assert (
+        len(said) == 2
+        and loggers.alive == {}
+        and all("metrics.jsonl goes on" in line for line in said)
+    )
 
 
 def test_every_logger_of_the_configuration_has_a_maker():
     from vise_fast.config.schema import RunConfig
 
-    assert all(RunConfig(loggers=(name,)) for name in KINDS) and set(KINDS) == {"tensorboard", "trackio", "wandb"}
+    assert all(RunConfig(loggers=(name,)) for name in KINDS) and set(KINDS) == {
+        "tensorboard",
+        "trackio",
+        "wandb",
+    }
 
 
 def test_no_logger_means_no_work(tmp_path):

@@ -84,7 +84,12 @@ sys.exit(stop.code)
 
 
 def child(polite: bool) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", CHILD.format(polite=polite)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(polite=polite)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 

@@ -50,7 +50,10 @@ READABLE = [
     ("The 2 dogs: <box>12,34,56,78</box>", (12, 34, 56, 78)),
     ('{"bbox_2d": [12, 34, 56, 78]}', (12, 34, 56, 78)),
     ('{"label": "12 dogs", "bbox_2d": [12, 34, 56, 78]}', (12, 34, 56, 78)),
-    ('```json\n[\n\t{"bbox_2d": [12, 34, 56, 78], "label": "red circle"}\n]\n```', (12, 34, 56, 78)),
+    (
+        '```json\n[\n\t{"bbox_2d": [12, 34, 56, 78], "label": "red circle"}\n]\n```',
+        (12, 34, 56, 78),
+    ),
     ('```json\n[{"bbox_2d": [12, 34, 56, 78]}, {"bbox_2d": [1, 2, 3, 4]}]\n```', (12, 34, 56, 78)),
     ('```json\n{"bbox_2d": [12, 34, 56, 78', (12, 34, 56, 78)),
     ("{'bbox_2d': [12.0, 34.0, 56.0, 78.0]}", (12, 34, 56, 78)),
@@ -126,14 +129,19 @@ def test_short_texts_are_the_embedded_models_language():
     assert SHORT.verify("red circle") == "see red circle ?"
     assert SHORT.write_query("red circle") == "<query> red circle </query>"
     assert SHORT.write_box((12, 345, 678.4, 1000)) == "<box>012,345,678,999</box>"
-    assert (SHORT.write_verdict(True), SHORT.write_verdict(False)) == ("<visible>yes</visible>", "<visible>no</visible>")
+    assert (SHORT.write_verdict(True), SHORT.write_verdict(False)) == (
+        "<visible>yes</visible>",
+        "<visible>no</visible>",
+    )
 
 
 def test_natural_answers_follow_their_own_instructions():
     assert NATURAL.write_box((12, 345, 678.4, 1200)) == "<box>12,345,678,1000</box>"
     for text in (NATURAL.ask(), NATURAL.ground("a red {0} cup"), NATURAL.verify("a red {0} cup")):
         assert "{query}" not in text and len(text) < 400
-    assert "a red {0} cup" in NATURAL.ground("a red {0} cup") and "a red {0} cup" in NATURAL.verify("a red {0} cup")
+    assert "a red {0} cup" in NATURAL.ground("a red {0} cup") and "a red {0} cup" in NATURAL.verify(
+        "a red {0} cup"
+    )
     assert NATURAL.write_verdict(True).startswith(NATURAL.verdict_opening)
 
 
@@ -208,11 +216,33 @@ def test_read_verdict(text, verdict):
     assert read_verdict(text) is verdict
 
 
-@pytest.mark.parametrize("query", ["the left cup", "cup on the RIGHT", "leftmost dog", "right-hand door", "the righthand door", "left-most", "cup (left)"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "the left cup",
+        "cup on the RIGHT",
+        "leftmost dog",
+        "right-hand door",
+        "the righthand door",
+        "left-most",
+        "cup (left)",
+    ],
+)
 def test_side_words(query):
     assert names_side(query)
 
 
-@pytest.mark.parametrize("query", ["bright lamp", "copyright sign", "upright piano", "leftover pizza", "red circle", "cleft rock", ""])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "bright lamp",
+        "copyright sign",
+        "upright piano",
+        "leftover pizza",
+        "red circle",
+        "cleft rock",
+        "",
+    ],
+)
 def test_no_side_words(query):
     assert not names_side(query)

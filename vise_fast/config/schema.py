@@ -19,7 +19,9 @@ from vise_fast.system.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -36,16 +38,36 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The frozen base model and how it is held."""
 
-    path: str = Field("nano", min_length=1, description="directory or hub id of a Qwen3-VL model; 'nano' is the embedded one")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
-    quant: Literal["none", "int8", "nf4"] = Field("none", description="bitsandbytes quantisation of the language linears")
+    path: str = Field(
+        "nano",
+        min_length=1,
+        description="directory or hub id of a Qwen3-VL model; 'nano' is the embedded one",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    quant: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bitsandbytes quantisation of the language linears"
+    )
     double_quant: bool = Field(True, description="nf4: quantise the quantisation constants too")
     int8_threshold: float = Field(6.0, ge=0, description="LLM.int8 outlier threshold")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    attention: Literal["auto", "plain"] = Field("auto", description="auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written out")
-    engine: Literal["fast", "stock"] = Field("fast", description="fast: own forward over the same weights; stock: transformers' forward")
-    graphs: bool = Field(False, description="decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, so off")
-    kernels: Literal["auto", "plain"] = Field("auto", description="auto: Triton / native kernels where they run; plain: PyTorch only")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
+    )
+    attention: Literal["auto", "plain"] = Field(
+        "auto",
+        description="auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written out",
+    )
+    engine: Literal["fast", "stock"] = Field(
+        "fast", description="fast: own forward over the same weights; stock: transformers' forward"
+    )
+    graphs: bool = Field(
+        False,
+        description="decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, so off",
+    )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto", description="auto: Triton / native kernels where they run; plain: PyTorch only"
+    )
 
 
 class LoraConfig(Section):
@@ -53,19 +75,36 @@ class LoraConfig(Section):
 
     r: int = Field(16, ge=1, description="LoRA rank")
     alpha: float = Field(32, gt=0, description="LoRA alpha; the update is scaled by alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="stored with the adapter; off while sampling and scoring")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="stored with the adapter; off while sampling and scoring"
+    )
     init_from: str | None = Field(None, description="adapter directory to start from")
 
 
 class DataConfig(Section):
     """Your images: any folder of photographs, no labels."""
 
-    dir: str | None = Field(None, description="folder of images, searched recursively; none: the embedded scenes")
-    holdout: float = Field(0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures")
-    max_pixels: int = Field(307_200, ge=1024, description="an image is shrunk to at most this many pixels (640x480)")
-    min_pixels: int = Field(1024, ge=1, description="an image is enlarged to at least this many pixels")
-    max_header_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images whose header promises more are skipped before decoding")
-    max_bad_share: float = Field(0.05, ge=0, le=1, description="stop when a larger share of the files is unreadable")
+    dir: str | None = Field(
+        None, description="folder of images, searched recursively; none: the embedded scenes"
+    )
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures"
+    )
+    max_pixels: int = Field(
+        307_200, ge=1024, description="an image is shrunk to at most this many pixels (640x480)"
+    )
+    min_pixels: int = Field(
+        1024, ge=1, description="an image is enlarged to at least this many pixels"
+    )
+    max_header_pixels: int = Field(
+        50_000_000,
+        ge=1,
+        le=89_000_000,
+        description="images whose header promises more are skipped before decoding",
+    )
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="stop when a larger share of the files is unreadable"
+    )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
 
 
@@ -88,18 +127,31 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="gradient norm clip")
     seed: int = Field(0, ge=0, description="names every random draw of the run")
-    checkpointing: bool = Field(False, description="recompute activations layer by layer in the update")
-    share_forward: bool = Field(True, description="the rollout's forward pass over image and question serves the update too; whole batches without checkpointing only")
-    attention_every: int = Field(0, ge=0, description="steps between measurements of the attention on the image, as a training figure; 0: never")
+    checkpointing: bool = Field(
+        False, description="recompute activations layer by layer in the update"
+    )
+    share_forward: bool = Field(
+        True,
+        description="the rollout's forward pass over image and question serves the update too; whole batches without checkpointing only",
+    )
+    attention_every: int = Field(
+        0,
+        ge=0,
+        description="steps between measurements of the attention on the image, as a training figure; 0: never",
+    )
     deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
-    stop_on_alarm: bool = Field(False, description="end early, keeping the best healthy checkpoint, when an alarm stays on")
+    stop_on_alarm: bool = Field(
+        False, description="end early, keeping the best healthy checkpoint, when an alarm stays on"
+    )
 
 
 class OptimConfig(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field("adamw", description="the 8-bit ones need bitsandbytes")
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="the 8-bit ones need bitsandbytes"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
 
@@ -109,10 +161,22 @@ class RolloutConfig(Section):
 
     samples: int = Field(8, ge=1, description="G: boxes sampled per image")
     views: int = Field(2, ge=1, description="K: transformed views per image")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; 1 is what REINFORCE assumes")
-    asker: Literal["reference", "policy"] = Field("reference", description="who writes the query: adapters off, so that training boxes cannot spoil it, or the policy")
-    regrounder: Literal["reference", "policy"] = Field("reference", description="who boxes the views: adapters off, so that agreement cannot be trained, or the policy")
-    view_temperature: float = Field(0.0, ge=0, description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; 1 is what REINFORCE assumes"
+    )
+    asker: Literal["reference", "policy"] = Field(
+        "reference",
+        description="who writes the query: adapters off, so that training boxes cannot spoil it, or the policy",
+    )
+    regrounder: Literal["reference", "policy"] = Field(
+        "reference",
+        description="who boxes the views: adapters off, so that agreement cannot be trained, or the policy",
+    )
+    view_temperature: float = Field(
+        0.0,
+        ge=0,
+        description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth",
+    )
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
@@ -120,39 +184,80 @@ class RolloutConfig(Section):
 class ViewConfig(Section):
     """The transforms of the geometric reward."""
 
-    kinds: tuple[Literal["affine", "crop", "flip"], ...] = Field(("affine", "crop", "flip"), min_length=1, description="drawn uniformly")
+    kinds: tuple[Literal["affine", "crop", "flip"], ...] = Field(
+        ("affine", "crop", "flip"), min_length=1, description="drawn uniformly"
+    )
     degrees: float = Field(10.0, ge=0, le=180, description="rotation: uniform in +-degrees")
-    scale: tuple[float, float] = Field((0.9, 1.1), description="affine scale: uniform between the two")
+    scale: tuple[float, float] = Field(
+        (0.9, 1.1), description="affine scale: uniform between the two"
+    )
     shift_px: float = Field(50.0, ge=0, description="shift in x and y, at a short side of 480 px")
-    crop: tuple[float, float] = Field((0.8, 1.0), description="crop ratio of each side: uniform between the two")
-    literal_pixels: bool = Field(False, description="take shift and sigma literally instead of scaling with the short side")
-    min_kept: float = Field(0.7, ge=0, le=1, description="a view keeping less of the projected box is dropped from the mean")
-    side_words: Literal["drop", "swap", "keep"] = Field("drop", description="queries naming left/right under a flip")
+    crop: tuple[float, float] = Field(
+        (0.8, 1.0), description="crop ratio of each side: uniform between the two"
+    )
+    literal_pixels: bool = Field(
+        False, description="take shift and sigma literally instead of scaling with the short side"
+    )
+    min_kept: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="a view keeping less of the projected box is dropped from the mean",
+    )
+    side_words: Literal["drop", "swap", "keep"] = Field(
+        "drop", description="queries naming left/right under a flip"
+    )
 
 
 class GhostConfig(Section):
     """How the inside of a box is hidden."""
 
-    method: Literal["blur", "mean", "pixelate"] = Field("blur", description="Gaussian blur, mean colour or mosaic")
+    method: Literal["blur", "mean", "pixelate"] = Field(
+        "blur", description="Gaussian blur, mean colour or mosaic"
+    )
     sigma_px: float = Field(25.0, gt=0, description="Gaussian sigma at a short side of 480 px")
-    radius_sigmas: float = Field(3.0, gt=0, description="taps reach this many sigmas (as released: 1)")
-    feather_px: float = Field(0.0, ge=0, description="soft edge of the ghost, at a short side of 480 px")
+    radius_sigmas: float = Field(
+        3.0, gt=0, description="taps reach this many sigmas (as released: 1)"
+    )
+    feather_px: float = Field(
+        0.0, ge=0, description="soft edge of the ghost, at a short side of 480 px"
+    )
 
 
 class RewardConfig(Section):
     """What is rewarded."""
 
-    preset: Literal["robust", "paper", "as_released"] = Field("robust", description="fills what is not stated elsewhere")
-    name: str = Field("vise", min_length=1, description="registered reward: vise, oracle, random, shuffled, area_only, or your own")
-    sem: Literal["paper", "contrast"] = Field("contrast", description="paper: hard 0/1; contrast: necessity minus control")
+    preset: Literal["robust", "paper", "as_released"] = Field(
+        "robust", description="fills what is not stated elsewhere"
+    )
+    name: str = Field(
+        "vise",
+        min_length=1,
+        description="registered reward: vise, oracle, random, shuffled, area_only, or your own",
+    )
+    sem: Literal["paper", "contrast"] = Field(
+        "contrast", description="paper: hard 0/1; contrast: necessity minus control"
+    )
     soft: bool = Field(True, description="probabilities instead of hard verdicts")
-    sufficiency: bool = Field(True, description="multiply by p(visible | everything but the box ghosted)")
-    judge: Literal["reference", "policy"] = Field("reference", description="who verifies: adapters off, or the policy itself")
-    gate: float = Field(0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off")
+    sufficiency: bool = Field(
+        True, description="multiply by p(visible | everything but the box ghosted)"
+    )
+    judge: Literal["reference", "policy"] = Field(
+        "reference", description="who verifies: adapters off, or the policy itself"
+    )
+    gate: float = Field(
+        0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off"
+    )
     w_geo: float = Field(0.8, ge=0, description="weight of the geometric term")
     w_sem: float = Field(0.2, ge=0, description="weight of the semantic term")
-    w_area: float = Field(0.7, ge=0, description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)")
-    projection: Literal["ellipse", "corners"] = Field("ellipse", description="hull of the inscribed ellipse, or of the four corners")
+    w_area: float = Field(
+        0.7,
+        ge=0,
+        description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)",
+    )
+    projection: Literal["ellipse", "corners"] = Field(
+        "ellipse", description="hull of the inscribed ellipse, or of the four corners"
+    )
     controls: int = Field(1, ge=1, description="control ghosts per box")
     plugin: str | None = Field(None, description="python file that registers further rewards")
 
@@ -160,14 +265,20 @@ class RewardConfig(Section):
 class UpdateConfig(Section):
     """KL-regularised REINFORCE."""
 
-    advantage: Literal["rloo", "ema", "grpo", "dr_grpo"] = Field("rloo", description="baseline: leave-one-out, running mean, group mean/std, group mean")
+    advantage: Literal["rloo", "ema", "grpo", "dr_grpo"] = Field(
+        "rloo", description="baseline: leave-one-out, running mean, group mean/std, group mean"
+    )
     ema_momentum: float = Field(0.9, ge=0, lt=1, description="ema: momentum of the running mean")
-    kl: Literal["exact", "k2", "k1_reward", "k3", "k1_loss"] = Field("exact", description="estimator of KL(policy || reference)")
+    kl: Literal["exact", "k2", "k1_reward", "k3", "k1_loss"] = Field(
+        "exact", description="estimator of KL(policy || reference)"
+    )
     beta: float = Field(1e-3, ge=0, description="initial KL weight")
     beta_min: float = Field(1e-3, ge=0, description="beta never falls below")
     beta_max: float = Field(1e2, gt=0, description="beta never rises above")
     tau: float = Field(0.02, gt=0, description="KL target in nat per token")
-    eta: float = Field(0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta")
+    eta: float = Field(
+        0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta"
+    )
     views_too: bool = Field(False, description="gradient on the boxes of the views as well")
 
 
@@ -184,18 +295,24 @@ class EvalConfig(Section):
 class MemoryConfig(Section):
     """The planner of small cards."""
 
-    budget_gb: float | Literal["auto"] | None = Field(None, description="auto or GB: choose quantisation, micro-batch, checkpointing, pixels")
+    budget_gb: float | Literal["auto"] | None = Field(
+        None, description="auto or GB: choose quantisation, micro-batch, checkpointing, pixels"
+    )
 
 
 class RunConfig(Section):
     """What the run leaves behind."""
 
     dir: str = Field("runs/nano", min_length=1, description="where everything of this run goes")
-    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    checkpoint_every: int = Field(
+        50, ge=0, description="steps between checkpoints; 0: only at the end"
+    )
     keep: int = Field(3, ge=1, description="checkpoints kept")
     samples_every: int = Field(10, ge=1, description="steps between sample cards")
     report: bool = Field(True, description="write report.html and plots at the end")
-    loggers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field((), description="beside metrics.jsonl; a failing one is dropped, never the run")
+    loggers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="beside metrics.jsonl; a failing one is dropped, never the run"
+    )
 
 
 class Config(Section):
@@ -225,18 +342,43 @@ class Config(Section):
 
 
 PAPER = {
-    "rollout.samples": 1, "rollout.views": 1, "rollout.temperature": 1.0, "train.batch": 1,
-    "rollout.asker": "policy", "rollout.regrounder": "policy", "rollout.view_temperature": 1.0,
-    "reward.sem": "paper", "reward.soft": False, "reward.sufficiency": False, "reward.judge": "policy", "reward.gate": 0.0,
-    "reward.w_geo": 0.5, "reward.w_sem": 0.5, "reward.w_area": 0.0, "reward.projection": "corners",
-    "update.advantage": "ema", "update.ema_momentum": 0.9, "update.kl": "exact", "update.views_too": False,
-    "update.beta": 1e-3, "update.beta_min": 1e-6, "update.beta_max": 1e2, "update.tau": 0.02, "update.eta": 0.1,
-    "ghost.method": "blur", "ghost.sigma_px": 25.0, "ghost.radius_sigmas": 3.0, "ghost.feather_px": 0.0,
-}  # fmt: skip
+    "rollout.samples": 1,
+    "rollout.views": 1,
+    "rollout.temperature": 1.0,
+    "train.batch": 1,
+    "rollout.asker": "policy",
+    "rollout.regrounder": "policy",
+    "rollout.view_temperature": 1.0,
+    "reward.sem": "paper",
+    "reward.soft": False,
+    "reward.sufficiency": False,
+    "reward.judge": "policy",
+    "reward.gate": 0.0,
+    "reward.w_geo": 0.5,
+    "reward.w_sem": 0.5,
+    "reward.w_area": 0.0,
+    "reward.projection": "corners",
+    "update.advantage": "ema",
+    "update.ema_momentum": 0.9,
+    "update.kl": "exact",
+    "update.views_too": False,
+    "update.beta": 1e-3,
+    "update.beta_min": 1e-6,
+    "update.beta_max": 1e2,
+    "update.tau": 0.02,
+    "update.eta": 0.1,
+    "ghost.method": "blur",
+    "ghost.sigma_px": 25.0,
+    "ghost.radius_sigmas": 3.0,
+    "ghost.feather_px": 0.0,
+}
 AS_RELEASED = PAPER | {
-    "update.kl": "k1_loss", "ghost.radius_sigmas": 1.0,
-    "view.literal_pixels": True, "view.min_kept": 0.0, "view.side_words": "keep",
-}  # fmt: skip
+    "update.kl": "k1_loss",
+    "ghost.radius_sigmas": 1.0,
+    "view.literal_pixels": True,
+    "view.min_kept": 0.0,
+    "view.side_words": "keep",
+}
 # robust has no entries: its numbers are the defaults above
 PRESETS: dict[str, dict[str, Any]] = {"robust": {}, "paper": PAPER, "as_released": AS_RELEASED}
 NANO = nano.DIRECTORY / "nano.yaml"
@@ -247,10 +389,19 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values that contradict each other.
     """
-    written, typed = settings.read(path, Config) if path is not None else {}, settings.parse(overrides, Config)
+    written, typed = (
+        settings.read(path, Config) if path is not None else {},
+        settings.parse(overrides, Config),
+    )
     stated = written | typed
-    embedded = settings.read(NANO, Config) if stated.get("model.path", "nano") == "nano" and NANO.exists() else {}
-    preset = PRESETS.get(str(stated.get("reward.preset", embedded.get("reward.preset", "robust"))), {})
+    embedded = (
+        settings.read(NANO, Config)
+        if stated.get("model.path", "nano") == "nano" and NANO.exists()
+        else {}
+    )
+    preset = PRESETS.get(
+        str(stated.get("reward.preset", embedded.get("reward.preset", "robust"))), {}
+    )
     merged = _shortened(_shortened(embedded | preset, written), typed)
     try:
         return Config.model_validate(settings.nest(merged))
@@ -274,19 +425,58 @@ def to_yaml(config: Config) -> str:
 def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     """What no single field can say: (holds, complaint)."""
     grouped = c.update.advantage != "ema"
-    yield not grouped or c.rollout.samples >= 2, f"update.advantage {c.update.advantage} compares samples of one image; set rollout.samples to 2 or more, or update.advantage to ema"
+    yield (
+        not grouped or c.rollout.samples >= 2,
+        f"update.advantage {c.update.advantage} compares samples of one image; set rollout.samples to 2 or more, or update.advantage to ema",
+    )
     alike = c.rollout.regrounder == "policy" and c.rollout.view_temperature == c.rollout.temperature
-    yield alike or not c.update.views_too, "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy and rollout.view_temperature as rollout.temperature"
+    yield (
+        alike or not c.update.views_too,
+        "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy and rollout.view_temperature as rollout.temperature",
+    )
     graphable = c.model.engine == "fast" and c.model.quant == "none"
-    yield graphable or not c.model.graphs, f"model.graphs needs engine fast and quant none, not {c.model.engine} and {c.model.quant}; change them or leave model.graphs false"
-    yield c.update.beta_min <= c.update.beta_max, f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; swap them"
-    yield c.update.beta <= c.update.beta_max, f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower update.beta"
-    yield c.data.min_pixels <= c.data.max_pixels, f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; lower data.min_pixels"
-    yield c.train.micro_batch <= c.train.batch, f"train.micro_batch {c.train.micro_batch} exceeds train.batch {c.train.batch}; lower it or set 0"
-    yield c.train.warmup <= c.train.steps, f"train.warmup {c.train.warmup} exceeds train.steps {c.train.steps}; lower it"
-    yield 0 < c.view.scale[0] <= c.view.scale[1], f"view.scale {c.view.scale} is no range of positive numbers; write the smaller one first"
-    yield 0 < c.view.crop[0] <= c.view.crop[1] <= 1, f"view.crop {c.view.crop} is no range within (0, 1]; write the smaller one first"
-    yield all(0 <= b < 1 for b in c.optim.betas), f"optim.betas {c.optim.betas} must lie in [0, 1); usual are 0.9 and 0.999"
-    yield c.reward.w_geo + c.reward.w_sem + c.reward.w_area > 0, "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them"
+    yield (
+        graphable or not c.model.graphs,
+        f"model.graphs needs engine fast and quant none, not {c.model.engine} and {c.model.quant}; change them or leave model.graphs false",
+    )
+    yield (
+        c.update.beta_min <= c.update.beta_max,
+        f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; swap them",
+    )
+    yield (
+        c.update.beta <= c.update.beta_max,
+        f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower update.beta",
+    )
+    yield (
+        c.data.min_pixels <= c.data.max_pixels,
+        f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; lower data.min_pixels",
+    )
+    yield (
+        c.train.micro_batch <= c.train.batch,
+        f"train.micro_batch {c.train.micro_batch} exceeds train.batch {c.train.batch}; lower it or set 0",
+    )
+    yield (
+        c.train.warmup <= c.train.steps,
+        f"train.warmup {c.train.warmup} exceeds train.steps {c.train.steps}; lower it",
+    )
+    yield (
+        0 < c.view.scale[0] <= c.view.scale[1],
+        f"view.scale {c.view.scale} is no range of positive numbers; write the smaller one first",
+    )
+    yield (
+        0 < c.view.crop[0] <= c.view.crop[1] <= 1,
+        f"view.crop {c.view.crop} is no range within (0, 1]; write the smaller one first",
+    )
+    yield (
+        all(0 <= b < 1 for b in c.optim.betas),
+        f"optim.betas {c.optim.betas} must lie in [0, 1); usual are 0.9 and 0.999",
+    )
+    yield (
+        c.reward.w_geo + c.reward.w_sem + c.reward.w_area > 0,
+        "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them",
+    )
     budget = c.memory.budget_gb
-    yield not isinstance(budget, float) or budget > 0, f"memory.budget_gb {budget} must be positive; give GB, auto or null"
+    yield (
+        not isinstance(budget, float) or budget > 0,
+        f"memory.budget_gb {budget} must be positive; give GB, auto or null",
+    )

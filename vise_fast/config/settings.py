@@ -41,7 +41,9 @@ def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "h
             given.add(word[2:])
         elif word in ("--config", "--resume"):
             if not equals and (not rest or rest[0].startswith("--")):
-                raise ConfigError(f"{word} has no value; write {word} {'FILE.yaml' if word == '--config' else 'auto'}")
+                raise ConfigError(
+                    f"{word} has no value; write {word} {'FILE.yaml' if word == '--config' else 'auto'}"
+                )
             text = text if equals else rest.pop(0)
             config = text if word == "--config" else config
             overrides += [f"--train.resume={text}"] if word == "--resume" else []
@@ -57,9 +59,15 @@ def help_text(schema: Schema, width: int = 100) -> str:
         lines += ["", f"{section}: {outer.annotation.__doc__.splitlines()[0]}"]
         for name, field in outer.annotation.model_fields.items():
             accepts, default = expected(field), _show(field.default).strip("'")
-            about = f"{field.description}. " if field.description and field.description != accepts else ""
+            about = (
+                f"{field.description}. "
+                if field.description and field.description != accepts
+                else ""
+            )
             lines.append(f"  --{section}.{name} {default}")
-            lines += textwrap.wrap(about + f"[{accepts}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                about + f"[{accepts}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
     return "\n".join(lines[1:])
 
 
@@ -72,7 +80,10 @@ def fields(schema: Schema) -> Iterator[tuple[str, FieldInfo]]:
 
 def changed(values: BaseModel) -> dict[str, Any]:
     """{dotted key: value} of everything that is not at its default."""
-    stated = ((key, field, getattr(getattr(values, key.split(".")[0]), key.split(".")[1])) for key, field in fields(type(values)))
+    stated = (
+        (key, field, getattr(getattr(values, key.split(".")[0]), key.split(".")[1]))
+        for key, field in fields(type(values))
+    )
     return {key: value for key, field, value in stated if value != field.default}
 
 
@@ -80,8 +91,15 @@ def expected(field: FieldInfo) -> str:
     """What a field accepts, in words: 'an integer >= 1', 'one of none, int8, nf4'."""
     text = _kind(field.annotation)
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{sign} {getattr(rule, name):g}" for rule in field.metadata for name, sign in signs.items() if hasattr(rule, name)]
-    patterns = [field.description or "" for rule in field.metadata if getattr(rule, "pattern", None)]
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, sign in signs.items()
+        if hasattr(rule, name)
+    ]
+    patterns = [
+        field.description or "" for rule in field.metadata if getattr(rule, "pattern", None)
+    ]
     return " ".join([*(patterns or [text]), " and ".join(bounds)]).strip()
 
 
@@ -92,12 +110,20 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
         content = yaml.safe_load(text)
         _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
     except OSError as fault:
-        raise ConfigError(f"cannot read the configuration {path}: {fault.strerror}; give --config an existing YAML file") from None
+        raise ConfigError(
+            f"cannot read the configuration {path}: {fault.strerror}; give --config an existing YAML file"
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"cannot read the configuration {path}: not UTF-8 text; give --config a YAML file") from None
+        raise ConfigError(
+            f"cannot read the configuration {path}: not UTF-8 text; give --config a YAML file"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
-        line = f" line {fault.problem_mark.line + 1}" if getattr(fault, "problem_mark", None) else ""
-        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file") from None
+        line = (
+            f" line {fault.problem_mark.line + 1}" if getattr(fault, "problem_mark", None) else ""
+        )
+        raise ConfigError(
+            f"{path}{line} is not valid YAML: {getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file"
+        ) from None
     return _flatten(content, str(path), schema)
 
 
@@ -122,7 +148,9 @@ def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
 
 def _scalar(text: str, field: FieldInfo) -> Any:
     """One command-line value: YAML, except that a text field takes the word as typed (a folder may be called 2024)."""
-    if field.annotation is str or (field.annotation == str | None and text.lower() not in ("null", "none", "~", "")):
+    if field.annotation is str or (
+        field.annotation == str | None and text.lower() not in ("null", "none", "~", "")
+    ):
         return text
     if text.lower() == "none" and type(None) in get_args(field.annotation):
         return None
@@ -139,7 +167,9 @@ def _refuse_repeated(node: yaml.Node | None, path: str | Path) -> None:
     seen = set()
     for key, value in node.value:
         if key.value in seen:
-            raise ConfigError(f"{path} line {key.start_mark.line + 1} states '{key.value}' twice; keep one of them")
+            raise ConfigError(
+                f"{path} line {key.start_mark.line + 1} states '{key.value}' twice; keep one of them"
+            )
         seen.add(key.value)
         _refuse_repeated(value, path)
 
@@ -148,7 +178,9 @@ def _flatten(content: Any, where: str, schema: Schema) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} holds no settings but {_show(content)}; write 'section:' with indented 'key: value' lines")
+        raise ConfigError(
+            f"{where} holds no settings but {_show(content)}; write 'section:' with indented 'key: value' lines"
+        )
     flat: dict[str, Any] = {}
     for section, inside in content.items():
         if isinstance(inside, dict) and section in schema.model_fields:
@@ -173,9 +205,15 @@ def _check_key(key: str, where: str, schema: Schema) -> None:
     if key in keys:
         return
     if key in schema.model_fields:
-        raise ConfigError(f"'{key}' in {where} is a section; write its settings as {key}.name, for example {next(k for k in keys if k.startswith(key + '.'))}")
+        raise ConfigError(
+            f"'{key}' in {where} is a section; write its settings as {key}.name, for example {next(k for k in keys if k.startswith(key + '.'))}"
+        )
     same_leaf = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75) or same_leaf[:3] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    close = (
+        difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+        or same_leaf[:3]
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    )
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists every key"
     raise ConfigError(f"unknown key '{key}' in {where}; {hint}")
 
@@ -187,18 +225,28 @@ def complaint(fault: ValidationError, schema: Schema) -> str:
     if key not in known:
         return first["msg"].removeprefix("Value error, ")
     more = len({error["loc"][:2] for error in errors}) - 1
-    return f"{key} cannot be {_show(first['input'])}; expected {expected(known[key])}" + (f" ({more} more like this)" if more else "")
+    return f"{key} cannot be {_show(first['input'])}; expected {expected(known[key])}" + (
+        f" ({more} more like this)" if more else ""
+    )
 
 
 def _show(value: Any) -> str:
     value = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else f"'{value}'"
+    text = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else f"'{value}'"
+    )
     return text if len(text) <= 60 else text[:56] + "...'"
 
 
 def _kind(annotation: Any) -> str:
     """A type in words."""
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if annotation in words:
         return words[annotation]
     parts, text = get_args(annotation), str(annotation)

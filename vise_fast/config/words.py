@@ -32,7 +32,9 @@ class Words:
         """An option as a number of things. Raises ConfigError."""
         text = self.values[name]
         if text is not None and not text.isdecimal():
-            raise ConfigError(f"--{name} {text} is no whole number; it counts things; write --{name} 64")
+            raise ConfigError(
+                f"--{name} {text} is no whole number; it counts things; write --{name} 64"
+            )
         return None if text is None else int(text)
 
     def configuration(self, extra: Sequence[str] = ()) -> Config:
@@ -40,7 +42,9 @@ class Words:
         adapter, model = self.values.get("adapter"), self.values.get("model")
         file = self.values.get("config") or _run_file(adapter)
         base = model or (_base_of(adapter) if file is None else None)
-        return configuration.load(file, [*extra, *([f"--model.path={base}"] if base else []), *self.settings])
+        return configuration.load(
+            file, [*extra, *([f"--model.path={base}"] if base else []), *self.settings]
+        )
 
 
 def parse(words: Sequence[str], options: Sequence[str], places: int = 0) -> Words:
@@ -62,10 +66,14 @@ def parse(words: Sequence[str], options: Sequence[str], places: int = 0) -> Word
             values[name] = text if equals else rest.pop(0)
         elif "." in name:
             settings.append(word + equals + text)
-            settings += [rest.pop(0)] if not equals and rest and not rest[0].startswith("--") else []
+            settings += (
+                [rest.pop(0)] if not equals and rest and not rest[0].startswith("--") else []
+            )
         else:
             near = get_close_matches(name, options, n=1)
-            raise ConfigError(f"unknown option {word}; {f'did you mean --{near[0]}' if near else 'known: ' + ', '.join('--' + o for o in options)}")
+            raise ConfigError(
+                f"unknown option {word}; {f'did you mean --{near[0]}' if near else 'known: ' + ', '.join('--' + o for o in options)}"
+            )
     if len(bare) > places:
         raise ConfigError(f"unexpected word '{bare[places]}'; options are written --name value")
     return Words(values, bare, settings)
@@ -86,5 +94,7 @@ def _base_of(adapter: str | None) -> str | None:
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
-        raise ConfigError(f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point at RUN/adapter") from None
+        raise ConfigError(
+            f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point at RUN/adapter"
+        ) from None
     return "nano" if base and Path(base).parts[-2:] == ("vise_fast", "nano") else base

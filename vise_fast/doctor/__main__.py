@@ -33,10 +33,36 @@ NEEDED = (
 )
 FAULTS = (ImportError, OSError, RuntimeError, AttributeError, ValueError, KeyError, TypeError)
 MACHINE = (checks.python, checks.system, checks.encoding, checks.virtual_environment)
-LIBRARIES = (checks.transformers_range, checks.qwen3_vl, checks.kernels_folder, checks.image_formats, checks.torchvision)
-FAST_PATHS = (checks.bitsandbytes, checks.flash_attention, checks.attention, checks.triton, checks.native_module, checks.kernel_paths)
-ACCELERATOR = (checks.accelerator, checks.driver, checks.compute_capability, checks.bfloat16, checks.gpu_memory, checks.arithmetic)
-RESOURCES = (checks.cores, checks.threads, checks.cpu_instructions, checks.memory, checks.open_files)
+LIBRARIES = (
+    checks.transformers_range,
+    checks.qwen3_vl,
+    checks.kernels_folder,
+    checks.image_formats,
+    checks.torchvision,
+)
+FAST_PATHS = (
+    checks.bitsandbytes,
+    checks.flash_attention,
+    checks.attention,
+    checks.triton,
+    checks.native_module,
+    checks.kernel_paths,
+)
+ACCELERATOR = (
+    checks.accelerator,
+    checks.driver,
+    checks.compute_capability,
+    checks.bfloat16,
+    checks.gpu_memory,
+    checks.arithmetic,
+)
+RESOURCES = (
+    checks.cores,
+    checks.threads,
+    checks.cpu_instructions,
+    checks.memory,
+    checks.open_files,
+)
 EMBEDDED = (checks.nano_files, checks.nano_weights, checks.nano_tokenizer)
 HUB = (checks.hub_cache, checks.offline, checks.telemetry)
 
@@ -56,11 +82,18 @@ def main(words: Sequence[str]) -> int:
     """Prints the findings; 4 when one fails."""
     screen = console.Console()
     found = list(examine(_run_dir(words)))
-    screen.table("", ["check", "", "found"], [[check.name, check.status, check.found] for check in found], align="left")
+    screen.table(
+        "",
+        ["check", "", "found"],
+        [[check.name, check.status, check.found] for check in found],
+        align="left",
+    )
     for check in found:
         if check.status != "OK":
             screen.say(f"{check.status} {check.name}: {check.found}; {check.fix}")
-    counts = {status: sum(check.status == status for check in found) for status in ("OK", "WARN", "FAIL")}
+    counts = {
+        status: sum(check.status == status for check in found) for status in ("OK", "WARN", "FAIL")
+    }
     screen.say("  ".join(f"{count} {status}" for status, count in counts.items()))
     return 4 if counts["FAIL"] else 0
 
@@ -71,7 +104,9 @@ def _run_dir(words: Sequence[str]) -> Path:
         return Path("runs")
     key, equals, value = rest[0].partition("=")
     if key != "--run.dir" or len(rest) != (1 if equals else 2):
-        raise ConfigError(f"unexpected words {' '.join(rest)}; write python -m vise_fast.doctor [--run.dir DIRECTORY]")
+        raise ConfigError(
+            f"unexpected words {' '.join(rest)}; write python -m vise_fast.doctor [--run.dir DIRECTORY]"
+        )
     return Path(value if equals else rest[1])
 
 
@@ -81,7 +116,11 @@ def _guarded(check: Callable[[], Check], name: str = "") -> Check:
         return check()
     except FAULTS as fault:
         said = " ".join(str(fault).split())[:160]
-        return checks.fail(name or check.__name__.replace("_", " "), f"{type(fault).__name__}: {said}", "reinstall it: pip install -e . -c constraints.txt, or make train")
+        return checks.fail(
+            name or check.__name__.replace("_", " "),
+            f"{type(fault).__name__}: {said}",
+            "reinstall it: pip install -e . -c constraints.txt, or make train",
+        )
 
 
 if __name__ == "__main__":

@@ -15,10 +15,18 @@ from vise_fast.model.qwen3_vl import Level, Ragged
 
 
 @torch.no_grad()
-def image_share(engine: Engine, prefixes: Prefixes, owner: list[int], questions: list[list[int]], answers: Rollout) -> Tensor:
+def image_share(
+    engine: Engine,
+    prefixes: Prefixes,
+    owner: list[int],
+    questions: list[list[int]],
+    answers: Rollout,
+) -> Tensor:
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries are the tokens that predicted its tokens."""
     backbone, device = engine.backbone, engine.device
-    rows = [question + answer[:-1] for question, answer in zip(questions, answers.rows(), strict=True)]
+    rows = [
+        question + answer[:-1] for question, answer in zip(questions, answers.rows(), strict=True)
+    ]
     level = _level(engine, prefixes, owner, rows)
     asks = _generating(questions, rows).to(device)
     cos, sin = backbone.rope(level.positions)
@@ -36,9 +44,17 @@ def _level(engine: Engine, prefixes: Prefixes, owner: list[int], rows: list[list
     """Question and answer of each row as one stretch behind its image."""
     device, starts = engine.device, [prefixes.following[i] for i in owner]
     ids = torch.tensor([token for row in rows for token in row], device=device)
-    positions = torch.tensor([start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))], device=device)
+    positions = torch.tensor(
+        [start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))],
+        device=device,
+    )
     parents = [(prefixes.segment, Grid(owner, len(prefixes), device))]
-    return Level(engine.backbone.embed(ids), positions.expand(3, -1), Ragged([len(row) for row in rows], device), parents)
+    return Level(
+        engine.backbone.embed(ids),
+        positions.expand(3, -1),
+        Ragged([len(row) for row in rows], device),
+        parents,
+    )
 
 
 def _generating(questions: list[list[int]], rows: list[list[int]]) -> Tensor:
@@ -53,7 +69,11 @@ def _share(engine: Engine, level: Level, index: int, q: Tensor, k: Tensor) -> Te
     scale = engine.backbone.scale
     (segment, grid), head, tail = level.parents[0], len(engine.tokens.head), len(engine.tokens.tail)
     prefix = segment.part(index, grid)
-    lengths = prefix.lengths if prefix.lengths is not None else torch.full((prefix.keys.shape[0],), prefix.keys.shape[2], device=q.device)
+    lengths = (
+        prefix.lengths
+        if prefix.lengths is not None
+        else torch.full((prefix.keys.shape[0],), prefix.keys.shape[2], device=q.device)
+    )
     image = Part(prefix.keys[:, :, head:], prefix.values[:, :, head:], lengths - head - tail, grid)
     own = Part(k.transpose(1, 2), k.transpose(1, 2), level.rag.valid, None, causal=True)
     total = torch.logaddexp(log_sum_exp(q, prefix, scale), log_sum_exp(q, own, scale))

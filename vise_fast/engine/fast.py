@@ -57,7 +57,9 @@ class Prefixes:
         """The prefixes of some images, in that order."""
         if images == list(range(len(self))):
             return self
-        return Prefixes(self.segment.select(images), [self.following[i] for i in images], self.adapters)
+        return Prefixes(
+            self.segment.select(images), [self.following[i] for i in images], self.adapters
+        )
 
 
 @dataclass
@@ -82,7 +84,13 @@ class Prompts:
         if rows == list(range(len(self))):
             return self
         prefixes = self.prefixes.select([self.owner[r] for r in rows])
-        return Prompts(prefixes, list(range(len(rows))), self.segment.select(rows), [self.following[r] for r in rows], self.last[rows])
+        return Prompts(
+            prefixes,
+            list(range(len(rows))),
+            self.segment.select(rows),
+            [self.following[r] for r in rows],
+            self.last[rows],
+        )
 
 
 @dataclass
@@ -103,7 +111,12 @@ class Rollout:
         return (steps < torch.tensor(self.lengths, device=self.ids.device)[:, None]).float()
 
     def rows(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.ids.tolist() if self.home is None else self.home, self.lengths, strict=True)]
+        return [
+            row[:n]
+            for row, n in zip(
+                self.ids.tolist() if self.home is None else self.home, self.lengths, strict=True
+            )
+        ]
 
     def packed(self) -> Tensor:
         """The sampled ids (sum of lengths,), row by row; no host sync."""
@@ -134,7 +147,9 @@ class _Active:
 class Engine:
     """Fast generation and scoring with one backbone; stateless between calls but for its counters."""
 
-    def __init__(self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64) -> None:
+    def __init__(
+        self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64
+    ) -> None:
         self.backbone, self.tokens, self.counters = backbone, tokens, Counters()
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
@@ -158,7 +173,10 @@ class Engine:
         merged, deep = self.backbone.merge(features, adapters)
         merge, head, tail = self.backbone.merge_size, self.tokens.head, self.tokens.tail
         ids, rows, positions, lengths, following, start = [], [], [], [], [], 0
-        known = {grid: _prefix_positions(len(head), grid[0] // merge, grid[1] // merge, len(tail)) for grid in set(features.grids)}
+        known = {
+            grid: _prefix_positions(len(head), grid[0] // merge, grid[1] // merge, len(tail))
+            for grid in set(features.grids)
+        }
         for grid in features.grids:
             places = grid[0] // merge * (grid[1] // merge)
             ids += head + [self.tokens.image_token] * places + tail
@@ -168,10 +186,19 @@ class Engine:
             lengths.append(position.shape[1])
             start += lengths[-1]
         image_rows = torch.cat(rows).to(self.device)
-        embeds = self.backbone.embed(torch.tensor(ids, device=self.device)).index_copy(0, image_rows, merged.to(self.backbone.dtype))
+        embeds = self.backbone.embed(torch.tensor(ids, device=self.device)).index_copy(
+            0, image_rows, merged.to(self.backbone.dtype)
+        )
         self.counters.prefixes += len(features)
         positions = torch.cat(positions, 1).to(self.device)
-        return Level(embeds, positions, Ragged(lengths, self.device), deep_rows=image_rows, deep=deep, read="none"), following
+        return Level(
+            embeds,
+            positions,
+            Ragged(lengths, self.device),
+            deep_rows=image_rows,
+            deep=deep,
+            read="none",
+        ), following
 
     def prefill(self, features: Features, adapters: bool, trained: int = 0) -> Prefixes:
         """trained: so many images, the first, keep the graph of this pass (`Prefixes.trained`), for `score`."""
@@ -183,26 +210,43 @@ class Engine:
         if trained == len(features):
             return Prefixes(first.segment.detach(), first.following, adapters, first)
         rest = self.prefill(features.select(list(range(trained, len(features)))), adapters)
-        return Prefixes(first.segment.stack(rest.segment), first.following + rest.following, adapters, first)
+        return Prefixes(
+            first.segment.stack(rest.segment), first.following + rest.following, adapters, first
+        )
 
     def _prefill(self, features: Features, adapters: bool) -> Prefixes:
         level, following = self.prefix_level(features, adapters)
         _, (segment,) = self._forward([level], adapters)
         return Prefixes(segment, following, adapters)
 
-    def _forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
+    def _forward(
+        self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True
+    ) -> tuple[list[Tensor], list[Segment]]:
         self.counters.forwards += 1
         return self.backbone.forward(levels, adapters, recompute, keep)
 
-    def _text_level(self, rows: list[list[int]], starts: list[int], parents: list, read: str = "last") -> Level:
+    def _text_level(
+        self, rows: list[list[int]], starts: list[int], parents: list, read: str = "last"
+    ) -> Level:
         """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …"""
         ids = torch.tensor([token for row in rows for token in row], device=self.device)
-        positions = torch.tensor([start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))], device=self.device)
-        return Level(self.backbone.embed(ids), positions.expand(3, -1), Ragged([len(row) for row in rows], self.device), parents, read=read)
+        positions = torch.tensor(
+            [start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))],
+            device=self.device,
+        )
+        return Level(
+            self.backbone.embed(ids),
+            positions.expand(3, -1),
+            Ragged([len(row) for row in rows], self.device),
+            parents,
+            read=read,
+        )
 
     # ---- questions ----------------------------------------------------------------------------------------------------------
 
-    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]], trained: int = 0) -> Prompts:
+    def prompt(
+        self, prefixes: Prefixes, owner: list[int], rows: list[list[int]], trained: int = 0
+    ) -> Prompts:
         """Fork prefixes: row r of question ids continues prefix owner[r].
 
         trained: so many rows, the first, keep the graph of this pass (`Prompts.trained`); their prefixes must have.
@@ -213,14 +257,25 @@ class Engine:
         with torch.enable_grad():
             first = self._prompt(prefixes.trained, owner[:trained], rows[:trained])
         if trained == len(rows):
-            return Prompts(prefixes, owner, first.segment.detach(), first.following, first.last.detach(), first)
+            return Prompts(
+                prefixes, owner, first.segment.detach(), first.following, first.last.detach(), first
+            )
         rest = self.prompt(prefixes, owner[trained:], rows[trained:])
         last = torch.cat([first.last.detach(), rest.last])
-        return Prompts(prefixes, owner, first.segment.stack(rest.segment), first.following + rest.following, last, first)
+        return Prompts(
+            prefixes,
+            owner,
+            first.segment.stack(rest.segment),
+            first.following + rest.following,
+            last,
+            first,
+        )
 
     def _prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
         starts = [prefixes.following[i] for i in owner]
-        level = self._text_level(rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))])
+        level = self._text_level(
+            rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))]
+        )
         (hidden,), (segment,) = self._forward([level], prefixes.adapters)
         following = [start + len(row) for start, row in zip(starts, rows, strict=True)]
         return Prompts(prefixes, owner, segment, following, hidden)
@@ -238,12 +293,16 @@ class Engine:
         return torch.cat(outs)
 
     @torch.no_grad()
-    def forked_verdict_logits(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Tensor:
+    def forked_verdict_logits(
+        self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]
+    ) -> Tensor:
         """The same for images whose prefix is at hand."""
         self.counters.verdicts += len(rows)
         return self.backbone.logits(self.prompt(prefixes, owner, rows).last)
 
-    def _tree(self, features: Features, rows: list[list[int]], adapters: bool) -> tuple[list[Level], list[int]]:
+    def _tree(
+        self, features: Features, rows: list[list[int]], adapters: bool
+    ) -> tuple[list[Level], list[int]]:
         """[prefix level, question level], one question per image, and each image's rope position after its prefix."""
         prefix, following = self.prefix_level(features, adapters)
         return [prefix, self._text_level(rows, following, [(0, None)])], following
@@ -251,7 +310,14 @@ class Engine:
     # ---- sampling -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        fan: list[int],
+        limit: int,
+        seeds: list[int],
+        temperature: float = 1.0,
+    ) -> Rollout:
         """fan[r] answers to prompt r, at most `limit` tokens each; seeds per answer; temperature 0 is greedy."""
         owner_prompt = [r for r, count in enumerate(fan) for _ in range(count)]
         rows, device = len(owner_prompt), self.device
@@ -263,12 +329,23 @@ class Engine:
         logits = self.backbone.logits(prompts.last)[index]
         positions = torch.tensor(prompts.following, device=device)[index]
         active = _Active(
-            list(range(rows)), [prompts.owner[p] for p in owner_prompt], owner_prompt, index, positions, torch.tensor(seeds, device=device),
+            list(range(rows)),
+            [prompts.owner[p] for p in owner_prompt],
+            owner_prompt,
+            index,
+            positions,
+            torch.tensor(seeds, device=device),
             *self._continuation(prompts, fan, limit),
-        )  # fmt: skip
+        )
         self._attach(active, prompts)
         for step in range(limit):
-            token, score = sample(logits, temperature=temperature, banned=self.banned, seed=active.seeds, position=step)
+            token, score = sample(
+                logits,
+                temperature=temperature,
+                banned=self.banned,
+                seed=active.seeds,
+                position=step,
+            )
             where = torch.tensor(active.rows, device=device)
             fresh = done_at[where] > step
             ids[where, step] = torch.where(fresh, token, self.tokens.pad)
@@ -277,7 +354,9 @@ class Engine:
             done_at[where] = torch.where(ended, step + 1, done_at[where])
             if step + 1 == limit or self._polls(step + 1):
                 self.interrupted()
-                home = torch.cat([ids, done_at[:, None]], 1).tolist()  # the one host sync: answers and lengths together
+                home = torch.cat(
+                    [ids, done_at[:, None]], 1
+                ).tolist()  # the one host sync: answers and lengths together
                 self.counters.host_reads += 1
                 alive = [home[row][-1] > step + 1 for row in active.rows]
                 if step + 1 == limit or not any(alive):
@@ -285,13 +364,17 @@ class Engine:
                 if sum(alive) <= 0.75 * len(alive):
                     token = token[self._compact(active, alive, prompts)]
             see = self.backbone.growing(active.parents, active.buffer, active.start + step)
-            hidden = self.backbone.decode(token, active.positions + step, see, prompts.prefixes.adapters)
+            hidden = self.backbone.decode(
+                token, active.positions + step, see, prompts.prefixes.adapters
+            )
             self.counters.decode_steps += 1
             self.counters.tokens_decoded += len(active.rows)
             logits = self.backbone.logits(hidden)
         lengths = [row[-1] for row in home]
         longest = max(lengths)
-        return Rollout(ids[:, :longest], logprob[:, :longest], lengths, [row[:longest] for row in home])
+        return Rollout(
+            ids[:, :longest], logprob[:, :longest], lengths, [row[:longest] for row in home]
+        )
 
     def _polls(self, written: int) -> bool:
         """Whether to look for finished rows after this many tokens: every `poll`, and not before two of them, as answers are rarely shorter."""
@@ -318,8 +401,12 @@ class Engine:
     def _compact(self, active: _Active, alive: list[bool], prompts: Prompts) -> Tensor:
         """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer. Returns the places kept."""
         keep = torch.tensor([i for i, lives in enumerate(alive) if lives], device=self.device)
-        pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]  # noqa: E731
-        active.rows, active.owner_prefix, active.owner_prompt = pick(active.rows), pick(active.owner_prefix), pick(active.owner_prompt)
+        pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]
+        active.rows, active.owner_prefix, active.owner_prompt = (
+            pick(active.rows),
+            pick(active.owner_prefix),
+            pick(active.owner_prompt),
+        )
         active.positions, active.seeds = active.positions[keep], active.seeds[keep]
         active.buffer = active.buffer.select(keep)
         self._attach(active, prompts)
@@ -328,9 +415,16 @@ class Engine:
     # ---- scoring ------------------------------------------------------------------------------------------------------------
 
     def score(
-        self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool,
-        prefixes: Prefixes | None = None, recompute: bool = False, prompts: Prompts | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        features: Features,
+        rows: list[list[int]],
+        answers: Rollout,
+        owner: list[int],
+        adapters: bool,
+        prefixes: Prefixes | None = None,
+        recompute: bool = False,
+        prompts: Prompts | None = None,
+    ) -> Tensor:
         """Hidden states (sum of lengths, E) that predict each sampled token, packed row by row.
 
         One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
@@ -344,33 +438,67 @@ class Engine:
         return torch.cat(hidden)[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
 
     def score_released(
-        self, features: Features, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool
+        self,
+        features: Features,
+        rows: list[list[int]],
+        answers: Rollout,
+        owner: list[int],
+        adapters: bool,
     ) -> tuple[Tensor, Tensor, list[int]]:
         """The released code's span, for `as_released`: everything after the prompt's length before image tokens were expanded.
 
         Hidden states (tokens, E) and the ids (tokens,) they are scored on, packed; tokens per answer. Image tokens are among them.
         """
-        hidden = self._score_tree(features, rows, answers, owner, adapters, None, False, read_all=True)
+        hidden = self._score_tree(
+            features, rows, answers, owner, adapters, None, False, read_all=True
+        )
         hidden += [hidden[0][:0]] * (3 - len(hidden))
         tokens, merge = self.tokens, self.backbone.merge_size
-        prefixes = [tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail for r, c in features.grids]
-        cuts = [part.split(sizes) for part, sizes in zip(hidden, ([len(p) for p in prefixes], [len(r) for r in rows], [n - 1 for n in answers.lengths]), strict=True)]
+        prefixes = [
+            tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail
+            for r, c in features.grids
+        ]
+        cuts = [
+            part.split(sizes)
+            for part, sizes in zip(
+                hidden,
+                (
+                    [len(p) for p in prefixes],
+                    [len(r) for r in rows],
+                    [n - 1 for n in answers.lengths],
+                ),
+                strict=True,
+            )
+        ]
         states, ids, lengths = [], [], []
         for n, (image, answer) in enumerate(zip(owner, answers.rows(), strict=True)):
             start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
             states.append(torch.cat([cuts[0][image], cuts[1][image], cuts[2][n]])[start - 1 :])
-            ids.append(torch.tensor((prefixes[image] + rows[image] + answer)[start:], device=self.device))
+            ids.append(
+                torch.tensor((prefixes[image] + rows[image] + answer)[start:], device=self.device)
+            )
             lengths.append(len(ids[-1]))
         return torch.cat(states), torch.cat(ids), lengths
 
     def _score_tree(
-        self, features, rows, answers: Rollout, owner, adapters: bool, prefixes: Prefixes | None, recompute: bool, read_all: bool = False
+        self,
+        features,
+        rows,
+        answers: Rollout,
+        owner,
+        adapters: bool,
+        prefixes: Prefixes | None,
+        recompute: bool,
+        read_all: bool = False,
     ) -> list[Tensor]:
         """Hidden states of the levels: [prefix], question (its last tokens) and, where any answer has more than one token, answers."""
         if prefixes is None:
             levels, following = self._tree(features, rows, adapters)
         else:
-            levels, following = [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])], prefixes.following
+            levels, following = (
+                [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])],
+                prefixes.following,
+            )
         question = len(levels) - 1
         starts = [start + len(row) for start, row in zip(following, rows, strict=True)]
         if max(answers.lengths) > 1:
@@ -381,27 +509,39 @@ class Engine:
         hidden, _ = self._forward(levels, adapters, recompute, keep=False)
         return hidden
 
-    def _score_answers(self, prompts: Prompts, answers: Rollout, owner: list[int], recompute: bool) -> list[Tensor]:
+    def _score_answers(
+        self, prompts: Prompts, answers: Rollout, owner: list[int], recompute: bool
+    ) -> list[Tensor]:
         """What `_score_tree` gives, where prefix and question have been computed."""
         if max(answers.lengths) == 1:
             return [prompts.last]
         grid = Grid(owner, len(prompts), self.device)
-        starts, parents = [prompts.following[i] for i in owner], [(prompts.prefixes.segment, grid), (prompts.segment, grid)]
+        starts, parents = (
+            [prompts.following[i] for i in owner],
+            [(prompts.prefixes.segment, grid), (prompts.segment, grid)],
+        )
         level = self._text_level([row[:-1] for row in answers.rows()], starts, parents, read="all")
         hidden, _ = self._forward([level], prompts.prefixes.adapters, recompute, keep=False)
         return [prompts.last, *hidden]
 
-    def _answer_level(self, inputs, owner, starts, question: int, prefixes: Prefixes | None) -> Level:
+    def _answer_level(
+        self, inputs, owner, starts, question: int, prefixes: Prefixes | None
+    ) -> Level:
         grid = Grid(owner, len(starts), self.device)
         prefix = 0 if prefixes is None else prefixes.segment
-        return self._text_level(inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)], read="all")
+        return self._text_level(
+            inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)], read="all"
+        )
 
 
 def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Tensor, int]:
     """Rope positions (3, head + height·width + tail) of an image prefix and the next free one (Qwen3-VL's rule for stills)."""
     before = torch.arange(head).expand(3, -1)
     r, c = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    image = torch.stack([torch.zeros(height * width, dtype=torch.long), r.flatten(), c.flatten()]) + head
+    image = (
+        torch.stack([torch.zeros(height * width, dtype=torch.long), r.flatten(), c.flatten()])
+        + head
+    )
     start = head + max(height, width)
     after = (torch.arange(tail) + start).expand(3, -1)
     return torch.cat([before, image, after], 1), start + tail

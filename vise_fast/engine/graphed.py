@@ -32,7 +32,14 @@ class GraphedEngine(Engine):
         self.decoders: dict[tuple, Decoder] = {}
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        fan: list[int],
+        limit: int,
+        seeds: list[int],
+        temperature: float = 1.0,
+    ) -> Rollout:
         """As `Engine.generate`."""
         owner = [r for r, count in enumerate(fan) for _ in range(count)]
         decoder = self._decoder(bucket(len(owner)), limit, prompts.prefixes.adapters, temperature)
@@ -60,7 +67,9 @@ class GraphedEngine(Engine):
     def _decoder(self, rows: int, limit: int, adapters: bool, temperature: float) -> Decoder:
         key = rows, limit, adapters, temperature
         if key not in self.decoders:
-            self.decoders[key] = Decoder(self.backbone, self.tokens, self.banned, *key, captures=self.captures)
+            self.decoders[key] = Decoder(
+                self.backbone, self.tokens, self.banned, *key, captures=self.captures
+            )
         return self.decoders[key]
 
 
@@ -68,14 +77,27 @@ class Decoder:
     """State and step of up to `rows` answers of at most `limit` tokens; every tensor keeps its address from here on."""
 
     def __init__(
-        self, backbone: Backbone, tokens: Tokens, banned: Tensor, rows: int, limit: int, adapters: bool, temperature: float, captures: bool
-    ) -> None:  # fmt: skip
+        self,
+        backbone: Backbone,
+        tokens: Tokens,
+        banned: Tensor,
+        rows: int,
+        limit: int,
+        adapters: bool,
+        temperature: float,
+        captures: bool,
+    ) -> None:
         self.backbone, self.banned, self.pad = backbone, banned, tokens.pad
         self.rows, self.limit, self.adapters, self.temperature = rows, limit, adapters, temperature
         device = backbone.device
-        whole = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)  # noqa: E731
+        whole = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
         self.eos = torch.tensor(tokens.eos, device=device)
-        self.step, self.token, self.first, self.seeds = whole(1), whole(rows), whole(rows), whole(rows)
+        self.step, self.token, self.first, self.seeds = (
+            whole(1),
+            whole(rows),
+            whole(rows),
+            whole(rows),
+        )
         self.ids, self.done_at = whole(rows, limit), whole(rows)
         self.logprob = torch.zeros(rows, limit, device=device)
         self.logits = torch.zeros(rows, len(banned), device=device)
@@ -84,7 +106,10 @@ class Decoder:
         self.buffer = backbone.buffer(rows, limit)
         own = zip(self.buffer.keys, self.buffer.values, strict=True)
         self.tables = whole(len(self.buffer.keys), 3, 3)
-        self.banks = [Banks([k] * 3, [v] * 3, self.owner, self.length, table) for (k, v), table in zip(own, self.tables, strict=True)]
+        self.banks = [
+            Banks([k] * 3, [v] * 3, self.owner, self.length, table)
+            for (k, v), table in zip(own, self.tables, strict=True)
+        ]
         self._locate()
         self.graph = self._capture() if captures and limit > 1 else None
 
@@ -93,10 +118,17 @@ class Decoder:
         n, device = len(owner), self.backbone.device
         index = torch.tensor(owner, device=device)
         entries = torch.tensor([prompts.owner[p] for p in owner], device=device), index
-        for place, (segment, entry) in enumerate(zip((prompts.prefixes.segment, prompts.segment), entries, strict=True)):
+        for place, (segment, entry) in enumerate(
+            zip((prompts.prefixes.segment, prompts.segment), entries, strict=True)
+        ):
             self.owner[place, :n] = entry
-            self.length[place, :n] = segment.keys[0].shape[2] if segment.lengths is None else segment.lengths[entry]
-            self.owner[place, n:], self.length[place, n:] = 0, 0  # rows nobody asked for see nothing but themselves
+            self.length[place, :n] = (
+                segment.keys[0].shape[2] if segment.lengths is None else segment.lengths[entry]
+            )
+            self.owner[place, n:], self.length[place, n:] = (
+                0,
+                0,
+            )  # rows nobody asked for see nothing but themselves
             for bank, keys, values in zip(self.banks, segment.keys, segment.values, strict=True):
                 bank.keys[place], bank.values[place] = keys, values
         self._locate()
@@ -116,7 +148,9 @@ class Decoder:
 
     def let_go(self) -> None:
         """Hold prefixes and prompts no longer; their addresses in the tables mean nothing until the next start."""
-        for bank, keys, values in zip(self.banks, self.buffer.keys, self.buffer.values, strict=True):
+        for bank, keys, values in zip(
+            self.banks, self.buffer.keys, self.buffer.values, strict=True
+        ):
             bank.keys[:], bank.values[:] = [keys] * 3, [values] * 3
 
     def home(self, rows: int) -> list[list[int]]:
@@ -139,7 +173,13 @@ class Decoder:
     def _draw(self) -> None:
         """Sample from the logits; a row that has ended writes padding."""
         place = self.step.expand(self.rows)
-        token, score = sample(self.logits, temperature=self.temperature, banned=self.banned, seed=self.seeds, position=place)
+        token, score = sample(
+            self.logits,
+            temperature=self.temperature,
+            banned=self.banned,
+            seed=self.seeds,
+            position=place,
+        )
         fresh = self.done_at > self.step
         self.token.copy_(token)
         self.ids.scatter_(1, place[:, None], torch.where(fresh, token, self.pad)[:, None])
@@ -160,7 +200,9 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         self.step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # images may be on their way to the GPU in another thread
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # images may be on their way to the GPU in another thread
             self._advance()
         return graph
 

@@ -32,12 +32,21 @@ from vise_fast.text.tokens import Tokens
 class StockBackbone:
     """The stock modules of a model (with or without PEFT around it), under the names the rest of the trainer uses."""
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...] = (0.5, 0.5, 0.5), std: tuple[float, ...] = (0.5, 0.5, 0.5)) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    ) -> None:
         self.model = model
         self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.head = self.core.config, self.core.lm_head
         vision = self.config.vision_config
-        self.patch, self.merge_size, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        self.patch, self.merge_size, self.temporal = (
+            vision.patch_size,
+            vision.spatial_merge_size,
+            vision.temporal_patch_size,
+        )
         self.mean, self.std = mean, std
         self.dtype = self.head.weight.dtype
 
@@ -54,7 +63,11 @@ class StockBackbone:
 
     @contextlib.contextmanager
     def adapters(self, on: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if on or self.core is self.model else self.model.disable_adapter():
+        with (
+            contextlib.nullcontext()
+            if on or self.core is self.model
+            else self.model.disable_adapter()
+        ):
             yield
 
 
@@ -110,91 +123,183 @@ class StockEngine:
 
     def encode(self, images: list[Tensor]) -> Pictures:
         b, grids = self.backbone, []
-        patches, grid = patchify(images, patch=b.patch, merge=b.merge_size, temporal=b.temporal, mean=b.mean, std=b.std, dtype=b.dtype)
+        patches, grid = patchify(
+            images,
+            patch=b.patch,
+            merge=b.merge_size,
+            temporal=b.temporal,
+            mean=b.mean,
+            std=b.std,
+            dtype=b.dtype,
+        )
         grids = [(rows, columns) for _, rows, columns in grid.tolist()]
-        return Pictures(list(patches.to(self.device).split([rows * columns for rows, columns in grids])), grids)
+        return Pictures(
+            list(patches.to(self.device).split([rows * columns for rows, columns in grids])), grids
+        )
 
     def prefill(self, features: Pictures, adapters: bool) -> StockPrefixes:
         return StockPrefixes(features, adapters)
 
-    def prompt(self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]) -> StockPrompts:
+    def prompt(
+        self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]
+    ) -> StockPrompts:
         return StockPrompts(prefixes, owner, rows)
 
     @torch.no_grad()
     def verdict_logits(self, features: Pictures, rows: list[list[int]], adapters: bool) -> Tensor:
-        return self.forked_verdict_logits(StockPrefixes(features, adapters), list(range(len(rows))), rows)
+        return self.forked_verdict_logits(
+            StockPrefixes(features, adapters), list(range(len(rows))), rows
+        )
 
     @torch.no_grad()
-    def forked_verdict_logits(self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]) -> Tensor:
+    def forked_verdict_logits(
+        self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]
+    ) -> Tensor:
         self.counters.verdicts += len(rows)
         with self.backbone.adapters(prefixes.adapters):
-            last = [self._forward(prefixes.pictures, i, row).last_hidden_state[0, -1] for i, row in zip(owner, rows, strict=True)]
+            last = [
+                self._forward(prefixes.pictures, i, row).last_hidden_state[0, -1]
+                for i, row in zip(owner, rows, strict=True)
+            ]
         return self.backbone.logits(torch.stack(last))
 
     @torch.no_grad()
-    def generate(self, prompts: StockPrompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+    def generate(
+        self,
+        prompts: StockPrompts,
+        fan: list[int],
+        limit: int,
+        seeds: list[int],
+        temperature: float = 1.0,
+    ) -> Rollout:
         order = [r for r, count in enumerate(fan) for _ in range(count)]
         with self.backbone.adapters(prompts.prefixes.adapters):
-            answers = [self._answer(prompts, r, limit, seed, temperature) for r, seed in zip(order, seeds, strict=True)]
+            answers = [
+                self._answer(prompts, r, limit, seed, temperature)
+                for r, seed in zip(order, seeds, strict=True)
+            ]
         lengths = [len(ids) for ids, _ in answers]
         ids = torch.full((len(order), max(lengths)), self.tokens.pad, device=self.device)
         logprob = torch.zeros(ids.shape, device=self.device)
         for n, (row, scores) in enumerate(answers):
-            ids[n, : lengths[n]], logprob[n, : lengths[n]] = torch.tensor(row, device=self.device), torch.stack(scores)
+            ids[n, : lengths[n]], logprob[n, : lengths[n]] = (
+                torch.tensor(row, device=self.device),
+                torch.stack(scores),
+            )
         return Rollout(ids, logprob, lengths)
 
     def score(
-        self, features: Pictures, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool,
-        prefixes: StockPrefixes | None = None, recompute: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        features: Pictures,
+        rows: list[list[int]],
+        answers: Rollout,
+        owner: list[int],
+        adapters: bool,
+        prefixes: StockPrefixes | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """Hidden states (sum of lengths, E), each answer from its own full sequence; `prefixes` is ignored."""
         whole = self._sequences(features, rows, answers, owner, adapters, recompute)
-        return torch.cat([states[-length:] for states, length in zip(whole, answers.lengths, strict=True)])
+        return torch.cat(
+            [states[-length:] for states, length in zip(whole, answers.lengths, strict=True)]
+        )
 
     def score_released(
-        self, features: Pictures, rows: list[list[int]], answers: Rollout, owner: list[int], adapters: bool
+        self,
+        features: Pictures,
+        rows: list[list[int]],
+        answers: Rollout,
+        owner: list[int],
+        adapters: bool,
     ) -> tuple[Tensor, Tensor, list[int]]:
         """Hidden states, ids and tokens per answer over the released code's span; see `engine.Engine.score_released`."""
         states, ids, lengths, tokens = [], [], [], self.tokens
-        for image, answer, whole in zip(owner, answers.rows(), self._sequences(features, rows, answers, owner, adapters), strict=True):
+        for image, answer, whole in zip(
+            owner,
+            answers.rows(),
+            self._sequences(features, rows, answers, owner, adapters),
+            strict=True,
+        ):
             start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
             states.append(whole[start - 1 :])
-            ids.append(torch.tensor((self._prefix_ids(features, image) + rows[image] + answer)[start:], device=self.device))
+            ids.append(
+                torch.tensor(
+                    (self._prefix_ids(features, image) + rows[image] + answer)[start:],
+                    device=self.device,
+                )
+            )
             lengths.append(len(ids[-1]))
         return torch.cat(states), torch.cat(ids), lengths
 
-    def _sequences(self, features: Pictures, rows, answers: Rollout, owner: list[int], adapters: bool, recompute: bool = False) -> list[Tensor]:
+    def _sequences(
+        self,
+        features: Pictures,
+        rows,
+        answers: Rollout,
+        owner: list[int],
+        adapters: bool,
+        recompute: bool = False,
+    ) -> list[Tensor]:
         """Hidden states (T, E) of each answer's sequence without its last token."""
-        places = [(features, image, rows[image] + ids[:-1]) for image, ids in zip(owner, answers.rows(), strict=True)]
+        places = [
+            (features, image, rows[image] + ids[:-1])
+            for image, ids in zip(owner, answers.rows(), strict=True)
+        ]
         with self.backbone.adapters(adapters):
-            outs = [checkpoint(self._forward, *place, use_reentrant=False) if recompute else self._forward(*place) for place in places]
+            outs = [
+                checkpoint(self._forward, *place, use_reentrant=False)
+                if recompute
+                else self._forward(*place)
+                for place in places
+            ]
         return [out.last_hidden_state[0] for out in outs]
 
-    def _answer(self, prompts: StockPrompts, r: int, limit: int, seed: int, temperature: float) -> tuple[list[int], list[Tensor]]:
+    def _answer(
+        self, prompts: StockPrompts, r: int, limit: int, seed: int, temperature: float
+    ) -> tuple[list[int], list[Tensor]]:
         """One sampled answer: ids and their log-probs."""
-        out, ids, scores = self._forward(prompts.prefixes.pictures, prompts.owner[r], prompts.rows[r], cached=True), [], []
+        out, ids, scores = (
+            self._forward(
+                prompts.prefixes.pictures, prompts.owner[r], prompts.rows[r], cached=True
+            ),
+            [],
+            [],
+        )
         seed = torch.tensor([seed], device=self.device)
         for step in range(limit):
             logits = self.backbone.logits(out.last_hidden_state[:, -1])
-            token, score = sample(logits, temperature=temperature, banned=self.banned, seed=seed, position=step)
+            token, score = sample(
+                logits, temperature=temperature, banned=self.banned, seed=seed, position=step
+            )
             ids.append(int(token)), scores.append(score[0])
             self.interrupted()
             if ids[-1] in self.tokens.eos or step + 1 == limit:
                 break
             # The rope offset of this row is module state, set by the forward above.
-            out = self.backbone.core.model(input_ids=token[None], past_key_values=out.past_key_values, use_cache=True)
-            self.counters.decode_steps, self.counters.tokens_decoded = self.counters.decode_steps + 1, self.counters.tokens_decoded + 1
+            out = self.backbone.core.model(
+                input_ids=token[None], past_key_values=out.past_key_values, use_cache=True
+            )
+            self.counters.decode_steps, self.counters.tokens_decoded = (
+                self.counters.decode_steps + 1,
+                self.counters.tokens_decoded + 1,
+            )
         return ids, scores
 
     def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False):
         """The stock forward of head + image + tail + row."""
         ids = torch.tensor([self._prefix_ids(pictures, image) + row], device=self.device)
-        self.counters.images_encoded, self.counters.prefixes = self.counters.images_encoded + 1, self.counters.prefixes + 1
+        self.counters.images_encoded, self.counters.prefixes = (
+            self.counters.images_encoded + 1,
+            self.counters.prefixes + 1,
+        )
         self.counters.forwards += 1
         return self.backbone.core.model(
-            input_ids=ids, pixel_values=pictures.pixels[image], image_grid_thw=torch.tensor([[1, *pictures.grids[image]]], device=self.device),
-            mm_token_type_ids=(ids == self.tokens.image_token).int(), use_cache=cached,
-        )  # fmt: skip
+            input_ids=ids,
+            pixel_values=pictures.pixels[image],
+            image_grid_thw=torch.tensor([[1, *pictures.grids[image]]], device=self.device),
+            mm_token_type_ids=(ids == self.tokens.image_token).int(),
+            use_cache=cached,
+        )
 
     def _prefix_ids(self, pictures: Pictures, image: int) -> list[int]:
         rows, columns = pictures.grids[image]
@@ -208,6 +313,8 @@ def open_engine(policy: Policy, config: Config) -> Engine | StockEngine:
         return StockEngine(StockBackbone(policy.model), policy.tokens)
     if config.model.graphs:
         if policy.device.type != "cuda":
-            raise EnvironmentFault(f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; leave it false, or use a GPU")
+            raise EnvironmentFault(
+                f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; leave it false, or use a GPU"
+            )
         return GraphedEngine(policy.backbone, policy.tokens)
     return Engine(policy.backbone, policy.tokens)

@@ -71,7 +71,9 @@ class Live(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or size == 0:
             return
-        self._known[key] = _Storage(self.label, size, weakref.ref(storage, lambda _: self._forget(key)))
+        self._known[key] = _Storage(
+            self.label, size, weakref.ref(storage, lambda _: self._forget(key))
+        )
         self.by[self.label] += size
         self.now += size
         if self.now > self.peak:

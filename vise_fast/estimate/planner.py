@@ -51,28 +51,50 @@ class Plan:
 
     def __str__(self) -> str:
         r = self.rehearsed
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sorted(r.at_peak.items(), key=lambda item: -item[1]) if size >= 0.01 * r.peak)
+        parts = ", ".join(
+            f"{name} {size / GIB:.2f}"
+            for name, size in sorted(r.at_peak.items(), key=lambda item: -item[1])
+            if size >= 0.01 * r.peak
+        )
         lines = [f"memory   peak {r.peak / GIB:.2f} GiB predicted, in phase '{r.busiest}': {parts}"]
         if self.changes:
-            lines.append(f"memory   chosen to fit {self.budget / GIB:.1f} GiB: {_words(self.changes)}")
+            lines.append(
+                f"memory   chosen to fit {self.budget / GIB:.1f} GiB: {_words(self.changes)}"
+            )
         elif self.budget is not None:
-            lines.append(f"memory   {'fits' if self.fits else 'does NOT fit'} the {self.budget / GIB:.1f} GiB that can be used here")
+            lines.append(
+                f"memory   {'fits' if self.fits else 'does NOT fit'} the {self.budget / GIB:.1f} GiB that can be used here"
+            )
         if self.advice is not None:
-            lines.append(f"memory   would fit with {_words(self.advice)}" if self.advice else "memory   nothing makes this model fit here; take a smaller one")
+            lines.append(
+                f"memory   would fit with {_words(self.advice)}"
+                if self.advice
+                else "memory   nothing makes this model fit here; take a smaller one"
+            )
         return "\n".join(lines)
 
 
 def _words(changes: dict[str, object]) -> str:
-    return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items())
+    return " ".join(
+        f"--{key} {str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in changes.items()
+    )
 
 
 class Planner:
     """Predictions for one model and one folder; each configuration is rehearsed once."""
 
-    def __init__(self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> None:
-        self.config, self.device = config, "cuda" if dtype else model.device_of(config.model.device).type
+    def __init__(
+        self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.config, self.device = (
+            config,
+            "cuda" if dtype else model.device_of(config.model.device).type,
+        )
         self.model_config = known_shapes(config.model.path)
-        self.dtype = dtype or model.dtype_of(config.model.dtype, model.device_of(config.model.device))
+        self.dtype = dtype or model.dtype_of(
+            config.model.dtype, model.device_of(config.model.device)
+        )
         self.lengths = lengths_of(config, self.model_config)
         self.sizes = _sizes(config, source)
         vision = self.model_config.vision_config
@@ -81,27 +103,60 @@ class Planner:
 
     def rehearse(self, config: Config) -> Rehearsed:
         """A step on the largest images of the folder."""
-        shrunk = [decode.grid_size(h, w, self.multiple, config.data.min_pixels, config.data.max_pixels) for h, w in self.sizes]
+        shrunk = [
+            decode.grid_size(h, w, self.multiple, config.data.min_pixels, config.data.max_pixels)
+            for h, w in self.sizes
+        ]
         largest = sorted(shrunk, key=lambda size: -size[0] * size[1])
-        batch = (largest * config.train.batch)[: config.train.batch] if len(largest) < config.train.batch else largest[: config.train.batch]
+        batch = (
+            (largest * config.train.batch)[: config.train.batch]
+            if len(largest) < config.train.batch
+            else largest[: config.train.batch]
+        )
         train = config.train
-        key = repr((config.model, config.lora, train.micro_batch, train.checkpointing, train.share_forward, config.optim.name, batch))
+        key = repr(
+            (
+                config.model,
+                config.lora,
+                train.micro_batch,
+                train.checkpointing,
+                train.share_forward,
+                config.optim.name,
+                batch,
+            )
+        )
         if key not in self._peaks:
-            self._peaks[key] = rehearse(config, self.model_config, batch, self.dtype, self.lengths, self.device)
+            self._peaks[key] = rehearse(
+                config, self.model_config, batch, self.dtype, self.lengths, self.device
+            )
         return self._peaks[key]
 
     def choose(self, budget: float) -> dict[str, object] | None:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity first; None where nothing does."""
-        fits = lambda base, knobs: self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget  # noqa: E731
+        fits = lambda base, knobs: (
+            self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget
+        )
         leanest = _knobs(1, True, LEANEST)
-        if not fits({"model.quant": "nf4", "data.max_pixels": int(PIXEL_SHARES[-1] * self.config.data.max_pixels)}, leanest):
+        if not fits(
+            {
+                "model.quant": "nf4",
+                "data.max_pixels": int(PIXEL_SHARES[-1] * self.config.data.max_pixels),
+            },
+            leanest,
+        ):
             return None
         for base in self._bases():
             if not fits(base, leanest):
                 continue
-            micro = next(m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, LEANEST)))
+            micro = next(
+                m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, LEANEST))
+            )
             knobs = next(k for k in self._speeds(micro) if fits(base, k))
-            return {key: value for key, value in {**base, **knobs}.items() if value != _get(self.config, key)}
+            return {
+                key: value
+                for key, value in {**base, **knobs}.items()
+                if value != _get(self.config, key)
+            }
         return None
 
     def _bases(self) -> Iterator[dict[str, object]]:
@@ -109,7 +164,10 @@ class Planner:
         kinds = ["none", "int8", "nf4"]
         for share in PIXEL_SHARES:
             for quant in kinds[kinds.index(self.config.model.quant) :]:
-                yield {"model.quant": quant, "data.max_pixels": int(share * self.config.data.max_pixels)}
+                yield {
+                    "model.quant": quant,
+                    "data.max_pixels": int(share * self.config.data.max_pixels),
+                }
 
     def _micro_batches(self) -> Iterator[int]:
         """Large ones first: a rollout of few rows wastes more time than a second forward pass. 0 is the whole batch."""
@@ -125,7 +183,11 @@ class Planner:
         train = self.config.train
         for checkpointing in dict.fromkeys([train.checkpointing, True]):
             for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
-                for share in [train.share_forward] if checkpointing else dict.fromkeys([train.share_forward, False]):
+                for share in (
+                    [train.share_forward]
+                    if checkpointing
+                    else dict.fromkeys([train.share_forward, False])
+                ):
                     yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
@@ -173,15 +235,25 @@ def known_shapes(path: str):
 def lengths_of(config: Config, model_config) -> Lengths:
     """Tokens of each question, with a query as long as `rollout.query_tokens` allows; without a tokenizer at hand, those of `Lengths`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.resolve(config.model.path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.resolve(config.model.path), local_files_only=True
+        )
     except (OSError, ValueError, ConfigError):
         return Lengths()
-    tokens = Tokens(tokenizer, style_for(model_config), model_config.text_config.vocab_size, model_config.image_token_id)
+    tokens = Tokens(
+        tokenizer,
+        style_for(model_config),
+        model_config.text_config.vocab_size,
+        model_config.image_token_id,
+    )
     style, query = tokens.style, config.rollout.query_tokens
     return Lengths(
-        len(tokens.head), len(tokens.tail), len(tokens.row(style.ask())), len(tokens.row(style.ground(""))) + query,
+        len(tokens.head),
+        len(tokens.tail),
+        len(tokens.row(style.ask())),
+        len(tokens.row(style.ground(""))) + query,
         len(tokens.verdict_row(style.verify(""))) + query,
-    )  # fmt: skip
+    )
 
 
 def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
@@ -192,7 +264,11 @@ def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
 
 
 def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> dict[str, object]:
-    return {"train.micro_batch": micro_batch, "train.checkpointing": checkpointing, "optim.name": optimizer}
+    return {
+        "train.micro_batch": micro_batch,
+        "train.checkpointing": checkpointing,
+        "optim.name": optimizer,
+    }
 
 
 def _get(config: Config, key: str):
@@ -221,7 +297,10 @@ def main(words: Sequence[str]) -> int:
     if config.data.dir is not None and Path(config.data.dir).is_dir():
         source = Folder(config.data.dir, config, model.grid_multiple(config.model.path))
     found = plan(config, source)
-    phases = [[name, *(f"{sum(parts.values()) / GIB:.3f}", f"{parts.get('weights', 0) / GIB:.3f}")] for name, parts in found.rehearsed.phases.items()]
+    phases = [
+        [name, *(f"{sum(parts.values()) / GIB:.3f}", f"{parts.get('weights', 0) / GIB:.3f}")]
+        for name, parts in found.rehearsed.phases.items()
+    ]
     out.table("peak of each phase", ["", "GiB", "of which weights"], phases)
     out.say(str(found))
     return 0 if found.fits else MemoryFloor.code

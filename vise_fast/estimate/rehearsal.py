@@ -35,23 +35,46 @@ META = torch.device("meta")
 aten = torch.ops.aten
 # torch's Python rules for these cost half a millisecond a call on meta; their results are all alike
 POINTWISE = {
-    aten.neg.default, aten.exp.default, aten.cos.default, aten.sin.default, aten.rsqrt.default, aten.silu.default, aten.gelu.default, aten.log.default,
-    aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar,
-    aten.silu_backward.default, aten.gelu_backward.default,
-}  # fmt: skip
+    aten.neg.default,
+    aten.exp.default,
+    aten.cos.default,
+    aten.sin.default,
+    aten.rsqrt.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.log.default,
+    aten.pow.Tensor_Scalar,
+    aten.mul.Tensor,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.add.Scalar,
+    aten.div.Scalar,
+    aten.silu_backward.default,
+    aten.gelu_backward.default,
+}
 
 
 def _pointwise(args: tuple) -> Tensor | None:
     """The result of a pointwise op on meta tensors of one dtype, where one of them has the result's shape; else None."""
     tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
-    if not tensors or any(t.dtype != tensors[0].dtype or not t.is_meta for t in tensors) or not tensors[0].is_floating_point():
+    if (
+        not tensors
+        or any(t.dtype != tensors[0].dtype or not t.is_meta for t in tensors)
+        or not tensors[0].is_floating_point()
+    ):
         return None
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
     like = next((t for t in tensors if t.shape == shape), None)
     if like is None:
         return None
     # empty_like knows what becomes of the strides of a view, and takes its time
-    return torch.empty(shape, dtype=like.dtype, device=META) if like.is_contiguous() else torch.empty_like(like)
+    return (
+        torch.empty(shape, dtype=like.dtype, device=META)
+        if like.is_contiguous()
+        else torch.empty_like(like)
+    )
 
 
 class _MetaLive(Live):
@@ -83,7 +106,11 @@ class Packed(nn.Module):
     def __init__(self, linear: nn.Linear, config: Config, device: str) -> None:
         super().__init__()
         self.inside = device != "cpu"
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+        )
         size, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
         self.int8 = config.model.quant == "int8"
         if self.int8:
@@ -92,11 +119,15 @@ class Packed(nn.Module):
             held = size // 2 + blocks + 4 * -(-blocks // 256) + 1024 + 68
         else:
             held = size // 2 + 4 * blocks + 64
-        self.weight = nn.Parameter(torch.empty(held, dtype=torch.uint8, device=META), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(held, dtype=torch.uint8, device=META), requires_grad=False
+        )
 
     def product(self, x: Tensor) -> Tensor:
         if self.int8:
-            scratch = x.new_empty(x.shape[0], 3 * x.shape[1] + 4 * self.out_features * self.inside, dtype=torch.uint8)
+            scratch = x.new_empty(
+                x.shape[0], 3 * x.shape[1] + 4 * self.out_features * self.inside, dtype=torch.uint8
+            )
         else:
             scratch = self.dequantised(x.dtype) if self.inside else None
         out = x.new_empty(x.shape[0], self.out_features)
@@ -151,30 +182,58 @@ class _Engine(Engine):
         """Of (height, width) pairs."""
         b = self.backbone
         grids = [(height // b.patch, width // b.patch) for height, width in images]
-        patches = torch.empty(sum(r * c for r, c in grids), 3 * b.patch**2, dtype=b.dtype, device=META)
+        patches = torch.empty(
+            sum(r * c for r, c in grids), 3 * b.patch**2, dtype=b.dtype, device=META
+        )
         return b.encode_patches(patches, grids)
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int], temperature: float = 1.0) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        fan: list[int],
+        limit: int,
+        seeds: list[int],
+        temperature: float = 1.0,
+    ) -> Rollout:
         owner = [r for r, count in enumerate(fan) for _ in range(count)]
         rows, index = len(owner), torch.tensor(owner, device=META)
-        ids, logprob = torch.zeros(rows, limit, dtype=torch.long, device=META), torch.zeros(rows, limit, device=META)
+        ids, logprob = (
+            torch.zeros(rows, limit, dtype=torch.long, device=META),
+            torch.zeros(rows, limit, device=META),
+        )
         logits = self.backbone.logits(prompts.last)[index]
         buffer, start = self._continuation(prompts, fan, limit)
-        prefix, prompt = Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META), Grid(owner, len(prompts.owner), META)
+        prefix, prompt = (
+            Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META),
+            Grid(owner, len(prompts.owner), META),
+        )
         parents = [] if start else [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
-        draw = lambda z: sample(z, temperature=temperature, banned=self.banned, seed=index, position=0)  # noqa: E731
+        draw = lambda z: sample(
+            z, temperature=temperature, banned=self.banned, seed=index, position=0
+        )
         token, _ = draw(logits)
-        hidden = self.backbone.decode(token, index, self.backbone.growing(parents, buffer, start + limit - 1), prompts.prefixes.adapters)
+        hidden = self.backbone.decode(
+            token,
+            index,
+            self.backbone.growing(parents, buffer, start + limit - 1),
+            prompts.prefixes.adapters,
+        )
         logits = self.backbone.logits(hidden)
         draw(logits)
         return _Script(ids, logprob, [limit] * rows)
 
 
-def meta_policy(config: Config, model_config, lengths: Lengths, dtype: torch.dtype, device: str) -> tuple[PeftModel, _Engine]:
+def meta_policy(
+    config: Config, model_config, lengths: Lengths, dtype: torch.dtype, device: str
+) -> tuple[PeftModel, _Engine]:
     """The run's model on the meta device with its adapters; quantised linears are `Packed`."""
     with META:
-        base = AutoModelForImageTextToText.from_config(model_config, dtype=dtype).requires_grad_(False).eval()
+        base = (
+            AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+            .requires_grad_(False)
+            .eval()
+        )
     policy = model.attach(base, config)
     if config.model.quant != "none":
         for name, module in list(base.named_modules()):
@@ -204,21 +263,38 @@ class Rehearsed:
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
 
-def rehearse(config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths = Lengths(), device: str = "cuda") -> Rehearsed:
+def rehearse(
+    config: Config,
+    model_config,
+    sizes: list[tuple[int, int]],
+    dtype: torch.dtype,
+    lengths: Lengths = Lengths(),
+    device: str = "cuda",
+) -> Rehearsed:
     """One step on images of these (height, width) in pixels, one entry per image of the batch, as it would go on this type of device.
 
     Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line through them drawn on to the full depth. In the
     shallowest a phase may need most at another moment than in deep ones.
     """
-    depth, shallow = model_config.text_config.num_hidden_layers, len(model_config.vision_config.deepstack_visual_indexes) + 3
+    depth, shallow = (
+        model_config.text_config.num_hidden_layers,
+        len(model_config.vision_config.deepstack_visual_indexes) + 3,
+    )
     if depth <= shallow + 1:
         return Rehearsed(_rehearse(config, model_config, sizes, dtype, lengths, device)[0])
-    (near, block), (far, _) = (_rehearse(config, _shallow(model_config, layers), sizes, dtype, lengths, device) for layers in (shallow, shallow + 1))
+    (near, block), (far, _) = (
+        _rehearse(config, _shallow(model_config, layers), sizes, dtype, lengths, device)
+        for layers in (shallow, shallow + 1)
+    )
     missing = block * (model_config.vision_config.depth - shallow)
     phases = {}
     for phase, first in near.items():
         second = far[phase]
-        line = {name: first.get(name, 0) + (depth - shallow) * (second.get(name, 0) - first.get(name, 0)) for name in first | second}
+        line = {
+            name: first.get(name, 0)
+            + (depth - shallow) * (second.get(name, 0) - first.get(name, 0))
+            for name in first | second
+        }
         phases[phase] = line | {"weights": line["weights"] + missing}
     return Rehearsed(phases)
 
@@ -228,21 +304,40 @@ def _shallow(model_config, layers: int):
     small = copy.deepcopy(model_config)
     taps = len(small.vision_config.deepstack_visual_indexes)
     small.text_config.num_hidden_layers = layers
-    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = taps + 3, list(range(taps))
+    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = (
+        taps + 3,
+        list(range(taps)),
+    )
     return small
 
 
 def _rehearse(
-    config: Config, model_config, sizes: list[tuple[int, int]], dtype: torch.dtype, lengths: Lengths, device: str
-) -> tuple[dict[str, dict[str, int]], int]:  # fmt: skip
+    config: Config,
+    model_config,
+    sizes: list[tuple[int, int]],
+    dtype: torch.dtype,
+    lengths: Lengths,
+    device: str,
+) -> tuple[dict[str, dict[str, int]], int]:
     """(components at the peak of each phase, bytes of one vision block)."""
     with _MetaLive() as live, _NoScores():
         with live.labelled("weights"):
             policy, engine = meta_policy(config, model_config, lengths, dtype, device)
-        engine.joins, engine.backbone.encode_at_once = device == "cpu", ENCODE_AT_ONCE if device == "cpu" else None
+        engine.joins, engine.backbone.encode_at_once = (
+            device == "cpu",
+            ENCODE_AT_ONCE if device == "cpu" else None,
+        )
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
-        live.relabel([t for linear in engine.backbone.fused() if linear.cached for t in (linear.cached.down, *linear.cached.up)], "LoRA in compute dtype")
+        live.relabel(
+            [
+                t
+                for linear in engine.backbone.fused()
+                if linear.cached
+                for t in (linear.cached.down, *linear.cached.up)
+            ],
+            "LoRA in compute dtype",
+        )
         moments = sum(_moments(p, config.optim.name) for p in trained)
         # On a GPU paged moments lie in managed memory and are fetched for the optimizer step, when there is room.
         paged = moments if config.optim.name.startswith("paged") and device == "cuda" else 0
@@ -263,8 +358,16 @@ def _moments(p: Tensor, name: str) -> int:
 class _Step:
     """experience.play and learner.learn, as far as they need memory."""
 
-    def __init__(self, config: Config, engine: _Engine, live: Live, trained: list[Tensor], paged: int) -> None:
-        self.config, self.engine, self.live, self.trained, self.paged = config, engine, live, trained, paged
+    def __init__(
+        self, config: Config, engine: _Engine, live: Live, trained: list[Tensor], paged: int
+    ) -> None:
+        self.config, self.engine, self.live, self.trained, self.paged = (
+            config,
+            engine,
+            live,
+            trained,
+            paged,
+        )
         self.phases: dict[str, dict[str, int]] = {}
         self.lengths = engine.tokens.lengths
 
@@ -273,7 +376,10 @@ class _Step:
         size = self.config.train.micro_batch or len(sizes)
         largest = sorted(sizes, key=lambda s: -s[0] * s[1])[:size]
         others = -(-len(sizes) // size) - 1
-        self.live.hold([torch.empty(others * self._kept_bytes(largest), dtype=torch.uint8, device=META)], "kept of other slices")
+        self.live.hold(
+            [torch.empty(others * self._kept_bytes(largest), dtype=torch.uint8, device=META)],
+            "kept of other slices",
+        )
         played = self._play(largest)
         if self.config.reward.w_sem > 0 and self.config.reward.name not in WITHOUT_GHOSTS:
             with self._phase("verify ghosts", "rollout"):
@@ -289,7 +395,9 @@ class _Step:
     def _kept_bytes(self, sizes: list[tuple[int, int]]) -> int:
         """Vision features of a slice's images."""
         b, c = self.engine.backbone, self.config
-        patches = sum(h * w for h, w in sizes) // b.patch**2 * (1 + c.rollout.views * c.update.views_too)
+        patches = (
+            sum(h * w for h, w in sizes) // b.patch**2 * (1 + c.rollout.views * c.update.views_too)
+        )
         return patches * b.visual.config.hidden_size * len(b.mergers) * b.dtype.itemsize
 
     @contextlib.contextmanager
@@ -298,12 +406,18 @@ class _Step:
         with self.live.labelled(label):
             yield
         found = {label: size for label, size in self.live.at_peak.items() if size}
-        self.phases[name] = max(found, self.phases.get(name, {}), key=lambda parts: sum(parts.values()))
+        self.phases[name] = max(
+            found, self.phases.get(name, {}), key=lambda parts: sum(parts.values())
+        )
 
     def _pixels(self, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        return [torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes]
+        return [
+            torch.empty(height, width, 3, dtype=torch.uint8, device=META) for height, width in sizes
+        ]
 
-    def _play(self, sizes: list[tuple[int, int]]) -> tuple[Features, Prefixes | None, Prompts | None, Rollout, list[int]]:
+    def _play(
+        self, sizes: list[tuple[int, int]]
+    ) -> tuple[Features, Prefixes | None, Prompts | None, Rollout, list[int]]:
         engine, c, count = self.engine, self.config, len(sizes)
         samples, views, originals = c.rollout.samples, c.rollout.views, list(range(count))
         with self._phase("vision encode", "images and vision features"):
@@ -322,20 +436,32 @@ class _Step:
         del asked_for
         asked_to_box, answers = self._ground(prefixes, elsewhere, count)
         kept = features if c.update.views_too else features.select(originals)
-        judges = prefixes if c.reward.judge == "policy" else asked if c.rollout.asker == "reference" else None
+        judges = (
+            prefixes
+            if c.reward.judge == "policy"
+            else asked
+            if c.rollout.asker == "reference"
+            else None
+        )
         del features, prefixes, elsewhere, asked, moved
         if judges is None:
             with self._phase("reference prefill", "reference keys and values"):
                 judges = engine.prefill(kept.select(originals), False)
         with self._phase("verify", "rollout"):
             engine.forked_verdict_logits(judges, originals, [[0] * self.lengths.verify] * count)
-        reference = judges if c.reward.judge == "reference" and c.train.micro_batch in (0, c.train.batch) else None
+        reference = (
+            judges
+            if c.reward.judge == "reference" and c.train.micro_batch in (0, c.train.batch)
+            else None
+        )
         del judges
         fan = [samples] * count + [1] * (count * views)
         owner = [r for r, n in enumerate(fan) for _ in range(n)]
         return kept, reference, asked_to_box, answers, owner
 
-    def _ground(self, prefixes: Prefixes, elsewhere: Prefixes, count: int) -> tuple[Prompts | None, Rollout]:
+    def _ground(
+        self, prefixes: Prefixes, elsewhere: Prefixes, count: int
+    ) -> tuple[Prompts | None, Rollout]:
         """The questions kept for the update, the samples' answers, and the views' behind them where one batch makes both."""
         limits, views = self.config.rollout, count * self.config.rollout.views
         fan, there = [limits.samples] * count, [1] * views
@@ -343,7 +469,9 @@ class _Step:
         def boxes(held: Prefixes, places: range, fan: list[int]) -> tuple[Prompts | None, Rollout]:
             trained = 0 if held.trained is None else len(held.trained)
             with self._phase("ground", "rollout"):
-                prompts = self.engine.prompt(held, list(places), [[0] * self.lengths.ground] * len(places), trained)
+                prompts = self.engine.prompt(
+                    held, list(places), [[0] * self.lengths.ground] * len(places), trained
+                )
             with self._phase("ground: answers", "rollout"):
                 return prompts.trained, self.engine.generate(prompts, fan, limits.box_tokens, [])
 
@@ -355,33 +483,61 @@ class _Step:
 
     def _judge(self, sizes: list[tuple[int, int]]) -> None:
         """Every box differs from every other and is judged."""
-        kinds = 1 + self.config.reward.controls * (self.config.reward.sem == "contrast") + self.config.reward.sufficiency
-        at_once, all_sizes = GHOSTS_AT_ONCE * len(sizes), [size for size in sizes for _ in range(self.config.rollout.samples)] * kinds
+        kinds = (
+            1
+            + self.config.reward.controls * (self.config.reward.sem == "contrast")
+            + self.config.reward.sufficiency
+        )
+        at_once, all_sizes = (
+            GHOSTS_AT_ONCE * len(sizes),
+            [size for size in sizes for _ in range(self.config.rollout.samples)] * kinds,
+        )
         ghosts = self._pixels(all_sizes)
         features = self.engine.encode(all_sizes[:at_once])
-        self.engine.verdict_logits(features, [[0] * self.lengths.verify] * len(features), self.config.reward.judge == "policy")
+        self.engine.verdict_logits(
+            features,
+            [[0] * self.lengths.verify] * len(features),
+            self.config.reward.judge == "policy",
+        )
         del ghosts
 
-    def _learn(self, kept: Features, reference: Prefixes | None, asked: Prompts | None, answers: Rollout, owner: list[int]) -> None:
+    def _learn(
+        self,
+        kept: Features,
+        reference: Prefixes | None,
+        asked: Prompts | None,
+        answers: Rollout,
+        owner: list[int],
+    ) -> None:
         engine, c = self.engine, self.config
-        chosen = list(range(len(answers.lengths) if c.update.views_too else c.rollout.samples * len(kept)))
-        answers = _Script(answers.ids[chosen], answers.logprob[chosen], [answers.lengths[n] for n in chosen])
+        chosen = list(
+            range(len(answers.lengths) if c.update.views_too else c.rollout.samples * len(kept))
+        )
+        answers = _Script(
+            answers.ids[chosen], answers.logprob[chosen], [answers.lengths[n] for n in chosen]
+        )
         owner, rows = [owner[n] for n in chosen], [[0] * self.lengths.ground] * len(kept)
         with self._phase("reference scores", "activations"), torch.no_grad():
             cached = reference if reference is not None and len(reference) == len(kept) else None
             truth = engine.score(kept, rows, answers, owner, False, prefixes=cached)
         with self._phase("forward", "activations"):
-            hidden = engine.score(kept, rows, answers, owner, True, recompute=c.train.checkpointing, prompts=asked)
+            hidden = engine.score(
+                kept, rows, answers, owner, True, recompute=c.train.checkpointing, prompts=asked
+            )
         with self._phase("head", "head workspace"):
             ids = torch.zeros(len(hidden), dtype=torch.long, device=META)
-            logprob, _, kl = linear_logprob_kl(hidden, truth, engine.backbone.head.weight, ids, banned=engine.banned)
+            logprob, _, kl = linear_logprob_kl(
+                hidden, truth, engine.backbone.head.weight, ids, banned=engine.banned
+            )
         with self._phase("backward", "gradients in flight"):
             (logprob + kl).sum().backward()
         self.live.relabel([p.grad for p in self.trained], "LoRA gradients")
 
     def _apply(self) -> None:
         """torch's multi-tensor AdamW works on one more copy of all parameters; the 8-bit kinds on none."""
-        scratch = [torch.empty_like(p) for p in self.trained] if self.config.optim.name == "adamw" else []
+        scratch = (
+            [torch.empty_like(p) for p in self.trained] if self.config.optim.name == "adamw" else []
+        )
         scratch.append(torch.empty(self.paged, dtype=torch.uint8, device=META))
         self.engine.backbone.refresh()
         del scratch

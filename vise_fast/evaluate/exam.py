@@ -52,20 +52,29 @@ class Look:
     def queries(self) -> list[str]:
         """The base's most likely query about each image."""
         limit = self.config.rollout.query_tokens
-        return roles.ask(self.engine, self.prefix(False), self.everyone, [0] * len(self), limit, temperature=0.0).texts
+        return roles.ask(
+            self.engine, self.prefix(False), self.everyone, [0] * len(self), limit, temperature=0.0
+        ).texts
 
     @cached_property
     def views(self) -> tuple[list[list[views.View]], Features]:
         """rollout.views views of each image, and their features in that order."""
         many, config = self.config.rollout.views, self.config.view
-        drawn = [[views.draw_view(self.rng(i, "view", k), *p.shape[:2], config) for k in range(many)] for i, p in enumerate(self.pixels)]
-        moved = views.apply([p for p in self.pixels for _ in range(many)], [view for row in drawn for view in row])
+        drawn = [
+            [views.draw_view(self.rng(i, "view", k), *p.shape[:2], config) for k in range(many)]
+            for i, p in enumerate(self.pixels)
+        ]
+        moved = views.apply(
+            [p for p in self.pixels for _ in range(many)], [view for row in drawn for view in row]
+        )
         return drawn, self.engine.encode(moved)
 
     def own_queries(self, arm: bool) -> roles.Queries:
         """A sampled query of the arm's own about each image."""
         seeds = [self.key(i, "ask") for i in self.everyone]
-        return roles.ask(self.engine, self.prefix(arm), self.everyone, seeds, self.config.rollout.query_tokens)
+        return roles.ask(
+            self.engine, self.prefix(arm), self.everyone, seeds, self.config.rollout.query_tokens
+        )
 
     def rng(self, image: int, purpose: str, index: int = 0) -> np.random.Generator:
         return randomness.generator(self.config.eval.seed, self.first + image, purpose, index)
@@ -93,32 +102,61 @@ def without_labels(look: Look, arm: bool, own: roles.Queries) -> tuple[Marks, Te
     config, count = look.config, len(look)
     boxes = _ground(look, arm, look.everyone, look.queries)
     placed, area = geometry.proper(boxes.box_1000), geometry.area_share(boxes.box_1000)
-    mark = lambda values, of=None: _mark(values, look.everyone, count, of)  # noqa: E731
+    mark = lambda values, of=None: _mark(values, look.everyone, count, of)
     marks = {
-        "query_parse_rate": mark(own.readable), "own_parse_rate": mark(boxes.readable),
-        "own_area": mark(area, placed), "own_area_large": mark(area > LARGE_AREA, placed),
-    }  # fmt: skip
+        "query_parse_rate": mark(own.readable),
+        "own_parse_rate": mark(boxes.readable),
+        "own_area": mark(area, placed),
+        "own_area_large": mark(area > LARGE_AREA, placed),
+    }
     marks |= _invariance(look, arm, boxes.box_1000, placed) | _hiding(look, boxes.box_1000, placed)
-    if not config.eval.attention or not isinstance(look.engine, Engine):  # the stock engine keeps no keys to measure
+    if not config.eval.attention or not isinstance(
+        look.engine, Engine
+    ):  # the stock engine keeps no keys to measure
         return marks, None
     share = image_share(look.engine, look.prefix(arm), look.everyone, boxes.rows, boxes.answers)
     return marks | {"attention_share": mark(share.mean(0))}, share
 
 
-def _ground(look: Look, arm: bool, owner: list[int], names: list[str], prefixes: Prefixes | None = None) -> roles.Boxes:
+def _ground(
+    look: Look, arm: bool, owner: list[int], names: list[str], prefixes: Prefixes | None = None
+) -> roles.Boxes:
     """One greedy box per name."""
     limit, rows = look.config.rollout.box_tokens, len(names)
-    return roles.ground(look.engine, prefixes or look.prefix(arm), owner, names, [1] * rows, [0] * rows, limit, temperature=0.0)
+    return roles.ground(
+        look.engine,
+        prefixes or look.prefix(arm),
+        owner,
+        names,
+        [1] * rows,
+        [0] * rows,
+        limit,
+        temperature=0.0,
+    )
 
 
 def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Marks:
     """R_geo (METHOD section 1.5) of greedy boxes in the views; a box that cannot be read, or has no area, in a view agrees by 0."""
     config, (drawn, features) = look.config, look.views
-    flat, owner = [view for row in drawn for view in row], [i for i, row in enumerate(drawn) for _ in row]
-    texts = [views.query_for(look.queries[i], view, config.view) for i, view in zip(owner, flat, strict=True)]
-    found = _ground(look, arm, list(range(len(flat))), texts, look.engine.prefill(features, arm)).box_1000
+    flat, owner = (
+        [view for row in drawn for view in row],
+        [i for i, row in enumerate(drawn) for _ in row],
+    )
+    texts = [
+        views.query_for(look.queries[i], view, config.view)
+        for i, view in zip(owner, flat, strict=True)
+    ]
+    found = _ground(
+        look, arm, list(range(len(flat))), texts, look.engine.prefill(features, arm)
+    ).box_1000
     height, width = (torch.tensor([p.shape[side] for p in look.pixels]) for side in (0, 1))
-    expected = geometry.project_1000(box_1000[owner], views.stack(drawn).flatten(0, 1), height[owner], width[owner], config.reward.projection)
+    expected = geometry.project_1000(
+        box_1000[owner],
+        views.stack(drawn).flatten(0, 1),
+        height[owner],
+        width[owner],
+        config.reward.projection,
+    )
     agreement = torch.where(geometry.proper(found), (geometry.giou(expected, found) + 1) / 2, 0.0)
     usable = views.usable(drawn, box_1000, look.queries, height, width, config.view).flatten()
     return {"invariance": _mark(agreement, owner, len(look), usable & placed[owner])}
@@ -131,18 +169,31 @@ def _hiding(look: Look, box_1000: Tensor, placed: Tensor) -> Marks:
     gone = torch.zeros(len(look), dtype=torch.bool)
     if rows:
         ghosts = look.engine.encode(_ghosts(look, rows, box_1000[rows]))
-        gone[rows] = roles.verify(look.engine, ghosts, [look.queries[i] for i in rows], adapters=False) >= 0.5
-    return {f"own_{name}": _mark(cell, look.everyone, len(look), placed) for name, cell in _table(seen, gone).items()}
+        gone[rows] = (
+            roles.verify(look.engine, ghosts, [look.queries[i] for i in rows], adapters=False)
+            >= 0.5
+        )
+    return {
+        f"own_{name}": _mark(cell, look.everyone, len(look), placed)
+        for name, cell in _table(seen, gone).items()
+    }
 
 
 def _ghosts(look: Look, owner: list[int], box_1000: Tensor) -> list[Tensor]:
     config = look.config
-    return views.ghost(look.pixels, torch.tensor(owner), box_1000, config.ghost, literal=config.view.literal_pixels)
+    return views.ghost(
+        look.pixels, torch.tensor(owner), box_1000, config.ghost, literal=config.view.literal_pixels
+    )
 
 
 def _table(before: Tensor, after: Tensor) -> dict[str, Tensor]:
     """BEAF's cells of (visible, visible after the object was hidden)."""
-    return {"TU": before & ~after, "IG": ~before & after, "SB": before & after, "ID": ~before & ~after}
+    return {
+        "TU": before & ~after,
+        "IG": ~before & after,
+        "SB": before & after,
+        "ID": ~before & ~after,
+    }
 
 
 # ---- what a scene's truth adds ----------------------------------------------------------------------------------------------
@@ -176,7 +227,12 @@ class Truths:
 
 def objects_of(scenes: list[Scene]) -> tuple[list[Thing], list[int]]:
     """Every object whose name is no other object's, and its scene."""
-    rows = [(thing, i) for i, scene in enumerate(scenes) for thing in scene.objects if scene.names.count(thing.name) == 1]
+    rows = [
+        (thing, i)
+        for i, scene in enumerate(scenes)
+        for thing in scene.objects
+        if scene.names.count(thing.name) == 1
+    ]
     return [thing for thing, _ in rows], [i for _, i in rows]
 
 
@@ -185,10 +241,20 @@ def truths_of(look: Look, draw: Callable[[int], Scene]) -> Truths:
     scenes = [draw(image.key) for image in look.images]
     things, owner = objects_of(scenes)
     ranks = [owner[:n].count(i) for n, i in enumerate(owner)]
-    lookalikes = [_lookalike(look.rng(i, "lookalike", rank), thing, scenes[i]) for thing, i, rank in zip(things, owner, ranks, strict=True)]
-    placed = [views.control_box(look.rng(i, "aside", rank), thing.box_1000) for thing, i, rank in zip(things, owner, ranks, strict=True)]
+    lookalikes = [
+        _lookalike(look.rng(i, "lookalike", rank), thing, scenes[i])
+        for thing, i, rank in zip(things, owner, ranks, strict=True)
+    ]
+    placed = [
+        views.control_box(look.rng(i, "aside", rank), thing.box_1000)
+        for thing, i, rank in zip(things, owner, ranks, strict=True)
+    ]
     far = [n for n, (_, kind) in enumerate(placed) if kind == "far"]
-    gone = look.engine.encode(_ghosts(look, owner, torch.tensor([thing.box_1000 for thing in things], dtype=torch.float64)))
+    gone = look.engine.encode(
+        _ghosts(
+            look, owner, torch.tensor([thing.box_1000 for thing in things], dtype=torch.float64)
+        )
+    )
     elsewhere = torch.tensor([placed[n][0] for n in far], dtype=torch.float64)
     aside = look.engine.encode(_ghosts(look, [owner[n] for n in far], elsewhere)) if far else None
     return Truths(scenes, things, owner, lookalikes, gone, aside, far)
@@ -196,11 +262,17 @@ def truths_of(look: Look, draw: Callable[[int], Scene]) -> Truths:
 
 def _lookalike(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
     """An absent name that shares colour or shape with the object (POPE's adversarial negatives, arXiv 2305.10355)."""
-    pool = [name for name in NAMES if name not in scene.names and {thing.color, thing.shape} & set(name.split())]
+    pool = [
+        name
+        for name in NAMES
+        if name not in scene.names and {thing.color, thing.shape} & set(name.split())
+    ]
     return pool[int(rng.integers(len(pool)))]
 
 
-def with_truth(look: Look, truths: Truths, arm: bool, own: roles.Queries, scales: dict[str, float]) -> Marks:
+def with_truth(
+    look: Look, truths: Truths, arm: bool, own: roles.Queries, scales: dict[str, float]
+) -> Marks:
     """Grounding and visibility of every object; `scales`: the arm's best rescale per kind of answer."""
     present = [query in scene.names for query, scene in zip(own.texts, truths.scenes, strict=True)]
     marks = {"query_present": _mark(present, look.everyone, len(look), own.readable)}
@@ -210,56 +282,91 @@ def with_truth(look: Look, truths: Truths, arm: bool, own: roles.Queries, scales
     return marks | _visibility(look, truths, arm) | _blind(look, truths, arm)
 
 
-def answers_of(look: Look, owner: list[int], names: list[str], arm: bool) -> Iterator[tuple[str, roles.Boxes, list[int]]]:
+def answers_of(
+    look: Look, owner: list[int], names: list[str], arm: bool
+) -> Iterator[tuple[str, roles.Boxes, list[int]]]:
     """Yields (label, boxes, object of each box) for greedy answers and for eval.samples sampled ones."""
     samples, objects = look.config.eval.samples, range(len(names))
     yield "greedy", _ground(look, arm, owner, names), list(objects)
     ranks = [owner[:n].count(i) for n, i in enumerate(owner)]
-    seeds = [look.key(owner[n], "ground", ranks[n] * samples + s) for n in objects for s in range(samples)]
+    seeds = [
+        look.key(owner[n], "ground", ranks[n] * samples + s)
+        for n in objects
+        for s in range(samples)
+    ]
     limit = look.config.rollout.box_tokens
-    boxes = roles.ground(look.engine, look.prefix(arm), owner, names, [samples] * len(names), seeds, limit)
+    boxes = roles.ground(
+        look.engine, look.prefix(arm), owner, names, [samples] * len(names), seeds, limit
+    )
     yield "sampled", boxes, boxes.owner
 
 
-def _grounding(label: str, boxes: roles.Boxes, truth: Tensor, owner: list[int], count: int, scale: float) -> Marks:
+def _grounding(
+    label: str, boxes: roles.Boxes, truth: Tensor, owner: list[int], count: int, scale: float
+) -> Marks:
     """Figures of boxes (N,) against truth (N, 4); lengths are shares of the image's side."""
     box, placed = boxes.box_1000, geometry.proper(boxes.box_1000)
     iou, centre = geometry.iou(box, truth), (box[:, :2] + box[:, 2:]) / 2
     inside = ((centre >= truth[:, :2]) & (centre <= truth[:, 2:])).all(1) & placed
     error = torch.linalg.vector_norm(centre - (truth[:, :2] + truth[:, 2:]) / 2, dim=1) / 1000
     area, true_area = geometry.area_share(box), geometry.area_share(truth)
-    mark = lambda values, of=None: _mark(values, owner, count, of)  # noqa: E731
+    mark = lambda values, of=None: _mark(values, owner, count, of)
     marks = {
-        "iou": mark(iou), "iou_50": mark(iou >= 0.5), "iou_rescaled": mark(geometry.iou(rescaled(box, scale), truth)),
-        "centre_inside": mark(inside), "centre_error": mark(error, placed), "parse_rate": mark(boxes.readable),
-        "area": mark(area, placed), "area_ratio": (mark(area, placed)[0], mark(true_area, placed)[0]),
-    }  # fmt: skip
+        "iou": mark(iou),
+        "iou_50": mark(iou >= 0.5),
+        "iou_rescaled": mark(geometry.iou(rescaled(box, scale), truth)),
+        "centre_inside": mark(inside),
+        "centre_error": mark(error, placed),
+        "parse_rate": mark(boxes.readable),
+        "area": mark(area, placed),
+        "area_ratio": (mark(area, placed)[0], mark(true_area, placed)[0]),
+    }
     return {f"{label}_{name}": value for name, value in marks.items()}
 
 
 def rescaled(box_1000: Tensor, scale: float) -> Tensor:
     """Boxes (..., 4) with both sides times `scale` about their centres, clamped to the image."""
-    centre, half = (box_1000[..., :2] + box_1000[..., 2:]) / 2, (box_1000[..., 2:] - box_1000[..., :2]) / 2 * scale
+    centre, half = (
+        (box_1000[..., :2] + box_1000[..., 2:]) / 2,
+        (box_1000[..., 2:] - box_1000[..., :2]) / 2 * scale,
+    )
     return torch.cat([centre - half, centre + half], -1).clamp(0, 1000)
 
 
 def _visibility(look: Look, truths: Truths, arm: bool) -> Marks:
     """Yes or no about each clearly visible object: as it is, an absent lookalike, hidden, and with another place hidden."""
-    engine, prefix, owner, names, count = look.engine, look.prefix(arm), truths.owner, truths.names, len(look)
+    engine, prefix, owner, names, count = (
+        look.engine,
+        look.prefix(arm),
+        truths.owner,
+        truths.names,
+        len(look),
+    )
     clear, far = truths.clear, np.isin(np.arange(len(names)), truths.far)
     seen = roles.verify_forked(engine, prefix, owner, names) >= 0.5
     absent = roles.verify_forked(engine, prefix, owner, truths.lookalikes) >= 0.5
     gone = roles.verify(engine, truths.gone, names, arm) >= 0.5
     aside = torch.zeros_like(seen)
     if truths.aside is not None:
-        aside[truths.far] = roles.verify(engine, truths.aside, [names[n] for n in truths.far], arm) >= 0.5
-    mark = lambda values, of=clear: _mark(values, owner, count, of)  # noqa: E731
+        aside[truths.far] = (
+            roles.verify(engine, truths.aside, [names[n] for n in truths.far], arm) >= 0.5
+        )
+    mark = lambda values, of=clear: _mark(values, owner, count, of)
     marks = {
-        "visible_present": mark(seen), "visible_absent": mark(~absent), "visible_hidden": mark(~gone),
-        "visible_elsewhere": mark(aside, clear & far), "changed_elsewhere": mark(aside != seen, clear & far),
-    }  # fmt: skip
-    marks["visible_accuracy"] = _pooled([marks[f"visible_{kind}"] for kind in ("present", "absent", "hidden", "elsewhere")])
-    return marks | _pope(mark(seen), mark(absent)) | {name: mark(cell) for name, cell in _table(seen, gone).items()}
+        "visible_present": mark(seen),
+        "visible_absent": mark(~absent),
+        "visible_hidden": mark(~gone),
+        "visible_elsewhere": mark(aside, clear & far),
+        "changed_elsewhere": mark(aside != seen, clear & far),
+    }
+    marks["visible_accuracy"] = _pooled(
+        [marks[f"visible_{kind}"] for kind in ("present", "absent", "hidden", "elsewhere")]
+    )
+    return (
+        marks
+        | _pope(mark(seen), mark(absent))
+        | {name: mark(cell) for name, cell in _table(seen, gone).items()}
+    )
 
 
 def _pooled(marks: list) -> tuple[np.ndarray, np.ndarray]:
@@ -271,21 +378,34 @@ def _pope(present: tuple, absent: tuple) -> Marks:
     (hits, positives), (false_alarms, negatives) = present, absent
     rejections, misses, said = negatives - false_alarms, positives - hits, hits + false_alarms
     return {
-        "pope_accuracy": (hits + rejections, positives + negatives), "pope_precision": (hits, said), "pope_recall": (hits, positives),
-        "pope_f1": (2 * hits, 2 * hits + false_alarms + misses), "pope_yes_rate": (said, positives + negatives),
-    }  # fmt: skip
+        "pope_accuracy": (hits + rejections, positives + negatives),
+        "pope_precision": (hits, said),
+        "pope_recall": (hits, positives),
+        "pope_f1": (2 * hits, 2 * hits + false_alarms + misses),
+        "pope_yes_rate": (said, positives + negatives),
+    }
 
 
 def _blind(look: Look, truths: Truths, arm: bool) -> Marks:
     """What is answered without looking: the same questions about a grey image. One prefix serves all names of one image size."""
     owner, names, count = truths.owner, truths.names, len(look)
     sizes = list(dict.fromkeys(pixels.shape for pixels in look.pixels))
-    grey = look.engine.prefill(look.engine.encode([torch.full(size, GREY, dtype=torch.uint8) for size in sizes]), arm)
-    asked = list(dict.fromkeys((sizes.index(look.pixels[i].shape), name) for i, name in zip(owner, names, strict=True)))
-    where = [asked.index((sizes.index(look.pixels[i].shape), name)) for i, name in zip(owner, names, strict=True)]
+    grey = look.engine.prefill(
+        look.engine.encode([torch.full(size, GREY, dtype=torch.uint8) for size in sizes]), arm
+    )
+    asked = list(
+        dict.fromkeys(
+            (sizes.index(look.pixels[i].shape), name) for i, name in zip(owner, names, strict=True)
+        )
+    )
+    where = [
+        asked.index((sizes.index(look.pixels[i].shape), name))
+        for i, name in zip(owner, names, strict=True)
+    ]
     images, texts = [size for size, _ in asked], [name for _, name in asked]
     boxes = _ground(look, arm, images, texts, grey).box_1000[where]
     yes = roles.verify_forked(look.engine, grey, images, texts)[where] >= 0.5
-    return {"blind_iou": _mark(geometry.iou(boxes, truths.box_1000), owner, count), "blind_yes_rate": _mark(yes, owner, count)}
-
-
+    return {
+        "blind_iou": _mark(geometry.iou(boxes, truths.box_1000), owner, count),
+        "blind_yes_rate": _mark(yes, owner, count),
+    }

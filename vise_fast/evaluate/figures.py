@@ -43,23 +43,42 @@ class Figures:
     @property
     def values(self) -> dict[str, float]:
         """Every figure that could be measured, as a plain float."""
-        found = {name: _ratio(top.sum(), bottom.sum()) for name, (top, bottom) in self.marks.items()}
-        return {name: float(value) for name, value in found.items() if np.isfinite(value)} | self.plain
+        found = {
+            name: _ratio(top.sum(), bottom.sum()) for name, (top, bottom) in self.marks.items()
+        }
+        return {
+            name: float(value) for name, value in found.items() if np.isfinite(value)
+        } | self.plain
 
     def estimate(self, name: str) -> Estimate:
         """A figure of `marks` with its interval. Raises KeyError."""
         tops, bottoms = self.marks[name]
-        return _estimate(_ratio(tops.sum(), bottoms.sum()), _ratio(_weights(len(tops)) @ tops, _weights(len(tops)) @ bottoms))
+        return _estimate(
+            _ratio(tops.sum(), bottoms.sum()),
+            _ratio(_weights(len(tops)) @ tops, _weights(len(tops)) @ bottoms),
+        )
 
     def json(self) -> dict[str, Any]:
         """Everything, for evaluation.json; `read` is the inverse."""
-        marks = {name: {"top": top.tolist(), "bottom": bottom.tolist()} for name, (top, bottom) in self.marks.items()}
-        return {"n": self.n, "values": self.values, "plain": self.plain, "layers": self.layers, "marks": marks}
+        marks = {
+            name: {"top": top.tolist(), "bottom": bottom.tolist()}
+            for name, (top, bottom) in self.marks.items()
+        }
+        return {
+            "n": self.n,
+            "values": self.values,
+            "plain": self.plain,
+            "layers": self.layers,
+            "marks": marks,
+        }
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Figures:
         """Raises KeyError or TypeError for something that `json` did not make."""
-        marks = {name: (np.array(mark["top"], float), np.array(mark["bottom"], float)) for name, mark in content["marks"].items()}
+        marks = {
+            name: (np.array(mark["top"], float), np.array(mark["bottom"], float))
+            for name, mark in content["marks"].items()
+        }
         return cls(int(content["n"]), marks, dict(content["plain"]), list(content["layers"]))
 
 
@@ -69,7 +88,12 @@ def join(parts: list[Marks]) -> Marks:
     absent = [(np.zeros(size), np.zeros(size)) for size in sizes]
     names = dict.fromkeys(name for part in parts for name in part)
     return {
-        name: tuple(np.concatenate([part.get(name, empty)[side] for part, empty in zip(parts, absent, strict=True)]) for side in (0, 1))
+        name: tuple(
+            np.concatenate(
+                [part.get(name, empty)[side] for part, empty in zip(parts, absent, strict=True)]
+            )
+            for side in (0, 1)
+        )
         for name in names
     }
 
@@ -81,13 +105,19 @@ def difference(before: Figures, after: Figures, name: str) -> Estimate:
     (top0, bottom0), (top1, bottom1) = before.marks[name], after.marks[name]
     weights = _weights(len(top0))
     value = _ratio(top1.sum(), bottom1.sum()) - _ratio(top0.sum(), bottom0.sum())
-    return _estimate(value, _ratio(weights @ top1, weights @ bottom1) - _ratio(weights @ top0, weights @ bottom0))
+    return _estimate(
+        value, _ratio(weights @ top1, weights @ bottom1) - _ratio(weights @ top0, weights @ bottom0)
+    )
 
 
 @lru_cache(maxsize=4)
 def _weights(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each scene is drawn in each resample; the same for everybody, hence paired."""
-    return generator(0, 0, "bootstrap", n).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    return (
+        generator(0, 0, "bootstrap", n)
+        .multinomial(n, np.full(n, 1 / n), RESAMPLES)
+        .astype(np.float64)
+    )
 
 
 def _ratio(top, bottom):

@@ -31,7 +31,9 @@ from vise_fast.system import randomness
 from vise_fast.system.console import Console
 from vise_fast.system.errors import EnvironmentFault
 
-SCALES = sorted(np.linspace(0.5, 1.5, 41).tolist(), key=lambda s: abs(s - 1))  # of equals the gentlest is taken
+SCALES = sorted(
+    np.linspace(0.5, 1.5, 41).tolist(), key=lambda s: abs(s - 1)
+)  # of equals the gentlest is taken
 
 
 def held_out(engine: Engine, source: Source, config: Config, adapters: bool) -> Figures:
@@ -68,11 +70,17 @@ class _Sheet:
         self.queries: list[str] = []
         self.shares: list[Tensor] = []
 
-    def answer(self, look: exam.Look, truths: exam.Truths | None, arm: bool, scale: dict[str, float] | None) -> None:
+    def answer(
+        self, look: exam.Look, truths: exam.Truths | None, arm: bool, scale: dict[str, float] | None
+    ) -> None:
         own = look.own_queries(arm)
         marks, share = exam.without_labels(look, arm, own)
-        self.marks.append(marks | (exam.with_truth(look, truths, arm, own, scale) if truths else {}))
-        self.queries += [query for query, readable in zip(own.texts, own.readable, strict=True) if readable]
+        self.marks.append(
+            marks | (exam.with_truth(look, truths, arm, own, scale) if truths else {})
+        )
+        self.queries += [
+            query for query, readable in zip(own.texts, own.readable, strict=True) if readable
+        ]
         self.shares += [] if share is None else [share]
 
     def figures(self, n: int, scale: dict[str, float] | None) -> Figures:
@@ -83,38 +91,67 @@ class _Sheet:
         return Figures(n, join(self.marks), plain, layers)
 
 
-def best_scales(engine: Engine, draw: Callable[[int], Scene], config: Config, arms: Sequence[bool]) -> list[dict[str, float]]:
+def best_scales(
+    engine: Engine, draw: Callable[[int], Scene], config: Config, arms: Sequence[bool]
+) -> list[dict[str, float]]:
     """Per arm and kind of answer, the factor of SCALES under which its boxes fit best, on half as many scenes that are not reported.
 
     A gain that survives it is no gain by mere tightening or loosening.
     """
-    keys = [randomness.key(config.eval.seed, 0, "validation scene", i) for i in range((config.eval.scenes + 1) // 2)]
+    keys = [
+        randomness.key(config.eval.seed, 0, "validation scene", i)
+        for i in range((config.eval.scenes + 1) // 2)
+    ]
     found: list[dict[str, list[Tensor]]] = [{"greedy": [], "sampled": []} for _ in arms]
     for first in range(0, len(keys), config.eval.batch):
         chosen = keys[first : first + config.eval.batch]
         scenes = [draw(key) for key in chosen]
-        images = [Image(torch.from_numpy(scene.pixels), "validation scene", key) for scene, key in zip(scenes, chosen, strict=True)]
+        images = [
+            Image(torch.from_numpy(scene.pixels), "validation scene", key)
+            for scene, key in zip(scenes, chosen, strict=True)
+        ]
         things, owner = exam.objects_of(scenes)
         truth = torch.tensor([thing.box_1000 for thing in things], dtype=torch.float64)
         # places after the reported scenes', so that no draw is used twice
         look = exam.Look(engine, images, config.eval.scenes + first, config)
         for arm, table in zip(arms, found, strict=True):
-            for label, boxes, rows in exam.answers_of(look, owner, [thing.name for thing in things], arm):
-                table[label].append(torch.stack([geometry.iou(exam.rescaled(boxes.box_1000, s), truth[rows]) for s in SCALES]))
-    return [{label: SCALES[int(torch.cat(iou, 1).mean(1).argmax())] for label, iou in table.items()} for table in found]
+            for label, boxes, rows in exam.answers_of(
+                look, owner, [thing.name for thing in things], arm
+            ):
+                table[label].append(
+                    torch.stack(
+                        [
+                            geometry.iou(exam.rescaled(boxes.box_1000, s), truth[rows])
+                            for s in SCALES
+                        ]
+                    )
+                )
+    return [
+        {label: SCALES[int(torch.cat(iou, 1).mean(1).argmax())] for label, iou in table.items()}
+        for table in found
+    ]
 
 
 # ---- side by side -----------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(evaluation: Mapping[str, dict], names: Iterable[str] = ENTRIES) -> dict[str, tuple[str, str]]:
+def side_by_side(
+    evaluation: Mapping[str, dict], names: Iterable[str] = ENTRIES
+) -> dict[str, tuple[str, str]]:
     """{"before": Figures.json(), "after": …} as title -> (base, adapter), the latter with its paired difference and 95 % interval.
 
     `names`: the figures to show, those that were measured (glossary.BRIEF for a short table).
     """
-    arms = [Figures.read(evaluation[name]) if name in evaluation else None for name in ("before", "after")]
+    arms = [
+        Figures.read(evaluation[name]) if name in evaluation else None
+        for name in ("before", "after")
+    ]
     known = {name for arm in arms if arm is not None for name in arm.values}
-    return {title(name): (_shown(arms[0], name), _shown(arms[1], name) + _gain(*arms, name)) for name in names if name in known}
+    return {
+        title(name): (_shown(arms[0], name), _shown(arms[1], name) + _gain(*arms, name))
+        for name in names
+        if name in known
+    }
 
 
 def _shown(arm: Figures | None, name: str) -> str:
@@ -123,10 +160,20 @@ def _shown(arm: Figures | None, name: str) -> str:
 
 def _gain(before: Figures | None, after: Figures | None, name: str) -> str:
     """' (+0.031, 95 % +0.012 to +0.050)' where both arms answered the same scenes."""
-    if before is None or after is None or before.n != after.n or name not in before.marks or name not in after.marks:
+    if (
+        before is None
+        or after is None
+        or before.n != after.n
+        or name not in before.marks
+        or name not in after.marks
+    ):
         return ""
     gain = difference(before, after, name)
-    return f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})" if np.isfinite(gain.value) else ""
+    return (
+        f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})"
+        if np.isfinite(gain.value)
+        else ""
+    )
 
 
 def main(words: Sequence[str]) -> int:
@@ -139,21 +186,38 @@ def main(words: Sequence[str]) -> int:
     config = options.configuration([] if limit is None else [f"--eval.scenes={limit}"])
     source = _source(config)
     policy = load(config, options["adapter"])
-    console.say(f"evaluating {config.model.path}{' with and without ' + options['adapter'] if options['adapter'] else ''} on {source.describe()}")
-    figures = examine(Engine(policy.backbone, policy.tokens), source, config, (False, True) if options["adapter"] else (False,))
+    console.say(
+        f"evaluating {config.model.path}{' with and without ' + options['adapter'] if options['adapter'] else ''} on {source.describe()}"
+    )
+    figures = examine(
+        Engine(policy.backbone, policy.tokens),
+        source,
+        config,
+        (False, True) if options["adapter"] else (False,),
+    )
     evaluation = {name: arm.json() for name, arm in zip(("before", "after"), figures, strict=False)}
-    console.table(f"{figures[0].n} held-out images", ["", "base", "adapter"], [[name, *pair] for name, pair in side_by_side(evaluation).items()])
+    console.table(
+        f"{figures[0].n} held-out images",
+        ["", "base", "adapter"],
+        [[name, *pair] for name, pair in side_by_side(evaluation).items()],
+    )
     if options["json"]:
         _write(Path(options["json"]), evaluation)
     return 0
 
 
 def _source(config: Config) -> Source:
-    return Scenes(config) if config.data.dir is None else Folder(config.data.dir, config, grid_multiple(config.model.path))
+    return (
+        Scenes(config)
+        if config.data.dir is None
+        else Folder(config.data.dir, config, grid_multiple(config.model.path))
+    )
 
 
 def _write(path: Path, evaluation: dict) -> None:
     try:
         path.write_text(json.dumps(evaluation) + "\n", encoding="utf-8")
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {path}; {error.strerror or error}; give --json a writable place") from error
+        raise EnvironmentFault(
+            f"cannot write {path}; {error.strerror or error}; give --json a writable place"
+        ) from error

@@ -73,14 +73,20 @@ def to_1000(boxes_px, height: Length, width: Length) -> Tensor:
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and union areas of sorted boxes."""
-    inside = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
+    inside = torch.cat(
+        [torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1
+    )
     shared = _area(inside)
     return shared, _area(a) + _area(b) - shared
 
 
 def _ratio(part: Tensor, whole: Tensor, empty: float) -> Tensor:
     """part / whole, and `empty` where the whole is zero."""
-    return torch.where(whole > 0, part / whole.where(whole > 0, torch.ones_like(whole)), torch.full_like(whole, empty))
+    return torch.where(
+        whole > 0,
+        part / whole.where(whole > 0, torch.ones_like(whole)),
+        torch.full_like(whole, empty),
+    )
 
 
 def iou(a, b) -> Tensor:
@@ -93,7 +99,11 @@ def giou(a, b) -> Tensor:
     """Generalised IoU, -1..1 (Rezatofighi et al., arXiv 1902.09630); -1 when the common hull is empty. (..., 4) x2 -> (...)."""
     a, b = _double(a), _double(b)
     shared, union = _overlap(a, b)
-    hull = _area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1))
+    hull = _area(
+        torch.cat(
+            [torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1
+        )
+    )
     return _ratio(shared, union, empty=0.0) - _ratio(hull - union, hull, empty=1.0)
 
 
@@ -102,17 +112,23 @@ def flip_px(width: float) -> Tensor:
     return _double([[-1, 0, width], [0, 1, 0], [0, 0, 1]])
 
 
-def crop_px(x0: float, y0: float, crop_width: float, crop_height: float, width: float, height: float) -> Tensor:
+def crop_px(
+    x0: float, y0: float, crop_width: float, crop_height: float, width: float, height: float
+) -> Tensor:
     """The rectangle at (x0, y0) enlarged to the whole view. (3, 3)."""
     fx, fy = width / crop_width, height / crop_height
     return _double([[fx, 0, -x0 * fx], [0, fy, -y0 * fy], [0, 0, 1]])
 
 
-def affine_px(angle_deg: float, scale: float, dx: float, dy: float, width: float, height: float) -> Tensor:
+def affine_px(
+    angle_deg: float, scale: float, dx: float, dy: float, width: float, height: float
+) -> Tensor:
     """Rotate (positive: counter-clockwise as seen) and scale about the centre, then shift by (dx, dy) pixels. (3, 3)."""
     c, s = scale * math.cos(math.radians(angle_deg)), scale * math.sin(math.radians(angle_deg))
     cx, cy = width / 2, height / 2
-    return _double([[c, s, cx - c * cx - s * cy + dx], [-s, c, cy + s * cx - c * cy + dy], [0, 0, 1]])
+    return _double(
+        [[c, s, cx - c * cx - s * cy + dx], [-s, c, cy + s * cx - c * cy + dy], [0, 0, 1]]
+    )
 
 
 def _reach(half: Tensor, matrix: Tensor, mode: Projection) -> Tensor:
@@ -126,7 +142,12 @@ def _reach(half: Tensor, matrix: Tensor, mode: Projection) -> Tensor:
 
 
 def project_1000(
-    boxes_1000, matrix_px: Tensor, height: Length, width: Length, mode: Projection = "corners", clamp: bool = True
+    boxes_1000,
+    matrix_px: Tensor,
+    height: Length,
+    width: Length,
+    mode: Projection = "corners",
+    clamp: bool = True,
 ) -> Tensor:
     """The box a perfect grounder would answer in the view, N M N^-1 with N = diag(1000/w, 1000/h, 1).
 
@@ -135,7 +156,10 @@ def project_1000(
     An affine map keeps the centre, so both hulls are centre -+ reach.
     """
     matrix, boxes_px = _double(matrix_px), to_px(boxes_1000, height, width)
-    centre, half = (boxes_px[..., :2] + boxes_px[..., 2:]) / 2, (boxes_px[..., 2:] - boxes_px[..., :2]).abs() / 2
+    centre, half = (
+        (boxes_px[..., :2] + boxes_px[..., 2:]) / 2,
+        (boxes_px[..., 2:] - boxes_px[..., :2]).abs() / 2,
+    )
     centre = (matrix[..., :2, :2] * centre.unsqueeze(-2)).sum(-1) + matrix[..., :2, 2]
     reach = _reach(half, matrix, mode)
     boxes = to_1000(torch.cat([centre - reach, centre + reach], dim=-1), height, width)

@@ -35,9 +35,19 @@ TURNS = {
 }
 # all that Pillow's decoders were seen to raise on damaged files
 FAULTS = (
-    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
-    RuntimeError, struct.error, zlib.error,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    EOFError,
+    MemoryError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class BadImage(Exception):
@@ -73,7 +83,9 @@ def decode(path: Path, max_pixels: int) -> Pillow.Image:
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
     """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN)."""
     if image.mode.startswith(("I", "F")):
-        return Pillow.fromarray(_eight_bits(np.asarray(image), image.mode, format), "L").convert("RGB")
+        return Pillow.fromarray(_eight_bits(np.asarray(image), image.mode, format), "L").convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Pillow.alpha_composite(Pillow.new("RGBA", over.size, WHITE), over).convert("RGB")
@@ -138,19 +150,25 @@ def _refuse_size(width: int, height: int, max_pixels: int) -> None:
 def _orientation(image: Pillow.Image) -> int:
     """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may still be good)."""
     try:
-        value = Pillow.Image.getexif(image).get(ORIENTATION, 1)  # the method of PNGs would decode all pixels first
+        value = Pillow.Image.getexif(image).get(
+            ORIENTATION, 1
+        )  # the method of PNGs would decode all pixels first
     except FAULTS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def grid_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def grid_size(
+    height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
     """(height, width) on the model's grid: multiples of `multiple`, area within the budget, aspect ratio kept as well as that allows.
 
     The rounding of Qwen2-VL's `smart_resize`; beyond it the area never exceeds `max_pixels`, however long the picture is.
     """
     if max_pixels < multiple * multiple:
-        raise ValueError(f"a budget of {max_pixels} pixels holds no cell of {multiple} x {multiple}")
+        raise ValueError(
+            f"a budget of {max_pixels} pixels holds no cell of {multiple} x {multiple}"
+        )
     rows, columns = (max(1, round(side / multiple)) for side in (height, width))
     area = multiple * multiple
     if rows * columns * area > max_pixels:
@@ -161,4 +179,8 @@ def grid_size(height: int, width: int, multiple: int, min_pixels: int, max_pixel
         rows, columns = (max(1, math.ceil(side * grow / multiple)) for side in (height, width))
     short = min(rows, columns, math.isqrt(max_pixels // area))
     long = min(max(rows, columns), max_pixels // area // short)
-    return (short * multiple, long * multiple) if rows <= columns else (long * multiple, short * multiple)
+    return (
+        (short * multiple, long * multiple)
+        if rows <= columns
+        else (long * multiple, short * multiple)
+    )

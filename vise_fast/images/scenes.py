@@ -28,7 +28,9 @@ RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
 MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
 DISTRACTOR = 0.3  # how often a further object shares colour or shape with an earlier one
 LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
-RIM = 2.5 / 128  # width of the dark outline as a share of the side: without it, blurring a square within its exact box changes nothing
+RIM = (
+    2.5 / 128
+)  # width of the dark outline as a share of the side: without it, blurring a square within its exact box changes nothing
 RIM_SHADE = 0.55  # how much darker the outline is
 TRIES = 24  # places tried for one object before it is left out
 
@@ -57,7 +59,9 @@ class Scene:
         return [thing.name for thing in self.objects]
 
 
-def draw(rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_objects: int = 1) -> Scene:
+def draw(
+    rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_objects: int = 1
+) -> Scene:
     """A square scene of `size` pixels a side; names are unique within it. Fewer objects than drawn for when no place is found."""
     canvas = _ground(rng, size)
     owner = np.full((size, size), -1, np.int8)
@@ -75,7 +79,9 @@ def draw(rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_ob
         full.append(int(mask.sum()))
     canvas += rng.integers(-5, 6, canvas.shape, dtype=np.int8)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
-    things = [_thing(name, owner == index, count) for index, (name, count) in enumerate(zip(names, full))]
+    things = [
+        _thing(name, owner == index, count) for index, (name, count) in enumerate(zip(names, full))
+    ]
     return Scene(pixels, things, owner)
 
 
@@ -124,7 +130,9 @@ def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
     if kind == 2:
         turn = rng.uniform(0, np.pi)
         phase = np.cos(turn) * axis[:, None] + np.sin(turn) * axis[None, :]
-        ramp = ramp + rng.uniform(8, 22) * np.sign(np.sin(rng.uniform(8, 30) * phase + rng.uniform(0, 6)))
+        ramp = ramp + rng.uniform(8, 22) * np.sign(
+            np.sin(rng.uniform(8, 30) * phase + rng.uniform(0, 6))
+        )
     return (ramp[:, :, None] + base).astype(np.float32)
 
 
@@ -135,7 +143,9 @@ def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[i
     for _ in range(TRIES):
         radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random() ** 1.3)
         x, y = rng.uniform(radius, size - radius, 2)
-        window = tuple(slice(max(int(c - radius) - 1, 0), min(int(c + radius) + 2, size)) for c in (y, x))
+        window = tuple(
+            slice(max(int(c - radius) - 1, 0), min(int(c + radius) + 2, size)) for c in (y, x)
+        )
         distance = _distance_in(window, shape, radius, x, y)
         covered = owner[window][distance < 0]
         lost = np.bincount(covered + 1, minlength=len(full) + 1)[1:]
@@ -144,7 +154,9 @@ def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[i
     return window, None
 
 
-def _distance_in(window: tuple[slice, slice], shape: str, radius: float, x: float, y: float) -> np.ndarray:
+def _distance_in(
+    window: tuple[slice, slice], shape: str, radius: float, x: float, y: float
+) -> np.ndarray:
     """Signed distance (pixels, negative inside) from the window's pixel centres to the edge of a shape centred at (x, y)."""
     v = (np.arange(window[0].start, window[0].stop, dtype=np.float32) + 0.5 - y)[:, None]
     u = (np.arange(window[1].start, window[1].stop, dtype=np.float32) + 0.5 - x)[None, :]
@@ -164,11 +176,17 @@ def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.nda
     return np.minimum(np.maximum(a - arm, b - half), np.maximum(a - half, b - arm))
 
 
-def _paint(rng: np.random.Generator, patch: np.ndarray, distance: np.ndarray, color: str, rim: float) -> None:
+def _paint(
+    rng: np.random.Generator, patch: np.ndarray, distance: np.ndarray, color: str, rim: float
+) -> None:
     """Blends one shaded, outlined shape into a float32 view of the canvas, in place; its edge is smoothed over one pixel."""
     height, width = distance.shape
     tilt = rng.uniform(-0.15, 0.15, 2)
-    light = rng.uniform(0.88, 1.05) + tilt[0] * np.linspace(-1, 1, height)[:, None] + tilt[1] * np.linspace(-1, 1, width)[None, :]
+    light = (
+        rng.uniform(0.88, 1.05)
+        + tilt[0] * np.linspace(-1, 1, height)[:, None]
+        + tilt[1] * np.linspace(-1, 1, width)[None, :]
+    )
     tone = np.array(COLORS[color]) + rng.uniform(-10, 10, 3)
     light = light * (1 - RIM_SHADE * np.clip(distance + rim + 0.5, 0, 1))
     paint = (light[:, :, None] * tone).astype(np.float32)

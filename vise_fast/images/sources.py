@@ -27,9 +27,13 @@ from vise_fast.images.picture_file import BadImage, decode, grid_size, header
 from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError, DataError
 
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm".split())
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm".split()
+)
 # pictures of formats that are not read: worth a line, where a .txt beside the photographs is not
-FOREIGN = frozenset(".heic .heif .avif .jxl .jp2 .ico .tga .psd .eps .svg .raw .dng .cr2 .nef .arw .exr .hdr .pcx .icns".split())
+FOREIGN = frozenset(
+    ".heic .heif .avif .jxl .jp2 .ico .tga .psd .eps .svg .raw .dng .cr2 .nef .arw .exr .hdr .pcx .icns".split()
+)
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,25 @@ class Scenes:
 
     def __init__(self, config: Config, seed: int | None = None, multiple: int = 1):
         if config.scenes.size % multiple:
-            raise ConfigError(f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple of {multiple}")
+            raise ConfigError(
+                f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple of {multiple}"
+            )
         self.settings, self.seed = config.scenes, config.train.seed if seed is None else seed
         self.eval = config.eval
 
     def batch(self, step: int, n: int) -> list[Image]:
         """`n` fresh scenes of step `step`."""
-        return [self._image(randomness.key(self.seed, step, "scene", i), f"scene {step}.{i}") for i in range(n)]
+        return [
+            self._image(randomness.key(self.seed, step, "scene", i), f"scene {step}.{i}")
+            for i in range(n)
+        ]
 
     def held_out(self, limit: int = 128) -> list[Image]:
         """The scenes of the evaluation (eval.scenes of eval.seed), at most `limit`."""
-        keys = [randomness.key(self.eval.seed, 0, "held-out scene", i) for i in range(min(limit, self.eval.scenes))]
+        keys = [
+            randomness.key(self.eval.seed, 0, "held-out scene", i)
+            for i in range(min(limit, self.eval.scenes))
+        ]
         return [self._image(key, f"held-out scene {i}") for i, key in enumerate(keys)]
 
     def scene(self, key: int) -> scenes.Scene:
@@ -112,14 +124,25 @@ class Folder:
     """
 
     def __init__(self, dir: str | Path, config: Config, multiple: int, log: Path | None = None):
-        self.root, self.data, self.seed, self.multiple = Path(dir).expanduser(), config.data, config.train.seed, multiple
+        self.root, self.data, self.seed, self.multiple = (
+            Path(dir).expanduser(),
+            config.data,
+            config.train.seed,
+            multiple,
+        )
         self.bad: dict[str, str] = {}
         self.log = Path(config.run.dir) / "bad_images.jsonl" if log is None else log
-        self._logged = set(self.log.read_text(encoding="utf-8", errors="replace").splitlines()) if self.log.exists() else set()
+        self._logged = (
+            set(self.log.read_text(encoding="utf-8", errors="replace").splitlines())
+            if self.log.exists()
+            else set()
+        )
         self._ahead: dict[int, Future[torch.Tensor]] = {}
         self._orders: dict[int, np.ndarray] = {}
         self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # oddities of single files; the unusable ones are logged by name
+        warnings.filterwarnings(
+            "ignore", module=r"PIL\."
+        )  # oddities of single files; the unusable ones are logged by name
         self._scan()
         self._prove_one_decodes()
 
@@ -135,7 +158,9 @@ class Folder:
         """The held-out photographs, at most `limit`; never part of a batch."""
         images = []
         for entry in self.held:
-            pixels = self._pixels(entry, partial(self._decode, entry)) if len(images) < limit else None
+            pixels = (
+                self._pixels(entry, partial(self._decode, entry)) if len(images) < limit else None
+            )
             if pixels is not None:
                 images.append(Image(pixels, entry.name, entry.key))
         return images
@@ -145,7 +170,11 @@ class Folder:
         return [entry.size for entry in self.train]
 
     def describe(self) -> str:
-        extra = [f"{len(self.held)} held out"] + [f"{len(self.bad)} unusable"] * bool(self.bad) + [f"{self.ignored} other files"] * bool(self.ignored)
+        extra = (
+            [f"{len(self.held)} held out"]
+            + [f"{len(self.bad)} unusable"] * bool(self.bad)
+            + [f"{self.ignored} other files"] * bool(self.ignored)
+        )
         return f"{len(self.train)} photographs under {self.root} ({', '.join(extra)})"
 
     def close(self) -> None:
@@ -164,7 +193,11 @@ class Folder:
             name = path.relative_to(self.root).as_posix()
             self.ignored += _irrelevant(path)
             names += [] if _irrelevant(path) else [(name, path)]
-        entries = [entry for name, path in sorted(names, key=lambda pair: os.fsencode(pair[0])) if (entry := self._entry(name, path))]
+        entries = [
+            entry
+            for name, path in sorted(names, key=lambda pair: os.fsencode(pair[0]))
+            if (entry := self._entry(name, path))
+        ]
         if not entries:
             self._refuse_all()
         self.total = len(entries) + len(self.bad)
@@ -181,9 +214,13 @@ class Folder:
                 self.ignored += 1  # README, LICENSE, Makefile
             return None
         try:
-            size = grid_size(head.height, head.width, self.multiple, self.data.min_pixels, self.data.max_pixels)
+            size = grid_size(
+                head.height, head.width, self.multiple, self.data.min_pixels, self.data.max_pixels
+            )
         except ValueError as fault:
-            raise ConfigError(f"data.max_pixels is too small: {fault}; raise it to {self.multiple**2} or more") from None
+            raise ConfigError(
+                f"data.max_pixels is too small: {fault}; raise it to {self.multiple**2} or more"
+            ) from None
         return Entry(name, path, _hash(name), size)
 
     def _prove_one_decodes(self) -> None:
@@ -200,8 +237,12 @@ class Folder:
         """The file at place `slot` of the endless sequence: one seeded permutation per epoch."""
         epoch, place = divmod(slot, len(self.train))
         if epoch not in self._orders:
-            self._orders = {kept: order for kept, order in self._orders.items() if kept >= epoch - 1}
-            self._orders[epoch] = randomness.generator(self.seed, epoch, "order").permutation(len(self.train))
+            self._orders = {
+                kept: order for kept, order in self._orders.items() if kept >= epoch - 1
+            }
+            self._orders[epoch] = randomness.generator(self.seed, epoch, "order").permutation(
+                len(self.train)
+            )
         return self.train[self._orders[epoch][place]]
 
     def _image(self, slot: int) -> Image:
@@ -214,7 +255,9 @@ class Folder:
 
     def _substitute(self, slot: int) -> Image:
         """Another file for an unusable one, drawn by its place, so that history does not matter."""
-        for index in randomness.generator(self.seed, slot, "substitute").permutation(len(self.train)):
+        for index in randomness.generator(self.seed, slot, "substitute").permutation(
+            len(self.train)
+        ):
             entry = self.train[index]
             pixels = self._pixels(entry, partial(self._decode, entry))
             if pixels is not None:
@@ -235,7 +278,9 @@ class Folder:
     def _decode(self, entry: Entry) -> torch.Tensor:
         """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
         picture = decode(entry.path, self.data.max_header_pixels)
-        height, width = grid_size(picture.height, picture.width, self.multiple, self.data.min_pixels, self.data.max_pixels)
+        height, width = grid_size(
+            picture.height, picture.width, self.multiple, self.data.min_pixels, self.data.max_pixels
+        )
         if (picture.height, picture.width) != (height, width):
             picture = picture.resize((width, height), Pillow.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture, np.uint8))
@@ -266,9 +311,13 @@ class Folder:
     def _refuse_all(self) -> NoReturn:
         if not self.bad:
             others = f" ({self.ignored} other files there)" if self.ignored else ""
-            raise DataError(f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM files there or change --data.dir")
+            raise DataError(
+                f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM files there or change --data.dir"
+            )
         name, reason = next(iter(self.bad.items()))
-        raise DataError(f"none of the {len(self.bad)} images under {self.root} can be used: {_shown(name)} {reason}; all reasons are in {self.log}")
+        raise DataError(
+            f"none of the {len(self.bad)} images under {self.root} can be used: {_shown(name)} {reason}; all reasons are in {self.log}"
+        )
 
     def _refuse_share(self) -> None:
         if len(self.bad) > self.data.max_bad_share * self.total:
@@ -283,7 +332,9 @@ def _refuse_folder(root: Path) -> None:
     try:
         kind = root.stat().st_mode
     except OSError as fault:
-        raise DataError(f"no folder at {root}: {fault.strerror}; give --data.dir an existing folder of images") from None
+        raise DataError(
+            f"no folder at {root}: {fault.strerror}; give --data.dir an existing folder of images"
+        ) from None
     if not stat.S_ISDIR(kind):
         raise DataError(f"{root} is not a folder; give --data.dir the folder that holds the images")
 
@@ -307,7 +358,12 @@ def _walk(root: Path, skip: Callable[[str, str], None]) -> Iterator[Path]:
             try:
                 mode = child.stat().st_mode
             except OSError as fault:
-                skip(child.relative_to(root).as_posix(), f"leads nowhere: {fault.strerror}" if child.is_symlink() else f"cannot be read: {fault.strerror}")
+                skip(
+                    child.relative_to(root).as_posix(),
+                    f"leads nowhere: {fault.strerror}"
+                    if child.is_symlink()
+                    else f"cannot be read: {fault.strerror}",
+                )
                 continue
             if stat.S_ISDIR(mode):
                 todo.append(child)
@@ -333,7 +389,9 @@ def _split(entries: list[Entry], share: float) -> tuple[list[Entry], list[Entry]
     count = sum(entry.key < share * 2**63 for entry in entries)
     count = min(max(count, 1), len(entries) - 1) if share > 0 else 0
     held = {entry.name for entry in by_hash[:count]}
-    return [entry for entry in by_hash if entry.name in held], [entry for entry in entries if entry.name not in held]
+    return [entry for entry in by_hash if entry.name in held], [
+        entry for entry in entries if entry.name not in held
+    ]
 
 
 def _shown(name: str) -> str:

@@ -66,9 +66,13 @@ def stack(views: Sequence[Sequence[View]]) -> Tensor:
     return torch.stack([torch.stack([view.matrix_px for view in row]) for row in views])
 
 
-def apply(images: Sequence[Tensor], views: Sequence[View], *, path: str | None = None) -> list[Tensor]:
+def apply(
+    images: Sequence[Tensor], views: Sequence[View], *, path: str | None = None
+) -> list[Tensor]:
     """Each image through its view, bilinear, border grey 128. N uint8 (H, W, 3) -> N uint8 (H, W, 3)."""
-    return vise_kernels.warp(images, torch.stack([view.matrix_px for view in views]), fill=BORDER, path=path)
+    return vise_kernels.warp(
+        images, torch.stack([view.matrix_px for view in views]), fill=BORDER, path=path
+    )
 
 
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|hand|ward|wards|side)?\b)", re.IGNORECASE)
@@ -104,7 +108,10 @@ def usable(
     `side_words` is "drop". A box without area loses no view by the first rule (its reward is 0 in any case).
     """
     sizes = (torch.as_tensor(side, dtype=torch.float64)[:, None] for side in (height, width))
-    kept = geometry.kept_share(torch.as_tensor(boxes_1000).cpu()[:, None], stack(views), *sizes) >= settings.min_kept
+    kept = (
+        geometry.kept_share(torch.as_tensor(boxes_1000).cpu()[:, None], stack(views), *sizes)
+        >= settings.min_kept
+    )
     if settings.side_words != "drop":
         return kept
     sided = torch.tensor([query is not None and names_side(query) for query in queries])
@@ -121,7 +128,9 @@ class GhostLengths:
     feather: float
 
 
-def ghost_settings(height: int, width: int, settings: GhostConfig, literal: bool = False) -> GhostLengths:
+def ghost_settings(
+    height: int, width: int, settings: GhostConfig, literal: bool = False
+) -> GhostLengths:
     """The settings' lengths for an image of this size; the radius is `radius_sigmas` times the scaled sigma, rounded up, at least 1."""
     scale = length_scale(height, width, literal)
     sigma = settings.sigma_px * scale
@@ -134,7 +143,9 @@ def whole_pixels(boxes_1000: Tensor, height: int | Tensor, width: int | Tensor) 
     boxes = geometry.clean_1000(boxes_1000)
     boxes_px = geometry.to_px(boxes, height, width)
     # 0.4 * 640 is 256.00000000000006 in float64: a box on the pixel grid must not grow by a pixel
-    covered = torch.cat([(boxes_px[..., :2] + 1e-6).floor(), (boxes_px[..., 2:] - 1e-6).ceil()], dim=-1)
+    covered = torch.cat(
+        [(boxes_px[..., :2] + 1e-6).floor(), (boxes_px[..., 2:] - 1e-6).ceil()], dim=-1
+    )
     return covered.long() * geometry.proper(boxes)[..., None]
 
 
@@ -157,7 +168,9 @@ def ghost(
     boxes_px = whole_pixels(boxes_1000.cpu(), *torch.tensor(sizes).unbind(1)).int()
     lengths = [ghost_settings(*size, settings, literal) for size in sizes]
     result: list[Tensor | None] = [None] * len(sizes)
-    for feather in {length.feather for length in lengths}:  # the kernel takes one feather per call; sizes rarely differ
+    for feather in {
+        length.feather for length in lengths
+    }:  # the kernel takes one feather per call; sizes rarely differ
         chosen = [n for n, length in enumerate(lengths) if length.feather == feather]
         hidden = vise_kernels.ghost(
             images,
@@ -190,7 +203,9 @@ def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
     return [spot for spot in spots if spot[0] <= spot[1] and spot[2] <= spot[3]]
 
 
-def control_box(rng: np.random.Generator, box_1000: Sequence[float] | Tensor) -> tuple[Box, Literal["far", "random"]]:
+def control_box(
+    rng: np.random.Generator, box_1000: Sequence[float] | Tensor
+) -> tuple[Box, Literal["far", "random"]]:
     """A box of the same size elsewhere: "far" is uniform over all places disjoint from the cleaned box, in 0..1000; where it fits
     nowhere, "random" is uniform over all places. A place of zero measure (a box of exactly half the width has one spot left) is
     taken only when there is no other.
@@ -199,7 +214,12 @@ def control_box(rng: np.random.Generator, box_1000: Sequence[float] | Tensor) ->
     w, h = box[2] - box[0], box[3] - box[1]
     free = _free_spots(box)
     spots = free or [(0.0, 1000 - w, 0.0, 1000 - h)]
-    weights = np.array([(x_high - x_low + 1e-9) * (y_high - y_low + 1e-9) for x_low, x_high, y_low, y_high in spots])
+    weights = np.array(
+        [
+            (x_high - x_low + 1e-9) * (y_high - y_low + 1e-9)
+            for x_low, x_high, y_low, y_high in spots
+        ]
+    )
     x_low, x_high, y_low, y_high = spots[rng.choice(len(spots), p=weights / weights.sum())]
     x, y = rng.uniform(x_low, x_high), rng.uniform(y_low, y_high)
     return (x, y, x + w, y + h), "far" if free else "random"

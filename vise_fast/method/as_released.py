@@ -27,8 +27,14 @@ def giou(a, b) -> Tensor:
     a, b = (torch.as_tensor(box, dtype=torch.float64) for box in (a, b))
     shared = geometry.iou(a, b)
     union = (_area(a) + _area(b)) * (1 - shared)
-    hull = _area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1))
-    return torch.where(hull > 0, shared - (hull - union) / hull.clamp_min(1e-12), torch.full_like(hull, -1.0))
+    hull = _area(
+        torch.cat(
+            [torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1
+        )
+    )
+    return torch.where(
+        hull > 0, shared - (hull - union) / hull.clamp_min(1e-12), torch.full_like(hull, -1.0)
+    )
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -51,18 +51,32 @@ class Learner:
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
         """One update from the whole batch. Raises NumericFault after several non-finite gradients in a row."""
         evidence = join(slices)
-        scores = rewards.score(evidence, self.config.reward, generator(self.config.train.seed, step, "reward"))
-        for played, part in zip(slices, scores.reward.split([len(p.images) * self.config.rollout.samples for p in slices]), strict=True):
+        scores = rewards.score(
+            evidence, self.config.reward, generator(self.config.train.seed, step, "reward")
+        )
+        for played, part in zip(
+            slices,
+            scores.reward.split([len(p.images) * self.config.rollout.samples for p in slices]),
+            strict=True,
+        ):
             played.rewards = part
         targets, metrics = self._targets(slices, evidence, scores)
         self.optimizer.zero_grad(set_to_none=True)
         samples, scored = len(scores.reward), max(sum(int(t.scored.sum()) for t in targets), 1)
         with self.engine.clock.phase("update"):
-            sums = [self._backward(played, target, samples) for played, target in zip(slices, targets, strict=True) if target.scored.any()]
+            sums = [
+                self._backward(played, target, samples)
+                for played, target in zip(slices, targets, strict=True)
+                if target.scored.any()
+            ]
             totals = self._totals(sums)
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / scored
-        metrics |= totals | {"scored": scored / samples, "beta": self.beta.value, "lr": self._set_lr(step)}
+        metrics |= totals | {
+            "scored": scored / samples,
+            "beta": self.beta.value,
+            "lr": self._set_lr(step),
+        }
         if sums:
             with self.engine.clock.phase("optimizer"):
                 self._apply(metrics["grad_norm"])
@@ -73,21 +87,48 @@ class Learner:
         queries = [query for played in slices for query in played.queries.texts]
         return scores.metrics | metrics | {"unique_queries": len(set(queries)) / len(queries)}
 
-    def _targets(self, slices: list[Played], evidence: rewards.Evidence, scores: rewards.Scores) -> tuple[list[Targets], dict[str, float]]:
+    def _targets(
+        self, slices: list[Played], evidence: rewards.Evidence, scores: rewards.Scores
+    ) -> tuple[list[Targets], dict[str, float]]:
         """Advantages of all samples, and of the views where they are trained too, cut along the slices."""
-        update, group, many = self.config.update, self.config.rollout.samples, self.config.rollout.views
+        update, group, many = (
+            self.config.update,
+            self.config.rollout.samples,
+            self.config.rollout.views,
+        )
         reward = scores.reward
         if update.kl == "k1_reward":
-            reward = torch.cat([self._penalised(played, r) for played, r in zip(slices, reward.split([len(p.images) * group for p in slices]), strict=True)])
-        advantage, metrics = loss.advantages(reward, scores.carries, group, update.advantage, self.baseline)
+            reward = torch.cat(
+                [
+                    self._penalised(played, r)
+                    for played, r in zip(
+                        slices, reward.split([len(p.images) * group for p in slices]), strict=True
+                    )
+                ]
+            )
+        advantage, metrics = loss.advantages(
+            reward, scores.carries, group, update.advantage, self.baseline
+        )
         # A group whose rewards are all equal teaches nothing and carries no gradient (METHOD section 6): not scored.
-        alive = advantage.view(-1, group).abs().amax(1) > 0 if update.advantage != "ema" else torch.ones(len(advantage) // group, dtype=torch.bool)
+        alive = (
+            advantage.view(-1, group).abs().amax(1) > 0
+            if update.advantage != "ema"
+            else torch.ones(len(advantage) // group, dtype=torch.bool)
+        )
         scored = scores.carries & alive.repeat_interleave(group)
         view_advantage, view_scored = self._view_targets(scores, group, many)
         targets, image = [], 0
         for played in slices:
-            rows, extra = slice(image * group, (image + len(played.images)) * group), slice(image * many, (image + len(played.images)) * many)
-            targets.append(Targets(torch.cat([advantage[rows], view_advantage[extra]]), torch.cat([scored[rows], view_scored[extra]])))
+            rows, extra = (
+                slice(image * group, (image + len(played.images)) * group),
+                slice(image * many, (image + len(played.images)) * many),
+            )
+            targets.append(
+                Targets(
+                    torch.cat([advantage[rows], view_advantage[extra]]),
+                    torch.cat([scored[rows], view_scored[extra]]),
+                )
+            )
             image += len(played.images)
         return targets, metrics
 
@@ -95,8 +136,12 @@ class Learner:
         """The views' own answers: mean agreement with the image's samples, against the image's other views."""
         carries = scores.view_carries.view(-1, group, many)
         if not self.config.update.views_too:
-            return torch.zeros(len(carries) * many), torch.zeros(len(carries) * many, dtype=torch.bool)
-        reward = (scores.view_reward.view(-1, group, many) * carries).sum(1) / carries.sum(1).clamp_min(1)
+            return torch.zeros(len(carries) * many), torch.zeros(
+                len(carries) * many, dtype=torch.bool
+            )
+        reward = (scores.view_reward.view(-1, group, many) * carries).sum(1) / carries.sum(
+            1
+        ).clamp_min(1)
         known = carries.any(1).flatten()
         advantage, _ = loss.advantages(reward.flatten(), known, many, "rloo")
         return advantage, known & (advantage != 0)
@@ -106,15 +151,25 @@ class Learner:
         with torch.no_grad():
             logprob, reference, _, lengths = self._logprobs(played, list(range(len(reward))))
         mask = token_mask(lengths, logprob.device)
-        tables = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x).cpu() for x in (logprob, reference))
+        tables = (
+            torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x).cpu()
+            for x in (logprob, reference)
+        )
         return loss.k1_penalised(reward, *tables, mask.cpu(), self.beta.value)
 
-    def _logprobs(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def _logprobs(
+        self, played: Played, chosen: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Log-prob, reference log-prob and exact KL of every scored token of the chosen answers, packed (tokens,), and tokens per answer."""
         engine, boxes = self.engine, played.boxes
         images = sorted({boxes.owner[n] for n in chosen})
         owner = [images.index(boxes.owner[n]) for n in chosen]
-        args = played.features.select(images), [boxes.rows[i] for i in images], boxes.answers.select(chosen), owner
+        args = (
+            played.features.select(images),
+            [boxes.rows[i] for i in images],
+            boxes.answers.select(chosen),
+            owner,
+        )
         head = engine.backbone.head.weight
         if self.config.reward.preset == "as_released":
             with torch.no_grad():
@@ -122,20 +177,34 @@ class Learner:
             hidden, *_ = engine.score_released(*args, True)
             return *linear_logprob_kl(hidden, reference, head, ids), lengths
         with torch.no_grad():
-            cached = played.reference.select(images) if played.reference is not None and images[-1] < len(played.reference) else None
+            cached = (
+                played.reference.select(images)
+                if played.reference is not None and images[-1] < len(played.reference)
+                else None
+            )
             reference = engine.score(*args, False, prefixes=cached)
-        shared = {} if boxes.asked is None or 2 * len(images) < len(boxes.asked) else {"prompts": boxes.asked.select(images)}
+        shared = (
+            {}
+            if boxes.asked is None or 2 * len(images) < len(boxes.asked)
+            else {"prompts": boxes.asked.select(images)}
+        )
         hidden = engine.score(*args, True, recompute=self.config.train.checkpointing, **shared)
-        return *linear_logprob_kl(hidden, reference, head, args[2].packed(), banned=engine.banned), args[2].lengths
+        return *linear_logprob_kl(
+            hidden, reference, head, args[2].packed(), banned=engine.banned
+        ), args[2].lengths
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
         chosen = target.scored.nonzero()[:, 0].tolist()
         *packed, lengths = self._logprobs(played, chosen)
         mask = token_mask(lengths, packed[0].device)
-        logprob, reference, kl = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in packed)
+        logprob, reference, kl = (
+            torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in packed
+        )
         advantage = target.advantage[chosen].to(mask.device)
-        value, figures = loss.reinforce(logprob, mask, advantage, kl, reference, self.beta.value, self.config.update.kl, samples)
+        value, figures = loss.reinforce(
+            logprob, mask, advantage, kl, reference, self.beta.value, self.config.update.kl, samples
+        )
         value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
@@ -147,14 +216,22 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip)
         totals = {name: sum(s[name] for s in sums) for name in sums[0]} | {"grad_norm": norm}
         self.engine.counters.host_reads += 1
-        return dict(zip(totals, torch.stack([value.float() for value in totals.values()]).tolist(), strict=True))
+        return dict(
+            zip(
+                totals,
+                torch.stack([value.float() for value in totals.values()]).tolist(),
+                strict=True,
+            )
+        )
 
     def _apply(self, norm: float) -> None:
         """Step by the clipped gradient; one that is not finite changes nothing."""
         if not math.isfinite(norm):
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
-                raise NumericFault(f"the gradient was not finite {self.skipped} times in a row; the run has diverged; lower train.lr or use float32")
+                raise NumericFault(
+                    f"the gradient was not finite {self.skipped} times in a row; the run has diverged; lower train.lr or use float32"
+                )
             return
         self.skipped = 0
         self._make_room()
@@ -183,18 +260,32 @@ class Learner:
     def state(self) -> tuple[checkpoint.Tensors, dict]:
         """(tensors, json) of everything the next step depends on beside step number and configuration."""
         moments, numbers = checkpoint.moments(self.optimizer, self.parameters)
-        tensors = {"adapter": {name: p.detach() for name, p in self.parameters.items()}, "optimizer": moments}
-        return tensors, {"optimizer": numbers, "beta": self.beta.state(), "baseline": self.baseline.state(), "skipped": self.skipped}
+        tensors = {
+            "adapter": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": moments,
+        }
+        return tensors, {
+            "optimizer": numbers,
+            "beta": self.beta.state(),
+            "baseline": self.baseline.state(),
+            "skipped": self.skipped,
+        }
 
     def load(self, tensors: checkpoint.Tensors, state: dict) -> None:
         """The inverse of `state`. Raises checkpoint.Corrupt where the tensors belong to another model."""
         stored = tensors.get("adapter", {})
-        if {n: p.shape for n, p in self.parameters.items()} != {n: t.shape for n, t in stored.items()}:
-            raise checkpoint.Corrupt("the checkpoint's adapter has other tensors than this run's; resume with the configuration that wrote it")
+        if {n: p.shape for n, p in self.parameters.items()} != {
+            n: t.shape for n, t in stored.items()
+        }:
+            raise checkpoint.Corrupt(
+                "the checkpoint's adapter has other tensors than this run's; resume with the configuration that wrote it"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(stored[name])
-        checkpoint.restore_moments(self.optimizer, self.parameters, tensors.get("optimizer", {}), state["optimizer"])
+        checkpoint.restore_moments(
+            self.optimizer, self.parameters, tensors.get("optimizer", {}), state["optimizer"]
+        )
         self.beta.load(state["beta"]), self.baseline.load(state["baseline"])
         self.skipped = state["skipped"]
         self.policy.backbone.refresh()
@@ -207,7 +298,12 @@ def token_mask(lengths: list[int], device: torch.device) -> Tensor:
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
     """AdamW over the LoRA masters; the 8-bit kinds come from bitsandbytes."""
-    settings = dict(lr=config.train.lr, betas=config.optim.betas, eps=config.optim.eps, weight_decay=config.train.weight_decay)
+    settings = dict(
+        lr=config.train.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.train.weight_decay,
+    )
     if config.optim.name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     library = quantise.bitsandbytes()

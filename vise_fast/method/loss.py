@@ -36,8 +36,14 @@ class Baseline:
     def update(self, mean_reward: float) -> None:
         """One call per step, after the advantages were taken. Raises NumericFault when the mean is not finite."""
         if not math.isfinite(mean_reward):
-            raise NumericFault(f"the mean reward is {mean_reward}; a baseline cannot follow it; look at the last samples")
-        self.value = mean_reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * mean_reward
+            raise NumericFault(
+                f"the mean reward is {mean_reward}; a baseline cannot follow it; look at the last samples"
+            )
+        self.value = (
+            mean_reward
+            if self.value is None
+            else self.momentum * self.value + (1 - self.momentum) * mean_reward
+        )
 
     def state(self) -> dict[str, float]:
         return {} if self.value is None else {"value": self.value}
@@ -59,7 +65,9 @@ class Beta:
     def update(self, kl: float) -> None:
         """kl: mean over the batch in nat per token. Raises NumericFault when it is not finite."""
         if not math.isfinite(kl):
-            raise NumericFault(f"the KL is {kl}; the policy's log-probs are not finite; lower the learning rate")
+            raise NumericFault(
+                f"the KL is {kl}; the policy's log-probs are not finite; lower the learning rate"
+            )
         factor = 1 + self.eta if kl > self.tau else 1 - self.eta
         self.value = min(max(self.value * factor, self.minimum), self.maximum)
 
@@ -78,7 +86,9 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-def k1_penalised(rewards: Tensor, logprob: Tensor, reference_logprob: Tensor, mask: Tensor, beta: float) -> Tensor:
+def k1_penalised(
+    rewards: Tensor, logprob: Tensor, reference_logprob: Tensor, mask: Tensor, beta: float
+) -> Tensor:
     """`k1_reward`: rewards (N,) minus beta times the mean log-ratio of the sampled tokens, without gradient. Before advantages."""
     ratio = logprob.detach().float() - reference_logprob.detach().float()
     return rewards - beta * token_mean(ratio, mask).to(rewards)
@@ -105,7 +115,11 @@ def _spread(rewards: Tensor, carries: Tensor) -> Tensor:
 
 
 def advantages(
-    rewards: Tensor, carries: Tensor, group_size: int, kind: AdvantageKind, baseline: Baseline | None = None
+    rewards: Tensor,
+    carries: Tensor,
+    group_size: int,
+    kind: AdvantageKind,
+    baseline: Baseline | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """How much better each sample did than expected. rewards (N,), carries (N,) bool -> advantage (N,), metrics.
 
@@ -166,10 +180,16 @@ def reinforce(
     """
     if denominator <= 0:
         raise ValueError(f"denominator {denominator}: the whole batch has at least one sample")
-    filled = logprob.float().masked_fill(~mask, 0)  # before any arithmetic: the gradient of a masked NaN would be NaN
+    filled = logprob.float().masked_fill(
+        ~mask, 0
+    )  # before any arithmetic: the gradient of a masked NaN would be NaN
     reference = reference_logprob.detach().float().masked_fill(~mask, 0)
     policy_loss = -(advantage.detach().to(filled) * token_mean(filled, mask)).sum() / denominator
     mean_kl = token_mean(_kl_tokens(kind, filled, reference, kl), mask).sum() / denominator
     kl_loss = torch.zeros_like(mean_kl) if kind == "k1_reward" else beta * mean_kl
-    metrics = {"policy_loss": policy_loss.detach(), "kl": mean_kl.detach(), "kl_loss": kl_loss.detach()}
+    metrics = {
+        "policy_loss": policy_loss.detach(),
+        "kl": mean_kl.detach(),
+        "kl_loss": kl_loss.detach(),
+    }
     return policy_loss + kl_loss, metrics

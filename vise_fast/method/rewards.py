@@ -90,9 +90,14 @@ class Evidence:
 
     def _check_probabilities(self):
         for name in ("seen", "gone", "control", "keep"):
-            p, asked = getattr(self, name), self.readable & self.query_readable if name == "seen" else _judged(self)
+            p, asked = (
+                getattr(self, name),
+                self.readable & self.query_readable if name == "seen" else _judged(self),
+            )
             if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
-                raise NumericFault(f"p({name}) is not within 0..1; the judge's logits are not finite; lower the learning rate or use float32")
+                raise NumericFault(
+                    f"p({name}) is not within 0..1; the judge's logits are not finite; lower the learning rate or use float32"
+                )
 
     def group_mean(self, values: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether there was any. Two (N,)."""
@@ -143,7 +148,9 @@ def register(name: str) -> Callable[[Reward], Reward]:
 
     def add(function: Reward) -> Reward:
         if name in _REGISTRY:
-            raise ConfigError(f"reward {name!r} is registered twice; names are unique; rename one of them")
+            raise ConfigError(
+                f"reward {name!r} is registered twice; names are unique; rename one of them"
+            )
         _REGISTRY[name] = function
         return function
 
@@ -157,15 +164,21 @@ def load_plugin(path: str) -> None:
     if name in sys.modules:
         return
     if not file.is_file():
-        raise ConfigError(f"reward.plugin {path}: no such file; it should be a python file that registers rewards; correct the path")
+        raise ConfigError(
+            f"reward.plugin {path}: no such file; it should be a python file that registers rewards; correct the path"
+        )
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"reward.plugin {path}: not a python file; its name should end in .py; rename it")
+        raise ConfigError(
+            f"reward.plugin {path}: not a python file; its name should end in .py; rename it"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as fault:
-        raise ConfigError(f"reward.plugin {path}: {fault}; the file could not be imported; correct it") from fault
+        raise ConfigError(
+            f"reward.plugin {path}: {fault}; the file could not be imported; correct it"
+        ) from fault
     sys.modules[name] = module
 
 
@@ -192,9 +205,15 @@ def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
     if config.preset == "as_released":
         value = as_released.r_geo(boxes, answers, e.matrix_px)
     else:
-        expected = geometry.project_1000(boxes, e.matrix_px, e.height[:, None], e.width[:, None], config.projection)
+        expected = geometry.project_1000(
+            boxes, e.matrix_px, e.height[:, None], e.width[:, None], config.projection
+        )
         value = (geometry.giou(expected, answers) + 1) / 2
-    judged = (e.readable & geometry.proper(boxes[:, 0]))[:, None] & e.view_readable & geometry.proper(answers)
+    judged = (
+        (e.readable & geometry.proper(boxes[:, 0]))[:, None]
+        & e.view_readable
+        & geometry.proper(answers)
+    )
     return value * judged
 
 
@@ -232,7 +251,9 @@ def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
     e = evidence
     value = p(e.seen) * (1 - p(e.gone))
     if config.sem == "contrast":
-        value = (value - (p(e.seen)[:, None] * (1 - p(_given(e.control, "control")))).mean(1)).clamp_min(0)
+        value = (
+            value - (p(e.seen)[:, None] * (1 - p(_given(e.control, "control")))).mean(1)
+        ).clamp_min(0)
     if config.sufficiency:
         value = value * p(_given(e.keep, "keep"))
     return torch.where(_judged(e), value, torch.zeros_like(value))
@@ -255,25 +276,35 @@ def dissect(evidence: Evidence, config: RewardConfig) -> Parts:
     value, measured = geometric(evidence, agreements)
     seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=evidence.seen.isfinite())
     is_open = evidence.query_readable & (seen >= config.gate)
-    return Parts(agreements, value, measured, semantic(evidence, config), _size(evidence.box_1000), is_open)
+    return Parts(
+        agreements, value, measured, semantic(evidence, config), _size(evidence.box_1000), is_open
+    )
 
 
-def _unless_unreadable(evidence: Evidence, reward: Tensor, known: Tensor, config: RewardConfig) -> tuple[Tensor, Tensor]:
+def _unless_unreadable(
+    evidence: Evidence, reward: Tensor, known: Tensor, config: RewardConfig
+) -> tuple[Tensor, Tensor]:
     """An unreadable answer gets the lowest reward, and that is known."""
     floor = torch.full_like(reward, lowest(config))
     return torch.where(evidence.readable, reward, floor), known | ~evidence.readable
 
 
 @register("vise")
-def vise(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def vise(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """w_geo R_geo + w_sem R_sem - w_area sqrt(area)."""
-    reward = config.w_geo * parts.geometric + config.w_sem * parts.semantic - config.w_area * parts.size
+    reward = (
+        config.w_geo * parts.geometric + config.w_sem * parts.semantic - config.w_area * parts.size
+    )
     known = parts.measured if config.w_geo > 0 else torch.ones_like(parts.measured)
     return _unless_unreadable(evidence, reward, known, config)
 
 
 @register("oracle")
-def oracle(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def oracle(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """True IoU: what a perfect label-based reward could teach. Rows without a truth carry nothing."""
     truth = _given(evidence.truth_1000, "truth_1000")
     reward = geometry.iou(geometry.clean_1000(evidence.box_1000), geometry.clean_1000(truth))
@@ -286,14 +317,20 @@ NOISE = 0.1
 
 
 @register("random")
-def random(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def random(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Noise of mean 1/2, unreadable answers included: says nothing."""
     rows = evidence.box_1000.shape[0]
-    return torch.as_tensor(rng.normal(0.5, NOISE, rows)).to(evidence.box_1000.device), torch.ones_like(evidence.readable)
+    return torch.as_tensor(rng.normal(0.5, NOISE, rows)).to(
+        evidence.box_1000.device
+    ), torch.ones_like(evidence.readable)
 
 
 @register("shuffled")
-def shuffled(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def shuffled(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """`vise` permuted among all rows of the batch that carry gradient: its distribution without its meaning."""
     reward, known = vise(evidence, parts, config, rng)
     rows = (known & parts.open).nonzero()[:, 0]
@@ -302,11 +339,17 @@ def shuffled(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.ran
 
 
 @register("area_only")
-def area_only(evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def area_only(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """The area term alone: what shrinking every box is worth. Raises ConfigError without one."""
     if config.w_area == 0:
-        raise ConfigError("reward area_only with w_area 0 is constant; nothing would be learned; set reward.w_area")
-    return _unless_unreadable(evidence, -config.w_area * parts.size, torch.ones_like(evidence.readable), config)
+        raise ConfigError(
+            "reward area_only with w_area 0 is constant; nothing would be learned; set reward.w_area"
+        )
+    return _unless_unreadable(
+        evidence, -config.w_area * parts.size, torch.ones_like(evidence.readable), config
+    )
 
 
 def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tuple[Tensor, Tensor]:
@@ -330,11 +373,15 @@ def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) ->
     reward, known = resolve(config)(evidence, parts, config, rng)
     carries = known & parts.open
     if not reward[carries].isfinite().all():
-        raise NumericFault(f"reward {config.name!r} is not finite; the function returned NaN or infinity; correct it")
+        raise NumericFault(
+            f"reward {config.name!r} is not finite; the function returned NaN or infinity; correct it"
+        )
     reward = torch.where(carries, reward.double(), 0.0)
     view_reward, view_carries = view_rewards(evidence, parts, config)
     metrics = measure(evidence, parts, reward, carries)
-    return Scores(reward, parts.geometric, parts.semantic, carries, view_reward, view_carries, metrics)
+    return Scores(
+        reward, parts.geometric, parts.semantic, carries, view_reward, view_carries, metrics
+    )
 
 
 def _mean(values: Tensor, of: Tensor) -> float:
@@ -349,13 +396,23 @@ def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
     is the figure `changed_elsewhere` here.
     """
     before, after = seen >= 0.5, gone >= 0.5
-    cells = {"TU": before & ~after, "IG": ~before & after, "SB": before & after, "ID": ~before & ~after}
+    cells = {
+        "TU": before & ~after,
+        "IG": ~before & after,
+        "SB": before & after,
+        "ID": ~before & ~after,
+    }
     return {name: _mean(cell, of) for name, cell in cells.items()}
 
 
 def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -> dict[str, float]:
     """Everything METHOD.md wants logged of a step's rewards, as plain floats. Shares are 0..1 of the rows named in the comment."""
-    e, asked, placed, judged = evidence, evidence.query_readable, _placed(evidence), _judged(evidence)
+    e, asked, placed, judged = (
+        evidence,
+        evidence.query_readable,
+        _placed(evidence),
+        _judged(evidence),
+    )
     boxes, area = e.readable & asked, geometry.area_share(e.box_1000)
     views = boxes[:, None].expand_as(e.view_usable)
     metrics = {
@@ -378,7 +435,10 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
     }
     if e.control is not None:
         changed = ((e.control >= 0.5) != (e.seen >= 0.5)[:, None]).double().mean(1)
-        metrics |= {"control": _mean(e.control.mean(1), judged), "changed_elsewhere": _mean(changed, judged)}
+        metrics |= {
+            "control": _mean(e.control.mean(1), judged),
+            "changed_elsewhere": _mean(changed, judged),
+        }
     if e.keep is not None:
         metrics["keep"] = _mean(e.keep, judged)
     return metrics | beaf(e.seen, e.gone, judged)

@@ -43,45 +43,89 @@ class Boxes:
     asked: Prompts | None = None
 
 
-def ask(engine: Engine, prefixes: Prefixes, owner: list[int], seeds: list[int], limit: int, temperature: float = 1.0) -> Queries:
+def ask(
+    engine: Engine,
+    prefixes: Prefixes,
+    owner: list[int],
+    seeds: list[int],
+    limit: int,
+    temperature: float = 1.0,
+) -> Queries:
     """One query for each image in `owner`."""
     tokens = engine.tokens
     prompted = engine.prompt(prefixes, owner, [tokens.row(tokens.style.ask())] * len(owner))
     answers = engine.generate(prompted, [1] * len(owner), limit, seeds, temperature)
     written = [tokens.text(ids) for ids in answers.rows()]
     queries = [prompts.read_query(text) for text in written]
-    return Queries([q or UNREADABLE_QUERY for q in queries], [q is not None for q in queries], written, answers.lengths)
+    return Queries(
+        [q or UNREADABLE_QUERY for q in queries],
+        [q is not None for q in queries],
+        written,
+        answers.lengths,
+    )
 
 
 def ground(
-    engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str], fan: list[int], seeds: list[int], limit: int,
-    temperature: float = 1.0, trained: int = 0,
-) -> Boxes:  # fmt: skip
+    engine: Engine,
+    prefixes: Prefixes,
+    owner: list[int],
+    queries: list[str],
+    fan: list[int],
+    seeds: list[int],
+    limit: int,
+    temperature: float = 1.0,
+    trained: int = 0,
+) -> Boxes:
     """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each box belongs to.
 
     trained: so many questions, the first, keep their graph (`Boxes.asked`).
     """
     tokens = engine.tokens
     rows = [tokens.row(tokens.style.ground(query)) for query in queries]
-    prompted = engine.prompt(prefixes, owner, rows, trained) if trained else engine.prompt(prefixes, owner, rows)
+    prompted = (
+        engine.prompt(prefixes, owner, rows, trained)
+        if trained
+        else engine.prompt(prefixes, owner, rows)
+    )
     answers = engine.generate(prompted, fan, limit, seeds, temperature)
     written = [tokens.text(ids) for ids in answers.rows()]
     boxes = [prompts.read_box(text) for text in written]
     readable = torch.tensor([box is not None for box in boxes])
-    box_1000 = geometry.clean_1000(torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64))
+    box_1000 = geometry.clean_1000(
+        torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64)
+    )
     asked = prompted.trained if trained else None
-    return Boxes(box_1000, readable, written, answers, rows, [r for r, count in enumerate(fan) for _ in range(count)], asked)
+    return Boxes(
+        box_1000,
+        readable,
+        written,
+        answers,
+        rows,
+        [r for r, count in enumerate(fan) for _ in range(count)],
+        asked,
+    )
 
 
-def verify(engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False) -> Tensor:
+def verify(
+    engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False
+) -> Tensor:
     """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference). stay: leave it on the device."""
-    p = _probability(engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters))
+    p = _probability(
+        engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters)
+    )
     return p if stay else home(engine, p)
 
 
-def verify_forked(engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str]) -> Tensor:
+def verify_forked(
+    engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str]
+) -> Tensor:
     """The same where the images' prefixes are at hand."""
-    return home(engine, _probability(engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))))
+    return home(
+        engine,
+        _probability(
+            engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))
+        ),
+    )
 
 
 def home(engine: Engine, p: Tensor) -> Tensor:

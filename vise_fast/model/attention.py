@@ -33,8 +33,15 @@ class Grid:
             slots.append((entry, counts[entry]))
             counts[entry] += 1
         self.rows, self.entries, self.fan = len(owner), entries, max(counts)
-        self.uniform = all(entry * self.fan + rank == row for row, (entry, rank) in enumerate(slots)) and self.rows == entries * self.fan
-        self.slot = None if self.uniform else torch.tensor([entry * self.fan + rank for entry, rank in slots], device=device)
+        self.uniform = (
+            all(entry * self.fan + rank == row for row, (entry, rank) in enumerate(slots))
+            and self.rows == entries * self.fan
+        )
+        self.slot = (
+            None
+            if self.uniform
+            else torch.tensor([entry * self.fan + rank for entry, rank in slots], device=device)
+        )
         self.owner = torch.tensor(owner, device=device)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -71,8 +78,13 @@ class Part:
             return self.bias[:, :size]
         if self.lengths is None:
             return None
-        beyond = torch.arange(-(-size // BIAS_ROW) * BIAS_ROW, device=self.keys.device) >= self.lengths[:, None]
-        return torch.zeros(beyond.shape, dtype=self.keys.dtype, device=self.keys.device).masked_fill_(beyond, -torch.inf)[:, :size]
+        beyond = (
+            torch.arange(-(-size // BIAS_ROW) * BIAS_ROW, device=self.keys.device)
+            >= self.lengths[:, None]
+        )
+        return torch.zeros(
+            beyond.shape, dtype=self.keys.dtype, device=self.keys.device
+        ).masked_fill_(beyond, -torch.inf)[:, :size]
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:
@@ -119,11 +131,15 @@ def _folded_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor
     return kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
 
 
-def _part_backward(part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _part_backward(
+    part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and log-sum-exp."""
     folded, bias, banks = _fold(part, q), part.key_bias(), _banks(part, q.shape[2])
     merged = _fold(part, out), _fold(part, lse[..., None])[..., 0]
-    dq, dk, dv = kernel(folded, bias).backward(_fold(part, grad), folded, *banks, *merged, bias, part.causal, scale)
+    dq, dk, dv = kernel(folded, bias).backward(
+        _fold(part, grad), folded, *banks, *merged, bias, part.causal, scale
+    )
     kv = part.keys.shape[1]
     if dk.shape[1] != kv:
         dk, dv = dk.unflatten(1, (kv, -1)).sum(2), dv.unflatten(1, (kv, -1)).sum(2)
@@ -145,7 +161,12 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _in_one(q: Tensor, parts: list[Part]) -> bool:
     """Whether one kernel takes all parts: several new tokens, no bias. For one token a row torch's is the quicker one."""
-    fits = q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[1] > 1 and q.shape[3] % DIM_STEP == 0
+    fits = (
+        q.device.type == "cpu"
+        and q.dtype == torch.float32
+        and q.shape[1] > 1
+        and q.shape[3] % DIM_STEP == 0
+    )
     plain = any(part.bias is not None for part in parts) or any(part.causal for part in parts[:-1])
     return fits and not plain and choose_kernel("attention", q.device).path == "native"
 
@@ -153,7 +174,12 @@ def _in_one(q: Tensor, parts: list[Part]) -> bool:
 def _forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
     """Output (N, T, H, D) and log-sum-exp (N, T, H) over all parts; without gradients."""
     if _in_one(q, parts):
-        banks = [Bank(part.keys, part.values, None if part.grid is None else part.grid.owner, part.lengths) for part in parts]
+        banks = [
+            Bank(
+                part.keys, part.values, None if part.grid is None else part.grid.owner, part.lengths
+            )
+            for part in parts
+        ]
         return attention(q, banks, scale=scale, causal=parts[-1].causal, path="native")
     results = [_part_forward(part, q, scale) for part in parts]
     return _merge([r[0] for r in results], [r[1] for r in results])
@@ -184,7 +210,9 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     if choose(q.device, q.dtype).path == "plain":
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
-        return _Attend.apply(q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)])
+        return _Attend.apply(
+            q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)]
+        )
     if len(parts) == 1 and q.shape[1] == 1:
         return _part_output(parts[0], q, scale)
     return _forward(q, parts, scale)[0]
@@ -202,7 +230,9 @@ def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
         keys = keys.repeat_interleave(heads // keys.shape[1], 1)
         score = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale
         if part.causal:
-            score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+            score = score.masked_fill(
+                torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+            )
         scores.append(score if bias is None else score + bias[:, None, None])
         values.append(bank.repeat_interleave(heads // bank.shape[1], 1))
     weights = torch.cat(scores, -1).softmax(-1)

@@ -19,12 +19,24 @@ from vise_fast.model.load import Policy
 from vise_fast.system.errors import EnvironmentFault
 
 SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
-def export(policy: Policy, config: Config, directory: Path, figures: Mapping[str, tuple] | None = None) -> Path:
+def export(
+    policy: Policy, config: Config, directory: Path, figures: Mapping[str, tuple] | None = None
+) -> Path:
     """Write the adapter to `directory`, replacing an older one. Raises EnvironmentFault where the disk refuses."""
     aside = directory.with_name(directory.name + ".partial")
     try:
@@ -36,26 +48,46 @@ def export(policy: Policy, config: Config, directory: Path, figures: Mapping[str
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(aside, directory)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write the adapter {directory}; {error.strerror or error}; free space or choose another run.dir") from error
+        raise EnvironmentFault(
+            f"cannot write the adapter {directory}; {error.strerror or error}; free space or choose another run.dir"
+        ) from error
     return directory
 
 
 def side_files(source: str) -> list[Path]:
     """The base model's small files, from its directory or from the local hub cache."""
-    home = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=list(SIDE_FILES), local_files_only=True))
+    home = (
+        Path(source)
+        if Path(source).is_dir()
+        else Path(snapshot_download(source, allow_patterns=list(SIDE_FILES), local_files_only=True))
+    )
     return [home / name for name in SIDE_FILES if (home / name).is_file()]
 
 
 def card(config: Config, figures: Mapping[str, tuple]) -> str:
     """The model card: what this is, how it was made, measured figures, and a snippet for transformers 5."""
-    rows = "".join(f"| {name} | {before} | {after} |\n" for name, (before, after) in figures.items())
-    table = f"\n## Measured by the run itself, before and after\n\n| | base | adapter |\n|---|---|---|\n{rows}" if rows else ""
+    rows = "".join(
+        f"| {name} | {before} | {after} |\n" for name, (before, after) in figures.items()
+    )
+    table = (
+        f"\n## Measured by the run itself, before and after\n\n| | base | adapter |\n|---|---|---|\n{rows}"
+        if rows
+        else ""
+    )
     base = "vise_fast's embedded nano model" if config.model.path == "nano" else config.model.path
     return CARD.format(
-        base=base, load=config.model.path if config.model.path != "nano" else "BASE_DIRECTORY", version=__version__, steps=config.train.steps,
-        batch=config.train.batch, samples=config.rollout.samples, preset=config.reward.preset, lr=config.train.lr, seed=config.train.seed,
-        r=config.lora.r, table=table,
-    )  # fmt: skip
+        base=base,
+        load=config.model.path if config.model.path != "nano" else "BASE_DIRECTORY",
+        version=__version__,
+        steps=config.train.steps,
+        batch=config.train.batch,
+        samples=config.rollout.samples,
+        preset=config.reward.preset,
+        lr=config.train.lr,
+        seed=config.train.seed,
+        r=config.lora.r,
+        table=table,
+    )
 
 
 CARD = """---

@@ -43,18 +43,32 @@ def look(device: torch.device, dtype: torch.dtype) -> Choice:
     if device.type in ("cpu", "meta"):
         return Choice("flash", "torch's FlashAttention for a CPU")
     if device.type != "cuda" or torch.version.hip:
-        return Choice("plain", f"{'ROCm' if torch.version.hip else device.type} has no fused attention with this log-sum-exp")
+        return Choice(
+            "plain",
+            f"{'ROCm' if torch.version.hip else device.type} has no fused attention with this log-sum-exp",
+        )
     capability = torch.cuda.get_device_capability(device)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Choice("plain", f"no GPU kernel takes {str(dtype)[6:]}")
     if dtype == torch.bfloat16 and capability < (8, 0):
-        return Choice("plain", f"bfloat16 attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
+        return Choice(
+            "plain",
+            f"bfloat16 attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}",
+        )
     if dtype == torch.float32:
-        return Choice("efficient", "torch's memory-efficient kernel: FlashAttention takes 16 bits only")
+        return Choice(
+            "efficient", "torch's memory-efficient kernel: FlashAttention takes 16 bits only"
+        )
     if capability < (8, 0):
-        return Choice("efficient", f"torch's memory-efficient kernel: FlashAttention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
+        return Choice(
+            "efficient",
+            f"torch's memory-efficient kernel: FlashAttention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}",
+        )
     if not torch.backends.cuda.is_flash_attention_available():
-        return Choice("efficient", "torch's memory-efficient kernel: this torch was built without FlashAttention")
+        return Choice(
+            "efficient",
+            "torch's memory-efficient kernel: this torch was built without FlashAttention",
+        )
     return Choice("flash", "torch's FlashAttention; its memory-efficient kernel for ragged banks")
 
 
@@ -69,48 +83,90 @@ def kernel(q: Tensor, bias: Tensor | None) -> Kernel:
     return FLASH if fits else EFFICIENT
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_spread(bias, 1, q.shape[2]), scale=scale)
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=_spread(bias, 1, q.shape[2]), scale=scale
+    )
 
 
 def _cpu_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
     mask = _spread(bias, 1, q.shape[2])
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     _check_square(q, k, causal)
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(_wide(q), _wide(k), _wide(v), 0.0, causal, False, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        _wide(q), _wide(k), _wide(v), 0.0, causal, False, scale=scale
+    )
     return out[..., : q.shape[3]], lse
 
 
 def _flash_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
     wide = [_wide(x) for x in (grad, q, k, v, out)]
     seed = q.new_empty(2, dtype=torch.uint64)  # of the dropout, which there is not: never read
-    found = aten._scaled_dot_product_flash_attention_backward(*wide, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, q.new_empty(0), scale=scale)
+    found = aten._scaled_dot_product_flash_attention_backward(
+        *wide,
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        seed,
+        q.new_empty(0),
+        scale=scale,
+    )
     return tuple(x[..., : q.shape[3]] for x in found)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     _check_square(q, k, causal)
     mask = _spread(_aligned(bias), q.shape[1], q.shape[2])
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(_wide(q), _wide(k), _wide(v), mask, True, 0.0, causal, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        _wide(q), _wide(k), _wide(v), mask, True, 0.0, causal, scale=scale
+    )
     return out[..., : q.shape[3]], lse[:, :, : q.shape[2]]
 
 
-def _efficient_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _efficient_backward(
+    grad, q, k, v, out, lse, bias, causal, scale
+) -> tuple[Tensor, Tensor, Tensor]:
     mask = _spread(_aligned(bias), q.shape[1], q.shape[2])
     lse = F.pad(lse, (0, -lse.shape[2] % LSE_ROWS), value=torch.inf).contiguous()
     seed = q.new_empty((), dtype=torch.int64)
     *found, _ = aten._scaled_dot_product_efficient_attention_backward(
-        _wide(grad), _wide(q), _wide(k), _wide(v), mask, _token_major(_wide(out)), lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        _wide(grad),
+        _wide(q),
+        _wide(k),
+        _wide(v),
+        mask,
+        _token_major(_wide(out)),
+        lse,
+        seed,
+        seed,
+        0.0,
+        [True, True, True, False],
+        causal,
+        scale=scale,
     )
     return tuple(x[..., : q.shape[3]] for x in found)
 
 
 def _check_square(q: Tensor, k: Tensor, causal: bool) -> None:
     if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys: only their own keys, one each")
+        raise ValueError(
+            f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys: only their own keys, one each"
+        )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -134,7 +190,9 @@ def _spread(bias: Tensor | None, heads: int, queries: int) -> Tensor | None:
     """(B, S) as a view (B, heads, queries, S): every query of an entry sees the same keys. Strides are 0 where a size is 1 too: they are checked."""
     if bias is None:
         return None
-    return bias.as_strided((bias.shape[0], heads, queries, bias.shape[1]), (bias.stride(0), 0, 0, bias.stride(1)))
+    return bias.as_strided(
+        (bias.shape[0], heads, queries, bias.shape[1]), (bias.stride(0), 0, 0, bias.stride(1))
+    )
 
 
 CPU = Kernel("cpu", _cpu_forward, _cpu_backward)

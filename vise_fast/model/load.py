@@ -73,10 +73,14 @@ def resolve(path: str) -> str:
         return str(nano.DIRECTORY)
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"model.path {path} has no config.json; it is not a model directory; point it at one saved by transformers")
+            raise ConfigError(
+                f"model.path {path} has no config.json; it is not a model directory; point it at one saved by transformers"
+            )
         return path
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(f"model.path {path} does not exist; a model is a directory or a hub id like Qwen/Qwen3-VL-2B-Instruct; check the path")
+        raise ConfigError(
+            f"model.path {path} does not exist; a model is a directory or a hub id like Qwen/Qwen3-VL-2B-Instruct; check the path"
+        )
     return path
 
 
@@ -85,7 +89,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentFault(f"model.device {name}: torch sees no GPU here; use --model.device cpu or install a CUDA build of torch")
+        raise EnvironmentFault(
+            f"model.device {name}: torch sees no GPU here; use --model.device cpu or install a CUDA build of torch"
+        )
     return torch.device(name)
 
 
@@ -102,10 +108,14 @@ def read_config(path: str):
         model_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path {path} cannot be loaded; {reason}; give a local directory or download the model first") from error
+        raise ConfigError(
+            f"model.path {path} cannot be loaded; {reason}; give a local directory or download the model first"
+        ) from error
     if model_config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ConfigError(f"model.path {path} is of family {model_config.model_type}; this trainer knows {known}; choose a model of those")
+        raise ConfigError(
+            f"model.path {path} is of family {model_config.model_type}; this trainer knows {known}; choose a model of those"
+        )
     return model_config
 
 
@@ -152,7 +162,9 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
     return Policy(model, tokens, backbone, source)
 
 
-def _load_base(config: Config, model_config, device: torch.device, weights: str | None) -> nn.Module:
+def _load_base(
+    config: Config, model_config, device: torch.device, weights: str | None
+) -> nn.Module:
     dtype = dtype_of(config.model.dtype, device)
     if weights == "random":
         with torch.device("meta"):
@@ -161,10 +173,14 @@ def _load_base(config: Config, model_config, device: torch.device, weights: str 
     source, bits = resolve(config.model.path), quantise.settings(config, dtype)
     place = {} if device.type == "cpu" and bits is None else {"device_map": {"": device}}
     try:
-        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **place, **({} if bits is None else {"quantization_config": bits}))
+        return AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, **place, **({} if bits is None else {"quantization_config": bits})
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again") from error
+        raise ConfigError(
+            f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again"
+        ) from error
 
 
 def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
@@ -172,9 +188,17 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
     if adapter is not None:
         return _load_adapter(base, config, adapter)
     _, targets = FAMILIES[base.config.model_type]
-    lora = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; nothing a user can act on
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # between PEFT and transformers; nothing a user can act on
         torch.manual_seed(config.train.seed)
         return _fp32_adapters(get_peft_model(base, lora).eval())
 
@@ -182,7 +206,9 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
 def _load_adapter(base: nn.Module, config: Config, adapter: str) -> PeftModel:
     directory = Path(adapter)
     if not (directory / "adapter_config.json").is_file():
-        raise ConfigError(f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point at RUN/adapter")
+        raise ConfigError(
+            f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point at RUN/adapter"
+        )
     check_adapter_fits(directory, base)
     return _fp32_adapters(PeftModel.from_pretrained(base, str(directory), is_trainable=True).eval())
 
@@ -200,16 +226,26 @@ def check_adapter_fits(directory: Path, base: nn.Module) -> None:
 
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
-        raise ConfigError(f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a finished RUN/adapter")
-    shapes = {name: (m.out_features, m.in_features) for name, m in base.named_modules() if hasattr(m, "in_features")}
+        raise ConfigError(
+            f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a finished RUN/adapter"
+        )
+    shapes = {
+        name: (m.out_features, m.in_features)
+        for name, m in base.named_modules()
+        if hasattr(m, "in_features")
+    }
     rank = json.loads((directory / "adapter_config.json").read_text()).get("r")
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
+        for key in file.keys():
             module, factor = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
             got, want = tuple(file.get_slice(key).get_shape()), shapes.get(module)
-            fits = want is not None and got == ((rank, want[1]) if factor.startswith("A") else (want[0], rank))
+            fits = want is not None and got == (
+                (rank, want[1]) if factor.startswith("A") else (want[0], rank)
+            )
             if not fits:
-                raise ConfigError(f"adapter {directory} was made for another base; {module} is {want} here; use the base it was trained on")
+                raise ConfigError(
+                    f"adapter {directory} was made for another base; {module} is {want} here; use the base it was trained on"
+                )
 
 
 def check_targets(model: PeftModel) -> int:
@@ -217,5 +253,7 @@ def check_targets(model: PeftModel) -> int:
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     inside = [name for name in names if ".visual.blocks." in name]
     if inside or not any(".language_model.layers." in name for name in names):
-        raise ConfigError(f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; check the model family")
+        raise ConfigError(
+            f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; check the model family"
+        )
     return len(names)

@@ -26,7 +26,9 @@ from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from vise_fast.model import products, quantise
 
 ADAPTER = "default"
-BLOCKS_UP_TO = 2**18  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
+BLOCKS_UP_TO = (
+    2**18
+)  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
 Before = Callable[[Tensor], Tensor]
 """What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass.
 
@@ -44,7 +46,12 @@ class Pack(NamedTuple):
         """y (n, sum of outs) += low (n, k·r) · upᵀ."""
         if len(self.up) == 1:
             return y.addmm_(low, self.up[0].T)
-        for out, part, up in zip(y.split([len(u) for u in self.up], 1), low.split(self.up[0].shape[1], 1), self.up, strict=True):
+        for out, part, up in zip(
+            y.split([len(u) for u in self.up], 1),
+            low.split(self.up[0].shape[1], 1),
+            self.up,
+            strict=True,
+        ):
             out.addmm_(part, up.T)
         return y
 
@@ -52,7 +59,13 @@ class Pack(NamedTuple):
         """grad (n, sum of outs) · up: (n, k·r)."""
         if len(self.up) == 1:
             return grad @ self.up[0]
-        return torch.cat([g @ up for g, up in zip(grad.split([len(u) for u in self.up], 1), self.up, strict=True)], 1)
+        return torch.cat(
+            [
+                g @ up
+                for g, up in zip(grad.split([len(u) for u in self.up], 1), self.up, strict=True)
+            ],
+            1,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,9 @@ class FusedLinear:
 
     def masters(self) -> list[nn.Parameter]:
         """The fp32 factors: A of each module, then B of each."""
-        return [m.lora_A[ADAPTER].weight for m in self.modules] + [m.lora_B[ADAPTER].weight for m in self.modules]
+        return [m.lora_A[ADAPTER].weight for m in self.modules] + [
+            m.lora_B[ADAPTER].weight for m in self.modules
+        ]
 
     def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
         """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the masters that `pack` was made from."""
@@ -113,7 +128,9 @@ class FusedLinear:
         """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every intermediate. Unquantised bases only."""
         x = x if before is None else before(x)
         y = F.linear(x, self.weight, self.bias)
-        return y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
+        return (
+            y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
+        )
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
         if self.stacked and pack is not None and len(pack.up) == 1:
@@ -122,7 +139,9 @@ class FusedLinear:
             y = products.linear(x, self.weight, self.bias)
         else:
             y = x.new_empty(len(x), sum(base.out_features for base in self.bases))
-            for base, place in zip(self.bases, y.split([base.out_features for base in self.bases], 1), strict=True):
+            for base, place in zip(
+                self.bases, y.split([base.out_features for base in self.bases], 1), strict=True
+            ):
                 place.copy_(quantise.product(base, x))
         return y if pack is None else pack.raise_(y, F.linear(x, pack.down))
 
@@ -131,16 +150,29 @@ class FusedLinear:
         rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
         dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
         downs = list((low.T @ x).to(dtype).split(rank))
-        ups = [g.T @ h for g, h in zip(grad.split([b.out_features for b in self.bases], 1), high.split(rank, 1), strict=True)]
-        return downs + [u.to(dtype) * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)]
+        ups = [
+            g.T @ h
+            for g, h in zip(
+                grad.split([b.out_features for b in self.bases], 1),
+                high.split(rank, 1),
+                strict=True,
+            )
+        ]
+        return downs + [
+            u.to(dtype) * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)
+        ]
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
         if self.stacked:
             return grad @ self.weight
         total = grad.new_zeros(len(grad), self.bases[0].in_features)
-        for base, piece in zip(self.bases, grad.split([base.out_features for base in self.bases], 1), strict=True):
-            total.addmm_(piece, quantise.dequantised(base, grad.dtype))  # one dequantised weight at a time
+        for base, piece in zip(
+            self.bases, grad.split([base.out_features for base in self.bases], 1), strict=True
+        ):
+            total.addmm_(
+                piece, quantise.dequantised(base, grad.dtype)
+            )  # one dequantised weight at a time
         return total
 
 
@@ -148,7 +180,9 @@ class _Adapted(torch.autograd.Function):
     """y = f(x) Wᵀ + (f(x) Aᵀ) Bᵀ with frozen W: saves x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, linear: FusedLinear, pack: Pack, before: Before | None, *masters: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, linear: FusedLinear, pack: Pack, before: Before | None, *masters: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.linear, ctx.pack, ctx.before = linear, pack, before
         return linear._product(x if before is None else before(x), pack)
@@ -158,11 +192,19 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
         low = pack.lower(grad)
-        factors = linear._factor_gradients(x if ctx.before is None else ctx.before(x), low, grad, pack.down)
+        factors = linear._factor_gradients(
+            x if ctx.before is None else ctx.before(x), low, grad, pack.down
+        )
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *factors
         dz = linear._input_gradient(grad).addmm_(low, pack.down)
-        return dz if ctx.before is None else _gradient(ctx.before, x, dz), None, None, None, *factors
+        return (
+            dz if ctx.before is None else _gradient(ctx.before, x, dz),
+            None,
+            None,
+            None,
+            *factors,
+        )
 
 
 def _gradient(function: Before, x: Tensor, dz: Tensor) -> Tensor:

@@ -26,14 +26,18 @@ def _flops(x: tuple[int, int], weight: tuple[int, int], *args, out_shape=None, *
 
 
 @register_flop_formula(torch.ops.vise_kernels.few_rows)
-def _few_rows_flops(x, weight, bias=None, low=None, up=None, *args, out_shape=None, **kwargs) -> int:
+def _few_rows_flops(
+    x, weight, bias=None, low=None, up=None, *args, out_shape=None, **kwargs
+) -> int:
     return _flops(x, weight) + (0 if low is None else _flops(low, up))
 
 
 @functools.cache
 def _operator():
     """Linear with a function applied to its result, or None where torch was built without oneDNN."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         return None
     operator = torch.ops.mkldnn._linear_pointwise.default
     register_flop_formula(operator.overloadpacket)(_flops)
@@ -46,7 +50,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if gains(x, weight):
         return torch.ops.vise_kernels.few_rows(x, weight, bias, None, None)
-    return F.linear(x, weight, bias) if _operator() is None else _operator()(x, weight, bias, "none", [], None)
+    return (
+        F.linear(x, weight, bias)
+        if _operator() is None
+        else _operator()(x, weight, bias, "none", [], None)
+    )
 
 
 def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:

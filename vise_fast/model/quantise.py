@@ -27,7 +27,9 @@ def bitsandbytes():
     try:
         import bitsandbytes as library
     except ImportError as error:
-        raise EnvironmentFault(f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install vise-fast[quant] or use model.quant none") from error
+        raise EnvironmentFault(
+            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install vise-fast[quant] or use model.quant none"
+        ) from error
     # It warns at every int8 product that bf16 and fp32 rows are rounded to fp16 before they are quantised.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
@@ -41,16 +43,25 @@ def settings(config: Config, dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
     if config.model.quant == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=config.model.int8_threshold, llm_int8_skip_modules=KEPT)
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=config.model.int8_threshold,
+            llm_int8_skip_modules=KEPT,
+        )
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=KEPT,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=KEPT,
         bnb_4bit_use_double_quant=config.model.double_quant,
-    )  # fmt: skip
+    )
 
 
 def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """`shell`, a transformers model on the meta device, with random weights: module by module, so that no full-precision whole ever exists."""
-    for name in [name for name, _ in shell.named_modules()]:  # names only: a list of the modules would keep what is replaced
+    for name in [
+        name for name, _ in shell.named_modules()
+    ]:  # names only: a list of the modules would keep what is replaced
         module = shell.get_submodule(name)
         if any(True for _ in module.children()):
             continue
@@ -71,11 +82,27 @@ def quantised(linear: nn.Linear, config: Config) -> nn.Module:
     library, weight, bias = bitsandbytes(), linear.weight.data, linear.bias
     shape = (linear.in_features, linear.out_features, bias is not None)
     if config.model.quant == "int8":
-        new = library.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=config.model.int8_threshold, device="meta")
-        new.weight = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        new = library.nn.Linear8bitLt(
+            *shape, has_fp16_weights=False, threshold=config.model.int8_threshold, device="meta"
+        )
+        new.weight = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(
+            weight.device
+        )
     else:
-        new = library.nn.Linear4bit(*shape, compute_dtype=weight.dtype, compress_statistics=config.model.double_quant, quant_type="nf4", device="meta")
-        packed = library.nn.Params4bit(weight, requires_grad=False, compress_statistics=config.model.double_quant, quant_type="nf4", module=new)
+        new = library.nn.Linear4bit(
+            *shape,
+            compute_dtype=weight.dtype,
+            compress_statistics=config.model.double_quant,
+            quant_type="nf4",
+            device="meta",
+        )
+        packed = library.nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=config.model.double_quant,
+            quant_type="nf4",
+            module=new,
+        )
         new.weight = packed.to(weight.device)
     new.bias = bias
     return new
@@ -96,13 +123,27 @@ def check(model: nn.Module, quant: str) -> int:
     found = 0
     for name, module in model.named_modules():
         kind = type(module).__name__
-        inside = bool(LANGUAGE.match(name)) and (kind in KINDS.values() or type(module) is nn.Linear)
+        inside = bool(LANGUAGE.match(name)) and (
+            kind in KINDS.values() or type(module) is nn.Linear
+        )
         if inside and kind != wanted or not inside and kind in KINDS.values():
-            raise ConfigError(f"{name} is a {kind}; with model.quant {quant} language linears are {wanted} and nothing else is quantised; save the base unquantised")
+            raise ConfigError(
+                f"{name} is a {kind}; with model.quant {quant} language linears are {wanted} and nothing else is quantised; save the base unquantised"
+            )
         found += inside and quant != "none"
-        held = [] if inside else [x for x in module.parameters(recurse=False) if x.dtype not in (torch.float32, torch.bfloat16, torch.float16)]
+        held = (
+            []
+            if inside
+            else [
+                x
+                for x in module.parameters(recurse=False)
+                if x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+            ]
+        )
         if held:
-            raise ConfigError(f"{name} holds {held[0].dtype}; only language linears may be quantised; save the base unquantised")
+            raise ConfigError(
+                f"{name} holds {held[0].dtype}; only language linears may be quantised; save the base unquantised"
+            )
     return found
 
 
@@ -111,13 +152,21 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
     if hasattr(base, "product"):
         return base.product(x)
     if type(base).__name__ == KINDS["nf4"]:
-        return bitsandbytes().matmul_4bit(x, base.weight, bias=base.bias, quant_state=base.weight.quant_state)
+        return bitsandbytes().matmul_4bit(
+            x, base.weight, bias=base.bias, quant_state=base.weight.quant_state
+        )
     state = base.state
     # The scaling below divides by the row's largest value, so the fp16 copy must exist even for fp32 rows.
-    rows, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(x.to(torch.float16), threshold=state.threshold)
+    rows, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
+        x.to(torch.float16), threshold=state.threshold
+    )
     if state.threshold > 0:
-        return torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, rows, base.weight.data, scale, state.SCB, outliers, base.bias)[0]
-    return torch.ops.bitsandbytes.int8_scaled_mm(rows, base.weight.data, scale, state.SCB, bias=base.bias, dtype=x.dtype)
+        return torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+            x, rows, base.weight.data, scale, state.SCB, outliers, base.bias
+        )[0]
+    return torch.ops.bitsandbytes.int8_scaled_mm(
+        rows, base.weight.data, scale, state.SCB, bias=base.bias, dtype=x.dtype
+    )
 
 
 def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -125,5 +174,9 @@ def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
     if hasattr(base, "dequantised"):
         return base.dequantised(dtype)
     if type(base).__name__ == KINDS["nf4"]:
-        return bitsandbytes().functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+        return (
+            bitsandbytes()
+            .functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+            .to(dtype)
+        )
     return base.weight.data.to(dtype) * (base.state.SCB / 127.0).to(dtype)[:, None]

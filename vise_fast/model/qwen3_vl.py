@@ -56,8 +56,12 @@ class Features:
         for rows, columns in self.grids:
             starts.append((total, rows * columns))
             total += rows * columns
-        pick = torch.cat([torch.arange(starts[i][0], sum(starts[i])) for i in images]).to(self.last.device)
-        return Features(self.last[pick], [tap[pick] for tap in self.taps], [self.grids[i] for i in images])
+        pick = torch.cat([torch.arange(starts[i][0], sum(starts[i])) for i in images]).to(
+            self.last.device
+        )
+        return Features(
+            self.last[pick], [tap[pick] for tap in self.taps], [self.grids[i] for i in images]
+        )
 
 
 @dataclass
@@ -74,7 +78,13 @@ class Segment:
 
     def part(self, layer: int, grid: Grid | None, stop: int | None = None) -> Part:
         """One layer's bank, of the first `stop` tokens."""
-        return Part(self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop], self.lengths, grid, bias=self.bias)
+        return Part(
+            self.keys[layer][:, :, :stop],
+            self.values[layer][:, :, :stop],
+            self.lengths,
+            grid,
+            bias=self.bias,
+        )
 
     def select(self, rows) -> Segment:
         """A copy of some rows."""
@@ -83,19 +93,33 @@ class Segment:
 
     def detach(self) -> Segment:
         """The same keys and values without their graph."""
-        return Segment([k.detach() for k in self.keys], [v.detach() for v in self.values], self.lengths, self.bias)
+        return Segment(
+            [k.detach() for k in self.keys],
+            [v.detach() for v in self.values],
+            self.lengths,
+            self.bias,
+        )
 
     def counts(self) -> Tensor:
         """(N,) tokens of each row; for segments without a bias."""
         rows, _, tokens, _ = self.keys[0].shape
-        return torch.full((rows,), tokens, device=self.keys[0].device) if self.lengths is None else self.lengths
+        return (
+            torch.full((rows,), tokens, device=self.keys[0].device)
+            if self.lengths is None
+            else self.lengths
+        )
 
     @torch.no_grad()
     def stack(self, below: Segment) -> Segment:
         """A copy of these rows and, after them, of another segment's; without their graph."""
         sizes = [segment.keys[0].shape[2] for segment in (self, below)]
-        first, second = ((lambda x, room=max(sizes) - size: F.pad(x, (0, 0, 0, room))) for size in sizes)
-        keys, values = ([torch.cat([first(a), second(b)]) for a, b in zip(x, y, strict=True)] for x, y in ((self.keys, below.keys), (self.values, below.values)))
+        first, second = (
+            (lambda x, room=max(sizes) - size: F.pad(x, (0, 0, 0, room))) for size in sizes
+        )
+        keys, values = (
+            [torch.cat([first(a), second(b)]) for a, b in zip(x, y, strict=True)]
+            for x, y in ((self.keys, below.keys), (self.values, below.values))
+        )
         ragged = sizes[0] != sizes[1] or self.lengths is not None or below.lengths is not None
         return Segment(keys, values, torch.cat([self.counts(), below.counts()]) if ragged else None)
 
@@ -105,7 +129,9 @@ class Segment:
         bias = self.keys[0].new_zeros(rows, tokens)
         if self.lengths is None:
             return bias
-        return bias.masked_fill_(torch.arange(tokens, device=bias.device) >= self.lengths[:, None], -torch.inf)
+        return bias.masked_fill_(
+            torch.arange(tokens, device=bias.device) >= self.lengths[:, None], -torch.inf
+        )
 
     def join(self, rows: Tensor, later: Segment, room: int) -> Segment:
         """A copy of some rows, each followed by the same row of `later` and by `room` empty tokens."""
@@ -116,10 +142,17 @@ class Segment:
             whole[:, :, :before], whole[:, :, before : before + tokens] = first[rows], second
             return whole
 
-        keys, values = ([bank(a, b) for a, b in zip(x, y, strict=True)] for x, y in ((self.keys, later.keys), (self.values, later.values)))
+        keys, values = (
+            [bank(a, b) for a, b in zip(x, y, strict=True)]
+            for x, y in ((self.keys, later.keys), (self.values, later.values))
+        )
         if self.lengths is None and later.lengths is None:
             return Segment(keys, values)
-        return Segment(keys, values, bias=F.pad(torch.cat([self.visible()[rows], later.visible()], 1), (0, room)))
+        return Segment(
+            keys,
+            values,
+            bias=F.pad(torch.cat([self.visible()[rows], later.visible()], 1), (0, room)),
+        )
 
 
 class Ragged:
@@ -131,7 +164,9 @@ class Ragged:
         self.uniform = min(lengths) == self.longest
         self.valid = None if self.uniform else torch.tensor(lengths, device=device)
         if not self.uniform:
-            slots = [row * self.longest + t for row, length in enumerate(lengths) for t in range(length)]
+            slots = [
+                row * self.longest + t for row, length in enumerate(lengths) for t in range(length)
+            ]
             self.slots = torch.tensor(slots, device=device)
 
     def last(self) -> Tensor:
@@ -140,7 +175,9 @@ class Ragged:
 
     def pad(self, x: Tensor) -> Tensor:
         if not self.uniform:
-            x = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:]).index_copy(0, self.slots, x)
+            x = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:]).index_copy(
+                0, self.slots, x
+            )
         return x.view(len(self.lengths), self.longest, *x.shape[1:])
 
     def pack(self, x: Tensor) -> Tensor:
@@ -176,12 +213,24 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = core.config
-        self.visual, self.text, self.head = core.model.visual, core.model.language_model, core.lm_head
+        self.visual, self.text, self.head = (
+            core.model.visual,
+            core.model.language_model,
+            core.lm_head,
+        )
         text, vision = core.config.text_config, core.config.vision_config
-        self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            text.num_attention_heads,
+            text.num_key_value_heads,
+            text.head_dim,
+        )
         self.attend = attend
         self.eps, self.scale = text.rms_norm_eps, text.head_dim**-0.5
-        self.patch, self.merge_size, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        self.patch, self.merge_size, self.temporal = (
+            vision.patch_size,
+            vision.spatial_merge_size,
+            vision.temporal_patch_size,
+        )
         self.sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
         self.tanh_gelu = vision.hidden_act == "gelu_pytorch_tanh"
         self.dtype = self.text.embed_tokens.weight.dtype
@@ -190,7 +239,9 @@ class Backbone:
 
     def _build(self) -> None:
         self.layers = [_Layer(layer) for layer in self.text.layers]
-        self.mergers = [_Merger(m) for m in [self.visual.merger, *self.visual.deepstack_merger_list]]
+        self.mergers = [
+            _Merger(m) for m in [self.visual.merger, *self.visual.deepstack_merger_list]
+        ]
         weight = self.visual.patch_embed.proj.weight
         # A still image shows the same pixels at every temporal tap, so the taps fold into one product.
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
@@ -230,17 +281,27 @@ class Backbone:
     @torch.no_grad()
     def encode(self, images: list[Tensor]) -> Features:
         """uint8 (H, W, 3) images, sides multiples of patch·merge, to features before the mergers; each image attends to itself only."""
-        patches, _ = patchify(images, patch=self.patch, merge=self.merge_size, dtype=self.dtype, single_tap=True)
-        return self.encode_patches(patches.to(self.device), [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images])
+        patches, _ = patchify(
+            images, patch=self.patch, merge=self.merge_size, dtype=self.dtype, single_tap=True
+        )
+        return self.encode_patches(
+            patches.to(self.device),
+            [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images],
+        )
 
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """The same from normalised patches (P, 3·patch²) in merge order, one temporal tap."""
-        parts = [self._tower(part, some) for part, some in _slices(patches, grids, self.encode_at_once or len(patches))]
+        parts = [
+            self._tower(part, some)
+            for part, some in _slices(patches, grids, self.encode_at_once or len(patches))
+        ]
         if len(parts) == 1:
             return Features(*parts[0], grids)
         lasts, taps = zip(*parts, strict=True)
-        return Features(torch.cat(lasts), [torch.cat(tap) for tap in zip(*taps, strict=True)], grids)
+        return Features(
+            torch.cat(lasts), [torch.cat(tap) for tap in zip(*taps, strict=True)], grids
+        )
 
     def _tower(self, patches: Tensor, grids: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Last hidden states (P, C) and deepstack taps of some images."""
@@ -256,29 +317,41 @@ class Backbone:
                 taps.append(x)
         return x, taps
 
-    def _vision_attention(self, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+    def _vision_attention(
+        self, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int, int]]
+    ) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
         qk, v = _rotate(qkv[:, :2], cos[:, None, None], sin[:, None, None]), qkv[:, 2]
         outs = []
         for start, images, size in runs:
             stop = start + images * size
             q, k = (qk[start:stop, i].unflatten(0, (images, size)).transpose(1, 2) for i in (0, 1))
-            out = F.scaled_dot_product_attention(q, k, v[start:stop].unflatten(0, (images, size)).transpose(1, 2))
+            out = F.scaled_dot_product_attention(
+                q, k, v[start:stop].unflatten(0, (images, size)).transpose(1, 2)
+            )
             outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
 
     def _vision_mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         first = mlp.linear_fc1
-        return mlp.linear_fc2(linear_gelu_tanh(x, first.weight, first.bias) if self.tanh_gelu else mlp.act_fn(first(x)))
+        return mlp.linear_fc2(
+            linear_gelu_tanh(x, first.weight, first.bias)
+            if self.tanh_gelu
+            else mlp.act_fn(first(x))
+        )
 
     def _grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Position embedding (P, C) and rotary cos, sin (P, d) of one patch grid, in merge order; computed once per grid."""
         if grid not in self._grids:
             rows, columns = _merge_order(*grid, self.merge_size, self.device)
             side = int(self.visual.pos_embed.weight.shape[0] ** 0.5)
-            table = _bilinear(self.visual.pos_embed.weight.float(), side, grid, rows, columns).to(self.dtype)
+            table = _bilinear(self.visual.pos_embed.weight.float(), side, grid, rows, columns).to(
+                self.dtype
+            )
             inverse = self.visual.rotary_pos_emb.inv_freq.float().to(self.device)
-            angles = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], 1).repeat(1, 2)
+            angles = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], 1).repeat(
+                1, 2
+            )
             self._grids[grid] = (table, angles.cos(), angles.sin())
         return self._grids[grid]
 
@@ -300,7 +373,9 @@ class Backbone:
         angles = positions.T.float().index_select(1, self.rope_axis) * self.rope_inverse
         return angles.cos(), angles.sin()
 
-    def forward(self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True) -> tuple[list[Tensor], list[Segment]]:
+    def forward(
+        self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True
+    ) -> tuple[list[Tensor], list[Segment]]:
         """Final-normed hidden states of what each level's `read` asks for and, with `keep`, the Segment of each level.
 
         The last layer computes nothing beyond keys and values for tokens that nobody reads. `recompute`: save no activations inside a layer.
@@ -312,8 +387,14 @@ class Backbone:
         for index, layer in enumerate(self.layers):
             packs = [self._pack(linear, adapters) for linear in layer.linears]
             args = (index, x, cos, sin, levels, packs)
-            x, *banks = checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args)
-            for segment, k, v in zip(segments if keep else [], banks[::2], banks[1::2], strict=keep):
+            x, *banks = (
+                checkpoint(self._layer, *args, use_reentrant=False)
+                if recompute
+                else self._layer(*args)
+            )
+            for segment, k, v in zip(
+                segments if keep else [], banks[::2], banks[1::2], strict=keep
+            ):
                 # k and v are views, of all levels' keys or of the whole qkv product: kept as they are, they would keep those alive
                 segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             if len(x) == sum(sizes):
@@ -321,17 +402,25 @@ class Backbone:
         hidden = recomputed(Norm(self.text.norm.weight, self.eps), x)
         return list(hidden.split([level.rows_read() for level in levels])), segments if keep else []
 
-    def _layer(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs) -> tuple:
+    def _layer(
+        self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs
+    ) -> tuple:
         layer, final = self.layers[index], index + 1 == len(self.layers)
         q, k, v = self._qkv(layer, x, cos, sin, packs[0])
         sizes, outs, kept, banks = [level.rag.count for level in levels], [], [], []
-        for level, x_, q_, k_, v_ in zip(levels, x.split(sizes), q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        for level, x_, q_, k_, v_ in zip(
+            levels, x.split(sizes), q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        ):
             own = level.rag.pad(k_).transpose(1, 2), level.rag.pad(v_).transpose(1, 2)
             banks.append(own)
-            parts = [self._parent(index, source, grid, banks, levels) for source, grid in level.parents]
+            parts = [
+                self._parent(index, source, grid, banks, levels) for source, grid in level.parents
+            ]
             if final and level.read == "last":
                 last = level.rag.last()
-                out = self.attend(q_[last][:, None], [*parts, Part(*own, level.rag.valid)], self.scale)
+                out = self.attend(
+                    q_[last][:, None], [*parts, Part(*own, level.rag.valid)], self.scale
+                )
                 outs.append(out.flatten(1)), kept.append(x_[last])
             elif not final or level.read == "all":
                 out = self.attend(level.rag.pad(q_), [*parts, Part(*own, causal=True)], self.scale)
@@ -342,14 +431,22 @@ class Backbone:
         x = x + layer.linears[1](out, packs[1])
         return (self._mlp(layer, x, packs), *[bank for pair in banks for bank in pair])
 
-    def _parent(self, index: int, source: Segment | int, grid: Grid | None, banks: list, levels: list[Level]) -> Part:
+    def _parent(
+        self, index: int, source: Segment | int, grid: Grid | None, banks: list, levels: list[Level]
+    ) -> Part:
         if isinstance(source, Segment):
             return source.part(index, grid)
         return Part(*banks[source], levels[source].rag.valid, grid)
 
-    def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, pack: Pack | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D)."""
-        return _parted(layer.linears[0](x, pack, layer.norm1), Turn(*layer.qk_norms, cos, sin, self.eps), self.heads)
+        return _parted(
+            layer.linears[0](x, pack, layer.norm1),
+            Turn(*layer.qk_norms, cos, sin, self.eps),
+            self.heads,
+        )
 
     def _mlp(self, layer: _Layer, x: Tensor, packs) -> Tensor:
         return x + layer.linears[3](layer.linears[2](x, packs[2], layer.norm2), packs[3], SWIGLU)
@@ -379,14 +476,18 @@ class Backbone:
         def see(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             buffer.keys[index].select(2, at).copy_(k), buffer.values[index].select(2, at).copy_(v)
             parts = [source.part(index, grid) for source, grid in parents]
-            return self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)[:, 0]
+            return self.attend(q[:, None], [*parts, buffer.part(index, None, at + 1)], self.scale)[
+                :, 0
+            ]
 
         return see
 
     def buffer(self, rows: int, tokens: int) -> Segment:
         """Empty keys and values for `tokens` new tokens of each row."""
         shape = (rows, self.kv_heads, tokens, self.head_dim)
-        new = lambda: [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]  # noqa: E731
+        new = lambda: [
+            torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers
+        ]
         return Segment(new(), new())
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -400,9 +501,17 @@ class _Layer:
     def __init__(self, layer: nn.Module) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         eps = attn.config.rms_norm_eps
-        self.norm1, self.norm2 = Norm(layer.input_layernorm.weight, eps), Norm(layer.post_attention_layernorm.weight, eps)
+        self.norm1, self.norm2 = (
+            Norm(layer.input_layernorm.weight, eps),
+            Norm(layer.post_attention_layernorm.weight, eps),
+        )
         qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
-        self.linears = [qkv, FusedLinear([attn.o_proj]), FusedLinear([mlp.gate_proj, mlp.up_proj]), FusedLinear([mlp.down_proj])]
+        self.linears = [
+            qkv,
+            FusedLinear([attn.o_proj]),
+            FusedLinear([mlp.gate_proj, mlp.up_proj]),
+            FusedLinear([mlp.down_proj]),
+        ]
         self.qk_norms = attn.q_norm.weight, attn.k_norm.weight
 
 
@@ -410,11 +519,19 @@ class _Merger:
     """A patch merger: norm (before or after the 2x2 shuffle), two linears with GELU between."""
 
     def __init__(self, merger: nn.Module) -> None:
-        self.norm, self.width, self.postshuffle = merger.norm, merger.hidden_size, merger.use_postshuffle_norm
+        self.norm, self.width, self.postshuffle = (
+            merger.norm,
+            merger.hidden_size,
+            merger.use_postshuffle_norm,
+        )
         self.linears = [FusedLinear([merger.linear_fc1]), FusedLinear([merger.linear_fc2])]
 
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
-        x = self.norm(x.view(-1, self.width)) if self.postshuffle else self.norm(x).view(-1, self.width)
+        x = (
+            self.norm(x.view(-1, self.width))
+            if self.postshuffle
+            else self.norm(x).view(-1, self.width)
+        )
         return self.linears[1](self.linears[0](x, packs[0]), packs[1], F.gelu)
 
 
@@ -448,18 +565,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin; without gradients."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     out = wide * cos
-    (left, right), (low, high), (before, after) = wide.chunk(2, -1), out.chunk(2, -1), sin.chunk(2, -1)
+    (left, right), (low, high), (before, after) = (
+        wide.chunk(2, -1),
+        out.chunk(2, -1),
+        sin.chunk(2, -1),
+    )
     low.addcmul_(right, before, value=-1)
     high.addcmul_(left, after)
     return out.to(x.dtype)
 
 
-def _slices(patches: Tensor, grids: list[tuple[int, int]], most: int) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+def _slices(
+    patches: Tensor, grids: list[tuple[int, int]], most: int
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
     """Neighbouring images of at most `most` patches together (or one larger one): their patches and grids."""
     start, first = 0, 0
     while first < len(grids):
         stop, size = first, 0
-        while stop < len(grids) and (stop == first or size + grids[stop][0] * grids[stop][1] <= most):
+        while stop < len(grids) and (
+            stop == first or size + grids[stop][0] * grids[stop][1] <= most
+        ):
             size += grids[stop][0] * grids[stop][1]
             stop += 1
         yield patches[start : start + size], grids[first:stop]
@@ -478,14 +603,22 @@ def _runs(sizes: list[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _merge_order(rows: int, columns: int, merge: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _merge_order(
+    rows: int, columns: int, merge: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Row and column of each patch in the order the merger wants: 2x2 blocks, row-major blocks, row-major inside."""
-    r, c = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    blocks = lambda x: x.view(rows // merge, merge, columns // merge, merge).transpose(1, 2).flatten()  # noqa: E731
+    r, c = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    blocks = lambda x: (
+        x.view(rows // merge, merge, columns // merge, merge).transpose(1, 2).flatten()
+    )
     return blocks(r), blocks(c)
 
 
-def _bilinear(table: Tensor, side: int, grid: tuple[int, int], rows: Tensor, columns: Tensor) -> Tensor:
+def _bilinear(
+    table: Tensor, side: int, grid: tuple[int, int], rows: Tensor, columns: Tensor
+) -> Tensor:
     """The learned side×side position table sampled at a rows×columns grid (corners aligned), for the given patches."""
     y = torch.linspace(0, side - 1, grid[0], device=table.device)[rows]
     x = torch.linspace(0, side - 1, grid[1], device=table.device)[columns]

@@ -16,8 +16,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from vise_fast.images.scenes import COLORS, SHAPES
 
 SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+)
 TAGS = ("<query>", "</query>", "<box>", "</box>", "<visible>", "</visible>")
 WORDS = ("system", "user", "assistant", "name", "an", "object", "find", "see", "yes", "no")
 VOCABULARY = SPECIAL + TAGS + WORDS + tuple(COLORS) + SHAPES + tuple("0123456789,?.")
@@ -34,8 +41,14 @@ CHAT_TEMPLATE = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per special token, tag, word, digit and mark; white space only separates. Decoding puts blanks before words only."""
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[a-z]+|[0-9]|[^\s]"), behavior="removed", invert=True)
+    core = Tokenizer(
+        models.WordLevel(
+            {token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"</?[a-z]+>|[a-z]+|[0-9]|[^\s]"), behavior="removed", invert=True
+    )
     core.decoder = decoders.Sequence(
         [
             decoders.Replace(Regex(r"^(?=[a-z?]|</query>)"), " "),
@@ -48,7 +61,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=[token for token in SPECIAL if token not in ("<unk>", "<|im_end|>", "<|endoftext|>")],
+        additional_special_tokens=[
+            token for token in SPECIAL if token not in ("<unk>", "<|im_end|>", "<|endoftext|>")
+        ],
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
@@ -59,15 +74,36 @@ def config() -> Qwen3VLConfig:
     """2.2 M parameters: vision 4 x 128 with patches of 8 px merged 2 x 2, text 4 x 128, tied embeddings."""
     token = {name: VOCABULARY.index(name) for name in SPECIAL}
     vision = dict(
-        depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
-        out_hidden_size=128, num_position_embeddings=256, deepstack_visual_indexes=[1],
-    )  # fmt: skip
+        depth=4,
+        hidden_size=128,
+        intermediate_size=384,
+        num_heads=4,
+        patch_size=8,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=128,
+        num_position_embeddings=256,
+        deepstack_visual_indexes=[1],
+    )
     text = dict(
-        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        eos_token_id=token["<|im_end|>"], pad_token_id=token["<|endoftext|>"],
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+        eos_token_id=token["<|im_end|>"],
+        pad_token_id=token["<|endoftext|>"],
+    )
     return Qwen3VLConfig(
         vision_config=vision,
         text_config=text,
@@ -87,7 +123,9 @@ def model(seed: int) -> Qwen3VLForConditionalGeneration:
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if weight.dim() >= 2:
-                weight.normal_(0, 0.1 if "embed_tokens" in name else 1 / math.sqrt(weight[0].numel()))
+                weight.normal_(
+                    0, 0.1 if "embed_tokens" in name else 1 / math.sqrt(weight[0].numel())
+                )
         visual = net.model.visual
         visual.pos_embed.weight.copy_(0.35 * _sin_cos_table(16, 128))
         visual.deepstack_merger_list[-1].linear_fc2.weight.zero_()
@@ -99,15 +137,21 @@ def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
     net.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     pad, eos = VOCABULARY.index("<|endoftext|>"), VOCABULARY.index("<|im_end|>")
-    _write(directory / "generation_config.json", {"do_sample": False, "eos_token_id": eos, "pad_token_id": pad})
+    _write(
+        directory / "generation_config.json",
+        {"do_sample": False, "eos_token_id": eos, "pad_token_id": pad},
+    )
     _write(
         directory / "preprocessor_config.json",
         {
             "image_processor_type": "Qwen2VLImageProcessorFast",
-            "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
-            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+            "patch_size": 8,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
             "size": {"shortest_edge": 1024, "longest_edge": 65536},
-        },  # fmt: skip
+        },
     )
 
 

@@ -28,12 +28,19 @@ SEED = 78_001
 SIDE = lessons.SIDE
 
 
-def back_projected(pupil: exam.Pupil, images: list[Tensor], ask: list[str], greedy: Tensor, round_: int) -> Tensor:
+def back_projected(
+    pupil: exam.Pupil, images: list[Tensor], ask: list[str], greedy: Tensor, round_: int
+) -> Tensor:
     """One view per image: the greedy boxes found there, projected back (ellipse hull), (N, 4); NaN where the view lost the object."""
-    drawn = [views.draw_view(generator(SEED, round_, "view", index), SIDE, SIDE, ViewConfig()) for index in range(len(images))]
+    drawn = [
+        views.draw_view(generator(SEED, round_, "view", index), SIDE, SIDE, ViewConfig())
+        for index in range(len(images))
+    ]
     matrices = torch.stack([view.matrix_px for view in drawn])
     boxes = _readable(pupil.answer(pupil.look(torch.stack(views.apply(images, drawn))), ask, 18))
-    back = geometry.project_1000(boxes, torch.linalg.inv(matrices), SIDE, SIDE, "ellipse", clamp=False)
+    back = geometry.project_1000(
+        boxes, torch.linalg.inv(matrices), SIDE, SIDE, "ellipse", clamp=False
+    )
     kept = geometry.kept_share(greedy, matrices, SIDE, SIDE) >= ViewConfig().min_kept
     return torch.where(kept[:, None], back, torch.nan)
 
@@ -47,7 +54,10 @@ def _readable(answers: list[str]) -> Tensor:
 def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
     """Mean IoU with the truth of each way to make one box, as [mean, paired gain over the single greedy box, its standard error]."""
     drawn = [scenes.draw(generator(SEED, 0, "scene", index)) for index in range(count)]
-    chosen = [scene.objects[generator(SEED, 0, "choice", i).integers(len(scene.objects))] for i, scene in enumerate(drawn)]
+    chosen = [
+        scene.objects[generator(SEED, 0, "choice", i).integers(len(scene.objects))]
+        for i, scene in enumerate(drawn)
+    ]
     truth = torch.tensor([thing.box_1000 for thing in chosen])
     images = [torch.from_numpy(scene.pixels) for scene in drawn]
     ask = [prompts.SHORT.ground(thing.name) for thing in chosen]
@@ -55,7 +65,9 @@ def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
     greedy, _ = exam.boxes_of(pupil.answer(past, ask, 18))
     draw = torch.Generator().manual_seed(SEED)
     sampled = torch.stack([_readable(pupil.answer(past, ask, 18, draw)) for _ in range(rounds)])
-    seen = torch.stack([back_projected(pupil, images, ask, greedy, index) for index in range(rounds)])
+    seen = torch.stack(
+        [back_projected(pupil, images, ask, greedy, index) for index in range(rounds)]
+    )
     ways = {
         "greedy": greedy,
         "one sample": sampled[0].nan_to_num(0),
@@ -71,17 +83,30 @@ def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
 
 def _summary(iou: Tensor, base: Tensor) -> list[float]:
     gain = iou - base
-    return [round(float(value), 4) for value in (iou.mean(), gain.mean(), gain.std() / len(gain) ** 0.5)]
+    return [
+        round(float(value), 4) for value in (iou.mean(), gain.mean(), gain.std() / len(gain) ** 0.5)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=nano.DIRECTORY)
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--views", type=int, default=16)
     args = parser.parse_args()
     pupil = exam.Pupil(load_file(args.model / "model.safetensors"))
-    Console().say(json.dumps({"scenes": args.scenes, "views": args.views, "iou": study(pupil, args.scenes, args.views)}, indent=2))
+    Console().say(
+        json.dumps(
+            {
+                "scenes": args.scenes,
+                "views": args.views,
+                "iou": study(pupil, args.scenes, args.views),
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

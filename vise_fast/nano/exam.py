@@ -33,15 +33,23 @@ class Pupil:
         x = forward.embed(self.weights, self.prefix.expand(len(pixels), -1)).clone()
         x[:, forward.IMAGE_START : -1] = main
         rope = forward.text_rope(forward.prefix_positions())
-        return forward.text(self.weights, x, rope, self._bias(len(self.prefix), 0, x.dtype), deep)[1]
+        return forward.text(self.weights, x, rope, self._bias(len(self.prefix), 0, x.dtype), deep)[
+            1
+        ]
 
     @torch.no_grad()
-    def answer(self, past: list, questions: list[str], length: int, draw: torch.Generator | None = None) -> list[str]:
+    def answer(
+        self, past: list, questions: list[str], length: int, draw: torch.Generator | None = None
+    ) -> list[str]:
         """One answer of at most `length` tokens per image; greedy, or sampled at temperature 1 with `draw`."""
         logits, past, at = self._read(past, questions, "")
         out = []
         for _ in range(length):
-            ids = logits.argmax(-1) if draw is None else torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+            ids = (
+                logits.argmax(-1)
+                if draw is None
+                else torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+            )
             out.append(ids)
             logits, past, at = self._step(past, ids[:, None], at)
         return [self._text(row) for row in torch.stack(out, 1).tolist()]
@@ -53,15 +61,23 @@ class Pupil:
         return logits[:, [lessons.TOKEN["no"], lessons.TOKEN["yes"]]].softmax(-1)[:, 1]
 
     def _read(self, past: list, questions: list[str], opening: str):
-        texts = [f"{question}<|im_end|>\n<|im_start|>assistant\n{opening}" for question in questions]
-        return self._step(past, torch.tensor(self.tokenizer(texts)["input_ids"]), forward.TEXT_START)
+        texts = [
+            f"{question}<|im_end|>\n<|im_start|>assistant\n{opening}" for question in questions
+        ]
+        return self._step(
+            past, torch.tensor(self.tokenizer(texts)["input_ids"]), forward.TEXT_START
+        )
 
     def _step(self, past: list, ids: Tensor, at: int):
         length, before = ids.shape[1], past[0][0].shape[2]
         rope = forward.text_rope((at + torch.arange(length)).expand(3, -1))
         x = forward.embed(self.weights, ids)
-        hidden, new = forward.text(self.weights, x, rope, self._bias(length, before, x.dtype), past=past)
-        grown = [tuple(torch.cat(pair, 2) for pair in zip(old, late)) for old, late in zip(past, new)]
+        hidden, new = forward.text(
+            self.weights, x, rope, self._bias(length, before, x.dtype), past=past
+        )
+        grown = [
+            tuple(torch.cat(pair, 2) for pair in zip(old, late)) for old, late in zip(past, new)
+        ]
         return forward.head(self.weights, hidden[:, -1]).float(), grown, at + length
 
     @staticmethod
@@ -84,7 +100,9 @@ def held_out(weights: forward.Weights, count: int, seed: int = SEED) -> dict[str
 def boxes_of(answers: list[str]) -> tuple[Tensor, np.ndarray]:
     """(B, 4) boxes in 0..1000, zeros where unreadable, and which could be read."""
     boxes = [prompts.read_box(answer) for answer in answers]
-    return torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64), np.array([box is not None for box in boxes])
+    return torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64), np.array(
+        [box is not None for box in boxes]
+    )
 
 
 def _stack(images: list[np.ndarray]) -> Tensor:
@@ -92,13 +110,21 @@ def _stack(images: list[np.ndarray]) -> Tensor:
 
 
 def _grounding(pupil: Pupil, drawn: list[scenes.Scene], seed: int) -> dict[str, float]:
-    chosen = [scene.objects[generator(seed, 0, "choice", i).integers(len(scene.objects))] for i, scene in enumerate(drawn)]
+    chosen = [
+        scene.objects[generator(seed, 0, "choice", i).integers(len(scene.objects))]
+        for i, scene in enumerate(drawn)
+    ]
     past = pupil.look(_stack([scene.pixels for scene in drawn]))
     ask = [prompts.SHORT.ground(thing.name) for thing in chosen]
     truth = torch.tensor([thing.box_1000 for thing in chosen])
     boxes, read = boxes_of(pupil.answer(past, ask, 18))
-    sampled, sampled_read = boxes_of(pupil.answer(past, ask, 18, torch.Generator().manual_seed(seed)))
-    queries = [prompts.read_query(text) for text in pupil.answer(past, [prompts.SHORT.ask()] * len(drawn), 6)]
+    sampled, sampled_read = boxes_of(
+        pupil.answer(past, ask, 18, torch.Generator().manual_seed(seed))
+    )
+    queries = [
+        prompts.read_query(text)
+        for text in pupil.answer(past, [prompts.SHORT.ask()] * len(drawn), 6)
+    ]
     iou = geometry.iou(boxes, truth)
     return {
         "well_formed": float(read.mean()),
@@ -116,7 +142,9 @@ def _visibility(pupil: Pupil, drawn: list[scenes.Scene], seed: int) -> dict[str,
     """Accuracies of the verdict by kind of question; `visible` is the mean of the asked questions."""
     groups: dict[str, list[tuple[np.ndarray, str, bool]]] = {}
     for index, scene in enumerate(drawn):
-        for kind, pixels, name, seen in _visibility_questions(generator(seed, 0, "see", index), scene):
+        for kind, pixels, name, seen in _visibility_questions(
+            generator(seed, 0, "see", index), scene
+        ):
             groups.setdefault(kind, []).append((pixels, name, seen))
     right = {kind: _right(pupil, group) for kind, group in groups.items()}
     return {f"visible_{kind}": float(hits.mean()) for kind, hits in right.items()} | {
@@ -138,10 +166,28 @@ def _visibility_questions(rng: np.random.Generator, scene: scenes.Scene):
     yield "present", scene.pixels, thing.name, True
     yield "absent", scene.pixels, scenes.absent_name(rng, scene.names), False
     for method in ("blur", "mean"):
-        yield f"{method}_covered", lessons.ghost(scene.pixels, (x1, y1, x2, y2), method, "inside"), thing.name, False
-        yield f"{method}_kept", lessons.ghost(scene.pixels, (x1, y1, x2, y2), method, "outside"), thing.name, True
+        yield (
+            f"{method}_covered",
+            lessons.ghost(scene.pixels, (x1, y1, x2, y2), method, "inside"),
+            thing.name,
+            False,
+        )
+        yield (
+            f"{method}_kept",
+            lessons.ghost(scene.pixels, (x1, y1, x2, y2), method, "outside"),
+            thing.name,
+            True,
+        )
         width, height = x2 - x1, y2 - y1
-        x, y = int(rng.integers(0, lessons.SIDE - width + 1)), int(rng.integers(0, lessons.SIDE - height + 1))
+        x, y = (
+            int(rng.integers(0, lessons.SIDE - width + 1)),
+            int(rng.integers(0, lessons.SIDE - height + 1)),
+        )
         mine = scene.owner == target
         if mine[y : y + height, x : x + width].sum() <= 0.1 * mine.sum():
-            yield f"{method}_elsewhere", lessons.ghost(scene.pixels, (x, y, x + width, y + height), method, "inside"), thing.name, True
+            yield (
+                f"{method}_elsewhere",
+                lessons.ghost(scene.pixels, (x, y, x + width, y + height), method, "inside"),
+                thing.name,
+                True,
+            )

@@ -66,7 +66,9 @@ def text_rope(positions: Tensor) -> Rope:
 def prefix_positions() -> Tensor:
     """(3, PREFIX) positions of `<|im_start|>user<|vision_start|>` image `<|vision_end|>`."""
     cells = torch.arange(IMAGE_TOKENS)
-    image = IMAGE_START + torch.stack([torch.zeros_like(cells), cells // (GRID // 2), cells % (GRID // 2)])
+    image = IMAGE_START + torch.stack(
+        [torch.zeros_like(cells), cells // (GRID // 2), cells % (GRID // 2)]
+    )
     head = torch.arange(IMAGE_START).expand(3, -1)
     return torch.cat([head, image, torch.full((3, 1), TEXT_START - 1)], 1)
 
@@ -74,13 +76,20 @@ def prefix_positions() -> Tensor:
 def vision(weights: Weights, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """patches (B, 256, 192) → merged tokens and deepstack features, each (B, 64, 128)."""
     root = "model.visual."
-    kernel = weights[root + "patch_embed.proj.weight"].sum(2).flatten(1)  # both temporal taps see the same image
+    kernel = (
+        weights[root + "patch_embed.proj.weight"].sum(2).flatten(1)
+    )  # both temporal taps see the same image
     x = F.linear(x.to(kernel.dtype), kernel, weights[root + "patch_embed.proj.bias"])
     x = x + weights[root + "pos_embed.weight"][merge_order()]
     for index in range(DEPTH):
         x = _vision_block(weights, f"{root}blocks.{index}.", x, rope)
         if index == DEEPSTACK_AFTER:
-            deep = _merger(weights, root + "deepstack_merger_list.0.", x.reshape(len(x), IMAGE_TOKENS, -1), late=True)
+            deep = _merger(
+                weights,
+                root + "deepstack_merger_list.0.",
+                x.reshape(len(x), IMAGE_TOKENS, -1),
+                late=True,
+            )
     return _merger(weights, root + "merger.", x, late=False), deep
 
 
@@ -102,8 +111,13 @@ def _vision_block(weights: Weights, root: str, x: Tensor, rope: Rope) -> Tensor:
     qk, v = qkv.view(batch, length, 3 * HEADS, DIM).split([2 * HEADS, HEADS], 2)
     q, k = rope(qk.contiguous()).chunk(2, 2)
     mixed = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-    x = x + _linear(weights, root + "attn.proj", mixed.transpose(1, 2).reshape(batch, length, width))
-    inner = F.gelu(_linear(weights, root + "mlp.linear_fc1", _layer_norm(weights, root + "norm2", x)), approximate="tanh")
+    x = x + _linear(
+        weights, root + "attn.proj", mixed.transpose(1, 2).reshape(batch, length, width)
+    )
+    inner = F.gelu(
+        _linear(weights, root + "mlp.linear_fc1", _layer_norm(weights, root + "norm2", x)),
+        approximate="tanh",
+    )
     return x + _linear(weights, root + "mlp.linear_fc2", inner)
 
 
@@ -123,7 +137,14 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
     return F.embedding(ids, weights["model.language_model.embed_tokens.weight"])
 
 
-def text(weights: Weights, x: Tensor, rope: Rope, bias: Tensor, deep: Tensor | None = None, past: list | None = None):
+def text(
+    weights: Weights,
+    x: Tensor,
+    rope: Rope,
+    bias: Tensor,
+    deep: Tensor | None = None,
+    past: list | None = None,
+):
     """(B, S, 128) → final hidden states and each layer's rotated keys and values.
 
     bias: (S, past + S), 0 where a query may look and -inf elsewhere, in the weights' dtype. deep: (B, 64, 128), added at the image
@@ -132,9 +153,18 @@ def text(weights: Weights, x: Tensor, rope: Rope, bias: Tensor, deep: Tensor | N
     kept = []
     for index in range(LAYERS):
         root = f"model.language_model.layers.{index}."
-        mixed, pair = _text_attention(weights, root + "self_attn.", _rms_norm(weights, root + "input_layernorm", x), rope, bias, past and past[index])
+        mixed, pair = _text_attention(
+            weights,
+            root + "self_attn.",
+            _rms_norm(weights, root + "input_layernorm", x),
+            rope,
+            bias,
+            past and past[index],
+        )
         x = x + mixed
-        x = x + _text_mlp(weights, root + "mlp.", _rms_norm(weights, root + "post_attention_layernorm", x))
+        x = x + _text_mlp(
+            weights, root + "mlp.", _rms_norm(weights, root + "post_attention_layernorm", x)
+        )
         if index == 0 and deep is not None:
             x = x + F.pad(deep, (0, 0, IMAGE_START, x.shape[1] - IMAGE_START - IMAGE_TOKENS))
         kept.append(pair)
@@ -143,8 +173,16 @@ def text(weights: Weights, x: Tensor, rope: Rope, bias: Tensor, deep: Tensor | N
 
 def _text_attention(weights: Weights, root: str, x: Tensor, rope: Rope, bias: Tensor, past):
     batch, length, width = x.shape
-    q = _rms_norm(weights, root + "q_norm", _linear(weights, root + "q_proj", x).view(batch, length, HEADS, DIM))
-    k = _rms_norm(weights, root + "k_norm", _linear(weights, root + "k_proj", x).view(batch, length, KV_HEADS, DIM))
+    q = _rms_norm(
+        weights,
+        root + "q_norm",
+        _linear(weights, root + "q_proj", x).view(batch, length, HEADS, DIM),
+    )
+    k = _rms_norm(
+        weights,
+        root + "k_norm",
+        _linear(weights, root + "k_proj", x).view(batch, length, KV_HEADS, DIM),
+    )
     v = _linear(weights, root + "v_proj", x).view(batch, length, KV_HEADS, DIM).transpose(1, 2)
     q, k = rope(q).transpose(1, 2), rope(k).transpose(1, 2)
     pair = (k, v)
@@ -153,11 +191,17 @@ def _text_attention(weights: Weights, root: str, x: Tensor, rope: Rope, bias: Te
     share = HEADS // KV_HEADS
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
     mixed = _attend(q, k, v, bias)
-    return _linear(weights, root + "o_proj", mixed.transpose(1, 2).reshape(batch, length, width)), pair
+    return _linear(
+        weights, root + "o_proj", mixed.transpose(1, 2).reshape(batch, length, width)
+    ), pair
 
 
 def _text_mlp(weights: Weights, root: str, x: Tensor) -> Tensor:
-    return _linear(weights, root + "down_proj", F.silu(_linear(weights, root + "gate_proj", x)) * _linear(weights, root + "up_proj", x))
+    return _linear(
+        weights,
+        root + "down_proj",
+        F.silu(_linear(weights, root + "gate_proj", x)) * _linear(weights, root + "up_proj", x),
+    )
 
 
 def head(weights: Weights, hidden: Tensor) -> Tensor:

@@ -16,16 +16,31 @@ from vise_fast.nano.blank import VOCABULARY
 
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
 TURN = ("<|im_end|>", "<|im_start|>", "assistant")
-PREFIX = ("<|im_start|>", "user", "<|vision_start|>", *("<|image_pad|>",) * 64, "<|vision_end|>")  # before every question
+PREFIX = (
+    "<|im_start|>",
+    "user",
+    "<|vision_start|>",
+    *("<|image_pad|>",) * 64,
+    "<|vision_end|>",
+)  # before every question
 SLOTS = ("name",) + ("find",) * 3 + ("see",) * 5
 QUESTION = {"name": 3 + len(TURN), "find": 3 + len(TURN), "see": 4 + len(TURN)}  # tokens
 ANSWER = {"name": 5, "find": 18, "see": 4}  # tokens, <|im_end|> included
-LENGTH = {kind: QUESTION[kind] + ANSWER[kind] - 1 for kind in QUESTION}  # the last token is predicted, never read
+LENGTH = {
+    kind: QUESTION[kind] + ANSWER[kind] - 1 for kind in QUESTION
+}  # the last token is predicted, never read
 DIGITS = (1.0, 0.4, 0.4)  # loss weight of hundreds, tens, ones
-WORD, VERDICT, REST = 2.0, 4.0, 0.3  # loss weights of colour and shape words, yes/no, everything else
+WORD, VERDICT, REST = (
+    2.0,
+    4.0,
+    0.3,
+)  # loss weights of colour and shape words, yes/no, everything else
 SIGMA_PX, RADIUS_PX = 25 * 128 / 480, 20  # the trainer's ghost at 128 px
 GHOSTED = 0.4  # share of the images
-VISIBLE, HIDDEN = 0.5, 0.25  # shown share from which an object is visible, below which it is not; between them nobody asks
+VISIBLE, HIDDEN = (
+    0.5,
+    0.25,
+)  # shown share from which an object is visible, below which it is not; between them nobody asks
 SIDE, CELLS = 128, 8
 
 
@@ -54,7 +69,13 @@ class Row:
     weights: tuple[float, ...]
 
 
-def batch(rng: np.random.Generator, size: int, max_objects: int = 4, ghosted: float = GHOSTED, find: float = 1.0) -> Batch:
+def batch(
+    rng: np.random.Generator,
+    size: int,
+    max_objects: int = 4,
+    ghosted: float = GHOSTED,
+    find: float = 1.0,
+) -> Batch:
     """`size` lessons; `ghosted` is the share of ghosted images, `find` scales the loss weights of the boxes."""
     lessons = [_lesson(rng, max_objects, ghosted, find) for _ in range(size)]
     return Batch(*(np.stack(column) for column in zip(*lessons)))
@@ -63,28 +84,41 @@ def batch(rng: np.random.Generator, size: int, max_objects: int = 4, ghosted: fl
 def name_row(name: str | None) -> Row:
     words = tuple(name.split()) if name else ("red", "circle")
     weigh = (REST, WORD, WORD, REST, REST) if name else (0.0,) * 5
-    return Row("name", ("name", "an", "object"), ("<query>", *words, "</query>", "<|im_end|>"), weigh)
+    return Row(
+        "name", ("name", "an", "object"), ("<query>", *words, "</query>", "<|im_end|>"), weigh
+    )
 
 
 def find_row(name: str, box_1000: tuple[float, ...] | None) -> Row:
     digits = ",".join(f"{min(round(edge), 999):03d}" for edge in box_1000 or (0, 0, 0, 0))
     weigh = (REST, *((DIGITS + (REST,)) * 4)[:-1], REST, REST)
-    return Row("find", ("find", *name.split()), ("<box>", *digits, "</box>", "<|im_end|>"), weigh if box_1000 else (0.0,) * 18)
+    return Row(
+        "find",
+        ("find", *name.split()),
+        ("<box>", *digits, "</box>", "<|im_end|>"),
+        weigh if box_1000 else (0.0,) * 18,
+    )
 
 
 def see_row(name: str, seen: bool | None) -> Row:
     word = "yes" if seen else "no"
     weigh = (REST, VERDICT, REST, REST) if seen is not None else (0.0,) * 4
-    return Row("see", ("see", *name.split(), "?"), ("<visible>", word, "</visible>", "<|im_end|>"), weigh)
+    return Row(
+        "see", ("see", *name.split(), "?"), ("<visible>", word, "</visible>", "<|im_end|>"), weigh
+    )
 
 
-def ghost(pixels: np.ndarray, box_px: tuple[int, int, int, int], method: str, region: str) -> np.ndarray:
+def ghost(
+    pixels: np.ndarray, box_px: tuple[int, int, int, int], method: str, region: str
+) -> np.ndarray:
     """A copy of uint8 (H, W, 3) with the inside of the half-open box, or everything but it, blurred or filled with its mean."""
     x1, y1, x2, y2 = box_px
     window = (slice(y1, y2), slice(x1, x2))
     if region == "inside":
         out = pixels.copy()
-        out[window] = _blur(pixels[window]) if method == "blur" else np.rint(pixels[window].mean((0, 1)))
+        out[window] = (
+            _blur(pixels[window]) if method == "blur" else np.rint(pixels[window].mean((0, 1)))
+        )
         return out
     if method == "blur":
         out = _blur(pixels)
@@ -111,16 +145,29 @@ def _blur_matrix(length: int) -> np.ndarray:
 
 def _blur(patch: np.ndarray) -> np.ndarray:
     height, width, _ = patch.shape
-    rows = (_blur_matrix(height) @ patch.reshape(height, -1).astype(np.float32)).reshape(height, width, 3)
+    rows = (_blur_matrix(height) @ patch.reshape(height, -1).astype(np.float32)).reshape(
+        height, width, 3
+    )
     return np.rint(np.matmul(_blur_matrix(width), rows)).clip(0, 255).astype(np.uint8)
 
 
-def _ghost_plan(rng: np.random.Generator, scene: scenes.Scene) -> tuple[tuple[int, int, int, int], str]:
+def _ghost_plan(
+    rng: np.random.Generator, scene: scenes.Scene
+) -> tuple[tuple[int, int, int, int], str]:
     """(box_px, region) of a ghost: on an object exactly, widely or in part, elsewhere, on everything, on everything but an object."""
-    kind = rng.choice(["exact", "cover", "part", "elsewhere", "all", "keep"], p=[0.16, 0.22, 0.17, 0.15, 0.05, 0.25])
-    x1, y1, x2, y2 = np.array(scene.objects[int(rng.integers(len(scene.objects)))].box_1000) * SIDE / 1000
+    kind = rng.choice(
+        ["exact", "cover", "part", "elsewhere", "all", "keep"],
+        p=[0.16, 0.22, 0.17, 0.15, 0.05, 0.25],
+    )
+    x1, y1, x2, y2 = (
+        np.array(scene.objects[int(rng.integers(len(scene.objects)))].box_1000) * SIDE / 1000
+    )
     x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-    scale, drift = {"cover": ((0.85, 1.7), 0.08), "part": ((0.4, 1.0), 0.4), "keep": ((0.9, 1.8), 0.08)}.get(str(kind), ((0.7, 1.4), 0))
+    scale, drift = {
+        "cover": ((0.85, 1.7), 0.08),
+        "part": ((0.4, 1.0), 0.4),
+        "keep": ((0.9, 1.8), 0.08),
+    }.get(str(kind), ((0.7, 1.4), 0))
     width, height = np.array([width, height]) * rng.uniform(*scale) * rng.uniform(0.9, 1.1, 2)
     if kind == "elsewhere":
         x, y = rng.uniform(0, SIDE, 2)
@@ -131,7 +178,12 @@ def _ghost_plan(rng: np.random.Generator, scene: scenes.Scene) -> tuple[tuple[in
         return (round(x1), round(y1), round(x2), round(y2)), "inside"
     lo = np.clip(np.rint([x - width / 2, y - height / 2]), 0, SIDE - 2).astype(int)
     hi = np.maximum(np.clip(np.rint([x + width / 2, y + height / 2]), 0, SIDE).astype(int), lo + 1)
-    return (int(lo[0]), int(lo[1]), int(hi[0]), int(hi[1])), "outside" if kind == "keep" else "inside"
+    return (
+        int(lo[0]),
+        int(lo[1]),
+        int(hi[0]),
+        int(hi[1]),
+    ), "outside" if kind == "keep" else "inside"
 
 
 def ghosted_scene(rng: np.random.Generator, scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -152,13 +204,23 @@ def shown_shares(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
 
 def _lesson(rng: np.random.Generator, max_objects: int, ghosted: float, find: float):
     scene = scenes.draw(rng, SIDE, max_objects)
-    pixels, owner = ghosted_scene(rng, scene) if rng.random() < ghosted else (scene.pixels, scene.owner)
+    pixels, owner = (
+        ghosted_scene(rng, scene) if rng.random() < ghosted else (scene.pixels, scene.owner)
+    )
     shown = shown_shares(scene, owner)
     rows = _rows(rng, scene, shown)
     ids = [TOKEN[token] for row in rows for token in (row.question + TURN + row.answer)[:-1]]
     targets = [TOKEN[token] for row in rows for token in row.answer]
-    weights = [weight * (find if row.kind == "find" else 1) for row in rows for weight in row.weights]
-    return pixels, np.array(ids), np.array(targets), np.array(weights, np.float32), *_cells(scene, owner, shown)
+    weights = [
+        weight * (find if row.kind == "find" else 1) for row in rows for weight in row.weights
+    ]
+    return (
+        pixels,
+        np.array(ids),
+        np.array(targets),
+        np.array(weights, np.float32),
+        *_cells(scene, owner, shown),
+    )
 
 
 def _rows(rng: np.random.Generator, scene: scenes.Scene, shown: np.ndarray) -> list[Row]:
@@ -169,9 +231,15 @@ def _rows(rng: np.random.Generator, scene: scenes.Scene, shown: np.ndarray) -> l
     whole = [thing for thing, share in things if share >= 0.9][:3]
     rows += [find_row(thing.name, thing.box_1000) for thing in whole]
     rows += [find_row("red circle", None)] * (3 - len(whole))
-    asked = [(thing.name, share >= VISIBLE) for thing, share in things if share >= VISIBLE or share < HIDDEN]
+    asked = [
+        (thing.name, share >= VISIBLE)
+        for thing, share in things
+        if share >= VISIBLE or share < HIDDEN
+    ]
     absent = max(1, 2 * len(visible) - len(asked))  # as many no as yes, where the slots allow
-    asked += [(scenes.absent_name(rng, scene.names), False) for _ in range(min(absent, 5 - len(asked)))]
+    asked += [
+        (scenes.absent_name(rng, scene.names), False) for _ in range(min(absent, 5 - len(asked)))
+    ]
     rows += [see_row(name, seen) for name, seen in asked]
     return rows + [see_row("red circle", None)] * (5 - len(asked))
 
@@ -179,11 +247,15 @@ def _rows(rng: np.random.Generator, scene: scenes.Scene, shown: np.ndarray) -> l
 def _cells(scene: scenes.Scene, owner: np.ndarray, shown: np.ndarray):
     """Truth per visual token: colour (8 = ground), shape, box in 0..1, and whether that box is still whole."""
     step, count = SIDE // CELLS, len(scene.objects)
-    blocks = owner.reshape(CELLS, step, CELLS, step).transpose(0, 2, 1, 3).reshape(CELLS * CELLS, -1)
+    blocks = (
+        owner.reshape(CELLS, step, CELLS, step).transpose(0, 2, 1, 3).reshape(CELLS * CELLS, -1)
+    )
     votes = np.stack([(blocks == index).sum(1) for index in range(-1, count)], 1).astype(np.float32)
     votes[:, 0] *= 0.6  # a third of a cell is enough to be seen in it
     winner = votes.argmax(1)
-    color = np.array([len(scenes.COLORS)] + [list(scenes.COLORS).index(thing.color) for thing in scene.objects])
+    color = np.array(
+        [len(scenes.COLORS)] + [list(scenes.COLORS).index(thing.color) for thing in scene.objects]
+    )
     shape = np.array([0] + [scenes.SHAPES.index(thing.shape) for thing in scene.objects])
     box = np.array([(0.0,) * 4] + [thing.box_1000 for thing in scene.objects], np.float32) / 1000
     sure = np.concatenate([[False], shown >= 0.9])

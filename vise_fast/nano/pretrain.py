@@ -60,7 +60,9 @@ class Lessons(IterableDataset):
         index = self.start
         while True:
             rng = generator(self.seed, index, f"pretrain/{self.phase.name}")
-            batch = lessons.batch(rng, BATCH, self.phase.max_objects, self.phase.ghosted, self.phase.find)
+            batch = lessons.batch(
+                rng, BATCH, self.phase.max_objects, self.phase.ghosted, self.phase.find
+            )
             yield tuple(torch.from_numpy(part) for part in astuple(batch))
             index += 1
 
@@ -68,12 +70,18 @@ class Lessons(IterableDataset):
 def slots() -> tuple[Tensor, Tensor, Tensor]:
     """positions (3, S), bias (S, S) and the (K,) places that predict an answer token, for a prefix followed by the lesson's slots."""
     lengths = [lessons.LENGTH[kind] for kind in lessons.SLOTS]
-    owner = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([forward.PREFIX, *lengths]))
+    owner = torch.repeat_interleave(
+        torch.arange(len(lengths) + 1), torch.tensor([forward.PREFIX, *lengths])
+    )
     places = [torch.arange(lessons.LENGTH[kind]) for kind in lessons.SLOTS]
-    positions = torch.cat([forward.prefix_positions(), (forward.TEXT_START + torch.cat(places)).expand(3, -1)], 1)
+    positions = torch.cat(
+        [forward.prefix_positions(), (forward.TEXT_START + torch.cat(places)).expand(3, -1)], 1
+    )
     allowed = ((owner[None] == 0) | (owner[None] == owner[:, None])).tril()
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-    answers = torch.cat([place >= lessons.QUESTION[kind] - 1 for kind, place in zip(lessons.SLOTS, places)])
+    answers = torch.cat(
+        [place >= lessons.QUESTION[kind] - 1 for kind, place in zip(lessons.SLOTS, places)]
+    )
     return positions, bias, forward.PREFIX + answers.nonzero()[:, 0]
 
 
@@ -84,11 +92,17 @@ class Course(nn.Module):
         super().__init__()
         self.names = [name for name, _ in net.named_parameters()]
         self.weights = nn.ParameterList([weight for _, weight in net.named_parameters()])
-        self.dense_head = nn.Linear(128, len(lessons.scenes.COLORS) + 1 + len(lessons.scenes.SHAPES) + 4)
+        self.dense_head = nn.Linear(
+            128, len(lessons.scenes.COLORS) + 1 + len(lessons.scenes.SHAPES) + 4
+        )
         self.dtype = dtype
         positions, self.bias, self.answers = slots()
         self.text_rope, self.vision_rope = forward.text_rope(positions), forward.vision_rope()
-        self.register_buffer("prefix", torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX]), persistent=False)
+        self.register_buffer(
+            "prefix",
+            torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX]),
+            persistent=False,
+        )
 
     def cast(self) -> forward.Weights:
         return {name: weight.to(self.dtype) for name, weight in zip(self.names, self.weights)}
@@ -104,7 +118,9 @@ class Course(nn.Module):
             total = total + losses["answers"]
         return losses | {"total": total}
 
-    def _dense(self, main: Tensor, color: Tensor, shape: Tensor, box: Tensor, sure: Tensor) -> dict[str, Tensor]:
+    def _dense(
+        self, main: Tensor, color: Tensor, shape: Tensor, box: Tensor, sure: Tensor
+    ) -> dict[str, Tensor]:
         said_color, said_shape, said_box = self.dense_head(main).split([9, 4, 4], -1)
         thing = (color < 8).float()
         shape_loss = F.cross_entropy(said_shape.transpose(1, 2), shape, reduction="none")
@@ -115,7 +131,15 @@ class Course(nn.Module):
             "box": 5 * (distance * sure).sum() / sure.sum().clamp(min=1),
         }
 
-    def _answers(self, cast: forward.Weights, main: Tensor, deep: Tensor, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _answers(
+        self,
+        cast: forward.Weights,
+        main: Tensor,
+        deep: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
         start, end = forward.IMAGE_START, forward.IMAGE_START + forward.IMAGE_TOKENS
         told = forward.embed(cast, torch.cat([self.prefix.expand(len(ids), -1), ids], 1))
         x = torch.cat([told[:, :start], main, told[:, end:]], 1)
@@ -137,7 +161,11 @@ class Optimizers:
         others += list(course.dense_head.parameters())
         self.all = [torch.optim.AdamW(others, adam_lr, (0.9, 0.98), weight_decay=0.02, fused=True)]
         if muon_lr > 0:
-            self.all.append(torch.optim.Muon(matrices, muon_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
+            self.all.append(
+                torch.optim.Muon(
+                    matrices, muon_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         else:
             self.all[0].add_param_group({"params": matrices})
         self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.all]
@@ -165,7 +193,9 @@ class Optimizers:
                 owner, index, key = name.split("/")
                 if int(owner) == which:
                     state.setdefault(int(index), {})[key] = value
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
 
 class Run:
@@ -188,16 +218,26 @@ class Run:
     def log(self, **entry) -> None:
         entry = self.clock | entry
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            file.write(
+                json.dumps(
+                    {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+                )
+                + "\n"
+            )
 
     def examine(self, count: int) -> None:
-        weights = {name: weight.detach() for name, weight in zip(self.course.names, self.course.weights)}
+        weights = {
+            name: weight.detach() for name, weight in zip(self.course.names, self.course.weights)
+        }
         self.log(exam=count, **exam.held_out(weights, count))
 
     def save(self) -> None:
         """A loadable model directory and, beside it, what a resumed run needs; the clock is written last."""
         blank.save(self.net, self.out / "model")
-        save_file({k: v.contiguous() for k, v in self.optimizers.tensors().items()}, self.out / "optimizers.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in self.optimizers.tensors().items()},
+            self.out / "optimizers.safetensors",
+        )
         save_file(dict(self.course.dense_head.state_dict()), self.out / "dense_head.safetensors")
         (self.out / "state.json").write_text(json.dumps(self.clock) + "\n")
 
@@ -217,7 +257,12 @@ class Run:
         self.save()
 
     def _teach(self, phase: Phase, start: float) -> None:
-        batches = DataLoader(Lessons(phase, self.args.seed, self.clock["step"]), batch_size=None, num_workers=1, prefetch_factor=8)
+        batches = DataLoader(
+            Lessons(phase, self.args.seed, self.clock["step"]),
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=8,
+        )
         began = saved = None  # the first step compiles: off the clock
         spent = self.clock["minutes"]
         for batch in batches:
@@ -225,10 +270,16 @@ class Run:
             if done >= 1:
                 break
             warm = min(1.0, (self.clock["step"] + 1) / 100)
-            losses = self._step(phase, batch, warm * (phase.lr[0] + done * (phase.lr[1] - phase.lr[0])))
+            losses = self._step(
+                phase, batch, warm * (phase.lr[0] + done * (phase.lr[1] - phase.lr[0]))
+            )
             if began is None:
                 began = saved = time.monotonic()
-            self.clock = {"minutes": spent + (time.monotonic() - began) / 60, "images": self.clock["images"] + BATCH, "step": self.clock["step"] + 1}
+            self.clock = {
+                "minutes": spent + (time.monotonic() - began) / 60,
+                "images": self.clock["images"] + BATCH,
+                "step": self.clock["step"] + 1,
+            }
             if self.clock["step"] % 50 == 0:
                 self.log(phase=phase.name, **{name: value.item() for name, value in losses.items()})
             if time.monotonic() - saved > 60 * self.args.save_every:
@@ -248,12 +299,25 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="directory of the run; the model is in its folder 'model'")
-    parser.add_argument("--minutes", type=float, default=14, help="on the run's clock, compilation excluded")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, help="directory of the run; the model is in its folder 'model'"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=14, help="on the run's clock, compilation excluded"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--muon-lr", type=float, default=3e-3, help="peak rate of the hidden matrices; 0: AdamW for all")
-    parser.add_argument("--adam-lr", type=float, default=1.5e-3, help="peak rate of everything else")
+    parser.add_argument(
+        "--muon-lr",
+        type=float,
+        default=3e-3,
+        help="peak rate of the hidden matrices; 0: AdamW for all",
+    )
+    parser.add_argument(
+        "--adam-lr", type=float, default=1.5e-3, help="peak rate of everything else"
+    )
     parser.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()

@@ -50,7 +50,12 @@ def fence(device: torch.device | str) -> None:
 class Clock:
     """Seconds per phase, added up until `take`. A phase inside another counts for the outer one only."""
 
-    def __init__(self, device: torch.device | str = "cpu", fenced: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        fenced: bool = False,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """fenced: wait for the GPU at both ends of a phase, so that it is charged with its own work (two host syncs each).
 
         now: anything that only grows; a counter of FLOPs or launches in place of seconds splits those by phase.
@@ -109,7 +114,9 @@ def peak_memory(device: torch.device | str) -> int:
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
     if status.exists():
-        line = next((text for text in status.read_text().splitlines() if text.startswith("VmHWM")), None)
+        line = next(
+            (text for text in status.read_text().splitlines() if text.startswith("VmHWM")), None
+        )
         if line is not None:
             return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -133,22 +140,65 @@ def _flash(query, key, value, dropout_p=0.0, is_causal=False, *args, out_val=Non
     return 4 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
 
 
-def _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal, *args, out_val=None, **kwargs) -> int:
+def _flash_backward(
+    grad, query, key, value, out, logsumexp, dropout_p, is_causal, *args, out_val=None, **kwargs
+) -> int:
     """Five products: the scores again, then the gradients of weights, values, queries and keys."""
     return 10 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
 
 
-def _gpu_flash_backward(grad, query, key, value, out, logsumexp, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, *args, out_val=None, **kwargs) -> int:
+def _gpu_flash_backward(
+    grad,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    cum_q,
+    cum_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    *args,
+    out_val=None,
+    **kwargs,
+) -> int:
     return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
 
 
-def _efficient(query, key, value, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *args, out_val=None, **kwargs) -> int:
+def _efficient(
+    query,
+    key,
+    value,
+    bias,
+    compute_log_sumexp,
+    dropout_p=0.0,
+    is_causal=False,
+    *args,
+    out_val=None,
+    **kwargs,
+) -> int:
     return _flash(query, key, value, dropout_p, is_causal)
 
 
 def _efficient_backward(
-    grad, query, key, value, bias, out, logsumexp, seed, offset, dropout_p, wanted, is_causal=False, *args, out_val=None, **kwargs
-) -> int:  # fmt: skip
+    grad,
+    query,
+    key,
+    value,
+    bias,
+    out,
+    logsumexp,
+    seed,
+    offset,
+    dropout_p,
+    wanted,
+    is_causal=False,
+    *args,
+    out_val=None,
+    **kwargs,
+) -> int:
     return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
 
 
@@ -214,13 +264,30 @@ class Shapes:
         """From a transformers config; `rank` of the LoRA on every target, 0 without."""
         t, v = config.text_config, config.vision_config
         return cls(
-            t.hidden_size, t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads, t.head_dim, t.intermediate_size, t.vocab_size,
-            v.depth, v.hidden_size, v.intermediate_size, v.patch_size, v.spatial_merge_size, len(v.deepstack_visual_indexes), rank,
-        )  # fmt: skip
+            t.hidden_size,
+            t.num_hidden_layers,
+            t.num_attention_heads,
+            t.num_key_value_heads,
+            t.head_dim,
+            t.intermediate_size,
+            t.vocab_size,
+            v.depth,
+            v.hidden_size,
+            v.intermediate_size,
+            v.patch_size,
+            v.spatial_merge_size,
+            len(v.deepstack_visual_indexes),
+            rank,
+        )
 
     def _decoder(self) -> list[tuple[int, int]]:
         """(in, out) of one layer's projections: q, k, v, o, gate, up, down."""
-        q, kv, e, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.mlp
+        q, kv, e, m = (
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.hidden,
+            self.mlp,
+        )
         return [(e, q), (e, kv), (e, kv), (q, e), (e, m), (e, m), (m, e)]
 
     def _merger(self) -> list[tuple[int, int]]:
@@ -272,7 +339,9 @@ def attention_flops(s: Shapes, pairs: float) -> float:
     return 4.0 * s.heads * s.head_dim * s.layers * pairs
 
 
-def forward_flops(s: Shapes, tokens: float, seen: float, adapters: bool, backward: bool = False) -> float:
+def forward_flops(
+    s: Shapes, tokens: float, seen: float, adapters: bool, backward: bool = False
+) -> float:
     """`tokens` consecutive tokens through the decoder, the first of which sees `seen` earlier ones; forward, or backward alone."""
     lora = s.decoder_lora() if adapters else 0
     pairs = tokens * seen + tokens * (tokens + 1) / 2
@@ -296,7 +365,9 @@ def encode_flops(s: Shapes, height: int, width: int) -> float:
     """The vision tower up to the mergers, one image."""
     patches = height // s.patch * (width // s.patch)
     blocks = s.depth * (4 * s.width**2 + 2 * s.width * s.vision_mlp)
-    return 2.0 * patches * (blocks + 3 * s.patch**2 * s.width) + 4.0 * s.depth * s.width * patches**2
+    return (
+        2.0 * patches * (blocks + 3 * s.patch**2 * s.width) + 4.0 * s.depth * s.width * patches**2
+    )
 
 
 def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
@@ -304,20 +375,42 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
     patches = p.height // s.patch * (p.width // s.patch)
     prefix = p.before + patches // s.merge**2 + p.after
     prompted = prefix + p.ground
-    policy_images, reference_images = 1 + p.views + p.ghosts * p.policy_judges, 0 if p.policy_judges else 1 + p.ghosts
+    policy_images, reference_images = (
+        1 + p.views + p.ghosts * p.policy_judges,
+        0 if p.policy_judges else 1 + p.ghosts,
+    )
     boxes = p.samples + p.views
     verdicts = 1 + p.ghosts
-    merged = policy_images * merge_flops(s, patches, True) + reference_images * merge_flops(s, patches, False)
-    prefilled = policy_images * forward_flops(s, prefix, 0, True) + reference_images * forward_flops(s, prefix, 0, False)
-    prompts = forward_flops(s, p.ask, prefix, True) + (1 + p.views) * forward_flops(s, p.ground, prefix, True) + verdicts * forward_flops(s, p.verify, prefix, p.policy_judges)
-    decoded = forward_flops(s, p.query - 1, prefix + p.ask, True) + boxes * forward_flops(s, p.box - 1, prompted, True)
+    merged = policy_images * merge_flops(s, patches, True) + reference_images * merge_flops(
+        s, patches, False
+    )
+    prefilled = policy_images * forward_flops(
+        s, prefix, 0, True
+    ) + reference_images * forward_flops(s, prefix, 0, False)
+    prompts = (
+        forward_flops(s, p.ask, prefix, True)
+        + (1 + p.views) * forward_flops(s, p.ground, prefix, True)
+        + verdicts * forward_flops(s, p.verify, prefix, p.policy_judges)
+    )
+    decoded = forward_flops(s, p.query - 1, prefix + p.ask, True) + boxes * forward_flops(
+        s, p.box - 1, prompted, True
+    )
 
     def answers(adapters: bool, backward: bool = False) -> float:
         return p.samples * forward_flops(s, p.box - 1, prompted, adapters, backward)
 
     def tree(adapters: bool, backward: bool = False, cached: bool = False) -> float:
-        shared = 0.0 if cached else forward_flops(s, prefix, 0, adapters, backward) + merge_flops(s, patches, adapters, backward)
-        return shared + forward_flops(s, p.ground, prefix, adapters, backward) + answers(adapters, backward)
+        shared = (
+            0.0
+            if cached
+            else forward_flops(s, prefix, 0, adapters, backward)
+            + merge_flops(s, patches, adapters, backward)
+        )
+        return (
+            shared
+            + forward_flops(s, p.ground, prefix, adapters, backward)
+            + answers(adapters, backward)
+        )
 
     row = 2.0 * s.head_weights()
     return {
@@ -336,7 +429,14 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
 # ---- bytes and the roofline -----------------------------------------------------------------------------------------------------
 
 
-def decode_bytes(s: Shapes, rows: int, context: int, bytes_per_weight: float = 2.0, bytes_per_value: int = 2, shared: int = 0) -> float:
+def decode_bytes(
+    s: Shapes,
+    rows: int,
+    context: int,
+    bytes_per_weight: float = 2.0,
+    bytes_per_value: int = 2,
+    shared: int = 0,
+) -> float:
     """Bytes one decode step must move: decoder, LoRA and head once, and each row's keys and values.
 
     context: tokens each row sees; the first `shared` of them belong to one prefix that is read once for all rows.

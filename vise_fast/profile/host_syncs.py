@@ -20,7 +20,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
-SYNCING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.unique2 if hasattr(aten, "unique2") else aten._unique2}
+SYNCING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.unique2 if hasattr(aten, "unique2") else aten._unique2,
+}
 READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}
 
 
@@ -37,7 +43,11 @@ class Work:
         self.syncs: Counter[str] = Counter()
         self.ops = 0
         # by storage: what is written into a view is seen through every other view
-        self._away = None if weights is None else WeakIdKeyDictionary({weight.untyped_storage(): True for weight in weights})
+        self._away = (
+            None
+            if weights is None
+            else WeakIdKeyDictionary({weight.untyped_storage(): True for weight in weights})
+        )
 
     @property
     def total(self) -> int:
@@ -47,12 +57,22 @@ class Work:
         """Whether reading this makes the host wait for a device (or would, were there one)."""
         if not isinstance(value, torch.Tensor):
             return False
-        return value.device.type != "cpu" or self._away is None or value.untyped_storage() in self._away
+        return (
+            value.device.type != "cpu"
+            or self._away is None
+            or value.untyped_storage() in self._away
+        )
 
     def follow(self, inputs, outputs) -> None:
         """Results live where their inputs do."""
         if self._away and any(self.away(x) for x in inputs):
-            self._away.update({x.untyped_storage(): True for x in tree_iter(outputs) if isinstance(x, torch.Tensor)})
+            self._away.update(
+                {
+                    x.untyped_storage(): True
+                    for x in tree_iter(outputs)
+                    if isinstance(x, torch.Tensor)
+                }
+            )
 
     def bring_home(self, value: torch.Tensor) -> torch.Tensor:
         if self._away is not None:
@@ -105,9 +125,17 @@ def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
     if packet in SYNCING:
         return packet.__name__, args[0]
     if packet in (aten.index, aten.index_put, aten.index_put_):
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        masks = [
+            index
+            for index in args[1]
+            if index is not None and index.dtype in (torch.bool, torch.uint8)
+        ]
         return ("boolean index", args[0]) if masks else (None, None)
     source = args[1] if packet is aten.copy_ else args[0] if packet is aten._to_copy else None
-    if isinstance(source, torch.Tensor) and source.device.type != "cpu" and out.device.type == "cpu":
+    if (
+        isinstance(source, torch.Tensor)
+        and source.device.type != "cpu"
+        and out.device.type == "cpu"
+    ):
         return "device to host", source
     return None, None

@@ -36,21 +36,45 @@ class Alarms:
         if self.seen == SETTLE:
             self.first_area = self.averages["area"]
         said = self._said() if self.seen >= SETTLE else {}
-        self.since = None if not any(said.values()) else self.since if self.since is not None else step
+        self.since = (
+            None if not any(said.values()) else self.since if self.since is not None else step
+        )
         return said
 
     def _said(self) -> dict[str, str | None]:
         a, first = self.averages, max(self.first_area or 0.0, 1e-6)
         rules = {
-            "area": (a["area"] > GROWTH * first, f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the start; the reward is being paid for size"),
-            "area_large": (a["area_large"] > LARGE_SHARE, f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the policy collapses to the full image"),
-            "parse_rate": (a["parse_rate"] < PARSE_FLOOR, f"only {a['parse_rate']:.0%} of the answers can be read as a box; lower train.lr"),
-            "kl": (a["kl"] > KL_LIMIT * self.tau, f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} times its target; lower train.lr"),
-        }  # fmt: skip
+            "area": (
+                a["area"] > GROWTH * first,
+                f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the start; the reward is being paid for size",
+            ),
+            "area_large": (
+                a["area_large"] > LARGE_SHARE,
+                f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the policy collapses to the full image",
+            ),
+            "parse_rate": (
+                a["parse_rate"] < PARSE_FLOOR,
+                f"only {a['parse_rate']:.0%} of the answers can be read as a box; lower train.lr",
+            ),
+            "kl": (
+                a["kl"] > KL_LIMIT * self.tau,
+                f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} times its target; lower train.lr",
+            ),
+        }
         return {name: text if holds else None for name, (holds, text) in rules.items()}
 
     def state(self) -> dict:
-        return {"averages": self.averages, "first_area": self.first_area, "seen": self.seen, "since": self.since}
+        return {
+            "averages": self.averages,
+            "first_area": self.first_area,
+            "seen": self.seen,
+            "since": self.since,
+        }
 
     def load(self, state: dict) -> None:
-        self.averages, self.first_area, self.seen, self.since = state["averages"], state["first_area"], state["seen"], state["since"]
+        self.averages, self.first_area, self.seen, self.since = (
+            state["averages"],
+            state["first_area"],
+            state["seen"],
+            state["since"],
+        )

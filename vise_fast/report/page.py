@@ -29,7 +29,18 @@ from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 HERE = Path(__file__).parent
 NOTHING = Estimate(*[float("nan")] * 3)
-TILES = ("sampled_iou", "greedy_iou", "sampled_area_ratio", "visible_accuracy", "invariance", "attention_share", "own_TU", "own_area", "own_parse_rate", "distinct_queries")
+TILES = (
+    "sampled_iou",
+    "greedy_iou",
+    "sampled_area_ratio",
+    "visible_accuracy",
+    "invariance",
+    "attention_share",
+    "own_TU",
+    "own_area",
+    "own_parse_rate",
+    "distinct_queries",
+)
 TILE_COUNT = 6
 
 
@@ -56,7 +67,12 @@ class Row:
     @property
     def format(self) -> str:
         """How the figure is written: attention and areas as percentages."""
-        return "percent" if self.name in ("attention_share", "own_area", "own_area_large", "greedy_area", "sampled_area") else "plain"
+        return (
+            "percent"
+            if self.name
+            in ("attention_share", "own_area", "own_area_large", "greedy_area", "sampled_area")
+            else "plain"
+        )
 
 
 def write(directory: Path) -> Path:
@@ -71,30 +87,62 @@ def write(directory: Path) -> Path:
             (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png)
         (directory / "report.html").write_text(page, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentFault(f"cannot write the report of {directory}; {error.strerror or error}; free space or make it writable") from error
+        raise EnvironmentFault(
+            f"cannot write the report of {directory}; {error.strerror or error}; free space or make it writable"
+        ) from error
     return directory / "report.html"
 
 
 def render(record: Record, plots: list[Plot], shown: list[tuple[str, list[Card]]]) -> str:
     """The page as text."""
     loader = jinja2.FileSystemLoader(HERE)
-    engine = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    engine = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     engine.filters |= {"number": _number, "signed": _signed, "svg": lambda plot: Markup(plot.svg)}
     rows = {name: row for name in ENTRIES if (row := _row(record, name)) is not None}
     return engine.get_template("report.html").render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")), record=record, version=__version__, diagnosis=diagnose(record),
-        facts=_facts(record), tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT], groups=_groups(rows),
-        plots={plot.name: plot for plot in plots}, cards=shown, alarms=record.alarms(), settings=configuration.to_yaml(record.config),
-        environment={name: value for name, value in record.environment.items() if not isinstance(value, (dict, list))},
-    )  # fmt: skip
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        record=record,
+        version=__version__,
+        diagnosis=diagnose(record),
+        facts=_facts(record),
+        tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
+        groups=_groups(rows),
+        plots={plot.name: plot for plot in plots},
+        cards=shown,
+        alarms=record.alarms(),
+        settings=configuration.to_yaml(record.config),
+        environment={
+            name: value
+            for name, value in record.environment.items()
+            if not isinstance(value, (dict, list))
+        },
+    )
 
 
 def _row(record: Record, name: str) -> Row | None:
     before, after = (arm.values.get(name) if arm else None for arm in (record.before, record.after))
     if before is None and after is None:
         return None
-    both = record.before and record.after and record.before.n == record.after.n and name in record.before.marks and name in record.after.marks
-    return Row(name, ENTRIES[name], before, after, difference(record.before, record.after, name) if both else NOTHING)
+    both = (
+        record.before
+        and record.after
+        and record.before.n == record.after.n
+        and name in record.before.marks
+        and name in record.after.marks
+    )
+    return Row(
+        name,
+        ENTRIES[name],
+        before,
+        after,
+        difference(record.before, record.after, name) if both else NOTHING,
+    )
 
 
 def _groups(rows: dict[str, Row]) -> list[tuple[str, list[Row], float]]:
@@ -112,10 +160,14 @@ def _facts(record: Record) -> dict[str, str]:
     """The run in a few words."""
     config, seconds = record.config, record.series("seconds")[1]
     facts = {
-        "model": config.model.path, "preset": config.reward.preset + ("" if config.reward.name == "vise" else f", reward {config.reward.name}"),
+        "model": config.model.path,
+        "preset": config.reward.preset
+        + ("" if config.reward.name == "vise" else f", reward {config.reward.name}"),
         "updates": f"{record.steps} of {config.train.batch} images, {config.rollout.samples} boxes each",
-        "learning rate": f"{config.train.lr:g}", "seed": str(config.train.seed), "data": config.data.dir or "drawn scenes",
-    }  # fmt: skip
+        "learning rate": f"{config.train.lr:g}",
+        "seed": str(config.train.seed),
+        "data": config.data.dir or "drawn scenes",
+    }
     if len(seconds):
         facts["training time"] = duration(float(seconds.sum()))
     if "device" in record.environment:
@@ -144,6 +196,8 @@ def main(words: Sequence[str]) -> int:
         console.say(__doc__)
         return 0
     if not options.places or options.settings:
-        raise ConfigError("which run? report reads a run directory and takes no settings; write python -m vise_fast.report runs/nano")
+        raise ConfigError(
+            "which run? report reads a run directory and takes no settings; write python -m vise_fast.report runs/nano"
+        )
     console.say(f"report   {write(Path(options.places[0]))}")
     return 0

@@ -37,13 +37,26 @@ class Record:
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric where it is a number; two empty arrays where it never is."""
-        pairs = [(m["step"], m[name]) for m in self.metrics if isinstance(m.get(name), (int, float)) and isinstance(m.get("step"), int)]
-        return np.array([step for step, _ in pairs], int), np.array([value for _, value in pairs], float)
+        pairs = [
+            (m["step"], m[name])
+            for m in self.metrics
+            if isinstance(m.get(name), (int, float)) and isinstance(m.get("step"), int)
+        ]
+        return np.array([step for step, _ in pairs], int), np.array(
+            [value for _, value in pairs], float
+        )
 
     def phases(self) -> dict[str, float]:
         """Seconds per step of each phase, mean over the steps that recorded it."""
         names = dict.fromkeys(name for m in self.metrics for name in m.get("phases") or {})
-        return {name: float(np.mean([m["phases"][name] for m in self.metrics if name in (m.get("phases") or {})])) for name in names}
+        return {
+            name: float(
+                np.mean(
+                    [m["phases"][name] for m in self.metrics if name in (m.get("phases") or {})]
+                )
+            )
+            for name in names
+        }
 
     def alarms(self) -> dict[str, list[int]]:
         """The steps at which each alarm was on."""
@@ -60,21 +73,35 @@ class Record:
             return []
         middle = min(steps, key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
         chosen = dict.fromkeys([steps[0], middle, steps[-1]])
-        return [(f"Step {step}", [card for card in self.samples if card["step"] == step]) for step in chosen]
+        return [
+            (f"Step {step}", [card for card in self.samples if card["step"] == step])
+            for step in chosen
+        ]
 
 
 def read(directory: Path) -> Record:
     """Raises DataError for a directory that holds no run, and for files of it that are damaged."""
     metrics = [m for m in read_lines(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
     if not metrics:
-        raise DataError(f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the directory that a training made")
+        raise DataError(
+            f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the directory that a training made"
+        )
     file = directory / "config.yaml"
     evaluation = _json(directory / "evaluation.json")
-    cards = [card for card in read_lines(directory / "samples.jsonl") if isinstance(card.get("step"), int)]
+    cards = [
+        card
+        for card in read_lines(directory / "samples.jsonl")
+        if isinstance(card.get("step"), int)
+    ]
     return Record(
-        directory, configuration.load(file if file.exists() else None), _json(directory / "env.json"), metrics, cards,
-        _figures(evaluation, "before", directory), _figures(evaluation, "after", directory),
-    )  # fmt: skip
+        directory,
+        configuration.load(file if file.exists() else None),
+        _json(directory / "env.json"),
+        metrics,
+        cards,
+        _figures(evaluation, "before", directory),
+        _figures(evaluation, "after", directory),
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -86,7 +113,9 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise DataError(f"{path} cannot be read; it is not the JSON object a run writes; delete it and write the report again")
+        raise DataError(
+            f"{path} cannot be read; it is not the JSON object a run writes; delete it and write the report again"
+        )
     return content
 
 
@@ -94,4 +123,6 @@ def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Figures 
     try:
         return Figures.read(evaluation[name]) if name in evaluation else None
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise DataError(f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it and write the report again") from None
+        raise DataError(
+            f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it and write the report again"
+        ) from None

@@ -80,17 +80,35 @@ class Run:
         """Create the directory and its first files; say what runs on what."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "config.yaml").write_text(configuration.to_yaml(self.config), encoding="utf-8")
-            (self.directory / "env.json").write_text(json.dumps(environment(policy), indent=1) + "\n", encoding="utf-8")
+            (self.directory / "config.yaml").write_text(
+                configuration.to_yaml(self.config), encoding="utf-8"
+            )
+            (self.directory / "env.json").write_text(
+                json.dumps(environment(policy), indent=1) + "\n", encoding="utf-8"
+            )
         except OSError as error:
-            raise EnvironmentFault(f"cannot write {self.directory}; {error.strerror or error}; free space or choose another run.dir") from error
+            raise EnvironmentFault(
+                f"cannot write {self.directory}; {error.strerror or error}; free space or choose another run.dir"
+            ) from error
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
-        self.loggers = Loggers(self.config.run.loggers, self.directory, self.config.model_dump(mode="json"), self.console.warn)
-        base, lora = (sum(p.numel() for p in policy.model.parameters() if p.requires_grad is trained) for trained in (False, True))
+        self.loggers = Loggers(
+            self.config.run.loggers,
+            self.directory,
+            self.config.model_dump(mode="json"),
+            self.console.warn,
+        )
+        base, lora = (
+            sum(p.numel() for p in policy.model.parameters() if p.requires_grad is trained)
+            for trained in (False, True)
+        )
         paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
-        self.console.say(f"run      {self.directory}  (preset {self.config.reward.preset}, {self.config.train.steps} updates of {self.config.train.batch} images)")
-        self.console.say(f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; {check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained")
+        self.console.say(
+            f"run      {self.directory}  (preset {self.config.reward.preset}, {self.config.train.steps} updates of {self.config.train.batch} images)"
+        )
+        self.console.say(
+            f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; {check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained"
+        )
         self.console.say(f"data     {source.describe()}")
         self.console.say(f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}")
         self.console.say(f"attention {policy.attention.path}: {policy.attention.reason}")
@@ -106,14 +124,21 @@ class Run:
     def _evaluate(self, name: str, engine: Engine, source: Source, adapters: bool) -> None:
         if self.config.eval.scenes == 0:
             return
-        self.console.say(f"evaluating {'the adapter' if adapters else 'the base'} on held-out images …")
+        self.console.say(
+            f"evaluating {'the adapter' if adapters else 'the base'} on held-out images …"
+        )
         self.evaluation[name] = evaluate.held_out(engine, source, self.config, adapters).json()
-        (self.directory / "evaluation.json").write_text(json.dumps(self.evaluation) + "\n", encoding="utf-8")
+        (self.directory / "evaluation.json").write_text(
+            json.dumps(self.evaluation) + "\n", encoding="utf-8"
+        )
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable]:
         """Yields `advance(step, metrics, slices)`: one line of metrics, the live figures, alarms, sample cards."""
-        with self.console.progress(self.config.train.steps, "train", self.first) as bar, contextlib.ExitStack() as stack:
+        with (
+            self.console.progress(self.config.train.steps, "train", self.first) as bar,
+            contextlib.ExitStack() as stack,
+        ):
             for stream in (self.metrics, self.samples, self.loggers):
                 stack.callback(stream.close)
             clock = time.monotonic()
@@ -121,7 +146,12 @@ class Run:
             def advance(step: int, metrics: dict, slices: list[Played]) -> None:
                 nonlocal clock
                 now = time.monotonic()
-                metrics = {"step": step + 1, **metrics, "seconds": now - clock, "images_per_s": self.config.train.batch / (now - clock)}
+                metrics = {
+                    "step": step + 1,
+                    **metrics,
+                    "seconds": now - clock,
+                    "images_per_s": self.config.train.batch / (now - clock),
+                }
                 clock = now
                 said = self.alarms.update(step + 1, metrics)
                 for name, text in said.items():
@@ -130,7 +160,11 @@ class Run:
                 self.metrics.write(metrics)
                 self.loggers.log(step + 1, metrics)
                 bar({name: metrics[name] for name in SHOWN})
-                if step == 0 or (step + 1) % self.config.run.samples_every == 0 or step + 1 == self.config.train.steps:
+                if (
+                    step == 0
+                    or (step + 1) % self.config.run.samples_every == 0
+                    or step + 1 == self.config.train.steps
+                ):
                     self._cards(step + 1, slices)
 
             yield advance
@@ -147,7 +181,12 @@ class Run:
     def keep(self, done: int, learner: Learner) -> None:
         """A checkpoint every so often; none while an alarm that may end the run is on, so that the newest stays a healthy one."""
         every = self.config.run.checkpoint_every
-        if every and done % every == 0 and done < self.config.train.steps and not (self.config.train.stop_on_alarm and self.alarms.since is not None):
+        if (
+            every
+            and done % every == 0
+            and done < self.config.train.steps
+            and not (self.config.train.stop_on_alarm and self.alarms.since is not None)
+        ):
             self._save(done, learner)
 
     def _save(self, done: int, learner: Learner) -> Path:
@@ -157,31 +196,47 @@ class Run:
 
     def should_stop(self, done: int) -> bool:
         """An alarm has been on for ten steps and the user asked to end then."""
-        return self.config.train.stop_on_alarm and self.alarms.since is not None and done - self.alarms.since >= 10
+        return (
+            self.config.train.stop_on_alarm
+            and self.alarms.since is not None
+            and done - self.alarms.since >= 10
+        )
 
     def interrupted(self, learner: Learner, done: int, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""
         self._save(done, learner)
-        self.console.warn(f"{reason}; saved after step {done}; go on with --train.resume auto --run.dir {self.directory}")
+        self.console.warn(
+            f"{reason}; saved after step {done}; go on with --train.resume auto --run.dir {self.directory}"
+        )
         return reason.code
 
     def fall_back(self, learner: Learner) -> None:
         """After an alarm ended the run: return to the last healthy checkpoint."""
         newest = checkpoint.latest(self.directory)
         if newest is None:
-            self.console.warn("stopped by an alarm before any healthy checkpoint; the adapter is the unhealthy one")
+            self.console.warn(
+                "stopped by an alarm before any healthy checkpoint; the adapter is the unhealthy one"
+            )
             return
         tensors, state = checkpoint.load(newest)
         learner.load(tensors, state["learner"])
-        self.console.warn(f"stopped by an alarm; the adapter is the one of step {state['step']}, the last healthy checkpoint")
+        self.console.warn(
+            f"stopped by an alarm; the adapter is the one of step {state['step']}, the last healthy checkpoint"
+        )
 
-    def finish(self, policy: Policy, engine: Engine, source: Source, learner: Learner, done: int) -> None:
+    def finish(
+        self, policy: Policy, engine: Engine, source: Source, learner: Learner, done: int
+    ) -> None:
         """Final checkpoint, evaluation, table, adapter, report."""
         self._save(done, learner)
         self._evaluate("after", engine, source, adapters=True)
         figures = evaluate.side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
         if figures:
-            self.console.table("held-out images, before and after", ["", "base", "adapter"], [[name, *pair] for name, pair in figures.items()])
+            self.console.table(
+                "held-out images, before and after",
+                ["", "base", "adapter"],
+                [[name, *pair] for name, pair in figures.items()],
+            )
         place = adapter.export(policy, self.config, self.directory / "adapter", figures)
         if self.config.run.report:
             self.console.say(f"report   {report.write(self.directory)}")
@@ -191,31 +246,55 @@ class Run:
 def _fresh(wanted: Path) -> Path:
     """`wanted`, or the first of wanted-2, wanted-3, … where no run lies yet."""
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
-    return next(path for path in names if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists())
+    return next(
+        path
+        for path in names
+        if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists()
+    )
 
 
 def card(played: Played, index: int) -> dict:
     """One image's part of a step as JSON: query, boxes, verdicts, views."""
     e, group = played.evidence, played.evidence.group_size
     rows = slice(index * group, (index + 1) * group)
-    listed = lambda x: None if x is None else x[rows].tolist()  # noqa: E731
+    listed = lambda x: None if x is None else x[rows].tolist()
     return {
-        "name": played.images[index].name, "query": played.queries.texts[index], "query_written": played.queries.written[index],
-        "boxes_1000": listed(e.box_1000), "readable": listed(e.readable), "written": played.boxes.written[rows],
-        "seen": float(e.seen[rows][0]), "gone": listed(e.gone), "control": listed(e.control), "keep": listed(e.keep),
-        "rewards": played.rewards[rows].tolist(), "judged": listed(e.judged),
-        "views": [{"kind": view.kind, "matrix_px": view.matrix_px.tolist()} for view in played.views[index]],
+        "name": played.images[index].name,
+        "query": played.queries.texts[index],
+        "query_written": played.queries.written[index],
+        "boxes_1000": listed(e.box_1000),
+        "readable": listed(e.readable),
+        "written": played.boxes.written[rows],
+        "seen": float(e.seen[rows][0]),
+        "gone": listed(e.gone),
+        "control": listed(e.control),
+        "keep": listed(e.keep),
+        "rewards": played.rewards[rows].tolist(),
+        "judged": listed(e.judged),
+        "views": [
+            {"kind": view.kind, "matrix_px": view.matrix_px.tolist()}
+            for view in played.views[index]
+        ],
         "view_boxes_1000": e.view_box_1000[rows][0].tolist(),
-    }  # fmt: skip
+    }
 
 
 def environment(policy: Policy) -> dict:
     """What a result depends on beside configuration and seed."""
     device = policy.device
     return {
-        "vise_fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "dtype": str(policy.backbone.dtype), "argv": sys.argv[1:],
+        "vise_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "dtype": str(policy.backbone.dtype),
+        "argv": sys.argv[1:],
         "attention": [policy.attention.path, policy.attention.reason],
         "kernels": {op: [path, reason] for op, (path, reason) in vise_kernels.available().items()},
-    }  # fmt: skip
+    }

@@ -53,18 +53,29 @@ def dry_run(config: Config, open_source, play_batch) -> int:
 def explain(console: Console, config: Config) -> None:
     """The run in sentences, and every setting that differs from its default."""
     r, t, u = config.rollout, config.train, config.update
-    console.say(f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset {config.reward.preset}, into {config.run.dir}:")
-    console.say(f"  {t.steps} updates of {t.batch} images; {r.samples} boxes and {r.views} views per image; learning rate {t.lr:g}, {t.schedule} after {t.warmup} warm-up steps")
-    console.say(f"  reward {config.reward.name} ({config.reward.sem}, judged by the {config.reward.judge}); advantage {u.advantage}; KL {u.kl}, target {u.tau:g} nat per token")
+    console.say(
+        f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset {config.reward.preset}, into {config.run.dir}:"
+    )
+    console.say(
+        f"  {t.steps} updates of {t.batch} images; {r.samples} boxes and {r.views} views per image; learning rate {t.lr:g}, {t.schedule} after {t.warmup} warm-up steps"
+    )
+    console.say(
+        f"  reward {config.reward.name} ({config.reward.sem}, judged by the {config.reward.judge}); advantage {u.advantage}; KL {u.kl}, target {u.tau:g} nat per token"
+    )
     changed = settings.changed(config)
     if changed:
-        console.say("  settings that differ from their defaults: " + ", ".join(f"{key} {value}" for key, value in changed.items()))
+        console.say(
+            "  settings that differ from their defaults: "
+            + ", ".join(f"{key} {value}" for key, value in changed.items())
+        )
 
 
 def _load(config: Config) -> model.Policy:
     """The policy, if no download is needed for it: a dry run does not start one."""
     if not model.at_hand(config.model.path):
-        raise EnvironmentFault(f"the weights of {config.model.path} are not on this machine; a run would download them; fetch them with: hf download {config.model.path}")
+        raise EnvironmentFault(
+            f"the weights of {config.model.path} are not on this machine; a run would download them; fetch them with: hf download {config.model.path}"
+        )
     return model.load(config)
 
 
@@ -76,19 +87,40 @@ def _try(faults: list[UserError], work):
         return None
 
 
-def _one_step(console: Console, config: Config, policy: model.Policy, source: Source, play_batch, scratch: Path) -> None:
+def _one_step(
+    console: Console,
+    config: Config,
+    policy: model.Policy,
+    source: Source,
+    play_batch,
+    scratch: Path,
+) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
     engine = open_engine(policy, config)
     learner = Learner(policy, engine, config)
     for step in range(2):
         start = time.monotonic()
-        metrics = learner.learn(play_batch(engine, source.batch(step, config.train.batch), config, step), step)
+        metrics = learner.learn(
+            play_batch(engine, source.batch(step, config.train.batch), config, step), step
+        )
         seconds = time.monotonic() - start
-    console.say(f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, KL {metrics['kl']:.2g}, {seconds:.1f} s")
+    console.say(
+        f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, KL {metrics['kl']:.2g}, {seconds:.1f} s"
+    )
     tensors, state = learner.state()
     path = checkpoint.save(scratch, 2, tensors, {"learner": state}, keep=1)
     loaded, _ = checkpoint.load(path)
-    same = all(torch.equal(value.cpu(), loaded[group][name]) for group, named in tensors.items() for name, value in named.items())
-    exported = sum(f.stat().st_size for f in adapter.export(policy, config, scratch / "adapter").iterdir())
-    console.say(f"save     checkpoint written and read back {'bit for bit' if same else 'WITH DIFFERENCES'}; adapter {exported / 1e6:.1f} MB")
-    console.say(f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, evaluation not counted")
+    same = all(
+        torch.equal(value.cpu(), loaded[group][name])
+        for group, named in tensors.items()
+        for name, value in named.items()
+    )
+    exported = sum(
+        f.stat().st_size for f in adapter.export(policy, config, scratch / "adapter").iterdir()
+    )
+    console.say(
+        f"save     checkpoint written and read back {'bit for bit' if same else 'WITH DIFFERENCES'}; adapter {exported / 1e6:.1f} MB"
+    )
+    console.say(
+        f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, evaluation not counted"
+    )

@@ -45,7 +45,10 @@ class Halving:
 
     def figures(self) -> dict[str, int]:
         """For metrics.jsonl."""
-        return {"memory_halvings": self.halvings, "micro_batch": self.config.train.micro_batch or self.config.train.batch}
+        return {
+            "memory_halvings": self.halvings,
+            "micro_batch": self.config.train.micro_batch or self.config.train.batch,
+        }
 
     def _halve(self, reason: str) -> None:
         self.engine.counters.take(), self.engine.clock.take()
@@ -54,13 +57,17 @@ class Halving:
             torch.cuda.empty_cache()
         size = self.config.train.micro_batch or self.config.train.batch
         if self.learner.moving:
-            raise MemoryFloor(f"out of memory inside the optimizer step ({reason}); the adapter may be half moved; resume from the last checkpoint with --optim.name adamw8bit")
+            raise MemoryFloor(
+                f"out of memory inside the optimizer step ({reason}); the adapter may be half moved; resume from the last checkpoint with --optim.name adamw8bit"
+            )
         if size == 1 and shares_forward(self.engine, self.config):
             self.config.train.share_forward = False
             self.halvings += 1
             return
         if size == 1:
-            raise MemoryFloor(f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels")
+            raise MemoryFloor(
+                f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels"
+            )
         self.config.train.micro_batch = size // 2
         self.halvings += 1
 

@@ -39,7 +39,14 @@ class Choice:
     notes: list[str]
 
 
-def save(run_dir: str | Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int, files: Mapping[str, Path] | None = None) -> Path:
+def save(
+    run_dir: str | Path,
+    step: int,
+    tensors: Tensors,
+    state: Mapping[str, Any],
+    keep: int,
+    files: Mapping[str, Path] | None = None,
+) -> Path:
     """Writes step `step` durably, then removes all but the newest `keep` and any later step (a future that a resume left); returns its directory.
 
     `state` is JSON; `files` {name in the checkpoint: source}. Raises EnvironmentFault when the disk refuses; what was there stays good.
@@ -55,7 +62,9 @@ def save(run_dir: str | Path, step: int, tensors: Tensors, state: Mapping[str, A
         _prune(home, step, keep)
     except OSError as fault:
         shutil.rmtree(aside, ignore_errors=True)
-        raise EnvironmentFault(f"cannot write the checkpoint {final}: {fault.strerror or fault}; free space or give --run.dir a writable place") from fault
+        raise EnvironmentFault(
+            f"cannot write the checkpoint {final}: {fault.strerror or fault}; free space or give --run.dir a writable place"
+        ) from fault
     return final
 
 
@@ -65,9 +74,15 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     contents = dict(_verified(path))
     try:
         state = json.loads(contents["state.json"])
-        groups = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in contents.items() if name.endswith(".safetensors")}
+        groups = {
+            name.removesuffix(".safetensors"): safetensors.torch.load(data)
+            for name, data in contents.items()
+            if name.endswith(".safetensors")
+        }
     except (KeyError, ValueError, SafetensorError) as fault:
-        raise Corrupt(f"the checkpoint {path} is damaged: {fault}; use --resume auto to take an older one") from None
+        raise Corrupt(
+            f"the checkpoint {path} is damaged: {fault}; use --resume auto to take an older one"
+        ) from None
     return groups, state
 
 
@@ -82,7 +97,9 @@ def resolve(wanted: str, run_dir: str | Path) -> Choice:
     if (path / "checkpoints").is_dir():
         return _newest_good(path)
     if not path.is_dir():
-        raise ConfigError(f"no checkpoint at {path}; give --resume an existing checkpoint directory, or auto")
+        raise ConfigError(
+            f"no checkpoint at {path}; give --resume an existing checkpoint directory, or auto"
+        )
     for _ in _verified(path):
         pass
     return Choice(path, [])
@@ -104,7 +121,9 @@ def _newest_good(run_dir: Path) -> Choice:
             continue
         return Choice(path, notes)
     if notes:
-        raise Corrupt(f"no checkpoint under {run_dir} is whole ({notes[0]}); delete {run_dir / 'checkpoints'} to start anew")
+        raise Corrupt(
+            f"no checkpoint under {run_dir} is whole ({notes[0]}); delete {run_dir / 'checkpoints'} to start anew"
+        )
     return Choice(None, [])
 
 
@@ -121,9 +140,14 @@ def _step(path: Path) -> int:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_all(aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+def _write_all(
+    aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any], files: Mapping[str, Path]
+) -> None:
     """Everything, each file synced, the manifest last, then the directory itself."""
-    digests = {f"{group}.safetensors": _write(aside / f"{group}.safetensors", _packed(named)) for group, named in tensors.items()}
+    digests = {
+        f"{group}.safetensors": _write(aside / f"{group}.safetensors", _packed(named))
+        for group, named in tensors.items()
+    }
     digests |= {name: _write(aside / name, source.read_bytes()) for name, source in files.items()}
     digests["state.json"] = _write(aside / "state.json", _json({**state, "step": step}))
     _write(aside / "manifest.json", _json({"format": FORMAT, "step": step, "files": digests}))
@@ -131,7 +155,9 @@ def _write_all(aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any
 
 
 def _packed(named: Mapping[str, torch.Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()})
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+    )
 
 
 def _json(content: Any) -> bytes:
@@ -172,7 +198,11 @@ def _sync(directory: Path) -> None:
 def _prune(home: Path, step: int, keep: int) -> None:
     """After a durable save: what a kill left replaced, steps of an abandoned future, and all but the newest `keep`."""
     found = _candidates(home)
-    spent = [path for path in found if _step(path) > step or (path.suffix and path.with_suffix("") in found)]
+    spent = [
+        path
+        for path in found
+        if _step(path) > step or (path.suffix and path.with_suffix("") in found)
+    ]
     for path in spent + [path for path in found if path not in spent][keep:]:
         _remove(path)
 
@@ -200,43 +230,75 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
         try:
             data = (path / name).read_bytes()
         except OSError as fault:
-            raise Corrupt(f"the checkpoint {path} is damaged: {name}: {fault.strerror}; use --resume auto to take an older one") from None
+            raise Corrupt(
+                f"the checkpoint {path} is damaged: {name}: {fault.strerror}; use --resume auto to take an older one"
+            ) from None
         if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise Corrupt(f"the checkpoint {path} is damaged: {name} is not what was written; use --resume auto to take an older one")
+            raise Corrupt(
+                f"the checkpoint {path} is damaged: {name} is not what was written; use --resume auto to take an older one"
+            )
         yield name, data
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        known, whole = manifest["format"] == FORMAT, "state.json" in entries and isinstance(manifest["step"], int)
+        entries = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+        known, whole = (
+            manifest["format"] == FORMAT,
+            "state.json" in entries and isinstance(manifest["step"], int),
+        )
     except OSError as fault:
-        raise Corrupt(f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to take the newest good one") from None
+        raise Corrupt(
+            f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to take the newest good one"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Corrupt(f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to take an older one") from None
+        raise Corrupt(
+            f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to take an older one"
+        ) from None
     if not known:
-        raise Corrupt(f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; resume with the version that wrote it")
+        raise Corrupt(
+            f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; resume with the version that wrote it"
+        )
     if not whole or any(Path(name).name != name for name in entries):
-        raise Corrupt(f"the checkpoint {path} is damaged: manifest.json lists the wrong files; use --resume auto to take an older one")
+        raise Corrupt(
+            f"the checkpoint {path} is damaged: manifest.json lists the wrong files; use --resume auto to take an older one"
+        )
     return manifest
 
 
 # -- optimizer state -------------------------------------------------------------------------------------------------
 
 
-def moments(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def moments(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's state per parameter as ({'name/exp_avg': tensor}, {'name/step': number}), ready for `save`."""
-    entries = {f"{name}/{key}": value for name, parameter in named.items() for key, value in optimizer.state.get(parameter, {}).items()}
+    entries = {
+        f"{name}/{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
     tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     return tensors, {name: value for name, value in entries.items() if name not in tensors}
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+def restore_moments(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
     """The inverse of `moments`. Raises Corrupt when the entries belong to other parameters."""
     for entry, value in [*tensors.items(), *numbers.items()]:
         name, _, key = entry.rpartition("/")
         if name not in named:
-            raise Corrupt(f"the checkpoint has optimizer state for {name}, which is not trained here; resume with the configuration that wrote it")
-        on_device = isinstance(value, torch.Tensor) and key != "step"  # AdamW keeps its counter on the CPU
+            raise Corrupt(
+                f"the checkpoint has optimizer state for {name}, which is not trained here; resume with the configuration that wrote it"
+            )
+        on_device = (
+            isinstance(value, torch.Tensor) and key != "step"
+        )  # AdamW keeps its counter on the CPU
         optimizer.state[named[name]][key] = value.to(named[name].device) if on_device else value

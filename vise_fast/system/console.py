@@ -44,8 +44,12 @@ class _Rich(rich.console.Console):
 class Console:
     """Prints to `file` (standard output) and complaints to `errors` (standard error); `plain` None: a live bar on terminals only."""
 
-    def __init__(self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None):
-        self._out, self._err = (_rich(stream, plain) for stream in (file or sys.stdout, errors or sys.stderr))
+    def __init__(
+        self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None
+    ):
+        self._out, self._err = (
+            _rich(stream, plain) for stream in (file or sys.stdout, errors or sys.stderr)
+        )
         self.plain = not self._out.is_terminal
         if self._out.is_terminal and self._err.is_terminal:
             self._err = self._out  # one screen: a live bar must know of every line
@@ -63,7 +67,9 @@ class Console:
             self._print(self._err, f"alarm: {text}", "bold red")
         if text is None and name in self._alarms:
             self._print(self._err, f"alarm over: {name}", "green")
-        self._alarms = {kept: said for kept, said in self._alarms.items() if kept != name} | ({name: text} if text is not None else {})
+        self._alarms = {kept: said for kept, said in self._alarms.items() if kept != name} | (
+            {name: text} if text is not None else {}
+        )
 
     def error(self, fault: BaseException, debug: bool = False) -> None:
         """One line; the traceback only on request."""
@@ -71,11 +77,19 @@ class Console:
             self._print(self._err, "".join(traceback.format_exception(fault)).rstrip())
         self._print(self._err, f"error: {' '.join(str(fault).split())}", "bold red")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], align: str = "right") -> None:
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        align: str = "right",
+    ) -> None:
         """A table; the first column holds names on the left, the others are aligned as told and their numbers cut to four digits."""
         if self.plain:
             self._out.width = PLAIN_WIDTH
-        table = rich.table.Table(title=self._shown(title) or None, title_justify="left", title_style="bold")
+        table = rich.table.Table(
+            title=self._shown(title) or None, title_justify="left", title_style="bold"
+        )
         for index, column in enumerate(columns):
             table.add_column(self._shown(column), justify="left" if index == 0 else align)
         for row in rows:
@@ -83,13 +97,24 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    def progress(
+        self, total: int, label: str, done: int = 0
+    ) -> Iterator[Callable[[Mapping[str, float]], None]]:
         """Yields `advance(figures)`, to be called once per step; shows counts, ETA and the latest figures."""
         if self.plain:
             yield _Lines(self, total, label, done).advance
             return
-        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-        with Progress(*columns, TextColumn("{task.fields[figures]}", markup=False), console=self._out) as bar:
+        columns = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        ]
+        with Progress(
+            *columns, TextColumn("{task.fields[figures]}", markup=False), console=self._out
+        ) as bar:
             task = bar.add_task(self._shown(label), total=total, completed=done, figures="")
             yield lambda figures: bar.update(task, advance=1, figures=self._shown(spread(figures)))
 
@@ -98,15 +123,33 @@ class Console:
 
     def _shown(self, text: str) -> str:
         """Printable in the terminal's own encoding: control codes and letters it lacks are written as escapes."""
-        shown = "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+        shown = "".join(
+            c
+            if c == "\n" or unicodedata.category(c)[0] != "C"
+            else c.encode("unicode_escape").decode()
+            for c in text
+        )
         return shown.encode(self._out.encoding, "backslashreplace").decode(self._out.encoding)
 
 
 class _Lines:
     """Progress where there is no terminal: a line at the first step, the last, and every few seconds."""
 
-    def __init__(self, console: Console, total: int, label: str, done: int, clock: Callable[[], float] = time.monotonic):
-        self.console, self.total, self.label, self.first, self.done = console, total, label, done, done
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        label: str,
+        done: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.console, self.total, self.label, self.first, self.done = (
+            console,
+            total,
+            label,
+            done,
+            done,
+        )
         self.clock, self.begun, self.said = clock, clock(), -math.inf
 
     def advance(self, figures: Mapping[str, float]) -> None:
@@ -116,7 +159,9 @@ class _Lines:
             return
         self.said = now
         left = (now - self.begun) / (self.done - self.first) * (self.total - self.done)
-        self.console.say(f"{self.label} {self.done}/{self.total}  ETA {duration(left)}  {spread(figures)}".rstrip())
+        self.console.say(
+            f"{self.label} {self.done}/{self.total}  ETA {duration(left)}  {spread(figures)}".rstrip()
+        )
 
 
 class JsonLines:
@@ -152,14 +197,20 @@ class JsonLines:
         try:
             yield
         except OSError as fault:
-            raise EnvironmentFault(f"cannot write {self.path}: {fault.strerror or fault}; free space or give --run.dir a writable place") from fault
+            raise EnvironmentFault(
+                f"cannot write {self.path}: {fault.strerror or fault}; free space or give --run.dir a writable place"
+            ) from fault
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The whole records of a JSON-lines file; [] where there is none."""
     if not Path(path).exists():
         return []
-    return [record for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if (record := _record(line)) is not None]
+    return [
+        record
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        if (record := _record(line)) is not None
+    ]
 
 
 def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None = None) -> int:
@@ -200,7 +251,13 @@ def duration(seconds: float) -> str:
 
 
 def _rich(stream: TextIO, plain: bool | None) -> _Rich:
-    return _Rich(file=stream, markup=False, highlight=False, emoji=False, force_terminal=None if plain is None else not plain)
+    return _Rich(
+        file=stream,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        force_terminal=None if plain is None else not plain,
+    )
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -216,7 +273,11 @@ def _cut(path: Path, last_step: int | None) -> None:
     if not path.exists():
         return
     old = path.read_bytes()
-    keep = [line for line in old.decode("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n") and _kept(line, last_step)]
+    keep = [
+        line
+        for line in old.decode("utf-8", "replace").splitlines(keepends=True)
+        if line.endswith("\n") and _kept(line, last_step)
+    ]
     new = "".join(keep).encode()
     if new != old:
         aside = path.with_name(path.name + ".partial")

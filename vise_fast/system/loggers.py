@@ -19,7 +19,9 @@ class Logger(Protocol):
 
 class TensorBoard:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+            str(run_dir / "tensorboard")
+        )
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -44,7 +46,13 @@ class Trackio:
 class WandB:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
         offline = {"mode": "offline"} if huggingface_hub.constants.HF_HUB_OFFLINE else {}
-        self.run = importlib.import_module("wandb").init(project="vise_fast", name=run_dir.name, dir=str(run_dir), config=dict(settings), **offline)
+        self.run = importlib.import_module("wandb").init(
+            project="vise_fast",
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(settings),
+            **offline,
+        )
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log(dict(figures), step=step)
@@ -53,13 +61,23 @@ class WandB:
         self.run.finish()
 
 
-KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": WandB,
+}
 
 
 class Loggers:
     """Those of `names` that work; `complain` is told once of each that does not."""
 
-    def __init__(self, names: Sequence[str], run_dir: str | Path, settings: Mapping[str, Any], complain: Callable[[str], None]):
+    def __init__(
+        self,
+        names: Sequence[str],
+        run_dir: str | Path,
+        settings: Mapping[str, Any],
+        complain: Callable[[str], None],
+    ):
         self.complain, self.alive = complain, {}
         for name in names:
             logger = self._guarded(name, lambda: KINDS[name](Path(run_dir), settings))
@@ -68,7 +86,11 @@ class Loggers:
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Passes on the numbers of a record."""
-        figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+        figures = {
+            key: float(value)
+            for key, value in record.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
         for name, logger in list(self.alive.items()):
             self._guarded(name, lambda: logger.log(step, figures))
 
@@ -79,7 +101,11 @@ class Loggers:
     def _guarded(self, name: str, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except Exception as fault:  # a logger may fail in any way it likes; nothing of ours runs in here
+        except (
+            Exception
+        ) as fault:  # a logger may fail in any way it likes; nothing of ours runs in here
             self.alive.pop(name, None)
-            self.complain(f"logger {name} failed and is dropped: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}; metrics.jsonl goes on")
+            self.complain(
+                f"logger {name} failed and is dropped: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}; metrics.jsonl goes on"
+            )
             return None

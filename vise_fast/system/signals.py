@@ -48,5 +48,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.code:
-            os._exit(128 + number)  # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
+            os._exit(
+                128 + number
+            )  # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
         self.code = 128 + number

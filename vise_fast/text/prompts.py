@@ -99,7 +99,9 @@ def style_for(model_config) -> Style:
     """The style that a model's config asks for in `vise_prompts` (absent: natural). Raises ConfigError for an unknown name."""
     name = getattr(model_config, "vise_prompts", "natural")
     if name not in STYLES:
-        raise ConfigError(f"unknown prompt style {name!r}; the model's config.json says vise_prompts; use one of {', '.join(STYLES)}")
+        raise ConfigError(
+            f"unknown prompt style {name!r}; the model's config.json says vise_prompts; use one of {', '.join(STYLES)}"
+        )
     return STYLES[name]
 
 
@@ -138,7 +140,9 @@ def read_query(text: str) -> str | None:
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _COMMA = r"(?:\s*[,;，、]\s*|\s+)"
 _RUN = re.compile(rf"(?<![\w.%+-]){_NUMBER}(?:{_COMMA}{_NUMBER})*+(?![\w]|\.[0-9]|\s*%)")
-_PAIR = re.compile(rf"[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]\s*[,;，、]?\s*[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]")
+_PAIR = re.compile(
+    rf"[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]\s*[,;，、]?\s*[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]"
+)
 _SPACED_DIGITS = re.compile(r"(?<![0-9.])[0-9](?: [0-9])+(?![0-9.])")
 _BOX_TAG = re.compile(r"<\s*\|?\s*box(?:_start)?\s*\|?\s*>", re.IGNORECASE)
 _BOX_KEY = re.compile(r"[\"']?\b(?:bbox(?:_2d)?|box)\b[\"']?\s*[:=]\s*", re.IGNORECASE)

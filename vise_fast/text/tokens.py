@@ -13,14 +13,26 @@ from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import Style
 
 # Vision placeholders and turn markers: a sampled answer must not open a second image or a second turn (METHOD section 6).
-NEVER_SAMPLED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>")
+NEVER_SAMPLED = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|im_start|>",
+)
 
 
 class Tokens:
     """The ids one tokenizer gives to the pieces of a conversation."""
 
     def __init__(self, tokenizer, style: Style, vocabulary: int, image_token: int) -> None:
-        self.tokenizer, self.style, self.vocabulary, self.image_token = tokenizer, style, vocabulary, image_token
+        self.tokenizer, self.style, self.vocabulary, self.image_token = (
+            tokenizer,
+            style,
+            vocabulary,
+            image_token,
+        )
         self.head = self.ids("<|im_start|>user\n<|vision_start|>")
         self.tail = self.ids("<|vision_end|>")
         self.turn = self.ids("<|im_end|>\n<|im_start|>assistant\n")
@@ -67,5 +79,7 @@ class Tokens:
         unknown = self.tokenizer.unk_token_id
         found = [token for token in dict.fromkeys(found) if token != unknown]
         if not found:
-            raise ConfigError(f"no verdict word of {words} is a single token of this tokenizer; verification needs one; use another tokenizer")
+            raise ConfigError(
+                f"no verdict word of {words} is a single token of this tokenizer; verification needs one; use another tokenizer"
+            )
         return found
