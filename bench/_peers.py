@@ -1,7 +1,9 @@
-"""What other libraries offer for the same work, each where it is installed, as contenders {name: call} of the kernel bench.
+"""What other libraries offer for the same work, each where it is installed, as contenders {name:
+call} of the kernel bench.
 
-A peer may round differently or keep another border; it must do the same amount of useful work on the same inputs. OpenCV and Pillow
-work on the CPU whatever the device of the bench: that is the loop a trainer would otherwise contain.
+A peer may round differently or keep another border; it must do the same amount of useful work on
+the same inputs. OpenCV and Pillow work on the CPU whatever the device of the bench: that is the
+loop a trainer would otherwise contain.
 """
 
 from collections.abc import Callable
@@ -82,7 +84,9 @@ def _opencv_ghost(
 def _crop_loop(
     images: list[Tensor], boxes: list[list[int]], blur: Callable, radius: int
 ) -> list[Tensor]:
-    """Reflection happens once in these libraries, so the taps are cut to what a box allows: less work than ours."""
+    """Reflection happens once in these libraries, so the taps are cut to what a box allows: less
+    work than ours.
+    """
     outs = [image.clone() for image in images]
     for out, (x1, y1, x2, y2) in zip(outs, boxes, strict=True):
         side = 2 * min(radius, x2 - x1 - 1, y2 - y1 - 1) + 1
@@ -134,7 +138,9 @@ def resize(images: list[Tensor], size: tuple[int, int]) -> Contenders:
 
 
 def stock_processor(images: list[Tensor], size: tuple[int, int]) -> Contenders:
-    """transformers' processor for Qwen3-VL checkpoints: the one on PIL and NumPy, and where torchvision is installed the one on torch."""
+    """transformers' processor for Qwen3-VL checkpoints: the one on PIL and NumPy, and where
+    torchvision is installed the one on torch.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     area, normal = size[0] * size[1], {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -1,8 +1,11 @@
-"""What the rollout bench runs on: models (the embedded one, a directory, or random weights of configs/models/*.json) and images.
+"""What the rollout bench runs on: models (the embedded one, a directory, or random weights of
+configs/models/*.json) and images.
 
-A random model has no tokenizer, so it gets one whose words, digits and marks are one token each; the prompts then have about as many
-tokens as under Qwen's. `Locked` fixes every answer's length by banning the end tokens, and what an answer says (a random model's answers
-say nothing): the same query for every image, a box of its own for every box answer. All engines under test go through the same `Locked`.
+A random model has no tokenizer, so it gets one whose words, digits and marks are one token each;
+the prompts then have about as many tokens as under Qwen's. `Locked` fixes every answer's length by
+banning the end tokens, and what an answer says (a random model's answers say nothing): the same
+query for every image, a box of its own for every box answer. All engines under test go through the
+same `Locked`.
 """
 
 from __future__ import annotations
@@ -100,7 +103,10 @@ class Subject:
 
 
 def find(name: str, random: bool, scratch: str) -> Subject:
-    """The model called `name`: 'nano', a shape of configs/models, or a directory. `scratch` takes the files of a random one."""
+    """The model called `name`: 'nano', a shape of configs/models, or a directory.
+
+    `scratch` takes the files of a random one.
+    """
     shape = SHAPES / f"{name}.json"
     if shape.exists():
         return Subject(name, _write(json.loads(shape.read_text()), scratch), True)
@@ -123,7 +129,9 @@ def _write(shape: dict, directory: str) -> str:
 
 
 def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
-    """One token per word, digit and mark of the natural prompts and their answers; special tokens at the ids the model's config names."""
+    """One token per word, digit and mark of the natural prompts and their answers; special tokens
+    at the ids the model's config names.
+    """
     texts = [
         NATURAL.ask(),
         NATURAL.ground(QUERIES["natural"]),

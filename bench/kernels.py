@@ -1,12 +1,17 @@
-"""Every op of vise_kernels beside its plain version, beside the peers that are installed, and beside the machine's ceilings.
+"""Every op of vise_kernels beside its plain version, beside the peers that are installed, and
+beside the machine's ceilings.
 
-    python bench/kernels.py                          on the GPU if there is one (Triton), else on one CPU thread (native C++)
-    python bench/kernels.py --op ghost --write       one op; --write puts the document under bench/results/
+    python bench/kernels.py                          on the GPU if there is one (Triton), else on
+    one CPU thread (native C++)
+    python bench/kernels.py --op ghost --write       one op; --write puts the document under
+    bench/results/
     python bench/kernels.py --smoke                  tiny shapes, one repeat: does everything run?
 
-Contenders of a case do the same work on the same inputs; `ours` is the path that the op takes by itself. "ceiling" is the time the case's
-bytes or FLOPs would take at the copy bandwidth or matmul rate measured in the same run, as a share of our time (above 100 %: the data fit a
-cache, which the copy does not). Figures from a CPU are ratios: its seconds are in the JSON only. Left out: correctness (tests/kernels/).
+Contenders of a case do the same work on the same inputs; `ours` is the path that the op takes by
+itself. "ceiling" is the time the case's bytes or FLOPs would take at the copy bandwidth or matmul
+rate measured in the same run, as a share of our time (above 100 %: the data fit a cache, which the
+copy does not). Figures from a CPU are ratios: its seconds are in the JSON only. Left out:
+correctness (tests/kernels/).
 """
 
 import argparse
@@ -50,7 +55,9 @@ from vise_kernels.heads import Turn  # noqa: E402
 
 @dataclass
 class Case:
-    """One comparison. `moved` and `flop` are the least that the work needs; `memory`: report the extra memory too."""
+    """One comparison. `moved` and `flop` are the least that the work needs; `memory`: report the
+    extra memory too.
+    """
 
     op: str
     shape: str
@@ -111,7 +118,9 @@ def image_cases(device: torch.device, smoke: bool):
 
 
 def turned(count: int) -> torch.Tensor:
-    """(count,3,3): a rotation by 10 degrees, with a shift that keeps most of a 640x480 image in sight."""
+    """(count,3,3): a rotation by 10 degrees, with a shift that keeps most of a 640x480 image in
+    sight.
+    """
     turn = torch.tensor(
         [[0.98, -0.17, 60.0], [0.17, 0.98, -40.0], [0.0, 0.0, 1.0]], dtype=torch.float64
     )
@@ -295,7 +304,9 @@ def sample_cases(device: torch.device, smoke: bool):
 
 
 def decode_cases(device: torch.device, smoke: bool):
-    """One decode step's attention in one layer of 2B: a group of 8 answers to each image, sharing its prefix and question."""
+    """One decode step's attention in one layer of 2B: a group of 8 answers to each image, sharing
+    its prefix and question.
+    """
     images, group, (heads, kv, dim) = (
         (2, 2, (4, 2, 16))
         if smoke
@@ -326,14 +337,19 @@ def decode_cases(device: torch.device, smoke: bool):
     moved = sum(bank.numel() * bank.element_size() for bank in (*keys, *values))
     yield Case(
         "decode_attention",
-        f"{images} x {group} rows, {heads} heads over {kv}, {dim}, 310 + 100 + 22 tokens, {str(dtype)[6:]}",
+        (
+            f"{images} x {group} rows, {heads} heads over {kv}, {dim}, 310 + 100 + 22 tokens, "
+            f"{str(dtype)[6:]}"
+        ),
         contenders,
         moved=moved,
     )
 
 
 def few_rows_cases(device: torch.device, smoke: bool):
-    """The products of one decode step of mid-100m, weights one after the other as a step reads them; CPU only."""
+    """The products of one decode step of mid-100m, weights one after the other as a step reads
+    them; CPU only.
+    """
     if device.type != "cpu":
         return
     sizes = (
@@ -366,7 +382,9 @@ def few_rows_cases(device: torch.device, smoke: bool):
 
 
 def decoder(device: torch.device, smoke: bool):
-    """Rows, (hidden, query heads, key heads, dim, mlp) and dtype of a decoder layer's work: a decode step and a prompt."""
+    """Rows, (hidden, query heads, key heads, dim, mlp) and dtype of a decoder layer's work: a
+    decode step and a prompt.
+    """
     if smoke:
         return (3,), (64, 2, 1, 16, 96), torch.float32
     if device.type == "cuda":
@@ -532,7 +550,10 @@ def print_row(row: dict, device: torch.device) -> None:
         f"{1e3 * row['contenders']['ours']['median_s']:.3f} ms, " if device.type == "cuda" else ""
     )
     print(
-        f"\n{row['op']}  {row['shape']}\n  ours ({row['path']})  {time}{row['share_of_ceiling']:.0%} of the ceiling"
+        (
+            f"\n{row['op']}  {row['shape']}\n  ours ({row['path']})  "
+            f"{time}{row['share_of_ceiling']:.0%} of the ceiling"
+        )
         + memory(row, "ours")
     )
     for name, other in row["contenders"].items():
@@ -569,7 +590,8 @@ def main() -> None:
         peers.one_thread()
     ceilings = measure.ceilings(device, chosen.smoke)
     print(
-        f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {ceilings['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
+        f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul "
+        f"{ceilings['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
     )
     makers = dict.fromkeys(CASES.values() if chosen.op == "all" else [CASES[chosen.op]])
     rows = []

@@ -1,14 +1,21 @@
-"""Does it learn? Rewards x seeds on the embedded model, against an oracle and against controls, on scenes no setting was chosen on.
+"""Does it learn? Rewards x seeds on the embedded model, against an oracle and against controls, on
+scenes no setting was chosen on.
 
-    python bench/learning.py --quick                      one seed, few updates, every row: minutes on two cores
-    python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is never run again
-    python bench/learning.py --split validation …         for choosing settings; the reported split is touched by the final table only
-    python bench/learning.py --smoke                      every row, one update each, nothing kept: does it run?
-    python bench/learning.py --table                      rebuild table and curves, and the table in docs/LEARNING.md, from the finished cells
+    python bench/learning.py --quick                      one seed, few updates, every row: minutes
+    on two cores
+    python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is
+    never run again
+    python bench/learning.py --split validation …         for choosing settings; the reported split
+    is touched by the final table only
+    python bench/learning.py --smoke                      every row, one update each, nothing kept:
+    does it run?
+    python bench/learning.py --table                      rebuild table and curves, and the table in
+    docs/LEARNING.md, from the finished cells
 
-A cell is (row, seed, updates, split), one process, one thread, one JSON file under bench/results/learning/; its adapter stays in
-build/learning/, so that another split examines it without training it again. Left out: the method itself,
-which is the trainer's own (experience.py, learner.py); training sees pixels only, the oracle's truth excepted.
+A cell is (row, seed, updates, split), one process, one thread, one JSON file under
+bench/results/learning/; its adapter stays in build/learning/, so that another split examines it
+without training it again. Left out: the method itself, which is the trainer's own (experience.py,
+learner.py); training sees pixels only, the oracle's truth excepted.
 """
 
 from __future__ import annotations
@@ -111,7 +118,9 @@ def _short(x):
 
 
 def truth_of(source):
-    """The true box of a query that names exactly one object of the scene: for the oracle's reward only."""
+    """The true box of a query that names exactly one object of the scene: for the oracle's reward
+    only.
+    """
 
     def truth(image, query):
         named = [thing for thing in source.scene(image.key).objects if thing.name == query]
@@ -121,7 +130,9 @@ def truth_of(source):
 
 
 def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> dict:
-    """Train one row with one seed, unless its adapter lies there from another split, and examine it; the base is examined untrained."""
+    """Train one row with one seed, unless its adapter lies there from another split, and examine
+    it; the base is examined untrained.
+    """
     import torch
 
     from vise_fast.config import schema as configuration
@@ -171,7 +182,9 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
 
 
 def trained(policy, engine, source, config, path: Path) -> dict:
-    """Leaves the policy trained: {"curve", "seconds"}. `path`: where adapter and history of the same training configuration may lie."""
+    """Leaves the policy trained: {"curve", "seconds"}. `path`: where adapter and history of the
+    same training configuration may lie.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -254,7 +267,9 @@ def load_cells(steps: int, split: str) -> dict[str, list[dict]]:
 
 
 def rescaled(base: dict) -> dict:
-    """The base's own boxes times the constant factor that suits them best on other scenes: what mere tightening or loosening gives."""
+    """The base's own boxes times the constant factor that suits them best on other scenes: what
+    mere tightening or loosening gives.
+    """
     marks = {
         name.removesuffix("_rescaled"): mark
         for name, mark in base["marks"].items()
@@ -264,7 +279,8 @@ def rescaled(base: dict) -> dict:
 
 
 def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
-    """Per row and figure: mean over seeds, s.e. over seeds, paired gain over the base with a 95 % interval, share of the oracle's gain.
+    """Per row and figure: mean over seeds, s.e. over seeds, paired gain over the base with a 95 %
+    interval, share of the oracle's gain.
 
     The interval resamples scenes (paired with the base) and seeds together.
     """

@@ -142,7 +142,7 @@ TABLE = [
 """(model, quantisation, goal in GB of 1e9 bytes; 23 GiB for the 32B)"""
 
 
-# ---- one configuration ----------------------------------------------------------------------------------------------------------
+# ---- one configuration ---------------------------------------------------------------------------
 
 
 def shape_of(name: str) -> dict:
@@ -244,7 +244,7 @@ def compare(name: str) -> dict:
     }
 
 
-# ---- the published models -------------------------------------------------------------------------------------------------------
+# ---- the published models ------------------------------------------------------------------------
 
 
 def lean(name: str, quant: str) -> Config:
@@ -310,19 +310,22 @@ def capped(name: str, quant: str, goal: float) -> dict:
     return row
 
 
-# ---- telling --------------------------------------------------------------------------------------------------------------------
+# ---- telling -------------------------------------------------------------------------------------
 
 
 def tell(rows: list[dict], models: list[dict]) -> None:
     print(
-        f"\n{'configuration':32s}{'measured':>12s}{'predicted':>12s}{'error':>9s}  phase of the peak"
+        f"\n{'configuration':32s}{'measured':>12s}{'predicted':>12s}{'error':>9s}  phase of the "
+        "peak"
     )
     for row in rows:
         print(
-            f"{row['name']:32s}{row['measured_bytes'] / 2**20:10.1f} M{row['predicted_bytes'] / 2**20:10.1f} M{row['error']:+9.2%}  {row['phase']}"
+            f"{row['name']:32s}{row['measured_bytes'] / 2**20:10.1f} "
+            f"M{row['predicted_bytes'] / 2**20:10.1f} M{row['error']:+9.2%}  {row['phase']}"
         )
     print(
-        f"\n{'model':16s}{'quant':>6s}{'goal GB':>10s}{'predicted':>11s}{'reserved':>10s}  phase of the peak"
+        f"\n{'model':16s}{'quant':>6s}{'goal GB':>10s}{'predicted':>11s}{'reserved':>10s}  phase "
+        "of the peak"
     )
     for row in models:
         reserved = (

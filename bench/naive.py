@@ -1,15 +1,19 @@
-"""The two baselines of the rollout bench: the loop as the paper describes it (NAIVE), and one a good engineer writes in a day (NAIVE+).
+"""The two baselines of the rollout bench: the loop as the paper describes it (NAIVE), and one a
+good engineer writes in a day (NAIVE+).
 
-Both speak transformers and PEFT only, through the interface of the engine, so that views, ghosts, parsing, rewards and the loss are the
-very same code for every contender. Nobody's answers are cut short: lengths are locked by banning the end tokens, as everywhere.
+Both speak transformers and PEFT only, through the interface of the engine, so that views, ghosts,
+parsing, rewards and the loss are the very same code for every contender. Nobody's answers are cut
+short: lengths are locked by banning the end tokens, as everywhere.
 
-NAIVE: two copies of the weights (policy with LoRA, untouched reference), one image at a time, one `generate` call per answer, the stock
-processor (image and text) before every call, verdicts as text of 8 tokens, logits of the whole sequence in the update, PEFT defaults.
-NAIVE+: one copy with adapters off for the reference, batched `generate` with left padding, `logits_to_keep`, SDPA attention, one batched
-forward for policy and one for reference. Verdicts are still text: reading them from one forward is one of the tricks under test.
+NAIVE: two copies of the weights (policy with LoRA, untouched reference), one image at a time, one
+`generate` call per answer, the stock processor (image and text) before every call, verdicts as text
+of 8 tokens, logits of the whole sequence in the update, PEFT defaults. NAIVE+: one copy with
+adapters off for the reference, batched `generate` with left padding, `logits_to_keep`, SDPA
+attention, one batched forward for policy and one for reference. Verdicts are still text: reading
+them from one forward is one of the tricks under test.
 
-"Stock processor" is transformers' PIL image processor for this family plus the tokenizer, joined as Qwen3VLProcessor joins them: that
-class itself cannot be built without torchvision.
+"Stock processor" is transformers' PIL image processor for this family plus the tokenizer, joined as
+Qwen3VLProcessor joins them: that class itself cannot be built without torchvision.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ from vise_fast.text import prompts
 
 
 class Processor:
-    """(images, texts) to model inputs, left-padded: chat template, one placeholder per merged patch, pixels, grids, token types."""
+    """(images, texts) to model inputs, left-padded: chat template, one placeholder per merged
+    patch, pixels, grids, token types.
+    """
 
     def __init__(self, tokenizer, vision, max_pixels: int) -> None:
         self.tokenizer, self.merge = tokenizer, vision.spatial_merge_size
@@ -114,7 +120,9 @@ class Prompts:
 
 
 class Texts:
-    """The bench's locked tokens, except that a row is its text: the processor tokenizes it again before every call."""
+    """The bench's locked tokens, except that a row is its text: the processor tokenizes it again
+    before every call.
+    """
 
     def __init__(self, locked) -> None:
         self._locked = locked
@@ -279,7 +287,9 @@ class NaiveEngine:
         answers: list[list[int]],
         adapters: bool,
     ) -> Tensor:
-        """Log-softmax of every position of every sequence, then the answers' own: full rows (N, T, V)."""
+        """Log-softmax of every position of every sequence, then the answers' own: full rows (N, T,
+        V).
+        """
         inputs = self._inputs(
             [pictures.images[i] for i in owner], [texts[i] for i in owner], answers
         )
@@ -341,7 +351,9 @@ class NaivePolicy:
 
 
 class NaiveLearner(Learner):
-    """The learner with the update's log-probs from whole stock forwards, one per sampled box and model (NAIVE+: one for all)."""
+    """The learner with the update's log-probs from whole stock forwards, one per sampled box and
+    model (NAIVE+: one for all).
+    """
 
     def _logprobs(
         self, played: Played, chosen: list[int]
@@ -354,7 +366,9 @@ class NaiveLearner(Learner):
         ]
 
     def _one_call(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per model."""
+        """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per
+        model.
+        """
         boxes, engine = played.boxes, self.engine
         answers, owner = boxes.answers.select(chosen), [boxes.owner[n] for n in chosen]
         place = played.features, owner, boxes.rows, answers.rows()

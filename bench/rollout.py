@@ -1,15 +1,21 @@
-"""A whole step of the method, rollout and update, by every engine: the fast one, transformers' own modules, NAIVE and NAIVE+ (naive.py).
+"""A whole step of the method, rollout and update, by every engine: the fast one, transformers' own
+modules, NAIVE and NAIVE+ (naive.py).
 
-    python bench/rollout.py                                     the embedded model at batch 1 and 16: fast, naive, naive+
+    python bench/rollout.py                                     the embedded model at batch 1 and
+    16: fast, naive, naive+
     python bench/rollout.py --model mid-100m --size 640x480 --batch 8
-    python bench/rollout.py --model qwen3-vl-2b --batch 1 32 --plot step.png --write        (a GPU; random weights of the true shapes)
-    python bench/rollout.py --smoke                             does everything run? under a minute on a CPU
+    python bench/rollout.py --model qwen3-vl-2b --batch 1 32 --plot step.png --write        (a GPU;
+    random weights of the true shapes)
+    python bench/rollout.py --smoke                             does everything run? under a minute
+    on a CPU
 
-Answers are locked to 14 tokens for a query and 22 for a box (verdict texts: 8), so that random weights are as good as real ones; prompts,
-views, ghosts, parsing, rewards and the loss are the same code for everybody. Times come from interleaved whole steps; phases, FLOPs,
-launches and syncs from one further step each, because looking slows the step down. `floor` is what the phase's FLOPs and its decode steps'
-bytes would take at the matmul rate and copy bandwidth measured in the same run. "minimal" is perf.minimal_step for the prompts used here.
-Figures from a CPU are ratios and counts; its seconds (CPU time, one thread) are in the JSON only. Left out: real answers, image decoding.
+Answers are locked to 14 tokens for a query and 22 for a box (verdict texts: 8), so that random
+weights are as good as real ones; prompts, views, ghosts, parsing, rewards and the loss are the same
+code for everybody. Times come from interleaved whole steps; phases, FLOPs, launches and syncs from
+one further step each, because looking slows the step down. `floor` is what the phase's FLOPs and
+its decode steps' bytes would take at the matmul rate and copy bandwidth measured in the same run.
+"minimal" is perf.minimal_step for the prompts used here. Figures from a CPU are ratios and counts;
+its seconds (CPU time, one thread) are in the JSON only. Left out: real answers, image decoding.
 """
 
 from __future__ import annotations
@@ -70,7 +76,8 @@ class Contender:
         metrics = self.learner.learn(self.play(), self.steps)
         if metrics["scored"] < 1:
             raise RuntimeError(
-                f"{self.name}: only {metrics['scored']:.0%} of the boxes were scored; the locked step is not whole"
+                f"{self.name}: only {metrics['scored']:.0%} of the boxes were scored; the locked "
+                "step is not whole"
             )
         return metrics
 
@@ -84,7 +91,7 @@ class Contender:
         return {"step": total} | clock.take()
 
 
-# ---- contenders -----------------------------------------------------------------------------------------------------------------
+# ---- contenders ----------------------------------------------------------------------------------
 
 
 def contender(
@@ -149,7 +156,7 @@ def plan(c: Contender) -> Plan:
     )
 
 
-# ---- looking at one contender ---------------------------------------------------------------------------------------------------
+# ---- looking at one contender --------------------------------------------------------------------
 
 
 def look(
@@ -204,7 +211,9 @@ def _floors(
     ceilings: dict[str, float],
     batch: int,
 ) -> dict[str, float]:
-    """Seconds each phase would take at the ceilings: its FLOPs at the matmul rate, or its decode steps at the copy bandwidth."""
+    """Seconds each phase would take at the ceilings: its FLOPs at the matmul rate, or its decode
+    steps at the copy bandwidth.
+    """
     width = (
         2
         if c.config.model.dtype == "bfloat16"
@@ -238,7 +247,7 @@ def _kernel_launches(step: Callable) -> dict[str, int]:
     }
 
 
-# ---- one batch size -------------------------------------------------------------------------------------------------------------
+# ---- one batch size ------------------------------------------------------------------------------
 
 
 def run(
@@ -287,11 +296,13 @@ def _ratio(slow: list[float], quick: list[float]) -> dict[str, float]:
     }
 
 
-# ---- telling --------------------------------------------------------------------------------------------------------------------
+# ---- telling -------------------------------------------------------------------------------------
 
 
 def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str:
-    """Phases of every engine: share of the step (GPU: ms), share of the floor, launches; then counts and ratios."""
+    """Phases of every engine: share of the step (GPU: ms), share of the floor, launches; then
+    counts and ratios.
+    """
     gpu, lines = device.type == "cuda", []
     for name, e in result["engines"].items():
         seconds, floors = e["seconds"], e["floor_s"]
@@ -308,7 +319,9 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
                 shown = f"{spent * 1e3:9.1f} ms" if gpu else f"{spent / seconds['step']:9.1%}"
                 near = floors.get(phase, 0.0) / spent if spent > 0 else 0.0
                 lines.append(
-                    f"  {phase:10s}{shown}   floor {near:6.1%}   {e['flops'].get(phase, 0) / 1e9:10.1f} GFLOP {e['launches'].get(phase, 0):8.0f} launches"
+                    f"  {phase:10s}{shown}   floor {near:6.1%}   "
+                    f"{e['flops'].get(phase, 0) / 1e9:10.1f} GFLOP "
+                    f"{e['launches'].get(phase, 0):8.0f} launches"
                 )
         lines.append(_summary(e, ceilings))
     lines += [
@@ -322,9 +335,12 @@ def _summary(e: dict, ceilings: dict[str, float]) -> str:
     counts, rollout = e["counts"], e["counts"]["rollout"]
     reached = e["flops"]["step"] / e["seconds"]["step"] / ceilings["matmul_flop_per_s"]
     return (
-        f"  encodes {counts['encodes_per_distinct_image']:.2f}, prefixes {counts['prefixes_per_distinct_image_and_adapter_state']:.2f} per distinct image; "
-        f"{rollout['forwards']} forwards + {rollout['decode_steps']} decode steps; executed / minimal FLOPs {e['executed_over_minimal']:.3f}; "
-        f"{e['syncs']['all']} syncs; {e['launches']['step']:.0f} launches; {reached:.1%} of the matmul rate"
+        f"  encodes {counts['encodes_per_distinct_image']:.2f}, prefixes "
+        f"{counts['prefixes_per_distinct_image_and_adapter_state']:.2f} per distinct image; "
+        f"{rollout['forwards']} forwards + {rollout['decode_steps']} decode steps; executed / "
+        f"minimal FLOPs {e['executed_over_minimal']:.3f}; "
+        f"{e['syncs']['all']} syncs; {e['launches']['step']:.0f} launches; {reached:.1%} of the "
+        "matmul rate"
     )
 
 
@@ -358,7 +374,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -1,11 +1,15 @@
-"""What each piece of a reward knows: within a group of samples of one question, how does it go with the box's true IoU, and with its size?
+"""What each piece of a reward knows: within a group of samples of one question, how does it go with
+the box's true IoU, and with its size?
 
-    python bench/signals.py                                        the default configuration, 128 validation scenes
-    python bench/signals.py --scenes 32 -- --rollout.views 2 --rollout.view_temperature 1      any setting, behind --
+    python bench/signals.py                                        the default configuration, 128
+    validation scenes
+    python bench/signals.py --scenes 32 -- --rollout.views 2 --rollout.view_temperature 1      any
+    setting, behind --
 
-Two figures per piece, on drawn scenes whose true boxes training never sees: the correlation of its deviation from its group's mean with
-that of the true IoU (and of the log area: a piece that grows with size rewards growing), and the true IoU of the box that it would pick
-out of each group, beside the mean box and the best one. Left out: what a policy makes of it (learning.py).
+Two figures per piece, on drawn scenes whose true boxes training never sees: the correlation of its
+deviation from its group's mean with that of the true IoU (and of the log area: a piece that grows
+with size rewards growing), and the true IoU of the box that it would pick out of each group, beside
+the mean box and the best one. Left out: what a policy makes of it (learning.py).
 """
 
 from __future__ import annotations
@@ -144,12 +148,14 @@ def main() -> None:
         else measure(args.scenes, extra)
     )
     print(
-        f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU {document['mean_iou']:.3f}\n"
+        f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU "
+        f"{document['mean_iou']:.3f}\n"
     )
     print("| piece | with true IoU | with log area | IoU of its pick |\n|---|---|---|---|")
     for name, row in document["pieces"].items():
         print(
-            f"| {name} | {row['with_iou']:.2f} | {row['with_log_area']:.2f} | {row['picked_iou']:.3f} |"
+            f"| {name} | {row['with_iou']:.2f} | {row['with_log_area']:.2f} | "
+            f"{row['picked_iou']:.3f} |"
         )
     print(json.dumps(document))
 

@@ -1,16 +1,23 @@
-"""The whole step by NAIVE, NAIVE+ and ours, and the update pass alone: shared prefix against row by row, what each trick saves.
+"""The whole step by NAIVE, NAIVE+ and ours, and the update pass alone: shared prefix against row by
+row, what each trick saves.
 
-    python bench/train_step.py                        the embedded model, and a mid-size random one for the update pass; a CPU
-    python bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480 --dtype bfloat16 --batch 1 32     (a GPU)
+    python bench/train_step.py                        the embedded model, and a mid-size random one
+    for the update pass; a CPU
+    python bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480
+    --dtype bfloat16 --batch 1 32     (a GPU)
     python bench/train_step.py --smoke                does everything run? a minute on a CPU
 
-Whole steps are rollout.py's: interleaved repeats, phases, images per second, executed over minimal FLOPs. The update pass is policy and
-reference scores, log-prob head with exact KL, and the backward pass, for one image and G locked answers of 22 tokens, all with LoRA:
-  row-wise        a batch of G rows, each answer with a prefix of its own (what a batched trainer does)
+Whole steps are rollout.py's: interleaved repeats, phases, images per second, executed over minimal
+FLOPs. The update pass is policy and
+reference scores, log-prob head with exact KL, and the backward pass, for one image and G locked
+answers of 22 tokens, all with LoRA:
+  row-wise        a batch of G rows, each answer with a prefix of its own (what a batched trainer
+  does)
   shared          one tree per image, as trained
   plain autograd  the same tree, LoRA and norms in plain autograd
   checkpointing   the same tree, activations computed again layer by layer
-`bytes` is the most tensor memory alive at once beyond what was there before. Figures from a CPU are ratios and counts.
+`bytes` is the most tensor memory alive at once beyond what was there before. Figures from a CPU are
+ratios and counts.
 """
 
 from __future__ import annotations
@@ -137,7 +144,9 @@ def group_scaling(
 def tricks(
     engine: Engine, size: tuple[int, int], group: int, device: torch.device, repeats: int
 ) -> dict:
-    """The update pass as it is, in plain autograd, and with checkpointing: time and memory relative to the first."""
+    """The update pass as it is, in plain autograd, and with checkpointing: time and memory relative
+    to the first.
+    """
     update = Update.of(engine, size, group)
     runs = {
         "shared": update.shared,
@@ -160,7 +169,9 @@ def tricks(
 def shared_products(
     rows: int, width: int, out: int, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> dict:
-    """Policy and reference rows through a frozen weight in one product against two: is anything won?"""
+    """Policy and reference rows through a frozen weight in one product against two: is anything
+    won?
+    """
     x, y, weight = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, rows, out))
     both = torch.cat([x, y])
     runs = {
@@ -191,7 +202,9 @@ def _prefix(update: Update) -> int:
 
 
 def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) -> Engine:
-    """An engine over random weights of a shape: nano's, one of memory.MODELS, or one of configs/models."""
+    """An engine over random weights of a shape: nano's, one of memory.MODELS, or one of
+    configs/models.
+    """
     subject = (
         subjects.Subject(name, subjects._write(memory.shape_of(name), scratch), True)
         if name in memory.MODELS
@@ -209,16 +222,21 @@ def tell(scaling: list[dict], saved: dict, products: list[dict]) -> None:
         bytes_ratio = row["row-wise"]["bytes"] / row["shared"]["bytes"]
         r = row["speedup"]
         print(
-            f"  G {row['group']:2d}: FLOPs {row['flop_fraction']:.3f} of row-wise, time {r['median']:.2f}x less ({r['least']:.2f}-{r['most']:.2f}), prefix / answer {row['prefix_over_answer']:.1f}, bytes {bytes_ratio:.2f}x"
+            f"  G {row['group']:2d}: FLOPs {row['flop_fraction']:.3f} of row-wise, time "
+            f"{r['median']:.2f}x less ({r['least']:.2f}-{r['most']:.2f}), prefix / answer "
+            f"{row['prefix_over_answer']:.1f}, bytes {bytes_ratio:.2f}x"
         )
     for name, s in saved.items():
         print(
-            f"  {name:16s} time {s['time']['median']:.2f} ({s['time']['least']:.2f}-{s['time']['most']:.2f}), bytes {s['bytes_ratio']:.2f} of the shared tree's {saved['shared']['bytes'] / 2**20:.1f} MiB"
+            f"  {name:16s} time {s['time']['median']:.2f} "
+            f"({s['time']['least']:.2f}-{s['time']['most']:.2f}), bytes {s['bytes_ratio']:.2f} of "
+            f"the shared tree's {saved['shared']['bytes'] / 2**20:.1f} MiB"
         )
     for p in products:
         r = p["two_over_one"]
         print(
-            f"  policy and reference rows in one product, {p['rows']} x {p['width']} x {p['out']}: two products take {r['median']:.3f} of its time ({r['least']:.3f}-{r['most']:.3f})"
+            f"  policy and reference rows in one product, {p['rows']} x {p['width']} x {p['out']}: "
+            f"two products take {r['median']:.3f} of its time ({r['least']:.3f}-{r['most']:.3f})"
         )
 
 
@@ -271,7 +289,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--update-model",
         default="wide",
-        help="of the update pass: narrow, wide, vocal (memory.py), nano, or a name in configs/models",
+        help=(
+            "of the update pass: narrow, wide, vocal (memory.py), nano, or a name in configs/models"
+        ),
     )
     parser.add_argument("--update-size", default="192x192")
     parser.add_argument("--dtype", default="auto")
@@ -323,7 +343,8 @@ def main(words: list[str]) -> None:
     torch.manual_seed(0)
     ceilings = measure.ceilings(device, args.smoke, args.dtype)
     print(
-        f"ceilings measured in this run: {ceilings['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s copied"
+        f"ceilings measured in this run: {ceilings['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, "
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s copied"
     )
     steps = whole_steps(args, device, ceilings)
     width, height = (int(side) for side in args.update_size.split("x"))

@@ -1,4 +1,6 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before anything imports Triton."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before
+anything imports Triton.
+"""
 
 import os
 

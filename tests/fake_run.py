@@ -1,6 +1,8 @@
-"""Run directories without a run: the files that run.py writes, with invented numbers, for tests of what reads them.
+"""Run directories without a run: the files that run.py writes, with invented numbers, for tests of
+what reads them.
 
-Look at one: `python tests/fake_run.py DIRECTORY [healthy|collapsed|photographs]`, then `python -m vise_fast.report DIRECTORY`.
+Look at one: `python tests/fake_run.py DIRECTORY [healthy|collapsed|photographs]`, then `python -m
+vise_fast.report DIRECTORY`.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The direction of imports, read from the syntax tree: a folder may import only from folders that stand before it."""
+"""The direction of imports, read from the syntax tree: a folder may import only from folders that
+stand before it.
+"""
 
 import ast
 import re

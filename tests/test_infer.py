@@ -1,4 +1,6 @@
-"""Asking about one image: the answers are the engine's own greedy ones, boxes come out in the picture's pixels, faults are one line."""
+"""Asking about one image: the answers are the engine's own greedy ones, boxes come out in the
+picture's pixels, faults are one line.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""Every command of the README is run: as written where it is small, with fewer updates and scenes where it is not."""
+"""Every command of the README is run: as written where it is small, with fewer updates and scenes
+where it is not.
+"""
 
 import importlib
 import re
@@ -26,7 +28,8 @@ TRAIN = [
     "--eval.scenes",
     "4",
 ]
-# What is added to a command to make it small, and the exit code it has on a machine without the real weights.
+# What is added to a command to make it small, and the exit code it has on a machine without the
+# real weights.
 SMALL = {
     "python -m vise_fast.train": ([*TRAIN, "--run.dir", "{tmp}/fresh"], 0),
     "python -m vise_fast.train --help": ([], 0),
@@ -64,7 +67,9 @@ def commands():
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A directory with what the README's commands find: a finished run, photographs, one photograph, the configs."""
+    """A directory with what the README's commands find: a finished run, photographs, one
+    photograph, the configs.
+    """
     home = tmp_path_factory.mktemp("readme")
     (home / "photos").mkdir()
     for name in ("astronaut", "coffee", "chelsea", "rocket"):

@@ -4,5 +4,6 @@ import logging
 
 __version__ = "0.1.0"
 
-# PEFT imports bitsandbytes, which on some CPUs warns that a kernel it could download is not there; nothing here needs it.
+# PEFT imports bitsandbytes, which on some CPUs warns that a kernel it could download is not there;
+# nothing here needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,8 +1,11 @@
-"""Ask a model about one image: name an object, box it, say whether it is visible, before and after the box is hidden.
+"""Ask a model about one image: name an object, box it, say whether it is visible, before and after
+the box is hidden.
 
-    python -m vise_fast.infer --image photo.jpg [--adapter runs/nano/adapter] [--model PATH] [--query TEXT] [--draw FILE.png]
+    python -m vise_fast.infer --image photo.jpg [--adapter runs/nano/adapter] [--model PATH]
+    [--query TEXT] [--draw FILE.png]
 
-Without --query the model names an object itself. Answers are the most likely ones. Left out: batches, sampling.
+Without --query the model names an object itself. Answers are the most likely ones. Left out:
+batches, sampling.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ ORANGE = (255, 126, 30)
 
 @dataclass(frozen=True)
 class Answer:
-    """`box_1000` (4,) is None where the answer could not be read or has no area; then nothing was hidden and `gone` is None."""
+    """`box_1000` (4,) is None where the answer could not be read or has no area; then nothing was
+    hidden and `gone` is None.
+    """
 
     query: str
     query_written: str | None
@@ -46,7 +51,9 @@ class Answer:
 def answer(
     engine: Engine, pixels: Tensor, config: Config, query: str | None, adapters: bool
 ) -> Answer:
-    """Everything about one image, uint8 (H, W, 3) on the model's grid; one encode and one prefix serve all questions about it."""
+    """Everything about one image, uint8 (H, W, 3) on the model's grid; one encode and one prefix
+    serve all questions about it.
+    """
     prefix = engine.prefill(engine.encode([pixels]), adapters)
     asked = (
         None
@@ -75,7 +82,8 @@ def read_image(path: Path, config: Config) -> tuple[Pillow.Image, Tensor]:
         picture = decode.decode(path, config.data.max_header_pixels)
     except decode.BadImage as fault:
         raise DataError(
-            f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM file"
+            f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or "
+            "PPM file"
         ) from None
     size = decode.grid_size(
         picture.height, picture.width, multiple, config.data.min_pixels, config.data.max_pixels
@@ -94,7 +102,8 @@ def draw(picture: Pillow.Image, box_1000: Tensor, path: Path) -> None:
         picture.save(path)
     except (OSError, ValueError) as error:
         raise EnvironmentFault(
-            f"cannot write {path}; {error}; give --draw a writable file name that ends in .png or .jpg"
+            f"cannot write {path}; {error}; give --draw a writable file name that ends in .png or "
+            ".jpg"
         ) from error
 
 
@@ -111,12 +120,14 @@ def say(console: Console, given: Answer, picture: Pillow.Image) -> None:
             geometry.to_px(given.box_1000, picture.height, picture.width).round().int().tolist()
         )
         console.say(
-            f"box      {given.box_1000.round().int().tolist()} of 1000, pixels {pixels} of {picture.width} x {picture.height}"
+            f"box      {given.box_1000.round().int().tolist()} of 1000, pixels {pixels} of "
+            f"{picture.width} x {picture.height}"
         )
     console.say(f"visible  {'yes' if given.seen >= 0.5 else 'no'}, p {given.seen:.3f}")
     if given.gone is not None:
         console.say(
-            f"hidden   with the box hidden: {'still visible' if given.gone >= 0.5 else 'gone'}, p {given.gone:.3f}"
+            f"hidden   with the box hidden: {'still visible' if given.gone >= 0.5 else 'gone'}, p "
+            f"{given.gone:.3f}"
         )
 
 
@@ -131,7 +142,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if options["image"] is None:
         raise ConfigError(
-            "which image? infer answers about one picture; write python -m vise_fast.infer --image photo.jpg"
+            "which image? infer answers about one picture; write python -m vise_fast.infer --image "
+            "photo.jpg"
         )
     config = options.configuration()
     picture, pixels = read_image(Path(options["image"]), config)

@@ -1,4 +1,5 @@
-"""Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings the planner chose and what else would fit.
+"""Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings
+the planner chose and what else would fit.
 
 python -m vise_fast.lowmem
 """
@@ -33,7 +34,8 @@ def write(directory: Path, out: Console) -> int:
         path = directory / f"lowmem-{card}gb.yaml"
         path.write_text(text(card, size, plans), encoding="utf-8")
         out.say(
-            f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB predicted"
+            f"{path}: Qwen3-VL-{size.upper()}, peak {plans[size].rehearsed.peak / GIB:.1f} GiB "
+            "predicted"
         )
     return 0
 
@@ -65,9 +67,18 @@ def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
     chosen, name = plans[size], f"qwen3-vl-{size}"
     config, dtype = chosen.config, chosen.config.model
     lines = [
-        f"# A card of {card} GB: Qwen3-VL-{size.upper()}, robust preset, 500 updates of {config.train.batch} images.",
-        f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from the hub or from a directory (--model.path).",
-        f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the {chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by",
+        (
+            f"# A card of {card} GB: Qwen3-VL-{size.upper()}, robust preset, 500 updates of "
+            f"{config.train.batch} images."
+        ),
+        (
+            f"# Needs: a folder of images (--data.dir) and {WEIGHTS_GB[size]} GB of weights, from "
+            "the hub or from a directory (--model.path)."
+        ),
+        (
+            f"# Peak of a step, predicted: {chosen.rehearsed.peak / GIB:.1f} GiB of the "
+            f"{chosen.budget / GIB:.1f} GiB left after CUDA's own. Written by"
+        ),
         "# `python -m vise_fast.lowmem`; for the sizes of your images ask `train --dry-run`.",
         "# The same card also holds:"
         if any(p for other, p in plans.items() if other != size)

@@ -2,9 +2,10 @@
 
     python -m vise_fast.merge --adapter runs/nano/adapter --out merged [--model PATH]
 
-Each product B·A is formed and added in fp32 and rounded once, to the dtype the base is stored in. What that rounding takes away is said
-on screen: after a gentle run a bf16 base can swallow most of the update, and the adapter itself is then the better export.
-Left out: quantised bases (the merge goes into the unquantised weights).
+Each product B·A is formed and added in fp32 and rounded once, to the dtype the base is stored in.
+What that rounding takes away is said on screen: after a gentle run a bf16 base can swallow most of
+the update, and the adapter itself is then the better export. Left out: quantised bases (the merge
+goes into the unquantised weights).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ KEPT_WARNING = 0.9
 
 @dataclass
 class Loss:
-    """What rounding did to the update, summed over all merged matrices (float64 sums of fp32 numbers)."""
+    """What rounding did to the update, summed over all merged matrices (float64 sums of fp32
+    numbers).
+    """
 
     matrices: int = 0
     wanted: float = 0.0
@@ -68,7 +71,9 @@ class Loss:
 
 @torch.no_grad()
 def merge(model: PeftModel, adapter: str = "default") -> Loss:
-    """Adds every LoRA product to its base weight, in place; the LoRA layers stay and must not be used again."""
+    """Adds every LoRA product to its base weight, in place; the LoRA layers stay and must not be
+    used again.
+    """
     loss = Loss()
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
@@ -83,14 +88,18 @@ def merge(model: PeftModel, adapter: str = "default") -> Loss:
 
 
 def load_for_merge(config: Config, adapter: str) -> PeftModel:
-    """The unquantised base in its stored dtype, on the CPU, with the adapter attached. Raises ConfigError."""
+    """The unquantised base in its stored dtype, on the CPU, with the adapter attached.
+
+    Raises ConfigError.
+    """
     source = resolve(config.model.path)
     try:
         base = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model {config.model.path} cannot be loaded; {reason}; name the adapter's base with --model"
+            f"model {config.model.path} cannot be loaded; {reason}; name the adapter's base with "
+            "--model"
         ) from error
     model = attach(base.requires_grad_(False), config, adapter)
     check_targets(model)
@@ -98,7 +107,10 @@ def load_for_merge(config: Config, adapter: str) -> PeftModel:
 
 
 def save(model: PeftModel, source: str, out: Path) -> None:
-    """The merged base with its tokenizer and processor files, written aside and renamed. Raises EnvironmentFault."""
+    """The merged base with its tokenizer and processor files, written aside and renamed.
+
+    Raises EnvironmentFault.
+    """
     aside = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -109,7 +121,8 @@ def save(model: PeftModel, source: str, out: Path) -> None:
         os.replace(aside, out)
     except OSError as error:
         raise EnvironmentFault(
-            f"cannot write {out}; {error.strerror or error}; free space or give --out a writable place"
+            f"cannot write {out}; {error.strerror or error}; free space or give --out a writable "
+            "place"
         ) from error
 
 
@@ -121,7 +134,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if options["adapter"] is None or options["out"] is None:
         raise ConfigError(
-            "merge needs an adapter and a place for the result; write python -m vise_fast.merge --adapter RUN/adapter --out DIR"
+            "merge needs an adapter and a place for the result; write python -m vise_fast.merge "
+            "--adapter RUN/adapter --out DIR"
         )
     out = Path(options["out"])
     if out.exists():
@@ -132,7 +146,8 @@ def main(words: Sequence[str]) -> int:
     model = load_for_merge(config, options["adapter"])
     if config.model.quant != "none":
         console.warn(
-            f"the adapter was trained on a base held in {config.model.quant}; it is merged into the unquantised weights, which it has not seen"
+            f"the adapter was trained on a base held in {config.model.quant}; it is merged into "
+            "the unquantised weights, which it has not seen"
         )
     loss = merge(model)
     _say(console, loss, model.get_base_model().lm_head.weight.dtype)
@@ -145,11 +160,13 @@ def _say(console: Console, loss: Loss, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     console.say(f"merged   {loss.matrices} matrices in fp32, stored as {name}")
     console.say(
-        f"rounding {loss.relative:.2%} of the update's size is lost, {loss.kept:.2%} of it arrived, {loss.unmoved} of {loss.touched} weights did not move"
+        f"rounding {loss.relative:.2%} of the update's size is lost, {loss.kept:.2%} of it "
+        f"arrived, {loss.unmoved} of {loss.touched} weights did not move"
     )
     if loss.kept < KEPT_WARNING or loss.relative > 1 - KEPT_WARNING:
         console.warn(
-            f"{name} is too coarse for this update: the merged model is not the model that was trained; use the adapter itself where you can"
+            f"{name} is too coarse for this update: the merged model is not the model that was "
+            "trained; use the adapter itself where you can"
         )
 
 

@@ -1,7 +1,9 @@
-"""Where a reward of your own finds what it needs: `from vise_fast.rewards import Evidence, Parts, register`.
+"""Where a reward of your own finds what it needs: `from vise_fast.rewards import Evidence, Parts,
+register`.
 
-A file given as `--reward.plugin FILE` registers functions; `--reward.name NAME` chooses one. This module
-keeps its place and its names whatever moves inside the package; the rewards themselves are in method/rewards.py.
+A file given as `--reward.plugin FILE` registers functions; `--reward.name NAME` chooses one. This
+module keeps its place and its names whatever moves inside the package; the rewards themselves are
+in method/rewards.py.
 """
 
 from vise_fast.method.rewards import Evidence, Parts, Scores, agreement, register

@@ -1,8 +1,9 @@
-"""Train a vision-language model on raw images by VISE: `python -m vise_fast.train [--config FILE] [--section.key value …]`.
+"""Train a vision-language model on raw images by VISE: `python -m vise_fast.train [--config FILE]
+[--section.key value …]`.
 
-Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after table. Each update plays a batch through
-the method (experience.py), turns what happened into rewards (rewards.py) and takes one step (learner.py). What a run leaves behind is
-written by run.py.
+Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after
+table. Each update plays a batch through the method (experience.py), turns what happened into
+rewards (rewards.py) and takes one step (learner.py). What a run leaves behind is written by run.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def train(config: Config, truth: Truth | None = None) -> int:
-    """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after saving."""
+    """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after
+    saving.
+    """
     rewards.resolve(config.reward)
     allocator.keep_freed_memory()
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -107,7 +110,9 @@ def one_step(
 def play_batch(
     engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
 ) -> list[Played]:
-    """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the slices."""
+    """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the
+    slices.
+    """
     size = config.train.micro_batch or len(images)
     cuts = range(0, len(images), size)
     return [
@@ -117,7 +122,10 @@ def play_batch(
 
 
 def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:
-    """What `memory.budget_gb` makes of the configuration, and the source at its pixel budget. Raises MemoryFloor."""
+    """What `memory.budget_gb` makes of the configuration, and the source at its pixel budget.
+
+    Raises MemoryFloor.
+    """
     plan = estimate.plan(config, source)
     run.console.say(str(plan))
     run.config = plan.config

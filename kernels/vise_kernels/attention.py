@@ -1,12 +1,16 @@
-"""Attention of new tokens over several banks of keys and values that rows share, with its log-sum-exp: a CPU's forward pass.
+"""Attention of new tokens over several banks of keys and values that rows share, with its
+log-sum-exp: a CPU's forward pass.
 
-    out[n, t] = softmax over all banks p and the tokens s that row n sees there of (q[n, t] . keys_p[owner_p[n], s] * scale), times the values there
+    out[n, t] = softmax over all banks p and the tokens s that row n sees there of (q[n, t] .
+    keys_p[owner_p[n], s] * scale), times the values there
 
-The last bank may be causal: token t sees its first t + 1 tokens. The native path goes over all banks in one softmax and copies nothing: no
-folded queries, no keys repeated for the heads that share them, no parts to merge. Left out: gradients (the log-sum-exp is what a backward pass
-needs), other types than float32, GPUs (vise_fast/attention.py; one new token per row: decode_attention.py).
+The last bank may be causal: token t sees its first t + 1 tokens. The native path goes over all
+banks in one softmax and copies nothing: no folded queries, no keys repeated for the heads that
+share them, no parts to merge. Left out: gradients (the log-sum-exp is what a backward pass needs),
+other types than float32, GPUs (vise_fast/attention.py; one new token per row: decode_attention.py).
 
-Shapes: N rows, T new tokens, H query heads, KV key heads, D head dimension; bank p has M_p entries of S_p tokens.
+Shapes: N rows, T new tokens, H query heads, KV key heads, D head dimension; bank p has M_p entries
+of S_p tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ DIM_STEP = 16  # the native path takes head dimensions that are multiples of thi
 
 
 class Bank(NamedTuple):
-    """keys, values (M, KV, S, D), D contiguous; owner int64 (N,): each row's entry (None: row n's is n); length int64 (M,): tokens seen (None: all)."""
+    """keys, values (M, KV, S, D), D contiguous; owner int64 (N,): each row's entry (None: row n's
+    is n); length int64 (M,): tokens seen (None: all).
+    """
 
     keys: Tensor
     values: Tensor
@@ -32,10 +38,12 @@ class Bank(NamedTuple):
 def attention(
     q: Tensor, banks: list[Bank], *, scale: float, causal: bool, path: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q (N,T,H,D) over `banks`: output (N,T,H,D) and natural log-sum-exp (N,T,H), -inf where a query sees nothing.
+    """q (N,T,H,D) over `banks`: output (N,T,H,D) and natural log-sum-exp (N,T,H), -inf where a
+    query sees nothing.
 
-    Plain where anything needs gradients, is not float32, or D is no multiple of 16; ValueError: a forced `path` that cannot run, shapes that do
-    not fit, an owner beyond its bank (plain: PyTorch's own error).
+    Plain where anything needs gradients, is not float32, or D is no multiple of 16; ValueError: a
+    forced `path` that cannot run, shapes that do not fit, an owner beyond its bank (plain:
+    PyTorch's own error).
     """
     _check(q, banks)
     if q.shape[3] % DIM_STEP and path is None:
@@ -87,7 +95,8 @@ def _native(
         raise ValueError("attention: path 'native' takes float32 on a CPU")
     if dim % DIM_STEP:
         raise ValueError(
-            f"attention: path 'native' takes head dimensions that are multiples of {DIM_STEP}, got {dim}"
+            f"attention: path 'native' takes head dimensions that are multiples of {DIM_STEP}, got "
+            f"{dim}"
         )
     q, out, lse = q.contiguous(), q.new_empty(q.shape), q.new_empty(q.shape[:3])
     keys, values = (
@@ -137,19 +146,22 @@ def _check(q: Tensor, banks: list[Bank]) -> None:
         )
         if not fits or q.shape[2] % keys.shape[1] or (owner is None and len(keys) != len(q)):
             raise ValueError(
-                f"attention: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit q {tuple(q.shape)}"
+                f"attention: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit "
+                f"q {tuple(q.shape)}"
             )
         for name, table, size in (("owner", owner, len(q)), ("length", length, len(keys))):
             if table is not None and (
                 table.shape != (size,) or table.dtype != torch.int64 or table.device != q.device
             ):
                 raise ValueError(
-                    f"attention: {name} must be int64 ({size},) on {q.device}, got {table.dtype} {tuple(table.shape)} on {table.device}"
+                    f"attention: {name} must be int64 ({size},) on {q.device}, got {table.dtype} "
+                    f"{tuple(table.shape)} on {table.device}"
                 )
 
 
 _LIBRARY = torch.library.Library("vise_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] owners, Tensor?[] lengths, bool causal, float scale) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] owners, Tensor?[] lengths, bool "
+    "causal, float scale) -> (Tensor, Tensor)"
 )
 _LIBRARY.impl("attention", _native, "CPU")

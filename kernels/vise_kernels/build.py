@@ -1,7 +1,9 @@
-"""Compiles the native module in place, for a plain checkout: `python -m vise_kernels.build [-DVISE_NATIVE_ARCH=ON]`.
+"""Compiles the native module in place, for a plain checkout: `python -m vise_kernels.build
+[-DVISE_NATIVE_ARCH=ON]`.
 
-Runs CMake on the checkout's CMakeLists.txt with this Python's nanobind and puts `_native*.so` beside this file; a second
-run compiles only what changed. Arguments are handed to CMake. An installed package has no need of it.
+Runs CMake on the checkout's CMakeLists.txt with this Python's nanobind and puts `_native*.so`
+beside this file; a second run compiles only what changed. Arguments are handed to CMake. An
+installed package has no need of it.
 """
 
 import shutil
@@ -20,7 +22,9 @@ def find_tool(name: str) -> str | None:
 
 
 def build(options: list[str]) -> None:
-    """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError: the build failed."""
+    """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError:
+    the build failed.
+    """
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     if cmake is None:
         raise RuntimeError(

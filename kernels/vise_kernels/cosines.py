@@ -1,6 +1,8 @@
-"""The taps of a truncated Gaussian, and the same taps as a short sum of cosines for the constant-time native blur.
+"""The taps of a truncated Gaussian, and the same taps as a short sum of cosines for the
+constant-time native blur.
 
-taps(d) = exp(-d^2 / 2 sigma^2) / sum, |d| <= radius        taps(d) ~ sum_k amplitude_k cos(frequency_k d)
+taps(d) = exp(-d^2 / 2 sigma^2) / sum, |d| <= radius        taps(d) ~ sum_k amplitude_k
+cos(frequency_k d)
 """
 
 import functools
@@ -10,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Two passes of the fitted kernel stay within this many grey levels of the exact one, whatever the image.
+# Two passes of the fitted kernel stay within this many grey levels of the exact one, whatever the
+# image.
 MOST_ERROR = 0.25
-# The cosines' half period, in kernel half-widths: longer than the kernel, so that the fit need not be even at its ends
-# and fewer terms do (5 instead of 9 at three sigma); too long and amplitudes cancel each other, which `_fit` refuses.
+# The cosines' half period, in kernel half-widths: longer than the kernel, so that the fit need not
+# be even at its ends and fewer terms do (5 instead of 9 at three sigma); too long and amplitudes
+# cancel each other, which `_fit` refuses.
 STRETCHES = (1.3, 1.15, 1.0)
 MOST_CANCELLATION = 4.0
 
@@ -27,7 +31,9 @@ def taps(sigma: float, radius: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def fit(sigma: float, radius: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """(radius, frequency (K,), amplitude (K,)) in radians per pixel; the fewest terms that keep MOST_ERROR."""
+    """(radius, frequency (K,), amplitude (K,)) in radians per pixel; the fewest terms that keep
+    MOST_ERROR.
+    """
     radius = min(radius, math.ceil(6 * sigma))  # beyond, taps are below 2e-8 of the largest
     target = taps(sigma, radius).numpy()
     fits = [_fit(target, radius, stretch) for stretch in STRETCHES]
@@ -39,7 +45,9 @@ def fit(sigma: float, radius: int) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def _fit(target: np.ndarray, radius: int, stretch: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Least squares with 1, 2, ... terms until the error is small; None where that takes cancelling amplitudes."""
+    """Least squares with 1, 2, ... terms until the error is small; None where that takes cancelling
+    amplitudes.
+    """
     d = np.arange(-radius, radius + 1)
     frequency = np.pi / (stretch * (radius + 0.5)) * np.arange(radius + 1)
     for terms in range(1, radius + 2):

@@ -1,13 +1,18 @@
-"""Attention of one new token per row over several banks of keys and values that rows share, at addresses and lengths read on the device.
+"""Attention of one new token per row over several banks of keys and values that rows share, at
+addresses and lengths read on the device.
 
-    out[n] = softmax over all banks p and tokens t < length[p, n] of (q[n] . keys_p[owner[p, n], t] * scale), times the values there
+    out[n] = softmax over all banks p and tokens t < length[p, n] of (q[n] . keys_p[owner[p, n], t]
+    * scale), times the values there
 
-Everything that changes from one token, or one rollout, to the next (which entry of a bank a row sees, how many of its tokens, where
-the bank lies) is data in tensors, never an argument of the launch: a captured CUDA graph stays valid when banks move. A prefix that many
-rows share is never copied. The tokens of each row are split among programs and the parts merged by their log-sum-exp ("Flash-Decoding", Dao
-et al. 2023). Leaves out gradients and several new tokens per row (vise_fast/attention.py).
+Everything that changes from one token, or one rollout, to the next (which entry of a bank a row
+sees, how many of its tokens, where the bank lies) is data in tensors, never an argument of the
+launch: a captured CUDA graph stays valid when banks move. A prefix that many rows share is never
+copied. The tokens of each row are split among programs and the parts merged by their log-sum-exp
+("Flash-Decoding", Dao et al. 2023). Leaves out gradients and several new tokens per row
+(vise_fast/attention.py).
 
-Shapes: N rows, H query heads, KV key heads, D head dimension, P banks; bank p has M_p entries of S_p tokens.
+Shapes: N rows, H query heads, KV key heads, D head dimension, P banks; bank p has M_p entries of
+S_p tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +32,11 @@ PROGRAMS = 264  # two per multiprocessor of a large GPU
 
 @dataclass
 class Banks:
-    """keys, values: P tensors (M_p, KV, S_p, D), contiguous; owner, length int64 (P, N): the entry each row sees and how many of its tokens.
+    """keys, values: P tensors (M_p, KV, S_p, D), contiguous; owner, length int64 (P, N): the entry
+    each row sees and how many of its tokens.
 
-    table int64 (P, 3) says where the banks lie (`locate`); the Triton kernel reads it, and nothing else, to find them.
+    table int64 (P, 3) says where the banks lie (`locate`); the Triton kernel reads it, and nothing
+    else, to find them.
     """
 
     keys: list[Tensor]
@@ -40,11 +47,14 @@ class Banks:
 
 
 def locate(keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """The table of some banks: addresses of keys and values and the tokens per entry, int64 (P, 3), on the CPU. ValueError: not contiguous."""
+    """The table of some banks: addresses of keys and values and the tokens per entry, int64 (P, 3),
+    on the CPU. ValueError: not contiguous.
+    """
     for bank in (*keys, *values):
         if not bank.is_contiguous():
             raise ValueError(
-                f"decode_attention: banks must be contiguous, got {tuple(bank.shape)} with strides {bank.stride()}"
+                f"decode_attention: banks must be contiguous, got {tuple(bank.shape)} with strides "
+                f"{bank.stride()}"
             )
     return torch.tensor(
         [[k.data_ptr(), v.data_ptr(), k.shape[2]] for k, v in zip(keys, values, strict=True)],
@@ -53,7 +63,10 @@ def locate(keys: list[Tensor], values: list[Tensor]) -> Tensor:
 
 
 def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None = None) -> Tensor:
-    """q (N,H,D) over `banks`: (N,H,D) in q's dtype. A row that sees no token at all is zero. ValueError: shapes that do not fit."""
+    """q (N,H,D) over `banks`: (N,H,D) in q's dtype. A row that sees no token at all is zero.
+
+    ValueError: shapes that do not fit.
+    """
     _check(q, banks)
     if choose("decode_attention", q.device, path).path == "plain":
         return plain(q, banks, scale)
@@ -89,7 +102,9 @@ def plain(q: Tensor, banks: Banks, scale: float) -> Tensor:
 def _attend(
     q: Tensor, owner: Tensor, length: Tensor, table: Tensor, kv_heads: int, scale: float
 ) -> Tensor:
-    """`plain` on Triton: part of a row's tokens per program, then one program per head over the parts."""
+    """`plain` on Triton: part of a row's tokens per program, then one program per head over the
+    parts.
+    """
     rows, heads, dim = q.shape
     out = torch.empty_like(q)
     if q.numel() == 0:
@@ -139,7 +154,9 @@ def _partial_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Softmax-weighted values and log-sum-exp over one part of a row's tokens, for the query heads of one key head; grid (N, KV, splits)."""
+    """Softmax-weighted values and log-sum-exp over one part of a row's tokens, for the query heads
+    of one key head; grid (N, KV, splits).
+    """
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, kv_heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     member, lane, token = tl.arange(0, TILE), tl.arange(0, WIDE), tl.arange(0, BLOCK)
@@ -194,7 +211,9 @@ def _merge_kernel(
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The parts of one row's head, weighted by the share of the softmax mass each holds; grid (N * H,)."""
+    """The parts of one row's head, weighted by the share of the softmax mass each holds; grid (N *
+    H,).
+    """
     head = tl.program_id(0).to(tl.int64)
     part, lane = tl.arange(0, LANES), tl.arange(0, WIDE)
     mass = tl.load(lse + head * SPLITS + part, mask=part < SPLITS, other=-1e30)
@@ -214,7 +233,8 @@ def _check(q: Tensor, banks: Banks) -> None:
     for name, table in (("owner", banks.owner), ("length", banks.length)):
         if table.shape != want or table.dtype != torch.int64:
             raise ValueError(
-                f"decode_attention: {name} must be int64 {want}, got {table.dtype} {tuple(table.shape)}"
+                f"decode_attention: {name} must be int64 {want}, got {table.dtype} "
+                f"{tuple(table.shape)}"
             )
     for keys, values in zip(banks.keys, banks.values, strict=True):
         if (
@@ -225,5 +245,6 @@ def _check(q: Tensor, banks: Banks) -> None:
             or keys.dtype != q.dtype
         ):
             raise ValueError(
-                f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}"
+                f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values "
+                f"{tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}"
             )

@@ -1,7 +1,8 @@
-"""Which path an op takes here, and why: triton on a GPU, native C++ on a CPU where it gains, plain PyTorch everywhere.
+"""Which path an op takes here, and why: triton on a GPU, native C++ on a CPU where it gains, plain
+PyTorch everywhere.
 
-Also the one guarded import of Triton: op files take `triton`, `tl` and `jit` from here, so that they load on machines
-without it. Leaves out the ops themselves.
+Also the one guarded import of Triton: op files take `triton`, `tl` and `jit` from here, so that
+they load on machines without it. Leaves out the ops themselves.
 """
 
 import contextvars
@@ -58,7 +59,9 @@ class Choice:
 
 
 def jit(function=None, **options):
-    """`triton.jit`, or where Triton is absent the function itself: never launched, since `choose` refuses that path."""
+    """`triton.jit`, or where Triton is absent the function itself: never launched, since `choose`
+    refuses that path.
+    """
     if function is None:
         return functools.partial(jit, **options)
     return function if triton is None else triton.jit(function, **options)
@@ -71,14 +74,20 @@ def interpreted() -> bool:
 
 @functools.cache
 def native() -> ModuleType | None:
-    """The compiled module, or None where it was not built. One that is there but does not load raises ImportError."""
+    """The compiled module, or None where it was not built.
+
+    One that is there but does not load raises ImportError.
+    """
     if importlib.util.find_spec("vise_kernels._native") is None:
         return None
     return importlib.import_module("vise_kernels._native")
 
 
 def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
-    """The path of `op` for tensors on `device`; `path` forces one. ValueError where the forced path cannot run."""
+    """The path of `op` for tensors on `device`; `path` forces one.
+
+    ValueError where the forced path cannot run.
+    """
     if path is None:
         return _automatic(op, device)
     if path not in PATHS:
@@ -92,10 +101,12 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
 def without_gradients(
     op: str, path: str | None, *operands: torch.Tensor | None, tables: tuple[torch.Tensor, ...] = ()
 ) -> str:
-    """The path of an op whose fast paths record no gradients: native takes float32 and mostly bfloat16, one of them for all operands,
-    Triton float16 too and any mixture. `tables` are float32 in any case. ValueError as `choose`.
+    """The path of an op whose fast paths record no gradients: native takes float32 and mostly
+    bfloat16, one of them for all operands, Triton float16 too and any mixture. `tables` are float32
+    in any case. ValueError as `choose`.
 
-    Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches nothing.
+    Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches
+    nothing.
     """
     operands = [t for t in operands if t is not None]
     if path is None and operands[0].is_meta:
@@ -138,7 +149,9 @@ def threads_for(elements: int) -> int:
 
 
 def prefer(path: str | None) -> None:
-    """From here on every op takes "plain" unless a call says otherwise; None: the best that runs, as at the start."""
+    """From here on every op takes "plain" unless a call says otherwise; None: the best that runs,
+    as at the start.
+    """
     if path not in (None, "plain"):
         raise ValueError(f"prefer: {path!r}; one of None, 'plain'")
     _PREFERRED.set(path)
@@ -182,7 +195,9 @@ def _native_obstacle(op: str, device: torch.device) -> str | None:
 
 
 def available() -> dict[str, tuple[str, str]]:
-    """{op: (path, reason)} for the device this machine would compute on: its GPU where it has one, else its CPU."""
+    """{op: (path, reason)} for the device this machine would compute on: its GPU where it has one,
+    else its CPU.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = {op: choose(op, device) for op in NATIVE_OPS}
     return {op: (choice.path, choice.reason) for op, choice in chosen.items()}

@@ -1,8 +1,11 @@
-"""The product of a few rows and a large weight, with its low-rank term: y = x Wᵀ + b + low upᵀ, as each decode step does dozens of.
+"""The product of a few rows and a large weight, with its low-rank term: y = x Wᵀ + b + low upᵀ, as
+each decode step does dozens of.
 
-Such a product costs the reading of the weight. Libraries arrange the weight for the multiplier first, which pays with hundreds of rows and
-costs more than the product with a few; the native path arranges x instead and reads the weight once, in order, with the lines that come next
-asked for in advance. One thread: starting others for each product takes what they save. Left out: gradients and other types than float32.
+Such a product costs the reading of the weight. Libraries arrange the weight for the multiplier
+first, which pays with hundreds of rows and costs more than the product with a few; the native path
+arranges x instead and reads the weight once, in order, with the lines that come next asked for in
+advance. One thread: starting others for each product takes what they save. Left out: gradients and
+other types than float32.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ def few_rows(
     *,
     path: str | None = None,
 ) -> Tensor:
-    """x (n, in) times weight (out, in), plus bias (out,), plus low (n, r) times up (out, r): (n, out). Native where it `gains`, else PyTorch's own.
+    """x (n, in) times weight (out, in), plus bias (out,), plus low (n, r) times up (out, r): (n,
+    out). Native where it `gains`, else PyTorch's own.
 
-    `path` forces "plain" or "native"; ValueError where that cannot run: operands that do not fit, are not float32 on a CPU, or carry gradients.
+    `path` forces "plain" or "native"; ValueError where that cannot run: operands that do not fit,
+    are not float32 on a CPU, or carry gradients.
     """
     if path is None:
         path = "native" if gains(x, weight) else "plain"
@@ -88,7 +93,8 @@ def _native(
 
 
 _NAMES = ("x", "weight", "bias", "low", "up")
-# Registered by hand: a call of torch.library.custom_op takes tens of microseconds, and a decode step makes dozens.
+# Registered by hand: a call of torch.library.custom_op takes tens of microseconds, and a decode
+# step makes dozens.
 _LIBRARY = torch.library.Library("vise_kernels", "FRAGMENT")
 _LIBRARY.define(
     "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? low, Tensor? up) -> Tensor"

@@ -1,16 +1,22 @@
-"""Ghosting: hides what is inside boxes of uint8 images (or everything but the box), and nothing else.
+"""Ghosting: hides what is inside boxes of uint8 images (or everything but the box), and nothing
+else.
 
-    blur      out = round(A_h X A_w^T) per channel, A[i, j] = sum over taps d with mirror(i + d) = j of taps(d): a separable
-              Gaussian on the box alone, continued at the box's edges by reflection that does not repeat the edge (101),
+    blur      out = round(A_h X A_w^T) per channel, A[i, j] = sum over taps d with mirror(i + d) = j
+              of taps(d): a separable
+              Gaussian on the box alone, continued at the box's edges by reflection that does not
+              repeat the edge (101),
               as often as the radius asks for; an axis of one pixel is left as it is
     mean      every pixel the rounded mean of the box
-    pixelate  cells of sqrt(12) sigma a side, from the box's top left corner, each its rounded mean: a uniform square
+    pixelate  cells of sqrt(12) sigma a side, from the box's top left corner, each its rounded mean:
+              a uniform square
               of that side spreads as far as the Gaussian does
-    feather   out = round(x + a (ghost - x)), a = min(1, depth / feather), depth = distance of the pixel's centre to the
+    feather   out = round(x + a (ghost - x)), a = min(1, depth / feather), depth = distance of the
+              pixel's centre to the
               box's nearest edge in pixels; edges on the image's border are not softened
 
-region="outside" ghosts the whole image (its mean: of the pixels outside) and puts the box back. Pixels outside the
-region keep their bytes. Leaves out what to hide and how strongly: the caller chooses boxes and sigma.
+region="outside" ghosts the whole image (its mean: of the pixels outside) and puts the box back.
+Pixels outside the region keep their bytes. Leaves out what to hide and how strongly: the caller
+chooses boxes and sigma.
 """
 
 import math
@@ -38,7 +44,9 @@ REGIONS = ("inside", "outside")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do, box by box, on the host. Boxes are clipped to their image; empty ones are (0,0,0,0)."""
+    """What to do, box by box, on the host. Boxes are clipped to their image; empty ones are
+    (0,0,0,0).
+    """
 
     images: list[int]  # (N,) which image a box lies in
     boxes: Tensor  # (N,4) int64 x1,y1,x2,y2, half-open
@@ -64,11 +72,13 @@ def ghost(
     region: str = "inside",
     path: str | None = None,
 ) -> list[Tensor]:
-    """One ghosted copy per box: N uint8 (H,W,3) tensors, the n-th of images[image_index[n]] with boxes_px[n] hidden.
+    """One ghosted copy per box: N uint8 (H,W,3) tensors, the n-th of images[image_index[n]] with
+    boxes_px[n] hidden.
 
-    images: uint8 (H,W,3) on one device, any sizes. image_index (N,) and boxes_px (N,4) integers x1,y1,x2,y2 (half-open, clipped
-    to the image; empty ones leave an untouched copy) live on the CPU. sigma and radius in pixels, one or (N,); radius
-    None: ceil(3 sigma). path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot run.
+    images: uint8 (H,W,3) on one device, any sizes. image_index (N,) and boxes_px (N,4) integers
+    x1,y1,x2,y2 (half-open, clipped to the image; empty ones leave an untouched copy) live on the
+    CPU. sigma and radius in pixels, one or (N,); radius None: ceil(3 sigma). path forces "plain",
+    "native" or "triton". ValueError: what does not fit, or a path that cannot run.
     """
     images = checked("ghost", images)
     plan = _plan(images, image_index, boxes_px, method, sigma, radius, feather, region)
@@ -81,13 +91,15 @@ def ghost(
 def _plan(images, image_index, boxes_px, method, sigma, radius, feather, region) -> Plan:
     if method not in METHODS or region not in REGIONS or not feather >= 0:
         raise ValueError(
-            f"ghost: method {method!r} of {METHODS}, region {region!r} of {REGIONS}, feather {feather} >= 0"
+            f"ghost: method {method!r} of {METHODS}, region {region!r} of {REGIONS}, feather "
+            f"{feather} >= 0"
         )
     index = on_host("ghost", "image_index", torch.as_tensor(image_index, dtype=torch.int64))
     boxes = on_host("ghost", "boxes_px", boxes_px)
     if index.dim() != 1 or boxes.shape != (len(index), 4) or boxes.is_floating_point():
         raise ValueError(
-            f"ghost: boxes_px must be integers ({len(index)},4), got {boxes.dtype} {tuple(boxes.shape)}"
+            f"ghost: boxes_px must be integers ({len(index)},4), got {boxes.dtype} "
+            f"{tuple(boxes.shape)}"
         )
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(images):
         raise ValueError(f"ghost: image_index must lie in 0..{len(images) - 1}")
@@ -127,7 +139,7 @@ def _clip(boxes: Tensor, images: Images) -> Tensor:
     return torch.where(proper[:, None], clipped, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------- plain
+# --------------------------------------------------------------------------------------------------
 
 
 def plain(images: Images, plan: Plan) -> list[Tensor]:
@@ -165,7 +177,9 @@ def _fill(crop: Tensor, n: int, plan: Plan, mean: Tensor | None) -> Tensor:
 
 
 def blur_matrix(size: int, weights: Tensor) -> Tensor:
-    """(size, size): blurs a signal of `size` samples with `weights` (2 radius + 1,), mirrored (101) at both ends."""
+    """(size, size): blurs a signal of `size` samples with `weights` (2 radius + 1,), mirrored (101)
+    at both ends.
+    """
     radius = len(weights) // 2
     at = torch.arange(size, device=weights.device)[:, None] + torch.arange(
         -radius, radius + 1, device=weights.device
@@ -200,7 +214,9 @@ def _soften(image: Tensor, ghosted: Tensor, box: tuple[int, int, int, int], plan
 
 
 def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) -> Tensor:
-    """(size,) how deep each pixel's centre lies in [low, high), in pixels; for the inside, the image's border is no edge."""
+    """(size,) how deep each pixel's centre lies in [low, high), in pixels; for the inside, the
+    image's border is no edge.
+    """
     centre = torch.arange(size, dtype=torch.float32, device=device) + 0.5
     from_low = torch.full_like(centre, torch.inf) if low == 0 and not outside else centre - low
     from_high = (
@@ -209,7 +225,7 @@ def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) 
     return torch.minimum(from_low, from_high)
 
 
-# ------------------------------------------------------------------------------------------------------------ native
+# --------------------------------------------------------------------------------------------------
 
 
 def _native(images: Images, plan: Plan) -> list[Tensor]:
@@ -235,7 +251,7 @@ def _native(images: Images, plan: Plan) -> list[Tensor]:
     return outs
 
 
-# ------------------------------------------------------------------------------------------------------------ Triton
+# --------------------------------------------------------------------------------------------------
 
 # One row per box: addresses of source, out, scratch, taps; width, height; box; region; radius, cell
 COLUMNS = 16
@@ -260,7 +276,9 @@ def _number(row, column):
 
 @jit
 def _put(row, x, y, channel, inside, ghosted, feather, OUTSIDE: tl.constexpr):
-    """Blends the grey levels `ghosted` into pixels (x, y) of a row's image, where `inside`; with OUTSIDE the box stays."""
+    """Blends the grey levels `ghosted` into pixels (x, y) of a row's image, where `inside`; with
+    OUTSIDE the box stays.
+    """
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
     width, height = _number(row, 4), _number(row, 5)
@@ -285,15 +303,18 @@ def _put(row, x, y, channel, inside, ghosted, feather, OUTSIDE: tl.constexpr):
 
 @jit
 def _band(taps, samples, outputs, radius):
-    """Taps between mirrored samples and outputs: a band of the blur matrix, fp16 for the tensor cores."""
+    """Taps between mirrored samples and outputs: a band of the blur matrix, fp16 for the tensor
+    cores.
+    """
     distance = tl.abs(samples - outputs)
     return tl.load(taps + radius + distance, mask=distance <= radius, other=0).to(tl.float16)
 
 
 @jit
 def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl.constexpr):
-    """Blurs a tile of a region along x, from uint8 into its fp16 scratch (height, width, 3), as levels minus 128: fp16's
-    spacing is half of what it is at 255."""
+    """Blurs a tile of a region along x, from uint8 into its fp16 scratch (height, width, 3), as
+    levels minus 128: fp16's spacing is half of what it is at 255.
+    """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
@@ -334,7 +355,9 @@ def _down_kernel(
     STRETCH: tl.constexpr,
     OUTSIDE: tl.constexpr,
 ):
-    """Blurs a tile of a region's scratch along y and blends it into the image; its columns are bytes, three per pixel."""
+    """Blurs a tile of a region's scratch along y and blends it into the image; its columns are
+    bytes, three per pixel.
+    """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
     taps = tl.load(row + 3).to(tl.pointer_type(tl.float32))

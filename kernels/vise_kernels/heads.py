@@ -1,10 +1,13 @@
-"""Queries, keys and values out of one product: heads parted, queries and keys normed and rotated, in one pass; and the way back.
+"""Queries, keys and values out of one product: heads parted, queries and keys normed and rotated,
+in one pass; and the way back.
 
     u = x · r · weight,  r = 1 / sqrt(mean(x²) + eps)  (RMS norm over each head)
-    (low, high) of u  ->  (low cos - high sin, high cos + low sin)  (rotary embedding, Su et al. 2021, halves paired as in GPT-NeoX)
+    (low, high) of u  ->  (low cos - high sin, high cos + low sin)  (rotary embedding, Su et al.
+    2021, halves paired as in GPT-NeoX)
 
-The gradient is turned back by the same angle and goes through the norm as in rms_norm.py. Computed in float32 throughout, rounded once.
-Values stay where they are. Left out: gradients of weights and angles, models without these norms.
+The gradient is turned back by the same angle and goes through the norm as in rms_norm.py. Computed
+in float32 throughout, rounded once. Values stay where they are. Left out: gradients of weights and
+angles, models without these norms.
 
 Shapes: n tokens, H query heads, KV key heads, D head dimension (even).
 """
@@ -21,7 +24,9 @@ HEADS = 8  # of a Triton program
 
 
 class Turn(NamedTuple):
-    """What happens to queries and keys: q_weight, k_weight (D,); cos, sin (n, D / 2), float32; eps of the norm."""
+    """What happens to queries and keys: q_weight, k_weight (D,); cos, sin (n, D / 2), float32; eps
+    of the norm.
+    """
 
     q_weight: Tensor
     k_weight: Tensor
@@ -41,8 +46,8 @@ class Parts(NamedTuple):
 def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> Parts:
     """qkv (n, (H + 2 KV) D) parted; `queries` is H. All in qkv's dtype.
 
-    Plain where qkv needs gradients or has a dtype that the fast path does not take; ValueError: a forced `path` that cannot run, shapes that
-    do not fit.
+    Plain where qkv needs gradients or has a dtype that the fast path does not take; ValueError: a
+    forced `path` that cannot run, shapes that do not fit.
     """
     sizes = _sizes(qkv, turn, queries)
     chosen = _path(path, qkv, turn)
@@ -151,7 +156,9 @@ def _weights(turn: Turn, queries: int, keys: int) -> Tensor:
 
 @jit
 def _load(qkv, row, head, total, HALF: tl.constexpr, LANES: tl.constexpr):
-    """Both halves of some heads of a row, float32, and the offsets of the first half; heads beyond `total` are zero."""
+    """Both halves of some heads of a row, float32, and the offsets of the first half; heads beyond
+    `total` are zero.
+    """
     lane = tl.arange(0, LANES)
     place = (row * total + head)[:, None] * (2 * HALF) + lane[None]
     mask = (head < total)[:, None] & (lane < HALF)[None]

@@ -1,22 +1,27 @@
-"""Log-probability of chosen ids, and the exact KL against a reference, straight from hidden rows and a frozen LM head.
+"""Log-probability of chosen ids, and the exact KL against a reference, straight from hidden rows
+and a frozen LM head.
 
-    z = h W^T    logprob = z_id - lse(z)    KL(p || q) = sum_v p_v d_v - lse(z) + lse(z'),   d = z - z', z' = h' W^T
+    z = h W^T    logprob = z_id - lse(z)    KL(p || q) = sum_v p_v d_v - lse(z) + lse(z'),   d = z -
+    z', z' = h' W^T
 
-The (N,V) logits never exist: the head is walked in chunks of ids, and every sum is kept relative to a running maximum. The
-gradients are gathered in the same walk, because both are softmax averages of head rows times one number per row:
+The (N,V) logits never exist: the head is walked in chunks of ids, and every sum is kept relative to
+a running maximum. The gradients are gathered in the same walk, because both are softmax averages of
+head rows times one number per row:
 
     dlogprob/dh = W_id - E                     E = sum_v p_v W_v
     dKL/dh      = F - (sum_v p_v d_v) E        F = sum_v p_v d_v W_v
 
-so forward and backward together cost two products of size (N,H,V) (four with the KL) where recomputing the logits in the
-backward pass costs three (five), and the backward pass itself is a scaling of rows. The products are PyTorch's own
-(cuBLAS, float32 accumulation); what Triton adds is the step between them, which turns a chunk of logits into weights,
-sums and maxima in one launch. A kernel that also did the products (tl.dot) would save the trip of one chunk through the
-cache and lose more than that against cuBLAS. Policy and reference rows share each product, so a chunk of the head is read once.
+so forward and backward together cost two products of size (N,H,V) (four with the KL) where
+recomputing the logits in the backward pass costs three (five), and the backward pass itself is a
+scaling of rows. The products are PyTorch's own (cuBLAS, float32 accumulation); what Triton adds is
+the step between them, which turns a chunk of logits into weights, sums and maxima in one launch. A
+kernel that also did the products (tl.dot) would save the trip of one chunk through the cache and
+lose more than that against cuBLAS. Policy and reference rows share each product, so a chunk of the
+head is read once.
 
-Extra memory at (8192, 2048, 151936) in bfloat16, besides the gradient: 96 MB (logprob), 112 MB (with the KL), of which 32 MB
-per gradient are kept until the backward pass. Leaves out gradients of the head and of the reference, and ready logits
-(`token_logprob.py`).
+Extra memory at (8192, 2048, 151936) in bfloat16, besides the gradient: 96 MB (logprob), 112 MB
+(with the KL), of which 32 MB per gradient are kept until the backward pass. Leaves out gradients of
+the head and of the reference, and ready logits (`token_logprob.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +34,9 @@ from torch.autograd.function import once_differentiable
 from vise_kernels.dispatch import choose, jit, tl, triton
 
 CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32
-BLOCK_ROWS = 2048  # hidden rows per walk over the head (policy and reference together): enough to keep a product compute-bound
+# hidden rows per walk over the head (policy and reference together): enough to keep a product
+# compute-bound
+BLOCK_ROWS = 2048
 MAX_CHUNK = (
     2**15
 )  # ids per chunk at most: few rows must not make one program walk the whole vocabulary
@@ -46,11 +53,13 @@ def linear_logprob(
     chunk: int | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """Log-prob (N,) of `ids` (N,) int64 under softmax(`hidden` (N,H) `head` (V,H)^T), in nat; differentiable in hidden only.
+    """Log-prob (N,) of `ids` (N,) int64 under softmax(`hidden` (N,H) `head` (V,H)^T), in nat;
+    differentiable in hidden only.
 
-    hidden and head share one float dtype; the result is float32 (float64 for float64). banned: bool (V,), ids left out of
-    the distribution (their log-prob is minus infinity). chunk: ids per step of the walk, taken within 128..32768 (default:
-    from N). `path` forces "plain" or "triton". ValueError: shapes that do not fit, or a head that asks for a gradient.
+    hidden and head share one float dtype; the result is float32 (float64 for float64). banned: bool
+    (V,), ids left out of the distribution (their log-prob is minus infinity). chunk: ids per step
+    of the walk, taken within 128..32768 (default: from N). `path` forces "plain" or "triton".
+    ValueError: shapes that do not fit, or a head that asks for a gradient.
     """
     _check("linear_logprob", hidden, head, ids, banned)
     path = _path("linear_logprob", hidden, path)
@@ -69,15 +78,17 @@ def linear_logprob_kl(
     chunk: int | None = None,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_logprob`, for policy and reference rows (N,H) in one walk over the head: (logprob, reference_logprob, kl).
+    """As `linear_logprob`, for policy and reference rows (N,H) in one walk over the head: (logprob,
+    reference_logprob, kl).
 
-    Each is (N,) in nat; kl is the exact KL(policy || reference) over the ids that are not banned. logprob and kl are
-    differentiable in `hidden`; the reference is a constant.
+    Each is (N,) in nat; kl is the exact KL(policy || reference) over the ids that are not banned.
+    logprob and kl are differentiable in `hidden`; the reference is a constant.
     """
     _check("linear_logprob_kl", hidden, head, ids, banned)
     if reference_hidden.shape != hidden.shape or reference_hidden.dtype != hidden.dtype:
         raise ValueError(
-            f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden {_describe(hidden)}"
+            f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden "
+            f"{_describe(hidden)}"
         )
     path = _path("linear_logprob_kl", hidden, path)
     return _LinearLogprob.apply(
@@ -92,7 +103,9 @@ def full_softmax(
     ids: Tensor,
     banned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_logprob_kl` by its definition, with (N,V) tensors: the truth of the tests and the baseline of the bench."""
+    """`linear_logprob_kl` by its definition, with (N,V) tensors: the truth of the tests and the
+    baseline of the bench.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = torch.stack([hidden, reference_hidden]) @ head.T
     if banned is not None:
@@ -107,7 +120,9 @@ def full_softmax(
 
 @dataclass
 class Sums:
-    """What the walk keeps of the ids seen so far, for R rows of K = 1 (policy) or 2 (policy, reference) distributions."""
+    """What the walk keeps of the ids seen so far, for R rows of K = 1 (policy) or 2 (policy,
+    reference) distributions.
+    """
 
     top: Tensor  # (K,R) what the sums are relative to: a maximum, or close below it
     total: Tensor  # (K,R) sum_v exp(z_v - top)
@@ -179,7 +194,9 @@ def _walk(
     path: str,
     slope: Tensor | None,
 ) -> Tensor:
-    """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope` (K,R,H) unless it is None."""
+    """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope`
+    (K,R,H) unless it is None.
+    """
     kinds, rows, width = states.shape
     sums = Sums.start(kinds, rows, states)
     merge, finish = (
@@ -214,8 +231,9 @@ def merge_plain(
 ) -> None:
     """Add a chunk of `logits` (K,R,C) to `sums`; `ids` (R,) count from the chunk's first id.
 
-    Fills `weights` (K,R,C) with exp(z - top) and, for K = 2, exp(z - top) d of the policy; scales `averages` (K,R,H), what
-    earlier chunks' weights gave, to the new top. The logits are overwritten.
+    Fills `weights` (K,R,C) with exp(z - top) and, for K = 2, exp(z - top) d of the policy; scales
+    `averages` (K,R,H), what earlier chunks' weights gave, to the new top. The logits are
+    overwritten.
     """
     difference = logits[0] - logits[-1]
     if banned is not None:
@@ -271,10 +289,11 @@ def _merge_kernel(
     PAIRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`merge_plain` of one row of one distribution; grid (R, K), logits and weights (K, R, width); writes the row's `factor`.
+    """`merge_plain` of one row of one distribution; grid (R, K), logits and weights (K, R, width);
+    writes the row's `factor`.
 
-    `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum are as exact, and most
-    rows then never need their averages rescaled after the first chunk.
+    `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum
+    are as exact, and most rows then never need their averages rescaled after the first chunk.
     """
     row, kind, rows = (
         tl.program_id(0).to(tl.int64),
@@ -330,7 +349,9 @@ def _merge_kernel(
 
 @jit
 def _rescale_kernel(averages, factor, rows, width, BLOCK: tl.constexpr):
-    """averages (K * rows, width) times the factor of their row, where it is not 1; grid (K * rows, blocks of width)."""
+    """averages (K * rows, width) times the factor of their row, where it is not 1; grid (K * rows,
+    blocks of width).
+    """
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(factor + row % rows)
     if scale != 1:
@@ -356,7 +377,9 @@ def _finish_kernel(
     PAIRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between the slopes of a row."""
+    """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between
+    the slopes of a row.
+    """
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -420,7 +443,9 @@ def _bytes(banned: Tensor | None) -> Tensor | None:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-    """out = left right, or out += left right; 16-bit factors with a float32 result are multiplied as they are on a GPU."""
+    """out = left right, or out += left right; 16-bit factors with a float32 result are multiplied
+    as they are on a GPU.
+    """
     if left.dtype != out.dtype and left.device.type != "cuda":
         left, right = left.to(out.dtype), right.to(out.dtype)
     if left.dtype != out.dtype:

@@ -1,11 +1,14 @@
 """uint8 images to rows of normalised patches, in the order Qwen3-VL's vision tower reads them.
 
-    value = (level / 255 - mean) / std;  row order: images, then squares of merge x merge patches row by row, then the patches of
-    a square row by row;  within a row: channel, temporal tap, y, x. The taps of a still are the same picture `temporal` times.
+    value = (level / 255 - mean) / std;  row order: images, then squares of merge x merge patches
+    row by row, then the patches of
+    a square row by row;  within a row: channel, temporal tap, y, x. The taps of a still are the
+    same picture `temporal` times.
 
-single_tap leaves out the repeats, half the bytes, for a patch embedding whose temporal taps were added up. matrices_px warps on
-the way: each value is read through its image's matrix, to the byte that `warp` would have written, and no warped image is.
-Leaves out resizing, and ghosts: a blurred box needs all its pixels before the first is known (docs/LOG.md has what fusing could save).
+single_tap leaves out the repeats, half the bytes, for a patch embedding whose temporal taps were
+added up. matrices_px warps on the way: each value is read through its image's matrix, to the byte
+that `warp` would have written, and no warped image is. Leaves out resizing, and ghosts: a blurred
+box needs all its pixels before the first is known (docs/LOG.md has what fusing could save).
 """
 
 import functools
@@ -34,23 +37,27 @@ def patchify(
     fill: int = 128,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(patches (sum of tokens, 3 * temporal * patch^2) of dtype, grid_thw (N,3) int64 on the CPU) of uint8 (H,W,3) images.
+    """(patches (sum of tokens, 3 * temporal * patch^2) of dtype, grid_thw (N,3) int64 on the CPU)
+    of uint8 (H,W,3) images.
 
-    H and W are multiples of patch * merge. With single_tap a row has 3 * patch^2 values. matrices_px (N,3,3), fill: the images are
-    those of `warp(images, matrices_px, fill=fill)`; an identity costs nothing. path forces "plain", "native" or "triton".
-    ValueError: no image, sizes off the grid, a dtype that is not float16, bfloat16 or float32, what `warp` refuses, a path that
+    H and W are multiples of patch * merge. With single_tap a row has 3 * patch^2 values.
+    matrices_px (N,3,3), fill: the images are those of `warp(images, matrices_px, fill=fill)`; an
+    identity costs nothing. path forces "plain", "native" or "triton". ValueError: no image, sizes
+    off the grid, a dtype that is not float16, bfloat16 or float32, what `warp` refuses, a path that
     cannot run.
     """
     images = checked("patchify", images)
     if not images or dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(
-            f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and {dtype}"
+            f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and "
+            f"{dtype}"
         )
     side = patch * merge
     for image in images:
         if image.shape[0] % side or image.shape[1] % side:
             raise ValueError(
-                f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x merge {merge})"
+                f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x "
+                f"merge {merge})"
             )
     taps = 1 if single_tap else temporal
     inverses = None if matrices_px is None else inverted("patchify", images, matrices_px, fill)
@@ -86,7 +93,9 @@ class Values:
 
 
 def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., 3) grey levels to float32, rounded where transformers' image processors round: after the float64 product too."""
+    """(..., 3) grey levels to float32, rounded where transformers' image processors round: after
+    the float64 product too.
+    """
     scaled = (levels.double() * (1 / 255)).float()
     return (scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)
 
@@ -115,7 +124,9 @@ def _patchify_one(values: Tensor, layout: Layout) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _levels(values: Values, device: torch.device) -> Tensor:
-    """(3,256): the value of every grey level of every channel, so that the fast paths look up instead of computing."""
+    """(3,256): the value of every grey level of every channel, so that the fast paths look up
+    instead of computing.
+    """
     every = torch.arange(256)[:, None].expand(-1, 3)
     return (
         normalise(every, values.mean, values.std)
@@ -197,7 +208,9 @@ def _warped_kernel(
     MERGE: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """The same through a warp: a program's pixels in the order of the output, so that the three channels share their coordinates."""
+    """The same through a warp: a program's pixels in the order of the output, so that the three
+    channels share their coordinates.
+    """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     begin, columns, patches = (

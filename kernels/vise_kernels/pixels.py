@@ -1,4 +1,5 @@
-"""What the image ops share: checks of uint8 images, one matrix applied along an axis, and tables of addresses for kernels.
+"""What the image ops share: checks of uint8 images, one matrix applied along an axis, and tables of
+addresses for kernels.
 
 An image is a torch.uint8 tensor (H,W,3). Leaves out everything an op does to it.
 """
@@ -29,10 +30,13 @@ def checked(op: str, images: Images) -> list[Tensor]:
 
 
 def on_host(op: str, name: str, values: Tensor) -> Tensor:
-    """`values`, refused where reading them would make the host wait for a GPU: geometry belongs on the CPU."""
+    """`values`, refused where reading them would make the host wait for a GPU: geometry belongs on
+    the CPU.
+    """
     if values.device.type != "cpu":
         raise ValueError(
-            f"{op}: {name} must be a CPU tensor; reading it from {values.device} would stall the host"
+            f"{op}: {name} must be a CPU tensor; reading it from {values.device} would stall the "
+            "host"
         )
     return values
 
@@ -53,7 +57,9 @@ def to_bytes(values: Tensor) -> Tensor:
 
 
 def addresses(tensors: Images) -> Tensor:
-    """(N,) int64: where each tensor's data begin, for kernels that take images of many sizes in one launch."""
+    """(N,) int64: where each tensor's data begin, for kernels that take images of many sizes in one
+    launch.
+    """
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
 
 

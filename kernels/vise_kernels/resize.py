@@ -1,12 +1,16 @@
 """Antialiased bicubic resizing of uint8 images, as Pillow's `resize(size, BICUBIC)` does it.
 
-    one axis   out[i] = clip(floor(sum_j w[i, j] in[j] + 1/2)),   w[i, j] ~ k((j + 1/2 - c_i) / s), summing to 1 over j,
-               c_i = (i + 1/2) in/out, s = max(in/out, 1), k Keys' cubic with a = -1/2 (R. Keys, "Cubic convolution
-               interpolation for digital image processing", 1981), over j whose centres lie within 2 s of c_i
+    one axis   out[i] = clip(floor(sum_j w[i, j] in[j] + 1/2)),   w[i, j] ~ k((j + 1/2 - c_i) / s),
+    summing to 1 over j,
+               c_i = (i + 1/2) in/out, s = max(in/out, 1), k Keys' cubic with a = -1/2 (R. Keys,
+               "Cubic convolution
+               interpolation for digital image processing", 1981), over j whose centres lie within 2
+               s of c_i
 
-One axis after the other, rounded and clipped to bytes in between, so the order decides where overshoot is cut. It is Pillow
-13's: along y first where the image loses height and more than twice as many rows as columns, else along x first (Pillow 12
-always goes along x first). Leaves out other filters.
+One axis after the other, rounded and clipped to bytes in between, so the order decides where
+overshoot is cut. It is Pillow 13's: along y first where the image loses height and more than twice
+as many rows as columns, else along x first (Pillow 12 always goes along x first). Leaves out other
+filters.
 """
 
 import functools
@@ -24,7 +28,8 @@ def resize(
 ) -> list[Tensor]:
     """N uint8 (H,W,3) images at sizes [(height, width)], within one grey level of Pillow's BICUBIC.
 
-    path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot run.
+    path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot
+    run.
     """
     images = checked("resize", images)
     sizes = [(int(height), int(width)) for height, width in sizes]
@@ -37,13 +42,17 @@ def resize(
 
 
 def down_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Whether (height, width) `old` becomes `new` along y first: observed of Pillow 13.0, tested against it."""
+    """Whether (height, width) `old` becomes `new` along y first: observed of Pillow 13.0, tested
+    against it.
+    """
     return new[0] < old[0] and old[0] - new[0] > 2 * (old[1] - new[1])
 
 
 @functools.lru_cache(maxsize=256)
 def taps(size: int, out: int) -> tuple[Tensor, Tensor]:
-    """(first (out,) int64, weights (out,K) float32): output i is the sum of weights[i, t] * input[first[i] + t]."""
+    """(first (out,) int64, weights (out,K) float32): output i is the sum of weights[i, t] *
+    input[first[i] + t].
+    """
     scale = size / out
     stretch = max(scale, 1.0)
     centre = (np.arange(out) + 0.5) * scale
@@ -103,7 +112,8 @@ def _native(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return outs
 
 
-# Of the table: addresses of input, output, first and weights; samples along the axis and of a step of it, before and after; taps
+# Of the table: addresses of input, output, first and weights; samples along the axis and of a step
+# of it, before and after; taps
 COLUMNS = 9
 VALUES = 512  # per program
 

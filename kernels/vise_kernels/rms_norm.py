@@ -1,9 +1,10 @@
 """RMS norm of rows (Zhang & Sennrich 2019) with a frozen weight, and its gradient.
 
-    z = x · r · weight      r = 1 / sqrt(mean(x²) + eps)      dL/dx = r · (g - x · r² · mean(g · x)),  g = dL/dz · weight
+    z = x · r · weight      r = 1 / sqrt(mean(x²) + eps)      dL/dx = r · (g - x · r² · mean(g ·
+    x)),  g = dL/dz · weight
 
-The native path reads a row once from memory; PyTorch on a CPU makes five passes. On a GPU PyTorch's own kernel is used. Left out: a gradient
-of the weight.
+The native path reads a row once from memory; PyTorch on a CPU makes five passes. On a GPU PyTorch's
+own kernel is used. Left out: a gradient of the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vise_kernels.dispatch import native, threads_for, without_gradients
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) -> Tensor:
     """x (n, in) normed, times weight (in,): (n, in) in x's dtype.
 
-    Plain where x needs gradients or has a dtype that the native path does not take; ValueError: a forced `path` that cannot run, shapes that do not fit.
+    Plain where x needs gradients or has a dtype that the native path does not take; ValueError: a
+    forced `path` that cannot run, shapes that do not fit.
     """
     rows, width = _sizes(x, weight)
     if without_gradients("rms_norm", path, x, weight) == "plain":
@@ -71,6 +73,7 @@ def plain_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float) -> Tensor:
 def _sizes(x: Tensor, weight: Tensor, dz: Tensor | None = None) -> tuple[int, int]:
     if x.dim() != 2 or weight.shape != x.shape[1:] or (dz is not None and dz.shape != x.shape):
         raise ValueError(
-            f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit"
+            f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and dz "
+            f"{None if dz is None else tuple(dz.shape)} do not fit"
         )
     return x.shape

@@ -1,11 +1,14 @@
-"""Draw one id per row of logits by the Gumbel-max rule, with randomness that belongs to (seed, position, id) alone.
+"""Draw one id per row of logits by the Gumbel-max rule, with randomness that belongs to (seed,
+position, id) alone.
 
-    id = argmax_v  z_v / T + g_v,    g_v = -log(-log(1 - u_v)),    u_v = uniform from Philox(seed, position, v)
+    id = argmax_v  z_v / T + g_v,    g_v = -log(-log(1 - u_v)),    u_v = uniform from Philox(seed,
+    position, v)
 
-so a row's draw depends on nothing but its own logits, seed and position: not on the batch, the row's place in it, the
-path or the device (two paths may differ where the best two scores agree to float32 rounding, about 1 draw in a million).
-The counter-based generator is Philox2x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, whose
-table 2 lists seven rounds as passing BigCrush). Leaves out top-k and top-p: the update assumes samples of the policy itself.
+so a row's draw depends on nothing but its own logits, seed and position: not on the batch, the
+row's place in it, the path or the device (two paths may differ where the best two scores agree to
+float32 rounding, about 1 draw in a million). The counter-based generator is Philox2x32-7 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, whose table 2 lists seven rounds as
+passing BigCrush). Leaves out top-k and top-p: the update assumes samples of the policy itself.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ ROUNDS = 7
 LARGEST_U = (
     1 - 2.0**-24
 )  # float32 rounds the topmost bits up to 1, whose noise would be minus infinity
-SERIES_BELOW = 0.125  # of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
+# of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
+SERIES_BELOW = 0.125
 BLOCK = 1024  # logits per step of a Triton program
 MAX_SPLITS = 64  # programs that share a row where there are too few rows to fill the device
 LOGITS_PER_THREAD = 2**17  # starting a thread takes as long as this many logits
@@ -39,9 +43,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Sample `logits` (N,V): (ids (N,) int64, logprob (N,) float32 of the id in nat).
 
-    temperature: (N,) or a number >= 0; 0 takes the largest logit, the lowest id among equals. banned: bool (V,), ids that
-    are never drawn. seed: (N,) int64. position: (N,) int64 or an int, its low 32 bits count. The log-prob is that of
-    softmax(logits) without the banned ids at temperature 1, whatever the temperature. ValueError: shapes that do not fit.
+    temperature: (N,) or a number >= 0; 0 takes the largest logit, the lowest id among equals.
+    banned: bool (V,), ids that are never drawn. seed: (N,) int64. position: (N,) int64 or an int,
+    its low 32 bits count. The log-prob is that of softmax(logits) without the banned ids at
+    temperature 1, whatever the temperature. ValueError: shapes that do not fit.
     """
     _check(logits, banned, seed)
     temperature = _per_row(temperature, seed, torch.float32)
@@ -76,7 +81,9 @@ def uniform_bits(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel float32 from 32 uniform bits; precise in the upper tail, which decides the arg-max."""
+    """Standard Gumbel float32 from 32 uniform bits; precise in the upper tail, which decides the
+    arg-max.
+    """
     u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=LARGEST_U)
     series = u * (
         1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))))
@@ -85,7 +92,9 @@ def gumbel(bits: Tensor) -> Tensor:
 
 
 def _philox(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox2x32-7 on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which keeps both halves exact."""
+    """Philox2x32-7 on int64 tensors that hold 32-bit words; products wrap modulo 2^64, which keeps
+    both halves exact.
+    """
     for _ in range(ROUNDS):
         product = left * MULTIPLIER
         left, right = ((product >> 32) ^ key ^ right) & MASK32, product & MASK32
@@ -201,7 +210,9 @@ def _partial_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """Best score and id, and (top, total) of the softmax, of one of a row's `splits` parts; grid (N, splits)."""
+    """Best score and id, and (top, total) of the softmax, of one of a row's `splits` parts; grid
+    (N, splits).
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     heat = tl.load(temperature + row)
@@ -280,7 +291,8 @@ def _per_row(value: Tensor | float, seed: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.full_like(seed, value, dtype=dtype)
     if value.shape != seed.shape:
         raise ValueError(
-            f"sample: temperature and position must be numbers or {tuple(seed.shape)}, got {tuple(value.shape)}"
+            f"sample: temperature and position must be numbers or {tuple(seed.shape)}, got "
+            f"{tuple(value.shape)}"
         )
     return value.to(dtype)
 
@@ -298,5 +310,6 @@ def _check(logits: Tensor, banned: Tensor | None, seed: Tensor) -> None:
         )
     if banned is not None and (banned.shape != logits.shape[1:] or banned.dtype != torch.bool):
         raise ValueError(
-            f"sample: banned must be bool ({logits.shape[1]},), got {banned.dtype} {tuple(banned.shape)}"
+            f"sample: banned must be bool ({logits.shape[1]},), got {banned.dtype} "
+            f"{tuple(banned.shape)}"
         )

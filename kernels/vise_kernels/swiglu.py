@@ -1,6 +1,7 @@
 """SwiGLU (Shazeer 2020) of gate and up side by side, and its gradient.
 
-    z = silu(gate) · up      silu(g) = g s,  s = 1 / (1 + exp(-g))      dL/dgate = dz · up · s (1 + g (1 - s))      dL/dup = dz · g s
+    z = silu(gate) · up      silu(g) = g s,  s = 1 / (1 + exp(-g))      dL/dgate = dz · up · s (1 +
+    g (1 - s))      dL/dup = dz · g s
 
 One pass over memory each way, computed in float32. Left out: other gates.
 """
@@ -18,7 +19,8 @@ BLOCK = 1024  # columns of a Triton program
 def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
     """x (n, 2 w), gate and up, to (n, w) in x's dtype.
 
-    Plain where x needs gradients or has a dtype that the fast path does not take; ValueError: a forced `path` that cannot run, an odd width.
+    Plain where x needs gradients or has a dtype that the fast path does not take; ValueError: a
+    forced `path` that cannot run, an odd width.
     """
     rows, width = _sizes(x)
     chosen = without_gradients("swiglu", path, x)
@@ -104,6 +106,7 @@ def _sizes(x: Tensor, dz: Tensor | None = None) -> tuple[int, int]:
     """Rows and w."""
     if x.dim() != 2 or x.shape[1] % 2 or (dz is not None and dz.shape != (len(x), x.shape[1] // 2)):
         raise ValueError(
-            f"swiglu: x {tuple(x.shape)} and dz {None if dz is None else tuple(dz.shape)} do not fit"
+            f"swiglu: x {tuple(x.shape)} and dz {None if dz is None else tuple(dz.shape)} do not "
+            "fit"
         )
     return len(x), x.shape[1] // 2

@@ -1,14 +1,17 @@
-"""Log-probability of chosen ids from ready logits, with the log-sum-exp and the entropy of each row.
+"""Log-probability of chosen ids from ready logits, with the log-sum-exp and the entropy of each
+row.
 
-    logsumexp = log sum_v exp(z_v)        logprob = z_id - logsumexp        entropy = -sum_v p_v log p_v
+    logsumexp = log sum_v exp(z_v)        logprob = z_id - logsumexp        entropy = -sum_v p_v log
+    p_v
 
-Logits of minus infinity (banned ids) have probability zero and add nothing to the entropy. The fast paths read the logits
-once, keep sums relative to a running maximum `top`, and allocate O(N):
+Logits of minus infinity (banned ids) have probability zero and add nothing to the entropy. The fast
+paths read the logits once, keep sums relative to a running maximum `top`, and allocate O(N):
 
-    total = sum_v exp(z_v - top)    moment = sum_v exp(z_v - top) (z_v - top)    entropy = log total - moment / total
+    total = sum_v exp(z_v - top)    moment = sum_v exp(z_v - top) (z_v - top)    entropy = log total
+    - moment / total
 
-Their backward pass reads the logits once more and writes the gradient. Leaves out the product with the LM head
-(`linear_logprob.py`).
+Their backward pass reads the logits once more and writes the gradient. Leaves out the product with
+the LM head (`linear_logprob.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ PROGRAMS = 1024  # about eight per multiprocessor of a large GPU
 def token_logprob(
     logits: Tensor, ids: Tensor, *, path: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of `ids` (N,) int64 under softmax(`logits` (N,V), any float dtype): (logprob, logsumexp, entropy) in nat.
+    """Log-prob of `ids` (N,) int64 under softmax(`logits` (N,V), any float dtype): (logprob,
+    logsumexp, entropy) in nat.
 
-    Each is (N,) float32 (float64 for float64 logits), accumulated in that dtype; all three are differentiable in the
-    logits. `path` forces "plain", "native" or "triton". ValueError: shapes that do not fit, or a path that cannot run.
-    Ids outside 0..V-1 are refused on a CPU (ValueError; plain: PyTorch's own error) and give nan on Triton, where looking
-    would cost a synchronisation.
+    Each is (N,) float32 (float64 for float64 logits), accumulated in that dtype; all three are
+    differentiable in the logits. `path` forces "plain", "native" or "triton". ValueError: shapes
+    that do not fit, or a path that cannot run. Ids outside 0..V-1 are refused on a CPU (ValueError;
+    plain: PyTorch's own error) and give nan on Triton, where looking would cost a synchronisation.
     """
     _check(logits, ids)
     chosen = _path(logits.device, logits.dtype, path)
@@ -112,7 +116,9 @@ def _backward_native(
 
 @jit(do_not_specialize=["splits"])
 def _partial_kernel(logits, partials, columns, stride, splits, BLOCK: tl.constexpr):
-    """(top, total, moment) of one of a row's `splits` parts; grid (N, splits), partials (3, N, splits)."""
+    """(top, total, moment) of one of a row's `splits` parts; grid (N, splits), partials (3, N,
+    splits).
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     span = tl.cdiv(tl.cdiv(columns, BLOCK), splits) * BLOCK
@@ -164,7 +170,10 @@ def _merge_kernel(partials, logits, ids, results, columns, stride, splits, SPLIT
 
 @jit
 def _backward_kernel(logits, ids, results, grads, grad, columns, stride, BLOCK: tl.constexpr):
-    """grad (N, columns); grid (N, blocks of columns). d logprob = [v = id] - p, d logsumexp = p, d entropy = -p (log p + entropy)."""
+    """grad (N, columns); grid (N, blocks of columns).
+
+    d logprob = [v = id] - p, d logsumexp = p, d entropy = -p (log p + entropy).
+    """
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(
@@ -216,7 +225,9 @@ def _backward_triton(
 
 @torch.compiler.assume_constant_result
 def _path(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
-    """The path for such logits: an automatic choice falls back to plain for dtypes its kernel does not take."""
+    """The path for such logits: an automatic choice falls back to plain for dtypes its kernel does
+    not take.
+    """
     chosen = choose("token_logprob", device, path).path
     if chosen == "plain" or dtype in DTYPES[chosen]:
         return chosen
@@ -228,7 +239,8 @@ def _path(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
 def _check(logits: Tensor, ids: Tensor) -> None:
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(
-            f"token_logprob: logits must be a float tensor (N,V), got {logits.dtype} {tuple(logits.shape)}"
+            f"token_logprob: logits must be a float tensor (N,V), got {logits.dtype} "
+            f"{tuple(logits.shape)}"
         )
     if ids.shape != logits.shape[:1] or ids.dtype != torch.int64:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Warps uint8 images by 3x3 matrices: rotations, crops, flips and any other view of the same size.
 
-    out(p) = round(sum over the 4 samples s around M^-1 p of weight(s) source(s)), bilinear; samples outside the source have
+    out(p) = round(sum over the 4 samples s around M^-1 p of weight(s) source(s)), bilinear; samples
+    outside the source have
     the value `fill`
 
-Pixel (i, j) covers [j, j+1) x [i, i+1) in continuous coordinates and its centre is at +0.5: output pixel (i, j) is sampled at
-M^-1 (j + 0.5, i + 0.5, 1), where M maps source to view. Leaves out drawing the matrices, and antialiasing: views enlarge or
-shrink by little.
+Pixel (i, j) covers [j, j+1) x [i, i+1) in continuous coordinates and its centre is at +0.5: output
+pixel (i, j) is sampled at M^-1 (j + 0.5, i + 0.5, 1), where M maps source to view. Leaves out
+drawing the matrices, and antialiasing: views enlarge or shrink by little.
 """
 
 import torch
@@ -18,10 +19,12 @@ from vise_kernels.pixels import Images, addresses, checked, on_host, packed, to_
 def warp(
     images: Images, matrices_px: Tensor, *, fill: int = 128, path: str | None = None
 ) -> list[Tensor]:
-    """N uint8 (H,W,3) images seen through matrices_px (N,3,3), source -> view in pixels, each at its own size.
+    """N uint8 (H,W,3) images seen through matrices_px (N,3,3), source -> view in pixels, each at
+    its own size.
 
-    matrices_px is a CPU tensor, inverted in float64. fill: grey level 0..255 around the source. path forces "plain", "native" or
-    "triton". ValueError: what does not fit, a matrix that cannot be inverted, or a path that cannot run.
+    matrices_px is a CPU tensor, inverted in float64. fill: grey level 0..255 around the source.
+    path forces "plain", "native" or "triton". ValueError: what does not fit, a matrix that cannot
+    be inverted, or a path that cannot run.
     """
     images = checked("warp", images)
     inverses = inverted("warp", images, matrices_px, fill)
@@ -32,7 +35,9 @@ def warp(
 
 
 def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
-    """(N,3,3) float64, view -> source, of `warp`'s arguments. ValueError: what does not fit, or a matrix that cannot be inverted."""
+    """(N,3,3) float64, view -> source, of `warp`'s arguments. ValueError: what does not fit, or a
+    matrix that cannot be inverted.
+    """
     matrices = on_host(op, "matrices_px", matrices_px).double()
     if matrices.shape != (len(images), 3, 3):
         raise ValueError(
@@ -43,13 +48,16 @@ def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
     inverses, fault = torch.linalg.inv_ex(matrices)
     if bool(fault.any()) or not bool(inverses.isfinite().all()):
         raise ValueError(
-            f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be inverted"
+            f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be "
+            "inverted"
         )
     return inverses
 
 
 def plain(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
-    """PyTorch's grid_sample, which shares the convention; its border of zeros becomes `fill` by a shift of the levels."""
+    """PyTorch's grid_sample, which shares the convention; its border of zeros becomes `fill` by a
+    shift of the levels.
+    """
     return [_warp_one(image, inverse, fill) for image, inverse in zip(images, inverses)]
 
 
@@ -78,7 +86,9 @@ PIXELS = 512  # per program
 
 @jit
 def sampled(source, m, x, y, width, height, fill):
-    """Red, green and blue (int32) of the view's pixels in columns x and rows y; m points at nine floats, view -> source."""
+    """Red, green and blue (int32) of the view's pixels in columns x and rows y; m points at nine
+    floats, view -> source.
+    """
     depth = tl.load(m + 6) * x + tl.load(m + 7) * y + tl.load(m + 8)
     u = (tl.load(m) * x + tl.load(m + 1) * y + tl.load(m + 2)) / depth - 0.5
     v = (tl.load(m + 3) * x + tl.load(m + 4) * y + tl.load(m + 5)) / depth - 0.5

@@ -1,4 +1,6 @@
-"""The learning study's arithmetic on made-up cells; a cell of one update; the largest effects are not asserted here but shown by --quick."""
+"""The learning study's arithmetic on made-up cells; a cell of one update; the largest effects are
+not asserted here but shown by --quick.
+"""
 
 import json
 import sys

@@ -38,7 +38,7 @@ def get(conf: Config, key: str) -> object:
     return getattr(getattr(conf, section), name)
 
 
-# -- overrides -------------------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_several_wrong_values_are_counted():
     assert "(1 more like this)" in complaint(None, "--train.steps", "x", "--train.lr", "y")
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_command_line_beats_file_beats_preset_beats_nano(tmp_path):
     assert conf.train.lr == load().train.lr  # nano's; presets leave the learning rate to the model
 
 
-# -- presets ---------------------------------------------------------------------------------------------------------
+# -- presets ---------------------------------------------------------------------------------------
 
 PAPER = {
     "rollout.samples": 1,
@@ -310,7 +310,7 @@ def test_every_preset_names_real_keys():
     assert all(set(values) <= known for values in config.PRESETS.values())
 
 
-# -- the whole -------------------------------------------------------------------------------------------------------
+# -- the whole -------------------------------------------------------------------------------------
 
 
 def test_nano_is_what_runs_when_nothing_is_said():
@@ -374,12 +374,12 @@ def test_every_section_has_its_line_of_help():
     assert all(field.annotation.__doc__ for field in Config.model_fields.values())
 
 
-# -- the command line ------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def test_the_words_are_sorted():
     command = settings.command(
-        "--config a.yaml --train.steps 5 --dry-run --resume auto --debug".split()
+        ["--config", "a.yaml", "--train.steps", "5", "--dry-run", "--resume", "auto", "--debug"]
     )
     assert command == settings.Command(
         "a.yaml", ["--train.steps", "5", "--train.resume=auto"], frozenset({"dry-run", "debug"})
@@ -394,7 +394,7 @@ def test_a_word_without_its_value(words):
         settings.command(words)
 
 
-# -- shapes of the real models ---------------------------------------------------------------------------------------
+# -- shapes of the real models ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

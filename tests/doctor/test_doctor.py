@@ -1,4 +1,6 @@
-"""The doctor: each check on the machine as it is and on machines that lack something; broken packages are findings, not tracebacks."""
+"""The doctor: each check on the machine as it is and on machines that lack something; broken
+packages are findings, not tracebacks.
+"""
 
 from __future__ import annotations
 
@@ -410,7 +412,7 @@ def test_a_kernels_package_in_the_working_directory(monkeypatch, tmp_path):
     assert found.status == "FAIL" and "__init__.py" in found.fix
 
 
-# -- the disk --------------------------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("free, status", [(10**8, "FAIL"), (10**9, "WARN"), (10**11, "OK")])
@@ -438,7 +440,7 @@ def test_a_run_directory_that_refuses(monkeypatch, tmp_path, call, code):
     assert found.status == "FAIL" and os.strerror(code) in found.found and "--run.dir" in found.fix
 
 
-# -- the embedded model ----------------------------------------------------------------------------------------------
+# -- the embedded model ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -450,7 +452,8 @@ def nano(monkeypatch, tmp_path) -> Path:
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer.json").write_text(
-        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<box>": 0, "?": 1}, "unk_token": "?"}}'
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<box>": 0, "?": 1}, '
+        '"unk_token": "?"}}'
     )
     monkeypatch.setattr(checks, "NANO", tmp_path)
     stamp(tmp_path)
@@ -515,7 +518,7 @@ def test_a_tokenizer_of_another_model(nano):
     assert "no <box>" in checks.nano_tokenizer().found
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

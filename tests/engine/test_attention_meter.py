@@ -11,7 +11,9 @@ from vise_fast.model.attention import Grid, Part
 
 
 def eager_share(model, engine, picture, question, answer):
-    """(layers,): weights on image tokens, mean over heads and the queries that predict the answer's tokens."""
+    """(layers,): weights on image tokens, mean over heads and the queries that predict the answer's
+    tokens.
+    """
     model.get_base_model().set_attn_implementation("eager")
     inputs = stock_inputs(engine, picture, question + answer[:-1])
     weights = model(**inputs, use_cache=False, output_attentions=True).attentions

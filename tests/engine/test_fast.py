@@ -1,4 +1,6 @@
-"""The fast engine against transformers' own forward and generate: logits, gradients, greedy ids, sampled log-probs, counts."""
+"""The fast engine against transformers' own forward and generate: logits, gradients, greedy ids,
+sampled log-probs, counts.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Graphed decoding samples what the plain engine samples; one decoder serves rollout after rollout, whatever moved in between."""
+"""Graphed decoding samples what the plain engine samples; one decoder serves rollout after rollout,
+whatever moved in between.
+"""
 
 import gc
 import weakref

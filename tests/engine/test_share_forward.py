@@ -1,4 +1,6 @@
-"""The update that begins where the rollout's forward pass ended: the same hidden states and gradients as a pass from the images on."""
+"""The update that begins where the rollout's forward pass ended: the same hidden states and
+gradients as a pass from the images on.
+"""
 
 from dataclasses import replace
 

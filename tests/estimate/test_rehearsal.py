@@ -1,4 +1,6 @@
-"""Memory predicted from shapes against memory counted around a real step; the counter itself; the line through shallow models."""
+"""Memory predicted from shapes against memory counted around a real step; the counter itself; the
+line through shallow models.
+"""
 
 import copy
 import sys

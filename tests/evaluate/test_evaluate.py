@@ -1,4 +1,6 @@
-"""The exam: its figures against pupils whose every answer is known, and the real thing end to end on the shipped model."""
+"""The exam: its figures against pupils whose every answer is known, and the real thing end to end
+on the shipped model.
+"""
 
 import json
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ from vise_fast.system.errors import ConfigError
 
 
 class Pupil:
-    """Stands for engine and roles: images are their own features; `box` and `sees` answer with the scene's truth at hand."""
+    """Stands for engine and roles: images are their own features; `box` and `sees` answer with the
+    scene's truth at hand.
+    """
 
     device = torch.device("cpu")
 
@@ -252,7 +256,7 @@ def test_every_measured_figure_has_a_title_and_titles_differ(monkeypatch, settin
     assert len(set(titles)) == len(titles)
 
 
-# ---- the real thing ---------------------------------------------------------------------------------------------------------
+# ---- the real thing ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

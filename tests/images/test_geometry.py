@@ -1,4 +1,6 @@
-"""Geometry: golden numbers, hygiene, projections against brute force, averages by simulation with a fixed seed."""
+"""Geometry: golden numbers, hygiene, projections against brute force, averages by simulation with a
+fixed seed.
+"""
 
 import math
 
@@ -186,7 +188,8 @@ def test_kept_share():
     close(geo.kept_share((10, 10, 10, 10), geo.flip_px(W), H, W), 1.0)
 
 
-# --- averages: 4,000 views drawn with the published ranges at 640x480, seed 0; standard errors are below .001 -----------------------
+# --- averages: 4,000 views drawn with the published ranges at 640x480, seed 0; standard errors are
+# below .001 -----------------------
 
 
 def random_affine(rng):
@@ -247,7 +250,9 @@ def random_boxes(rng, count):
 
 @pytest.mark.parametrize("mode, mean", [("ellipse", 1.0), ("corners", 0.921)])
 def test_perfect_grounder_of_round_objects_under_affine(mode, mean):
-    """Round: an ellipse with axes along the image's, so that the inscribed-ellipse hull is the truth; everything clamped to the view."""
+    """Round: an ellipse with axes along the image's, so that the inscribed-ellipse hull is the
+    truth; everything clamped to the view.
+    """
     matrices, boxes = views("affine"), random_boxes(np.random.default_rng(1), 4000)
     answer = geo.project_1000(boxes, matrices, H, W, "ellipse")
     value = r_geo(geo.project_1000(boxes, matrices, H, W, mode), answer).mean().item()

@@ -432,7 +432,7 @@ def test_a_late_orientation_is_applied_to_the_pixels(tmp_path):
     assert (np.asarray(decode(tmp_path / "a", CAP)) == np.rot90(GRADIENT, -1)).all()
 
 
-# -- the grid --------------------------------------------------------------------------------------------------------
+# -- the grid --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_boxes_bound_the_visible_pixels():
 
 
 def test_the_owner_of_a_pixel_gives_it_its_colour():
-    """Hue of an object's pixels is nearer to its own colour than to any other's, for nearly all of its inner pixels."""
+    """Hue of an object's pixels is nearer to its own colour than to any other's, for nearly all of
+    its inner pixels.
+    """
     palette = np.array(list(scenes.COLORS.values()), float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     right = []

@@ -69,7 +69,7 @@ def refusal(tmp_path: Path, folder: Path, *words: str) -> str:
     return str(caught.value)
 
 
-# -- order -----------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 def test_an_epoch_shows_every_training_image_once(tmp_path):
@@ -138,7 +138,7 @@ def test_order_does_not_depend_on_how_the_disk_lists(tmp_path, monkeypatch):
     assert names(opened(tmp_path, folder).batch(0, 16)) == straight
 
 
-# -- the held-out share ----------------------------------------------------------------------------------------------
+# -- the held-out share ----------------------------------------------------------------------------
 
 
 def test_the_split_stays_when_files_come_and_go(tmp_path):
@@ -175,7 +175,7 @@ def test_held_out_is_limited(tmp_path):
     assert len(every) > 5 and names(source.held_out(limit=3)) == every[:3]
 
 
-# -- what an image is ------------------------------------------------------------------------------------------------
+# -- what an image is ------------------------------------------------------------------------------
 
 
 def test_images_travel_as_uint8_on_the_grid(tmp_path):
@@ -239,7 +239,7 @@ def test_real_photographs(tmp_path):
     assert "photographs" in source.describe() and "other files" in source.describe()
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_searched_deeply(tmp_path):
@@ -406,7 +406,9 @@ def test_one_bad_file_costs_one_line(tmp_path, name):
 
 
 def test_late_faults_get_a_drawn_substitute(tmp_path):
-    """Files whose pixels turn out broken: the same substitute in any history, with and without threads."""
+    """Files whose pixels turn out broken: the same substitute in any history, with and without
+    threads.
+    """
     folder = fill(tmp_path / "p", 12)
     for name in ("x1.png", "x2.png", "x3.png"):
         (folder / name).write_bytes(zoo.rgb()[:-60])
@@ -492,7 +494,7 @@ def test_close_ends_the_threads(tmp_path):
     )
 
 
-# -- scenes ----------------------------------------------------------------------------------------------------------
+# -- scenes ----------------------------------------------------------------------------------------
 
 
 def test_scenes_are_a_function_of_seed_and_step():

@@ -34,7 +34,8 @@ def drawn(kind, count=2000, height=H, width=W, **changes):
     )
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------------------------
+# --- drawing
+# --------------------------------------------------------------------------------------------------
 
 
 def test_kinds_are_drawn_uniformly_and_only_from_the_list():
@@ -98,7 +99,8 @@ def test_crops_are_one_ratio_at_a_random_place_inside():
     assert abs(free.mean() - 0.5) < 0.03
 
 
-# --- which views count ---------------------------------------------------------------------------------------------------------------
+# --- which views count
+# --------------------------------------------------------------------------------------------------
 
 FLIP = View("flip", geo.flip_px(W))
 HALF_AWAY = View("affine", geo.affine_px(0, 1, W / 2, 0, W, H))
@@ -164,7 +166,8 @@ def test_swap_sides(query, swapped):
     assert views.swap_sides(query) == swapped and views.swap_sides(swapped) == query
 
 
-# --- control boxes -------------------------------------------------------------------------------------------------------------------
+# --- control boxes
+# --------------------------------------------------------------------------------------------------
 
 BOXES = st.tuples(*[st.floats(0, 1000, allow_nan=False)] * 4).map(lambda box: geo.clean_1000(box))
 
@@ -209,7 +212,8 @@ def test_half_the_image_has_one_place_left():
     assert views.control_box(rng(), (0, 0, 500, 1000)) == ((500, 0, 1000, 1000), "far")
 
 
-# --- ghost lengths and pixel boxes ------------------------------------------------------------------------------------------------------
+# --- ghost lengths and pixel boxes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_ghost_lengths_scale_with_the_short_side():
@@ -252,7 +256,8 @@ def test_pixel_boxes_on_the_grid_do_not_grow():
     ).tolist() == [[0, 0, W, H], [0] * 4, [0] * 4]
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------------------------
+# --- pixels
+# --------------------------------------------------------------------------------------------------
 
 
 def blob(height, width, x, y, spread=2.5):

@@ -1,6 +1,8 @@
-"""Compiles the Triton kernels of the image ops to machine code for two GPU generations; needs no GPU.
+"""Compiles the Triton kernels of the image ops to machine code for two GPU generations; needs no
+GPU.
 
-Run by test_image_kernels_compile.py in a process of its own, because interpreted kernels cannot be compiled. One line per kernel.
+Run by test_image_kernels_compile.py in a process of its own, because interpreted kernels cannot be
+compiled. One line per kernel.
 """
 
 import importlib

@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels of the log-prob ops, of sampling, of decoding and of the decoder's pointwise steps to machine code for two GPU generations; needs no GPU.
+"""Compiles the Triton kernels of the log-prob ops, of sampling, of decoding and of the decoder's
+pointwise steps to machine code for two GPU generations; needs no GPU.
 
-The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot be tiled), so this is the
-only look at the compiled form on a machine without a GPU. Run by test_triton_compiles.py in a process of its own, because
-interpreted kernels cannot be compiled. Prints one line per kernel.
+The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot
+be tiled), so this is the only look at the compiled form on a machine without a GPU. Run by
+test_triton_compiles.py in a process of its own, because interpreted kernels cannot be compiled.
+Prints one line per kernel.
 """
 
 import importlib

@@ -21,12 +21,16 @@ PATHS = [
 
 
 def device(path):
-    """Triton runs on the GPU where there is one, else in its interpreter; the other paths are tested on the CPU."""
+    """Triton runs on the GPU where there is one, else in its interpreter; the other paths are
+    tested on the CPU.
+    """
     return "cuda" if GPU and path == "triton" else "cpu"
 
 
 def noise(height, width, seed=0):
-    """uint8 (H,W,3), every level equally likely: the hardest picture for anything that rounds or clips."""
+    """uint8 (H,W,3), every level equally likely: the hardest picture for anything that rounds or
+    clips.
+    """
     return torch.from_numpy(
         np.random.default_rng((seed, height, width)).integers(
             0, 256, (height, width, 3), dtype=np.uint8

@@ -1,4 +1,6 @@
-"""attention: the native path against fp64 on ugly shapes; shared, ragged and causal banks; strides; what it refuses."""
+"""attention: the native path against fp64 on ugly shapes; shared, ragged and causal banks; strides;
+what it refuses.
+"""
 
 import pytest
 import torch

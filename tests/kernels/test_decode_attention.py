@@ -1,4 +1,6 @@
-"""decode_attention: against softmax written out in fp64, on ugly shapes; banks may move, hold rubbish beyond their lengths, and be empty."""
+"""decode_attention: against softmax written out in fp64, on ugly shapes; banks may move, hold
+rubbish beyond their lengths, and be empty.
+"""
 
 import pytest
 import torch
@@ -104,7 +106,9 @@ def test_a_row_that_sees_nothing_is_zero(path):
 
 
 def test_banks_may_move():
-    """The table is all that the kernel knows of where they are: other banks, same launch, once it is rewritten in place."""
+    """The table is all that the kernel knows of where they are: other banks, same launch, once it
+    is rewritten in place.
+    """
     runs("triton")
     q, banks = made("2B, a group of three")
     table = banks.table

@@ -1,4 +1,6 @@
-"""Few rows times a large weight: the native path against float64 on ugly shapes, when it is taken, what it refuses."""
+"""Few rows times a large weight: the native path against float64 on ugly shapes, when it is taken,
+what it refuses.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def operands(rows, width, outs):
 
 
 def within_rounding(found, x, weight, bias=None, low=None, up=None):
-    """Eight units in the last place of the sum of magnitudes: a sum of n products may be off by n of them."""
+    """Eight units in the last place of the sum of magnitudes: a sum of n products may be off by n
+    of them.
+    """
     operands = [None if t is None else t.double() for t in (x, weight, bias, low, up)]
     truth = few_rows(*operands, path="plain")
     magnitude = few_rows(*[None if t is None else t.abs() for t in operands], path="plain")
@@ -60,7 +64,10 @@ def test_the_low_rank_term_is_added(shape, rank):
 def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operands(
     rows, width, outs, rank
 ):
-    """Each operand lies between nans: a sum that read one would be nan. The result lies between marks."""
+    """Each operand lies between nans: a sum that read one would be nan.
+
+    The result lies between marks.
+    """
     x, weight, bias = operands(rows, width, outs)
     low, up, _ = operands(rows, rank, outs) if rank else (x[:, :0], weight[:, :0], None)
     y = torch.full((rows * outs + 128,), 7.0)

@@ -1,4 +1,6 @@
-"""ghost on every path: against OpenCV and float64 for the blur, counted by hand for the rest; what is not ghosted keeps its bytes."""
+"""ghost on every path: against OpenCV and float64 for the blur, counted by hand for the rest; what
+is not ghosted keeps its bytes.
+"""
 
 import cv2
 import numpy as np
@@ -10,7 +12,8 @@ from pictures import PATHS, noise, on, worst
 from vise_kernels import cosines, ghost
 
 IMAGES = [(41, 67), (67, 41), (48, 80), (5, 90), (1, 1)]
-# x1, y1, x2, y2 on the first three: odd, one pixel wide, one high, one pixel, full image, larger than the image
+# x1, y1, x2, y2 on the first three: odd, one pixel wide, one high, one pixel, full image, larger
+# than the image
 BOXES = [
     (3, 2, 40, 37),
     (7, 0, 8, 41),
@@ -47,7 +50,8 @@ def blurred(crop, sigma, radius):
     ).reshape(crop.shape)
 
 
-# beyond rounding: float32 sums; the bound of the native fit; two passes of fp16 taps and one of fp16 values (Triton)
+# beyond rounding: float32 sums; the bound of the native fit; two passes of fp16 taps and one of
+# fp16 values (Triton)
 LOSS = {"plain": 0.001, "native": cosines.MOST_ERROR, "triton": 0.05}
 
 

@@ -311,7 +311,8 @@ def test_the_logits_never_exist():
     case = Case(16, 32, 4096)
     largest, _ = largest_allocation(lambda: case.run(linear_logprob_kl, path="plain", chunk=256))
     assert largest <= 2 * 16 * 256 * 4, (
-        f"{largest} bytes at once; a chunk of logits is {2 * 16 * 256 * 4}, all of them {16 * 4096 * 4}"
+        f"{largest} bytes at once; a chunk of logits is {2 * 16 * 256 * 4}, all of them "
+        f"{16 * 4096 * 4}"
     )
 
 

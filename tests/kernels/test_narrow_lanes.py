@@ -1,4 +1,6 @@
-"""The native kernels written for vectors of any width, kept to what machines without AVX-512, and without AVX2, would run."""
+"""The native kernels written for vectors of any width, kept to what machines without AVX-512, and
+without AVX2, would run.
+"""
 
 import os
 import subprocess

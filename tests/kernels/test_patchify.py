@@ -1,5 +1,6 @@
-"""patchify on every path against transformers' own image processor, the single-tap form against a folded convolution, and the warp on the
-way against `warp` before."""
+"""patchify on every path against transformers' own image processor, the single-tap form against a
+folded convolution, and the warp on the way against `warp` before.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ def patches_of(images, path, **options):
 
 
 def stock(images, patch, merge, mean, std, temporal=2):
-    """The processor of Qwen3-VL checkpoints that runs without torchvision, on pixels that need no resizing."""
+    """The processor of Qwen3-VL checkpoints that runs without torchvision, on pixels that need no
+    resizing.
+    """
     options = {
         "patch_size": patch,
         "merge_size": merge,
@@ -101,7 +104,9 @@ def test_merged_squares_stay_together(path):
     assert seen == [(y + dy, x + dx) for y, x in squares for dy in (0, 1) for dx in (0, 1)]
 
 
-WARPS = [  # identity, flip of 63 columns, enlarged crop, rotation with shear, a homography, everything out of sight
+# identity, flip of 63 columns, enlarged crop, rotation with shear, a homography, everything out of
+# sight
+WARPS = [
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
     [[-1, 0, 63], [0, 1, 0], [0, 0, 1]],
     [[1.25, 0, -3.3], [0, 1.25, -2.1], [0, 0, 1]],
@@ -140,7 +145,8 @@ def test_a_warp_on_the_way_is_the_warp_before(path, patch, merge, sizes, options
     assert torch.equal(grid, truth_grid) and patches.dtype == truth.dtype
     if device(path) == "cpu":
         assert torch.equal(patches, truth)
-    else:  # a compiler may contract products differently in two kernels: a half may round the other way
+    # a compiler may contract products differently in two kernels: a half may round the other way
+    else:
         level = 1 / 255 / min(options.get("std", (0.5,)))
         assert (patches.float() - truth.float()).abs().max() <= 1.01 * level + (
             patches.dtype != torch.float32

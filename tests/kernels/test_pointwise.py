@@ -1,4 +1,6 @@
-"""RMS norm, SwiGLU and the parting of heads: every path and its gradient against fp64 autograd on ugly shapes; strides, refusals, sizes without data."""
+"""RMS norm, SwiGLU and the parting of heads: every path and its gradient against fp64 autograd on
+ugly shapes; strides, refusals, sizes without data.
+"""
 
 import pytest
 import torch

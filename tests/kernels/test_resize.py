@@ -1,4 +1,6 @@
-"""resize on every path against Pillow: the plain path bit for bit, the others within one grey level."""
+"""resize on every path against Pillow: the plain path bit for bit, the others within one grey
+level.
+"""
 
 import importlib
 
@@ -15,7 +17,8 @@ from vise_kernels import resize
 module = importlib.import_module("vise_kernels.resize")  # the package's name `resize` is the op
 down_first, taps = module.down_first, module.taps
 PILLOW = int(PIL.__version__.split(".")[0])
-# height and width, before and after: down, up, both, to the grid, one pixel, tall (rows first), unchanged in one axis or both
+# height and width, before and after: down, up, both, to the grid, one pixel, tall (rows first),
+# unchanged in one axis or both
 SIZES = [
     ((48, 70), (32, 40)),
     ((19, 31), (33, 48)),

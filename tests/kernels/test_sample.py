@@ -1,4 +1,6 @@
-"""sample: the generator's known answers, the distribution, its independence, and that nothing but (seed, position, id) matters."""
+"""sample: the generator's known answers, the distribution, its independence, and that nothing but
+(seed, position, id) matters.
+"""
 
 import pytest
 import torch
@@ -43,7 +45,8 @@ def assert_distributed(ids, probabilities):
     assert statistic < bound, f"chi-square {statistic:.1f} over {bound:.1f}"
 
 
-# --- the generator -----------------------------------------------------------------------------------------------------------------
+# --- the generator
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,8 @@ def test_gumbel_is_precise_where_it_decides():
     assert (gumbel(torch.arange(2**32 - 2000, 2**32)) < -2).all()
 
 
-# --- the distribution --------------------------------------------------------------------------------------------------------------
+# --- the distribution
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -120,7 +124,9 @@ def test_frequencies_without_the_banned():
 
 
 def test_frequencies_over_a_large_vocabulary():
-    """Which sixteenth of 20,011 ids is drawn; the ids are grouped by rank, so that the shares differ."""
+    """Which sixteenth of 20,011 ids is drawn; the ids are grouped by rank, so that the shares
+    differ.
+    """
     logits, _, _ = drawn(1, 20_011)
     group = logits[0].argsort().argsort() * 16 // 20_011
     shares = torch.zeros(16, dtype=torch.float64).index_add(
@@ -164,7 +170,8 @@ def test_neighbouring_draws_are_independent(other):
     assert_distributed(first * 6 + second, torch.outer(share, share).flatten())
 
 
-# --- what a draw depends on --------------------------------------------------------------------------------------------------------
+# --- what a draw depends on
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["native", "triton"])
@@ -186,7 +193,9 @@ def test_paths_draw_the_same_ids(rows, columns, dtype, path):
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
 def test_native_bounds_miss_no_winner(spread):
-    """Flat logits leave the choice to the noise, steep ones to the logits; either way the bound must not hide the best id."""
+    """Flat logits leave the choice to the noise, steep ones to the logits; either way the bound
+    must not hide the best id.
+    """
     runs("native")
     generator = torch.Generator().manual_seed(5)
     logits, seed = spread * torch.randn(300, 4001, generator=generator), torch.arange(300) * 7919

@@ -1,4 +1,6 @@
-"""Every Triton kernel of the log-prob ops, of sampling and of decoding compiles for a GPU, whether or not there is one."""
+"""Every Triton kernel of the log-prob ops, of sampling and of decoding compiles for a GPU, whether
+or not there is one.
+"""
 
 import os
 import subprocess

@@ -68,7 +68,8 @@ MATRICES = [
 ]
 
 
-# 0.5 is rounding; coordinates in float32 are off by up to 2e-5 pixels here, by up to 510 levels a pixel
+# 0.5 is rounding; coordinates in float32 are off by up to 2e-5 pixels here, by up to 510 levels a
+# pixel
 @pytest.mark.parametrize("path", PATHS)
 def test_views_of_many_sizes_match_float64(path):
     images = [noise(*size) for size in SIZES]

@@ -1,4 +1,6 @@
-"""The kernels' own tests, for the image ops without boxes, on a copy of the package that has no native module: plain paths pass, native ones say why they are skipped."""
+"""The kernels' own tests, for the image ops without boxes, on a copy of the package that has no
+native module: plain paths pass, native ones say why they are skipped.
+"""
 
 import os
 import re

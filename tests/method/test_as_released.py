@@ -83,7 +83,9 @@ def test_the_ghost_is_cut_at_one_sigma():
 
 
 def test_the_log_prob_span_begins_inside_the_image():
-    """Prompt of 12 tokens, one of them an image placeholder that became 300: everything from position 12 is averaged."""
+    """Prompt of 12 tokens, one of them an image placeholder that became 300: everything from
+    position 12 is averaged.
+    """
     before, image, after, completion = 4, 300, 7, 22
     length = before + image + after + completion
     logprob = torch.cat(

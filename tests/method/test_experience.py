@@ -1,4 +1,6 @@
-"""Who plays which role: queries and view boxes from the policy or from the reference, on an adapter that says something else."""
+"""Who plays which role: queries and view boxes from the policy or from the reference, on an adapter
+that says something else.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ POLICY = [
 
 
 def played(*words, adapter=0.0, seed=0):
-    """One batch; `adapter`: the size of the random numbers in the adapter's second factors (0: policy and reference are the same)."""
+    """One batch; `adapter`: the size of the random numbers in the adapter's second factors (0:
+    policy and reference are the same).
+    """
     config = configuration.load(None, [*SMALL, *words, "--train.seed", str(seed)])
     policy = model.load(config)
     torch.manual_seed(0)

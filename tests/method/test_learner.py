@@ -1,4 +1,6 @@
-"""The update on the embedded model: slices add up, the reference never moves, bad gradients change nothing, schedules."""
+"""The update on the embedded model: slices add up, the reference never moves, bad gradients change
+nothing, schedules.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Losses: advantages against a loop, KL estimators against brute force over a small vocabulary (value and expected gradient), states."""
+"""Losses: advantages against a loop, KL estimators against brute force over a small vocabulary
+(value and expected gradient), states.
+"""
 
 import json
 import math
@@ -12,7 +14,8 @@ from vise_fast.config.schema import UpdateConfig
 from vise_fast.method.loss import Baseline, Beta, advantages, k1_penalised, reinforce, token_mean
 from vise_fast.system.errors import NumericFault
 
-# --- advantages ------------------------------------------------------------------------------------------------------------------
+# --- advantages
+# --------------------------------------------------------------------------------------------------
 
 
 def by_hand(rewards, carries, group, kind, base):
@@ -135,7 +138,8 @@ def test_unknown_kinds_are_named():
         )
 
 
-# --- KL estimators: a policy over five tokens whose probabilities are counts / 16, so that a batch of sixteen rows *is* the expectation ---
+# --- KL estimators: a policy over five tokens whose probabilities are counts / 16, so that a batch
+# of sixteen rows *is* the expectation ---
 
 COUNTS = torch.tensor([1, 2, 3, 4, 6])
 TOKENS = torch.repeat_interleave(torch.arange(5), COUNTS)
@@ -158,7 +162,9 @@ def gradient_of(function):
 
 
 def estimated(kind, rewards=None):
-    """(expected KL term, its expected gradient on the logits) of one estimator; advantages are zero unless rewards are given."""
+    """(expected KL term, its expected gradient on the logits) of one estimator; advantages are zero
+    unless rewards are given.
+    """
     logits = policy()
     logp = logits.log_softmax(0)
     rows = logp[TOKENS][:, None]
@@ -227,7 +233,8 @@ def test_policy_term_climbs_the_expected_reward():
     )
 
 
-# --- means, masks, micro-batches -----------------------------------------------------------------------------------------------------
+# --- means, masks, micro-batches
+# --------------------------------------------------------------------------------------------------
 
 
 def ragged(rows=7, length=11, seed=0):
@@ -336,7 +343,8 @@ def test_the_reference_never_receives_gradient():
     assert other.grad is None and leaf.grad is not None
 
 
-# --- states --------------------------------------------------------------------------------------------------------------------------
+# --- states
+# --------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_configurations():

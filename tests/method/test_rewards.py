@@ -64,7 +64,8 @@ def close(actual, expected):
     )
 
 
-# --- the paper's reward ----------------------------------------------------------------------------------------------------------
+# --- the paper's reward
+# --------------------------------------------------------------------------------------------------
 
 
 def test_paper_reward_is_half_geometry_half_verdict():
@@ -119,7 +120,8 @@ def test_every_row_uses_its_own_image_size(size):
     close(score(made, ROBUST, rng()).geometric, [1] * 4)
 
 
-# --- answers that are no boxes -------------------------------------------------------------------------------------------------------
+# --- answers that are no boxes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_unread_view_counts_zero_for_that_view():
@@ -184,7 +186,8 @@ def test_swapped_corners_are_sorted_first():
     close(score(evidence(box_1000=boxes, view_box_1000=answers), PAPER, rng()).reward, [1] * 4)
 
 
-# --- rows and groups that teach nothing ----------------------------------------------------------------------------------------------
+# --- rows and groups that teach nothing
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_box_without_views_gets_its_groups_mean():
@@ -261,7 +264,8 @@ def test_a_group_without_a_query_carries_nothing():
         )
 
 
-# --- the robust semantic term --------------------------------------------------------------------------------------------------------
+# --- the robust semantic term
+# --------------------------------------------------------------------------------------------------
 
 
 def test_contrast_is_necessity_minus_control():
@@ -310,7 +314,8 @@ def test_missing_evidence_is_named(missing):
     assert score(evidence(**{missing: None}), PAPER, rng()).carries.all()
 
 
-# --- the other rewards -----------------------------------------------------------------------------------------------------------------
+# --- the other rewards
+# --------------------------------------------------------------------------------------------------
 
 
 def test_oracle_is_the_true_iou():
@@ -423,7 +428,8 @@ def test_rewards_of_the_views_own_answers():
     assert not score(closed, ROBUST, rng()).view_carries.any()
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------------------------
+# --- figures
+# --------------------------------------------------------------------------------------------------
 
 
 def test_figures_that_are_always_logged():
@@ -503,7 +509,8 @@ def test_figures_of_a_batch_nobody_could_read():
         )
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------------------------
+# --- faults
+# --------------------------------------------------------------------------------------------------
 
 
 def test_rows_fill_groups_and_shapes_agree():
@@ -582,7 +589,8 @@ def test_a_plugin_that_returns_nan_stops_the_step(tmp_path):
         score(evidence(), settings(name="test_nan", plugin=str(file)), rng())
 
 
-# --- the landscape: which policy does each reward prefer? --------------------------------------------------------------------------------
+# --- the landscape: which policy does each reward prefer?
+# --------------------------------------------------------------------------------
 
 
 def noisy(boxes, generator, sd=20.0):

@@ -1,4 +1,6 @@
-"""The update pass: work and gradients of the shared prefix against row by row, and what the fused LoRA node saves."""
+"""The update pass: work and gradients of the shared prefix against row by row, and what the fused
+LoRA node saves.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def test_a_group_of_eight_costs_a_fifth_of_row_by_row():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_every_gradient_equal_row_by_row(shape):
-    """In double precision both agree to 1e-9, so the fp32 gap below is rounding; fp32: 1e-5 of each tensor's largest entry."""
+    """In double precision both agree to 1e-9, so the fp32 gap below is rounding; fp32: 1e-5 of each
+    tensor's largest entry.
+    """
     gaps = {}
     for dtype in (torch.float32, torch.float64):
         model = build(shape, dtype=dtype)
@@ -86,7 +90,9 @@ def test_the_fused_node_equals_plain_autograd(monkeypatch):
 
 
 def saved(dtype, monkeypatch=None):
-    """Bytes kept for the backward pass of one score, by dtype: each storage once, parameters not counted."""
+    """Bytes kept for the backward pass of one score, by dtype: each storage once, parameters not
+    counted.
+    """
     model = build("gqa2", dtype=dtype)
     engine = Engine(Backbone(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
@@ -113,7 +119,9 @@ def saved(dtype, monkeypatch=None):
 
 
 def test_bf16_compute_saves_no_fp32_activations():
-    """fp32 in the graph of a bf16 pass: log-sum-exps, norms' scales and rotary tables, one number per row and head; never a row itself."""
+    """fp32 in the graph of a bf16 pass: log-sum-exps, norms' scales and rotary tables, one number
+    per row and head; never a row itself.
+    """
     kept, _ = saved(torch.bfloat16)
     assert kept[torch.float32] < 0.08 * kept[torch.bfloat16], kept
 

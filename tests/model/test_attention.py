@@ -1,4 +1,6 @@
-"""Merged attention over shared parts against the written-out formula: outputs and every gradient, on ugly shapes."""
+"""Merged attention over shared parts against the written-out formula: outputs and every gradient,
+on ugly shapes.
+"""
 
 import pytest
 import torch

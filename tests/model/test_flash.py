@@ -1,7 +1,9 @@
-"""The kernels behind `attend`: which one is chosen and why, and that the GPU operators are called as they are made.
+"""The kernels behind `attend`: which one is chosen and why, and that the GPU operators are called
+as they are made.
 
-Without a GPU their place is taken by stand-ins in float64, which read memory by the strides the operators assume and refuse what they refuse;
-torch's own shape rules (meta tensors) and schemas are asked too. `pytest -m gpu` compares the real ones with the written-out formula.
+Without a GPU their place is taken by stand-ins in float64, which read memory by the strides the
+operators assume and refuse what they refuse; torch's own shape rules (meta tensors) and schemas are
+asked too. `pytest -m gpu` compares the real ones with the written-out formula.
 """
 
 import types
@@ -119,7 +121,9 @@ STANDINS = types.SimpleNamespace(
 
 
 def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu", scale_by=1.0):
-    """Queries of seven rows and three parts: a shared ragged bank, a bank per row without padding, the rows' own tokens."""
+    """Queries of seven rows and three parts: a shared ragged bank, a bank per row without padding,
+    the rows' own tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: (
         (scale_by * torch.randn(*shape, generator=generator, dtype=torch.float64))
@@ -158,7 +162,9 @@ def with_gradients(path, q, parts, weight=None):
 
 
 def with_standins(monkeypatch, best):
-    """From here on attention takes the stand-ins, as a GPU with this best kernel would; returns the names of the kernels used."""
+    """From here on attention takes the stand-ins, as a GPU with this best kernel would; returns the
+    names of the kernels used.
+    """
     used = []
 
     def kernel(q, bias):
@@ -187,7 +193,9 @@ def test_gpu_kernels_are_called_as_they_are_made(monkeypatch, best, kv, rep, dim
 
 @pytest.mark.parametrize("shape", SMALL_MODELS)
 def test_an_engine_gives_gpu_kernels_what_they_assume(monkeypatch, shape):
-    """Prefixes, forks, ragged rows, a fan of answers and their update, once on the CPU's kernel and once on the stand-ins."""
+    """Prefixes, forks, ragged rows, a fan of answers and their update, once on the CPU's kernel and
+    once on the stand-ins.
+    """
     model, engine = engine_of(shape)
     engine.joins = False  # as on a GPU
     ids, hidden, grads = played(model, engine)
@@ -200,7 +208,9 @@ def test_an_engine_gives_gpu_kernels_what_they_assume(monkeypatch, shape):
 
 
 def played(model, engine):
-    """Greedy ids, scored hidden states and the adapters' gradients of two answers to each of four questions."""
+    """Greedy ids, scored hidden states and the adapters' gradients of two answers to each of four
+    questions.
+    """
     features = engine.encode(images(SIZES))
     prompts = engine.prompt(engine.prefill(features, True), [0, 1, 2, 3], ROWS)
     answers = engine.generate(prompts, [2] * 4, 4, list(range(8)), temperature=0.0)

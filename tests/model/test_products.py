@@ -1,4 +1,6 @@
-"""Products through oneDNN against F.linear and F.gelu: values, FLOPs counted, and when they step aside."""
+"""Products through oneDNN against F.linear and F.gelu: values, FLOPs counted, and when they step
+aside.
+"""
 
 import pytest
 import torch

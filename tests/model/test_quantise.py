@@ -1,4 +1,6 @@
-"""Quantised bases: what is quantised, the fast forward and its gradients against the stock bitsandbytes modules, random bases, 8-bit optimizers."""
+"""Quantised bases: what is quantised, the fast forward and its gradients against the stock
+bitsandbytes modules, random bases, 8-bit optimizers.
+"""
 
 import sys
 from pathlib import Path
@@ -89,7 +91,9 @@ def test_a_quantised_vision_tower_is_refused(saved):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapters", [True, False])
 def test_logits_equal_the_stock_modules(saved, kind, adapters):
-    """One image at a time: LLM.int8's outlier columns are a property of the whole product, so neighbours may change digits."""
+    """One image at a time: LLM.int8's outlier columns are a property of the whole product, so
+    neighbours may change digits.
+    """
     model = loaded(saved, kind)
     engine = Engine(Backbone(model), TinyTokens())
     for image, row in zip(images(SIZES), ROWS, strict=True):
@@ -100,14 +104,17 @@ def test_logits_equal_the_stock_modules(saved, kind, adapters):
             else:
                 with model.disable_adapter():
                     truth = stock_logits(model, engine, image, row)[-1]
-        # int8 rounds activations: a value within one fp32 rounding of a rounding boundary may land a whole int8 step away.
+        # int8 rounds activations: a value within one fp32 rounding of a rounding boundary may land
+        # a whole int8 step away.
         assert relative(fast, truth) < (1e-4 if "nf4" in kind else 2e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
-    """The backward pass multiplies by the weight the packed one stands for; for nf4 that is plain autograd over the dequantised base."""
+    """The backward pass multiplies by the weight the packed one stands for; for nf4 that is plain
+    autograd over the dequantised base.
+    """
     model = loaded(saved, kind)
     engine = Engine(Backbone(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
@@ -147,7 +154,9 @@ def test_a_row_does_not_depend_on_its_neighbours(saved, kind):
 
 
 def test_int8_product_is_llm_int8s(saved):
-    """Row by row within the rounding of weights and activations; a column with an outlier is exact in the 16-bit part."""
+    """Row by row within the rounding of weights and activations; a column with an outlier is exact
+    in the 16-bit part.
+    """
     torch.manual_seed(0)
     linear = nn.Linear(64, 40, bias=False)
     x = torch.randn(9, 64)

@@ -1,4 +1,6 @@
-"""The embedded model: loads offline through transformers, its quick forward equals the stock one, its answers are well formed."""
+"""The embedded model: loads offline through transformers, its quick forward equals the stock one,
+its answers are well formed.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +154,9 @@ def test_quick_forward_equals_stock(model, tokenizer, weights):
 
 @torch.no_grad()
 def test_packed_questions_equal_separate_ones(model, tokenizer, weights):
-    """The lesson's packed row gives each answer token the loss it has when its question is asked alone."""
+    """The lesson's packed row gives each answer token the loss it has when its question is asked
+    alone.
+    """
     batch = lessons.batch(generator(5, 0, "packed"), 2)
     course = pretrain.Course(model, torch.float32)
     parts = [
@@ -252,7 +256,9 @@ def _one_step(run: pretrain.Run, index: int) -> float:
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path):
-    """Two steps in a row and a step, a restart, a step give the same losses: weights, both optimisers, dense head, clock."""
+    """Two steps in a row and a step, a restart, a step give the same losses: weights, both
+    optimisers, dense head, clock.
+    """
     run = pretrain.Run(_arguments(tmp_path))
     _one_step(run, 0)
     run.clock["step"] = 1
@@ -267,7 +273,9 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
 
 
 def test_boxes_on_held_out_scenes(figures):
-    """Bounds are below the measured figures (vise_fast/nano/README.md) by three standard errors of 64 scenes or more."""
+    """Bounds are below the measured figures (vise_fast/nano/README.md) by three standard errors of
+    64 scenes or more.
+    """
     assert figures["well_formed"] >= 0.96
     assert figures["iou"] >= 0.38 and figures["named"] >= 0.9
     assert figures["area"] == pytest.approx(figures["true_area"], rel=0.25)

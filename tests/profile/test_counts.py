@@ -1,4 +1,6 @@
-"""Work that is never done twice: a whole step, rollout and update, counted on any machine (answers locked to 14 and 22 tokens)."""
+"""Work that is never done twice: a whole step, rollout and update, counted on any machine (answers
+locked to 14 and 22 tokens).
+"""
 
 import json
 import sys
@@ -25,7 +27,9 @@ GHOSTS = {"paper": 1, "robust": 3}
 
 
 def small_2b():
-    """Qwen3-VL-2B's proportions at a sixteenth of its width and half its depth; LoRA rank 1 as 16 is to 2048."""
+    """Qwen3-VL-2B's proportions at a sixteenth of its width and half its depth; LoRA rank 1 as 16
+    is to 2048.
+    """
     shape = json.loads((ROOT / "configs" / "models" / "mid-100m.json").read_text())
     shape["text_config"] |= dict(
         hidden_size=128,
@@ -49,7 +53,9 @@ def small_2b():
 
 
 class Step:
-    """An engine and its learner on locked answers; `rollout` and `update` hold the counters of each half."""
+    """An engine and its learner on locked answers; `rollout` and `update` hold the counters of each
+    half.
+    """
 
     def __init__(self, directory, preset, batch, *words, size=(96, 128)):
         self.config = subjects.Subject("small", directory, True).config(preset, batch, list(words))
@@ -144,9 +150,11 @@ def test_executed_flops_are_the_minimal_ones(directory, preset, words):
 
 
 def test_a_group_is_scored_behind_one_prefix(directory):
-    """G = 8: the update's FLOPs are those of one prefix and question and eight answers, forward and backward.
+    """G = 8: the update's FLOPs are those of one prefix and question and eight answers, forward and
+    backward.
 
-    The head's walk makes the gradients of log-prob and KL separately: one product more than the least.
+    The head's walk makes the gradients of log-prob and KL separately: one product more than the
+    least.
     """
     step = Step(directory, "robust", 1, "--lora.r=1", "--rollout.samples=8", "--rollout.views=1")
     slices = step.play()
@@ -193,7 +201,9 @@ def test_host_syncs_of_a_step(directory, preset):
 
 
 def test_one_copy_of_the_weights(directory):
-    """Stacked projections and the modules' own parameters are the same memory; what the engine adds is LoRA in the compute dtype."""
+    """Stacked projections and the modules' own parameters are the same memory; what the engine adds
+    is LoRA in the compute dtype.
+    """
     step = Step(directory, "paper", 1)
     frozen = [p for p in step.policy.model.parameters() if not p.requires_grad]
     owned = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
@@ -205,7 +215,9 @@ def test_one_copy_of_the_weights(directory):
 
 
 def test_a_wasteful_step_would_be_seen(directory):
-    """The bound on FLOPs can fail: one more encode and prefill of the step's three images goes beyond it."""
+    """The bound on FLOPs can fail: one more encode and prefill of the step's three images goes
+    beyond it.
+    """
     step = Step(directory, "paper", 1, "--lora.r=1", size=(256, 320))
     with perf.executed_flops() as counter:
         step.engine.prefill(step.engine.encode([step.images[0].pixels] * 3), True)

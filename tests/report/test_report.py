@@ -1,4 +1,6 @@
-"""The report: what it concludes from runs of known health, that it stands alone, and that nothing a model wrote becomes markup."""
+"""The report: what it concludes from runs of known health, that it stands alone, and that nothing a
+model wrote becomes markup.
+"""
 
 import html.parser
 import json
@@ -136,7 +138,7 @@ def test_chosen_box_is_the_best_rewarded_one_with_area(tmp_path):
     assert (chosen[0].x, chosen[0].y) == (10.0, 20.0)
 
 
-# ---- the diagnosis ----------------------------------------------------------------------------------------------------------
+# ---- the diagnosis -------------------------------------------------------------------------------
 
 
 def diagnosed(tmp_path, kind="healthy", edit=lambda metrics: metrics, **options):
@@ -225,7 +227,7 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "ended after 20 of 60" in texts(diagnosis.diagnose(record.read(run)), "warn")
 
 
-# ---- runs that are not whole ------------------------------------------------------------------------------------------------
+# ---- runs that are not whole ---------------------------------------------------------------------
 
 
 def test_metrics_alone_make_a_report(tmp_path):

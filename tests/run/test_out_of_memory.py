@@ -1,4 +1,6 @@
-"""Out of memory in every phase of a step: halved, done again, the result that of the smaller micro-batch; the floor and what is no such fault."""
+"""Out of memory in every phase of a step: halved, done again, the result that of the smaller
+micro-batch; the floor and what is no such fault.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ PHASES = {
 FAULTS = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     "cpu": RuntimeError(
-        f"[enforce fail at alloc_cpu.cpp] {CPU_ALLOCATOR}: can't allocate memory: you tried to allocate 99 bytes"
+        f"[enforce fail at alloc_cpu.cpp] {CPU_ALLOCATOR}: can't allocate memory: you tried to "
+        "allocate 99 bytes"
     ),
     "python": MemoryError(),
 }
@@ -108,7 +111,10 @@ def test_every_kind_of_exhaustion_is_recognised(monkeypatch, undisturbed, fault)
 
 
 def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
-    """Same texts; every gradient within 1e-5 of the largest entry (fp32). Adapters are not compared: Adam divides by tiny second moments."""
+    """Same texts; every gradient within 1e-5 of the largest entry (fp32).
+
+    Adapters are not compared: Adam divides by tiny second moments.
+    """
     gradients, real = [], Learner._apply
 
     def keeping(self, *args):
@@ -155,7 +161,9 @@ def test_the_floor_is_one_image(monkeypatch):
 
 
 def test_one_image_gives_up_the_shared_forward_before_it_is_the_floor(monkeypatch):
-    """At batch 1 nothing can be halved, but the activations kept from the rollout can be computed again."""
+    """At batch 1 nothing can be halved, but the activations kept from the rollout can be computed
+    again.
+    """
     whole = ["--train.batch=1"]
     truth, *_ = run(words=[*whole, "--train.share_forward=false"])
     failing(monkeypatch, FusedLinear, "_input_gradient", 3, FAULTS["gpu"])

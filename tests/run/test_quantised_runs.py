@@ -1,4 +1,6 @@
-"""Whole runs of the embedded model on int8 and nf4 bases: they train, resume bitwise, evaluate and export an adapter PEFT loads."""
+"""Whole runs of the embedded model on int8 and nf4 bases: they train, resume bitwise, evaluate and
+export an adapter PEFT loads.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The command, end to end on the embedded model: what a run leaves behind, resume, photographs, faults, signals."""
+"""The command, end to end on the embedded model: what a run leaves behind, resume, photographs,
+faults, signals.
+"""
 
 import json
 import os
@@ -121,7 +123,9 @@ def test_an_earlier_run_is_never_overwritten(finished):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """scikit-image's bundled photographs in mixed sizes, modes and formats, and one file that is no picture."""
+    """scikit-image's bundled photographs in mixed sizes, modes and formats, and one file that is no
+    picture.
+    """
     folder = tmp_path_factory.mktemp("photos")
     pictures = {
         "astronaut.png": skimage.data.astronaut(),

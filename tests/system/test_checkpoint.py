@@ -1,4 +1,6 @@
-"""Checkpoints: bitwise round trips, refused disks, kills at every system call, every kind of damage."""
+"""Checkpoints: bitwise round trips, refused disks, kills at every system call, every kind of
+damage.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def present(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-# -- the sunny side --------------------------------------------------------------------------------------------------
+# -- the sunny side --------------------------------------------------------------------------------
 
 
 def test_a_round_trip_is_bitwise(tmp_path):
@@ -150,7 +152,7 @@ def test_a_future_that_a_resume_left_is_removed(tmp_path):
     assert present(tmp_path) == ["step_10", "step_15"] and whole(latest(tmp_path), 15)
 
 
-# -- resolving -------------------------------------------------------------------------------------------------------
+# -- resolving -------------------------------------------------------------------------------------
 
 
 def test_auto_without_a_checkpoint_starts_anew(tmp_path):
@@ -193,7 +195,7 @@ def test_strangers_in_the_folder_are_ignored(tmp_path):
     assert resolve("auto", tmp_path) == Choice(tmp_path / "checkpoints" / "step_1", [])
 
 
-# -- damage ----------------------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 def flip(path: Path, place: int) -> None:
@@ -285,7 +287,7 @@ def test_states_that_json_has_no_word_for_are_refused(tmp_path):
     assert whole(latest(tmp_path), 1)
 
 
-# -- refusing disks --------------------------------------------------------------------------------------------------
+# -- refusing disks --------------------------------------------------------------------------------
 
 CALLS = [(os, "fsync"), (os, "rename"), (os, "open"), (os, "mkdir")]
 
@@ -351,7 +353,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         saved(tmp_path / "run", 1)
 
 
-# -- kills -----------------------------------------------------------------------------------------------------------
+# -- kills -----------------------------------------------------------------------------------------
 
 WATCHED = [
     (os, "fsync"),
@@ -366,7 +368,9 @@ WATCHED = [
 
 
 def killed_at(turn: int, work) -> bool:
-    """Runs `work` in a child that SIGKILLs itself right before its `turn`-th watched call; False when it finished first."""
+    """Runs `work` in a child that SIGKILLs itself right before its `turn`-th watched call; False
+    when it finished first.
+    """
     child = os.fork()
     if child == 0:
         calls = 0
@@ -391,7 +395,9 @@ def killed_at(turn: int, work) -> bool:
 
 
 def kill_everywhere(tmp_path: Path, prepare, work, acceptable: set[int]) -> int:
-    """Kills `work` at every watched call in turn; after each the newest good checkpoint is whole and one of `acceptable`."""
+    """Kills `work` at every watched call in turn; after each the newest good checkpoint is whole
+    and one of `acceptable`.
+    """
     for turn in range(1, 200):
         run = tmp_path / str(turn)
         prepare(run)
@@ -443,7 +449,7 @@ def test_a_kill_while_abandoned_steps_are_removed(tmp_path):
     assert points >= 20
 
 
-# -- the optimizer ---------------------------------------------------------------------------------------------------
+# -- the optimizer ---------------------------------------------------------------------------------
 
 
 def trained(

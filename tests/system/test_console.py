@@ -1,4 +1,6 @@
-"""What a person sees and what a run leaves in lines: escapes, tables, progress, JSON lines, loggers that fail."""
+"""What a person sees and what a run leaves in lines: escapes, tables, progress, JSON lines, loggers
+that fail.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def shown(text: str, encoding: str = "utf-8") -> str:
     return screen.getvalue()
 
 
-# -- texts -----------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_alarms_speak_when_they_change():
     ]
 
 
-# -- tables and figures ----------------------------------------------------------------------------------------------
+# -- tables and figures ----------------------------------------------------------------------------
 
 
 def test_a_table_holds_every_cell():
@@ -202,7 +204,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-# -- progress --------------------------------------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------
 
 
 def test_plain_progress_speaks_at_first_at_last_and_in_between():
@@ -268,7 +270,8 @@ def test_progress_ends_cleanly_when_the_work_fails(terminal):
 def test_a_reader_that_goes_away_does_not_end_the_run():
     code = (
         "import sys, time\nfrom vise_fast.system.console import Console\nc = Console()\n"
-        "for i in range(300):\n    c.say('x' * 1000)\nprint('still here', file=sys.stderr)\nsys.stderr.flush()\nimport os\nos._exit(0)"
+        "for i in range(300):\n    c.say('x' * 1000)\nprint('still here', "
+        "file=sys.stderr)\nsys.stderr.flush()\nimport os\nos._exit(0)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -283,7 +286,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
     assert child.wait() == 0 and "still here" in said and "Traceback" not in said
 
 
-# -- commands --------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_our_own_faults_keep_their_traceback():
         run(main, [])
 
 
-# -- JSON lines ------------------------------------------------------------------------------------------------------
+# -- JSON lines ------------------------------------------------------------------------------------
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
@@ -447,7 +450,7 @@ class Full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# -- loggers ---------------------------------------------------------------------------------------------------------
+# -- loggers ---------------------------------------------------------------------------------------
 
 
 class Fake:

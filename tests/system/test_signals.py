@@ -1,4 +1,6 @@
-"""Signals: the first is a flag, the second the end; handlers come back; real processes leave with 130 and 143."""
+"""Signals: the first is a flag, the second the end; handlers come back; real processes leave with
+130 and 143.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Prompts and parsers: every spelling of a box, a query and a verdict that a model may come up with."""
+"""Prompts and parsers: every spelling of a box, a query and a verdict that a model may come up
+with.
+"""
 
 from types import SimpleNamespace
 

@@ -1,14 +1,18 @@
-"""The resolved configuration of a run: nested sections, one YAML file, dotted overrides, presets. No environment variables.
+"""The resolved configuration of a run: nested sections, one YAML file, dotted overrides, presets.
+No environment variables.
 
-Each field's description is its help text and the defaults are the `robust` preset. `load` puts the layers on top of each other:
-defaults < nano/nano.yaml (embedded model only) < preset < file < command line. Left out: reading files and words (settings.py).
+Each field's description is its help text and the defaults are the `robust` preset. `load` puts the
+layers on top of each other:
+defaults < nano/nano.yaml (embedded model only) < preset < file < command line. Left out: reading
+files and words (settings.py).
     python -m vise_fast.train --config my.yaml --train.steps 50 --data.dir photos
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Literal, Sequence
+from typing import Any, Literal
+from collections.abc import Iterator, Sequence
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -56,14 +60,20 @@ class ModelConfig(Section):
     )
     attention: Literal["auto", "plain"] = Field(
         "auto",
-        description="auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written out",
+        description=(
+            "auto: torch's fused kernels, FlashAttention where it runs; plain: the formula written "
+            "out"
+        ),
     )
     engine: Literal["fast", "stock"] = Field(
         "fast", description="fast: own forward over the same weights; stock: transformers' forward"
     )
     graphs: bool = Field(
         False,
-        description="decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, so off",
+        description=(
+            "decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, "
+            "so off"
+        ),
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto", description="auto: Triton / native kernels where they run; plain: PyTorch only"
@@ -132,12 +142,18 @@ class TrainConfig(Section):
     )
     share_forward: bool = Field(
         True,
-        description="the rollout's forward pass over image and question serves the update too; whole batches without checkpointing only",
+        description=(
+            "the rollout's forward pass over image and question serves the update too; whole "
+            "batches without checkpointing only"
+        ),
     )
     attention_every: int = Field(
         0,
         ge=0,
-        description="steps between measurements of the attention on the image, as a training figure; 0: never",
+        description=(
+            "steps between measurements of the attention on the image, as a training figure; 0: "
+            "never"
+        ),
     )
     deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
@@ -166,16 +182,24 @@ class RolloutConfig(Section):
     )
     asker: Literal["reference", "policy"] = Field(
         "reference",
-        description="who writes the query: adapters off, so that training boxes cannot spoil it, or the policy",
+        description=(
+            "who writes the query: adapters off, so that training boxes cannot spoil it, or the "
+            "policy"
+        ),
     )
     regrounder: Literal["reference", "policy"] = Field(
         "reference",
-        description="who boxes the views: adapters off, so that agreement cannot be trained, or the policy",
+        description=(
+            "who boxes the views: adapters off, so that agreement cannot be trained, or the policy"
+        ),
     )
     view_temperature: float = Field(
         0.0,
         ge=0,
-        description="sampling temperature of the boxes in the views; 0: greedy, which agrees more with the truth",
+        description=(
+            "sampling temperature of the boxes in the views; 0: greedy, which agrees more with the "
+            "truth"
+        ),
     )
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
@@ -385,9 +409,11 @@ NANO = nano.DIRECTORY / "nano.yaml"
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The resolved configuration of one YAML file (or none) and `--section.key value` / `--section.key=value` words.
+    """The resolved configuration of one YAML file (or none) and `--section.key value` /
+    `--section.key=value` words.
 
-    Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values that contradict each other.
+    Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values
+    that contradict each other.
     """
     written, typed = (
         settings.read(path, Config) if path is not None else {},
@@ -410,7 +436,9 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, the upper over the lower; a run that it makes shorter than the lower's warm-up is no mistake but has a shorter warm-up."""
+    """Both, the upper over the lower; a run that it makes shorter than the lower's warm-up is no
+    mistake but has a shorter warm-up.
+    """
     steps, warmup = above.get("train.steps"), below.get("train.warmup", 0)
     if isinstance(steps, int | float) and isinstance(warmup, int) and 0 < steps < warmup:
         below = below | {"train.warmup": int(steps)}
@@ -427,33 +455,54 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     grouped = c.update.advantage != "ema"
     yield (
         not grouped or c.rollout.samples >= 2,
-        f"update.advantage {c.update.advantage} compares samples of one image; set rollout.samples to 2 or more, or update.advantage to ema",
+        (
+            f"update.advantage {c.update.advantage} compares samples of one image; set "
+            "rollout.samples to 2 or more, or update.advantage to ema"
+        ),
     )
     alike = c.rollout.regrounder == "policy" and c.rollout.view_temperature == c.rollout.temperature
     yield (
         alike or not c.update.views_too,
-        "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy and rollout.view_temperature as rollout.temperature",
+        (
+            "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
+            "and rollout.view_temperature as rollout.temperature"
+        ),
     )
     graphable = c.model.engine == "fast" and c.model.quant == "none"
     yield (
         graphable or not c.model.graphs,
-        f"model.graphs needs engine fast and quant none, not {c.model.engine} and {c.model.quant}; change them or leave model.graphs false",
+        (
+            f"model.graphs needs engine fast and quant none, not {c.model.engine} and "
+            f"{c.model.quant}; change them or leave model.graphs false"
+        ),
     )
     yield (
         c.update.beta_min <= c.update.beta_max,
-        f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; swap them",
+        (
+            f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; "
+            "swap them"
+        ),
     )
     yield (
         c.update.beta <= c.update.beta_max,
-        f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower update.beta",
+        (
+            f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower "
+            "update.beta"
+        ),
     )
     yield (
         c.data.min_pixels <= c.data.max_pixels,
-        f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; lower data.min_pixels",
+        (
+            f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; "
+            "lower data.min_pixels"
+        ),
     )
     yield (
         c.train.micro_batch <= c.train.batch,
-        f"train.micro_batch {c.train.micro_batch} exceeds train.batch {c.train.batch}; lower it or set 0",
+        (
+            f"train.micro_batch {c.train.micro_batch} exceeds train.batch {c.train.batch}; lower "
+            "it or set 0"
+        ),
     )
     yield (
         c.train.warmup <= c.train.steps,

@@ -1,7 +1,9 @@
-"""Settings of a two-level pydantic schema from YAML files and command-line words, and how to talk about them.
+"""Settings of a two-level pydantic schema from YAML files and command-line words, and how to talk
+about them.
 
-A schema is a model whose fields are models ("sections"); a setting is named `section.key`. Every fault is a ConfigError of one line.
-Left out: what the settings are (config.py). Nothing is read from the environment.
+A schema is a model whose fields are models ("sections"); a setting is named `section.key`. Every
+fault is a ConfigError of one line. Left out: what the settings are (config.py). Nothing is read
+from the environment.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import difflib
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence, get_args
+from typing import Any, get_args
+from collections.abc import Iterator, Sequence
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,7 +26,9 @@ Schema = type[BaseModel]
 
 @dataclass(frozen=True)
 class Command:
-    """The words of a command line, sorted: the file, the overrides for `parse`, and the bare flags that were given."""
+    """The words of a command line, sorted: the file, the overrides for `parse`, and the bare flags
+    that were given.
+    """
 
     config: str | None
     overrides: list[str]
@@ -31,7 +36,9 @@ class Command:
 
 
 def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "help")) -> Command:
-    """Sorts `--config FILE`, `--resume WHERE` (short for --train.resume), bare `--flags` and overrides."""
+    """Sorts `--config FILE`, `--resume WHERE` (short for --train.resume), bare `--flags` and
+    overrides.
+    """
     config, overrides, given, rest = None, [], set(), list(words)
     while rest:
         word, equals, text = rest.pop(0).partition("=")
@@ -42,7 +49,8 @@ def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "h
         elif word in ("--config", "--resume"):
             if not equals and (not rest or rest[0].startswith("--")):
                 raise ConfigError(
-                    f"{word} has no value; write {word} {'FILE.yaml' if word == '--config' else 'auto'}"
+                    f"{word} has no value; write {word} "
+                    f"{'FILE.yaml' if word == '--config' else 'auto'}"
                 )
             text = text if equals else rest.pop(0)
             config = text if word == "--config" else config
@@ -53,7 +61,9 @@ def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "h
 
 
 def help_text(schema: Schema, width: int = 100) -> str:
-    """Every setting by section: key, what it accepts, default, description; wrapped to `width` columns."""
+    """Every setting by section: key, what it accepts, default, description; wrapped to `width`
+    columns.
+    """
     lines = []
     for section, outer in schema.model_fields.items():
         lines += ["", f"{section}: {outer.annotation.__doc__.splitlines()[0]}"]
@@ -104,14 +114,17 @@ def expected(field: FieldInfo) -> str:
 
 
 def read(path: str | Path, schema: Schema) -> dict[str, Any]:
-    """The statements of a YAML file as {dotted key: value}; unknown and repeated keys raise ConfigError."""
+    """The statements of a YAML file as {dotted key: value}; unknown and repeated keys raise
+    ConfigError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
     except OSError as fault:
         raise ConfigError(
-            f"cannot read the configuration {path}: {fault.strerror}; give --config an existing YAML file"
+            f"cannot read the configuration {path}: {fault.strerror}; give --config an existing "
+            "YAML file"
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(
@@ -122,7 +135,8 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
             f" line {fault.problem_mark.line + 1}" if getattr(fault, "problem_mark", None) else ""
         )
         raise ConfigError(
-            f"{path}{line} is not valid YAML: {getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file"
+            f"{path}{line} is not valid YAML: "
+            f"{getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file"
         ) from None
     return _flatten(content, str(path), schema)
 
@@ -147,7 +161,9 @@ def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
 
 
 def _scalar(text: str, field: FieldInfo) -> Any:
-    """One command-line value: YAML, except that a text field takes the word as typed (a folder may be called 2024)."""
+    """One command-line value: YAML, except that a text field takes the word as typed (a folder may
+    be called 2024).
+    """
     if field.annotation is str or (
         field.annotation == str | None and text.lower() not in ("null", "none", "~", "")
     ):
@@ -168,7 +184,8 @@ def _refuse_repeated(node: yaml.Node | None, path: str | Path) -> None:
     for key, value in node.value:
         if key.value in seen:
             raise ConfigError(
-                f"{path} line {key.start_mark.line + 1} states '{key.value}' twice; keep one of them"
+                f"{path} line {key.start_mark.line + 1} states '{key.value}' twice; keep one of "
+                "them"
             )
         seen.add(key.value)
         _refuse_repeated(value, path)
@@ -179,7 +196,8 @@ def _flatten(content: Any, where: str, schema: Schema) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{where} holds no settings but {_show(content)}; write 'section:' with indented 'key: value' lines"
+            f"{where} holds no settings but {_show(content)}; write 'section:' with indented 'key: "
+            "value' lines"
         )
     flat: dict[str, Any] = {}
     for section, inside in content.items():
@@ -206,7 +224,8 @@ def _check_key(key: str, where: str, schema: Schema) -> None:
         return
     if key in schema.model_fields:
         raise ConfigError(
-            f"'{key}' in {where} is a section; write its settings as {key}.name, for example {next(k for k in keys if k.startswith(key + '.'))}"
+            f"'{key}' in {where} is a section; write its settings as {key}.name, for example "
+            f"{next(k for k in keys if k.startswith(key + '.'))}"
         )
     same_leaf = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
     close = (

@@ -1,6 +1,8 @@
-"""The words after a small command (evaluate, infer, merge, report): its own `--name value` options, then settings as for training.
+"""The words after a small command (evaluate, infer, merge, report): its own `--name value` options,
+then settings as for training.
 
-With `--adapter RUN/adapter` the run's config.yaml is the configuration, so that a trained adapter finds its base and its data unasked.
+With `--adapter RUN/adapter` the run's config.yaml is the configuration, so that a trained adapter
+finds its base and its data unasked.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from vise_fast.system.errors import ConfigError
 
 @dataclass(frozen=True)
 class Words:
-    """Parsed words: `values` of the command's own options (None: not given), `places` without a name, `settings` for the configuration."""
+    """Parsed words: `values` of the command's own options (None: not given), `places` without a
+    name, `settings` for the configuration.
+    """
 
     values: Mapping[str, str | None]
     places: list[str]
@@ -38,7 +42,9 @@ class Words:
         return None if text is None else int(text)
 
     def configuration(self, extra: Sequence[str] = ()) -> Config:
-        """The run's configuration where the adapter lies in a run (or --config names one), then settings; --model wins over both."""
+        """The run's configuration where the adapter lies in a run (or --config names one), then
+        settings; --model wins over both.
+        """
         adapter, model = self.values.get("adapter"), self.values.get("model")
         file = self.values.get("config") or _run_file(adapter)
         base = model or (_base_of(adapter) if file is None else None)
@@ -48,7 +54,10 @@ class Words:
 
 
 def parse(words: Sequence[str], options: Sequence[str], places: int = 0) -> Words:
-    """Sorts words; `options` take a value each, `places` is how many bare words are welcome. Raises ConfigError."""
+    """Sorts words; `options` take a value each, `places` is how many bare words are welcome.
+
+    Raises ConfigError.
+    """
     values: dict[str, str | None] = dict.fromkeys(options)
     bare, settings, rest = [], [], list(words)
     if {"-h", "--help"} & set(rest):
@@ -72,7 +81,8 @@ def parse(words: Sequence[str], options: Sequence[str], places: int = 0) -> Word
         else:
             near = get_close_matches(name, options, n=1)
             raise ConfigError(
-                f"unknown option {word}; {f'did you mean --{near[0]}' if near else 'known: ' + ', '.join('--' + o for o in options)}"
+                f"unknown option {word}; "
+                f"{f'did you mean --{near[0]}' if near else 'known: ' + ', '.join('--' + o for o in options)}"
             )
     if len(bare) > places:
         raise ConfigError(f"unexpected word '{bare[places]}'; options are written --name value")
@@ -86,8 +96,9 @@ def _run_file(adapter: str | None) -> str | None:
 
 
 def _base_of(adapter: str | None) -> str | None:
-    """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None without an adapter or its file
-    (loading says what is wrong with a directory)."""
+    """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None
+    without an adapter or its file (loading says what is wrong with a directory).
+    """
     file = Path(adapter) / "adapter_config.json" if adapter else None
     if file is None or not file.is_file():
         return None
@@ -95,6 +106,7 @@ def _base_of(adapter: str | None) -> str | None:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise ConfigError(
-            f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point at RUN/adapter"
+            f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point "
+            "at RUN/adapter"
         ) from None
     return "nano" if base and Path(base).parts[-2:] == ("vise_fast", "nano") else base

@@ -1,8 +1,10 @@
-"""Is this machine ready? Some forty checks (checks.py), each OK, WARN or FAIL with what to do about it.
+"""Is this machine ready? Some forty checks (checks.py), each OK, WARN or FAIL with what to do about
+it.
 
     python -m vise_fast.doctor [--run.dir runs]
 
-Exit code 0, or 4 where a check fails. WARN: it runs, but slower or with less. Nothing is downloaded.
+Exit code 0, or 4 where a check fails. WARN: it runs, but slower or with less. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def _run_dir(words: Sequence[str]) -> Path:
     key, equals, value = rest[0].partition("=")
     if key != "--run.dir" or len(rest) != (1 if equals else 2):
         raise ConfigError(
-            f"unexpected words {' '.join(rest)}; write python -m vise_fast.doctor [--run.dir DIRECTORY]"
+            f"unexpected words {' '.join(rest)}; write python -m vise_fast.doctor [--run.dir "
+            "DIRECTORY]"
         )
     return Path(value if equals else rest[1])
 

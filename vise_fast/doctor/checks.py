@@ -1,7 +1,9 @@
-"""What a machine must have, one function a fact: each looks, and says OK, WARN (runs, but slower or with less) or FAIL with what to do.
+"""What a machine must have, one function a fact: each looks, and says OK, WARN (runs, but slower or
+with less) or FAIL with what to do.
 
-Nothing is downloaded and no socket is opened. Heavy packages are imported inside their checks, so that a broken one is a finding and not a
-traceback. Left out: which checks run, and how they are shown (doctor.py).
+Nothing is downloaded and no socket is opened. Heavy packages are imported inside their checks, so
+that a broken one is a finding and not a traceback. Left out: which checks run, and how they are
+shown (doctor.py).
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def _torch() -> ModuleType:
     return importlib.import_module("torch")
 
 
-# -- the interpreter and its packages ----------------------------------------------------------------------------------
+# -- the interpreter and its packages --------------------------------------------------------------
 
 
 def python() -> Check:
@@ -135,7 +137,9 @@ def qwen3_vl() -> Check:
 
 
 def kernels_folder() -> Check:
-    """A package named kernels in the working directory would shadow the Hub's and break imports of transformers."""
+    """A package named kernels in the working directory would shadow the Hub's and break imports of
+    transformers.
+    """
     spec = importlib.util.find_spec("kernels")
     if (
         spec is not None
@@ -179,7 +183,7 @@ def torchvision() -> Check:
     return ok("torchvision", importlib.metadata.version("torchvision"))
 
 
-# -- fast paths --------------------------------------------------------------------------------------------------------
+# -- fast paths ------------------------------------------------------------------------------------
 
 
 def bitsandbytes() -> Check:
@@ -247,7 +251,7 @@ def kernel_paths() -> Check:
     return ok("kernel paths", ", ".join(f"{op} {path}" for op, (path, _) in paths.items()))
 
 
-# -- the accelerator ---------------------------------------------------------------------------------------------------
+# -- the accelerator -------------------------------------------------------------------------------
 
 
 def accelerator() -> Check:
@@ -335,7 +339,7 @@ def arithmetic() -> Check:
     return ok("arithmetic", f"a matrix product on {device} is off by {off:.1e}")
 
 
-# -- the machine -------------------------------------------------------------------------------------------------------
+# -- the machine -----------------------------------------------------------------------------------
 
 
 def _usable_cores() -> int:
@@ -429,7 +433,7 @@ def writable(run_dir: Path) -> Check:
     return ok("run directory", f"{run_dir} can be written")
 
 
-# -- the embedded model and the hub ------------------------------------------------------------------------------------
+# -- the embedded model and the hub ----------------------------------------------------------------
 
 
 def nano_files() -> Check:
@@ -475,7 +479,10 @@ def nano_weights() -> Check:
         )
     return ok(
         "embedded weights",
-        f"{sum(tensor.numel() for tensor in tensors.values()) / 1e6:.2f} M numbers, sha256 as shipped",
+        (
+            f"{sum(tensor.numel() for tensor in tensors.values()) / 1e6:.2f} M numbers, sha256 as "
+            "shipped"
+        ),
     )
 
 

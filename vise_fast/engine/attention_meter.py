@@ -1,7 +1,9 @@
-"""How much of its attention a model spends on the image while it answers: per decoder layer, mean over heads and generated tokens.
+"""How much of its attention a model spends on the image while it answers: per decoder layer, mean
+over heads and generated tokens.
 
-METHOD section 8's figure. Answers are fed back in one teacher-forced pass; in each layer the share is exp(lse over the image's keys -
-lse over all keys a token sees), so that one layer's scores exist at a time and no softmax is ever written out.
+METHOD section 8's figure. Answers are fed back in one teacher-forced pass; in each layer the share
+is exp(lse over the image's keys - lse over all keys a token sees), so that one layer's scores exist
+at a time and no softmax is ever written out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def image_share(
     questions: list[list[int]],
     answers: Rollout,
 ) -> Tensor:
-    """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries are the tokens that predicted its tokens."""
+    """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
+    are the tokens that predicted its tokens.
+    """
     backbone, device = engine.backbone, engine.device
     rows = [
         question + answer[:-1] for question, answer in zip(questions, answers.rows(), strict=True)
@@ -58,14 +62,18 @@ def _level(engine: Engine, prefixes: Prefixes, owner: list[int], rows: list[list
 
 
 def _generating(questions: list[list[int]], rows: list[list[int]]) -> Tensor:
-    """fp32 (N, T): 1 where a token's output was sampled from: the question's last token and the answer's all but last."""
+    """fp32 (N, T): 1 where a token's output was sampled from: the question's last token and the
+    answer's all but last.
+    """
     steps = torch.arange(max(map(len, rows)))
     first, end = (torch.tensor([len(row) for row in group])[:, None] for group in (questions, rows))
     return ((steps >= first - 1) & (steps < end)).float()
 
 
 def _share(engine: Engine, level: Level, index: int, q: Tensor, k: Tensor) -> Tensor:
-    """Image share (N, T), mean over heads, of queries q (N, T, H, D) with own keys k (N, T, KV, D) in layer `index`."""
+    """Image share (N, T), mean over heads, of queries q (N, T, H, D) with own keys k (N, T, KV, D)
+    in layer `index`.
+    """
     scale = engine.backbone.scale
     (segment, grid), head, tail = level.parents[0], len(engine.tokens.head), len(engine.tokens.tail)
     prefix = segment.part(index, grid)
@@ -81,7 +89,9 @@ def _share(engine: Engine, level: Level, index: int, q: Tensor, k: Tensor) -> Te
 
 
 def log_sum_exp(q: Tensor, part: Part, scale: float) -> Tensor:
-    """fp32 (N, T, H): log-sum-exp of the scores of q (N, T, H, D) over the keys of one part; keys are read once per entry, not per row."""
+    """fp32 (N, T, H): log-sum-exp of the scores of q (N, T, H, D) over the keys of one part; keys
+    are read once per entry, not per row.
+    """
     grid = part.grid or Grid(list(range(q.shape[0])), q.shape[0], q.device)
     table = grid.spread(q).unflatten(3, (part.keys.shape[1], -1)).float()
     scores = torch.einsum("mftkrd,mksd->mftkrs", table, part.keys.float()) * scale

@@ -162,7 +162,7 @@ class Engine:
     def forget(self) -> None:
         """Drop what is kept between calls, when memory runs out: nothing here."""
 
-    # ---- images and prefixes ------------------------------------------------------------------------------------------------
+    # ---- images and prefixes ---------------------------------------------------------------------
 
     def encode(self, images: list[Tensor]) -> Features:
         self.counters.images_encoded += len(images)
@@ -242,7 +242,7 @@ class Engine:
             read=read,
         )
 
-    # ---- questions ----------------------------------------------------------------------------------------------------------
+    # ---- questions -------------------------------------------------------------------------------
 
     def prompt(
         self, prefixes: Prefixes, owner: list[int], rows: list[list[int]], trained: int = 0
@@ -307,7 +307,7 @@ class Engine:
         prefix, following = self.prefix_level(features, adapters)
         return [prefix, self._text_level(rows, following, [(0, None)])], following
 
-    # ---- sampling -----------------------------------------------------------------------------------------------------------
+    # ---- sampling --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -412,7 +412,7 @@ class Engine:
         self._attach(active, prompts)
         return keep
 
-    # ---- scoring ------------------------------------------------------------------------------------------------------------
+    # ---- scoring ---------------------------------------------------------------------------------
 
     def score(
         self,

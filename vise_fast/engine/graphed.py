@@ -1,9 +1,12 @@
-"""Decoding that never asks the host: one step of all rows as a function of tensors alone, captured once per shape as a CUDA graph and replayed.
+"""Decoding that never asks the host: one step of all rows as a function of tensors alone, captured
+once per shape as a CUDA graph and replayed.
 
-`GraphedEngine.generate` samples exactly what `Engine.generate` samples. What differs between tokens, rollouts and updates is data at fixed
-addresses: where prefixes and prompts lie and who sees them (`vise_kernels.decode_attention`), the LoRA copies (refreshed in place), seeds, the
-step. So a graph outlives optimizer steps, and prefixes are shared, not copied. Finished rows stay until all are done: where a step's time is
-the weights' bytes they cost next to nothing. Left out: quantised bases, whose products choose their path on the host.
+`GraphedEngine.generate` samples exactly what `Engine.generate` samples. What differs between
+tokens, rollouts and updates is data at fixed addresses: where prefixes and prompts lie and who sees
+them (`vise_kernels.decode_attention`), the LoRA copies (refreshed in place), seeds, the step. So a
+graph outlives optimizer steps, and prefixes are shared, not copied. Finished rows stay until all
+are done: where a step's time is the weights' bytes they cost next to nothing. Left out: quantised
+bases, whose products choose their path on the host.
 
 Run: `pytest tests/engine/test_graphed.py`; with a GPU `pytest -m gpu tests/engine/test_graphed.py`.
 """
@@ -74,7 +77,9 @@ class GraphedEngine(Engine):
 
 
 class Decoder:
-    """State and step of up to `rows` answers of at most `limit` tokens; every tensor keeps its address from here on."""
+    """State and step of up to `rows` answers of at most `limit` tokens; every tensor keeps its
+    address from here on.
+    """
 
     def __init__(
         self,
@@ -147,7 +152,9 @@ class Decoder:
             self.graph.replay()
 
     def let_go(self) -> None:
-        """Hold prefixes and prompts no longer; their addresses in the tables mean nothing until the next start."""
+        """Hold prefixes and prompts no longer; their addresses in the tables mean nothing until the
+        next start.
+        """
         for bank, keys, values in zip(
             self.banks, self.buffer.keys, self.buffer.values, strict=True
         ):
@@ -208,7 +215,9 @@ class Decoder:
 
 
 def bucket(rows: int) -> int:
-    """Rows of the decoder for so many answers: powers of two, multiples of 8 from there, of 32 beyond 64; few graphs, little padding."""
+    """Rows of the decoder for so many answers: powers of two, multiples of 8 from there, of 32
+    beyond 64; few graphs, little padding.
+    """
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
     step = 8 if rows <= 64 else 32

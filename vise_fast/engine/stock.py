@@ -1,9 +1,11 @@
-"""The rollout engine over transformers' own forward (`engine: stock`): plain, unshared, one row at a time.
+"""The rollout engine over transformers' own forward (`engine: stock`): plain, unshared, one row at
+a time.
 
-Same interface and same sampled ids as `engine.Engine`, so that it is the plain version the fast engine is tested against, and the way to
-run families the fast forward does not know: any whose forward takes pixel_values, image_grid_thw and mm_token_type_ids (Qwen2-VL to
-Qwen3-VL-MoE). Every row is its own full sequence with its own image: nothing is encoded once for two questions, and the counters say so.
-Left out: batching (rows would need padding), quick answers.
+Same interface and same sampled ids as `engine.Engine`, so that it is the plain version the fast
+engine is tested against, and the way to run families the fast forward does not know: any whose
+forward takes pixel_values, image_grid_thw and mm_token_type_ids (Qwen2-VL to Qwen3-VL-MoE). Every
+row is its own full sequence with its own image: nothing is encoded once for two questions, and the
+counters say so. Left out: batching (rows would need padding), quick answers.
 
     engine = StockEngine(StockBackbone(policy.model), policy.tokens)
 """
@@ -30,7 +32,9 @@ from vise_fast.text.tokens import Tokens
 
 
 class StockBackbone:
-    """The stock modules of a model (with or without PEFT around it), under the names the rest of the trainer uses."""
+    """The stock modules of a model (with or without PEFT around it), under the names the rest of
+    the trainer uses.
+    """
 
     def __init__(
         self,
@@ -73,7 +77,9 @@ class StockBackbone:
 
 @dataclass
 class Pictures:
-    """Images as the stock model takes them, not encoded: pixels [(patches, channels·temporal·p·p)], grids [(rows, columns)] in patches."""
+    """Images as the stock model takes them, not encoded: pixels [(patches, channels·temporal·p·p)],
+    grids [(rows, columns)] in patches.
+    """
 
     pixels: list[Tensor]
     grids: list[tuple[int, int]]
@@ -198,7 +204,9 @@ class StockEngine:
         prefixes: StockPrefixes | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Hidden states (sum of lengths, E), each answer from its own full sequence; `prefixes` is ignored."""
+        """Hidden states (sum of lengths, E), each answer from its own full sequence; `prefixes` is
+        ignored.
+        """
         whole = self._sequences(features, rows, answers, owner, adapters, recompute)
         return torch.cat(
             [states[-length:] for states, length in zip(whole, answers.lengths, strict=True)]
@@ -212,7 +220,9 @@ class StockEngine:
         owner: list[int],
         adapters: bool,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Hidden states, ids and tokens per answer over the released code's span; see `engine.Engine.score_released`."""
+        """Hidden states, ids and tokens per answer over the released code's span; see
+        `engine.Engine.score_released`.
+        """
         states, ids, lengths, tokens = [], [], [], self.tokens
         for image, answer, whole in zip(
             owner,
@@ -308,13 +318,17 @@ class StockEngine:
 
 
 def open_engine(policy: Policy, config: Config) -> Engine | StockEngine:
-    """The engine that `model.engine` and `model.graphs` ask for. Raises EnvironmentFault for graphs without a GPU."""
+    """The engine that `model.engine` and `model.graphs` ask for.
+
+    Raises EnvironmentFault for graphs without a GPU.
+    """
     if config.model.engine == "stock":
         return StockEngine(StockBackbone(policy.model), policy.tokens)
     if config.model.graphs:
         if policy.device.type != "cuda":
             raise EnvironmentFault(
-                f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; leave it false, or use a GPU"
+                f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; "
+                "leave it false, or use a GPU"
             )
         return GraphedEngine(policy.backbone, policy.tokens)
     return Engine(policy.backbone, policy.tokens)

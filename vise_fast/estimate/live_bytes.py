@@ -1,6 +1,8 @@
-"""Counts the bytes of all tensor storages alive, activations saved for the backward pass included, on any device.
+"""Counts the bytes of all tensor storages alive, activations saved for the backward pass included,
+on any device.
 
-Around a real step on a CPU it measures; on the meta device it predicts (rehearsal.py). Left out: scratch inside operators.
+Around a real step on a CPU it measures; on the meta device it predicts (rehearsal.py). Left out:
+scratch inside operators.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class _Storage:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of tensor storages alive: `now`, their `peak`, and `at_peak` by the label under which each was made.
+    """Bytes of tensor storages alive: `now`, their `peak`, and `at_peak` by the label under which
+    each was made.
 
     Counts what is made while it is entered, plus what `adopt` is told of; on one device type.
     """

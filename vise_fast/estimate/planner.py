@@ -1,8 +1,10 @@
-"""What a run will need, before it runs: `python -m vise_fast.estimate --config FILE [--section.key value …]`.
+"""What a run will need, before it runs: `python -m vise_fast.estimate --config FILE [--section.key
+value …]`.
 
-Predicts the peak of a step by component from shapes alone (rehearsal.py), for the image sizes of the actual folder, and says what would
-make it fit. With `memory.budget_gb` (a number, or auto: this machine's) it chooses pixel budget, quantisation, micro-batch, checkpointing
-and optimizer; lowmem.py writes presets so. Left out: what torch does not see; `usable` leaves room for it.
+Predicts the peak of a step by component from shapes alone (rehearsal.py), for the image sizes of
+the actual folder, and says what would make it fit. With `memory.budget_gb` (a number, or auto: this
+machine's) it chooses pixel budget, quantisation, micro-batch, checkpointing and optimizer;
+lowmem.py writes presets so. Left out: what torch does not see; `usable` leaves room for it.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ SHAPES = Path(__file__).parents[2] / "configs" / "models"
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT, FRAGMENTS = 0.6 * GIB, 0.03
-"""Of a card: what CUDA and its libraries take, and what the allocator loses to rounding and fragments. Allowances, not measurements."""
+"""Of a card: what CUDA and its libraries take, and what the allocator loses to rounding and
+fragments. Allowances, not measurements.
+"""
 
 
 @dataclass
 class Plan:
-    """A configuration with its predicted peak. `changes`: what was chosen over what was asked for; `budget` in bytes, None: unknown."""
+    """A configuration with its predicted peak. `changes`: what was chosen over what was asked for;
+    `budget` in bytes, None: unknown.
+    """
 
     config: Config
     rehearsed: Rehearsed
@@ -63,7 +69,8 @@ class Plan:
             )
         elif self.budget is not None:
             lines.append(
-                f"memory   {'fits' if self.fits else 'does NOT fit'} the {self.budget / GIB:.1f} GiB that can be used here"
+                f"memory   {'fits' if self.fits else 'does NOT fit'} the {self.budget / GIB:.1f} "
+                "GiB that can be used here"
             )
         if self.advice is not None:
             lines.append(
@@ -132,7 +139,9 @@ class Planner:
         return self._peaks[key]
 
     def choose(self, budget: float) -> dict[str, object] | None:
-        """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity first; None where nothing does."""
+        """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity
+        first; None where nothing does.
+        """
         fits = lambda base, knobs: (
             self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget
         )
@@ -170,7 +179,10 @@ class Planner:
                 }
 
     def _micro_batches(self) -> Iterator[int]:
-        """Large ones first: a rollout of few rows wastes more time than a second forward pass. 0 is the whole batch."""
+        """Large ones first: a rollout of few rows wastes more time than a second forward pass.
+
+        0 is the whole batch.
+        """
         whole = self.config.train.batch
         micro = self.config.train.micro_batch or whole
         while micro >= 1:
@@ -178,8 +190,10 @@ class Planner:
             micro //= 2
 
     def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
-        """At one micro-batch: stored activations before computing layers again, exact moments before 8-bit ones, those before paged ones, and
-        the rollout's forward pass kept for the update before a second one."""
+        """At one micro-batch: stored activations before computing layers again, exact moments
+        before 8-bit ones, those before paged ones, and the rollout's forward pass kept for the
+        update before a second one.
+        """
         train = self.config.train
         for checkpointing in dict.fromkeys([train.checkpointing, True]):
             for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
@@ -194,7 +208,8 @@ class Planner:
 def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:
     """The run's prediction; where `memory.budget_gb` is set, the configuration that fits it.
 
-    Raises MemoryFloor where a budget is set and nothing fits it, ConfigError where the model's shapes are unknown.
+    Raises MemoryFloor where a budget is set and nothing fits it, ConfigError where the model's
+    shapes are unknown.
     """
     planner = Planner(config, source, dtype)
     budget = usable(config)
@@ -207,8 +222,10 @@ def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None
     if changes is None:
         floor = planner.rehearse(_with(config, {"model.quant": "nf4", **_knobs(1, True, LEANEST)}))
         raise MemoryFloor(
-            f"{config.model.path} needs {floor.peak / GIB:.1f} GiB at least (nf4, one image at a time), of which {budget / GIB:.1f} GiB can be used; "
-            f"memory.budget_gb is {config.memory.budget_gb}; take a smaller model, a smaller data.max_pixels or a larger card"
+            f"{config.model.path} needs {floor.peak / GIB:.1f} GiB at least (nf4, one image at a "
+            f"time), of which {budget / GIB:.1f} GiB can be used; "
+            f"memory.budget_gb is {config.memory.budget_gb}; take a smaller model, a smaller "
+            "data.max_pixels or a larger card"
         )
     chosen = _with(config, changes)
     return Plan(chosen, planner.rehearse(chosen), budget, changes)
@@ -225,7 +242,9 @@ def usable(config: Config) -> float:
 
 
 def known_shapes(path: str):
-    """The model's transformers config; for the published sizes from configs/models where the model itself is not at hand."""
+    """The model's transformers config; for the published sizes from configs/models where the model
+    itself is not at hand.
+    """
     file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
     if not Path(path).is_dir() and file.is_file():
         return AutoConfig.from_pretrained(file)
@@ -233,7 +252,9 @@ def known_shapes(path: str):
 
 
 def lengths_of(config: Config, model_config) -> Lengths:
-    """Tokens of each question, with a query as long as `rollout.query_tokens` allows; without a tokenizer at hand, those of `Lengths`."""
+    """Tokens of each question, with a query as long as `rollout.query_tokens` allows; without a
+    tokenizer at hand, those of `Lengths`.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.resolve(config.model.path), local_files_only=True
@@ -257,7 +278,9 @@ def lengths_of(config: Config, model_config) -> Lengths:
 
 
 def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
-    """(height, width) of the images; without a source, drawn scenes or photographs at the pixel budget, 4:3."""
+    """(height, width) of the images; without a source, drawn scenes or photographs at the pixel
+    budget, 4:3.
+    """
     if source is not None:
         return source.sizes()
     return [(config.scenes.size, config.scenes.size)] if config.data.dir is None else [(4800, 6400)]

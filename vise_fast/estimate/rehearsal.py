@@ -1,7 +1,9 @@
-"""One step with shapes only: the engine's own code run on the meta device. No weights, no GPU, seconds.
+"""One step with shapes only: the engine's own code run on the meta device. No weights, no GPU,
+seconds.
 
-Every live byte is counted as in a real step (live.py). Answers are as long as the limits allow, every box is judged and differs from every
-other: the most a step can need. Left out: what lies below torch (allocator rounding, workspaces of libraries, CUDA context).
+Every live byte is counted as in a real step (live.py). Answers are as long as the limits allow,
+every box is judged and differs from every other: the most a step can need. Left out: what lies
+below torch (allocator rounding, workspaces of libraries, CUDA context).
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ POINTWISE = {
 
 
 def _pointwise(args: tuple) -> Tensor | None:
-    """The result of a pointwise op on meta tensors of one dtype, where one of them has the result's shape; else None."""
+    """The result of a pointwise op on meta tensors of one dtype, where one of them has the result's
+    shape; else None.
+    """
     tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
     if (
         not tensors
@@ -100,7 +104,8 @@ class _NoScores(TorchFunctionMode):
 class Packed(nn.Module):
     """A quantised linear's sizes: what it holds, and what its products need for a moment.
 
-    On a GPU that includes what bitsandbytes takes from torch's allocator inside its operators; on a CPU such scratch is nobody's tensor.
+    On a GPU that includes what bitsandbytes takes from torch's allocator inside its operators; on a
+    CPU such scratch is nobody's tensor.
     """
 
     def __init__(self, linear: nn.Linear, config: Config, device: str) -> None:
@@ -271,10 +276,12 @@ def rehearse(
     lengths: Lengths = Lengths(),
     device: str = "cuda",
 ) -> Rehearsed:
-    """One step on images of these (height, width) in pixels, one entry per image of the batch, as it would go on this type of device.
+    """One step on images of these (height, width) in pixels, one entry per image of the batch, as
+    it would go on this type of device.
 
-    Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line through them drawn on to the full depth. In the
-    shallowest a phase may need most at another moment than in deep ones.
+    Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line
+    through them drawn on to the full depth. In the shallowest a phase may need most at another
+    moment than in deep ones.
     """
     depth, shallow = (
         model_config.text_config.num_hidden_layers,
@@ -300,7 +307,9 @@ def rehearse(
 
 
 def _shallow(model_config, layers: int):
-    """The same model with fewer layers; the vision tower keeps as many taps, and blocks to tap (no pass stores more for having more)."""
+    """The same model with fewer layers; the vision tower keeps as many taps, and blocks to tap (no
+    pass stores more for having more).
+    """
     small = copy.deepcopy(model_config)
     taps = len(small.vision_config.deepstack_visual_indexes)
     small.text_config.num_hidden_layers = layers
@@ -339,7 +348,8 @@ def _rehearse(
             "LoRA in compute dtype",
         )
         moments = sum(_moments(p, config.optim.name) for p in trained)
-        # On a GPU paged moments lie in managed memory and are fetched for the optimizer step, when there is room.
+        # On a GPU paged moments lie in managed memory and are fetched for the optimizer step, when
+        # there is room.
         paged = moments if config.optim.name.startswith("paged") and device == "cuda" else 0
         live.hold([torch.empty(moments - paged, dtype=torch.uint8, device=META)], "optimizer")
         step = _Step(config, engine, live, trained, paged)
@@ -349,7 +359,9 @@ def _rehearse(
 
 
 def _moments(p: Tensor, name: str) -> int:
-    """Bytes an optimizer keeps for a parameter. bitsandbytes: 8 bits and an fp32 scale per 256, twice; tensors below 4096 stay fp32."""
+    """Bytes an optimizer keeps for a parameter. bitsandbytes: 8 bits and an fp32 scale per 256,
+    twice; tensors below 4096 stay fp32.
+    """
     if name == "adamw" or p.numel() < 4096:
         return 8 * p.numel()
     return 2 * p.numel() + 8 * -(-p.numel() // 256)
@@ -372,7 +384,9 @@ class _Step:
         self.lengths = engine.tokens.lengths
 
     def run(self, sizes: list[tuple[int, int]]) -> None:
-        """The largest slice of the batch, played last; what the other slices keep for the update is as large."""
+        """The largest slice of the batch, played last; what the other slices keep for the update is
+        as large.
+        """
         size = self.config.train.micro_batch or len(sizes)
         largest = sorted(sizes, key=lambda s: -s[0] * s[1])[:size]
         others = -(-len(sizes) // size) - 1
@@ -462,7 +476,9 @@ class _Step:
     def _ground(
         self, prefixes: Prefixes, elsewhere: Prefixes, count: int
     ) -> tuple[Prompts | None, Rollout]:
-        """The questions kept for the update, the samples' answers, and the views' behind them where one batch makes both."""
+        """The questions kept for the update, the samples' answers, and the views' behind them where
+        one batch makes both.
+        """
         limits, views = self.config.rollout, count * self.config.rollout.views
         fan, there = [limits.samples] * count, [1] * views
 
@@ -534,7 +550,9 @@ class _Step:
         self.live.relabel([p.grad for p in self.trained], "LoRA gradients")
 
     def _apply(self) -> None:
-        """torch's multi-tensor AdamW works on one more copy of all parameters; the 8-bit kinds on none."""
+        """torch's multi-tensor AdamW works on one more copy of all parameters; the 8-bit kinds on
+        none.
+        """
         scratch = (
             [torch.empty_like(p) for p in self.trained] if self.config.optim.name == "adamw" else []
         )

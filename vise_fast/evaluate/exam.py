@@ -1,8 +1,10 @@
-"""The questions of the held-out exam, for one batch of images and one arm (adapters on or off) at a time. Answers become marks.
+"""The questions of the held-out exam, for one batch of images and one arm (adapters on or off) at a
+time. Answers become marks.
 
-An image is encoded once for both arms and read once per arm; everything asked about it forks that prefix. Every draw is named by
-(eval.seed, scene), so neither the batch size nor the other arm changes an answer. Left out: which images, which arms, statistics
-(evaluate.py, figures.py); what the figures are called (glossary.py).
+An image is encoded once for both arms and read once per arm; everything asked about it forks that
+prefix. Every draw is named by (eval.seed, scene), so neither the batch size nor the other arm
+changes an answer. Left out: which images, which arms, statistics (evaluate.py, figures.py); what
+the figures are called (glossary.py).
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ GREY = 128
 
 
 class Look:
-    """A batch of images as the engine sees it; `first` is its place in the whole exam. What both arms need is made once."""
+    """A batch of images as the engine sees it; `first` is its place in the whole exam.
+
+    What both arms need is made once.
+    """
 
     def __init__(self, engine: Engine, images: list[Image], first: int, config: Config) -> None:
         self.engine, self.images, self.first, self.config = engine, images, first, config
@@ -84,20 +89,23 @@ class Look:
 
 
 def _mark(values, owner: Sequence[int], count: int, of=None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of values (N,) and of the rows counted (`of` (N,) bool; all), per scene: owner[n] of `count`."""
+    """Sums of values (N,) and of the rows counted (`of` (N,) bool; all), per scene: owner[n] of
+    `count`.
+    """
     weights = np.ones(len(owner)) if of is None else np.asarray(of, float)
     values = np.where(weights > 0, np.asarray(values, float), 0.0)
     return np.bincount(owner, values * weights, count), np.bincount(owner, weights, count)
 
 
-# ---- what needs no labels ---------------------------------------------------------------------------------------------------
+# ---- what needs no labels ------------------------------------------------------------------------
 
 
 def without_labels(look: Look, arm: bool, own: roles.Queries) -> tuple[Marks, Tensor | None]:
-    """Boxes, agreement between views, hiding, and the attention share (layers, images), on queries that the base wrote.
+    """Boxes, agreement between views, hiding, and the attention share (layers, images), on queries
+    that the base wrote.
 
-    Both arms are asked the same queries and judged by the same judge (the base), so that the difference is the boxes'. `own`: what the
-    arm itself would ask.
+    Both arms are asked the same queries and judged by the same judge (the base), so that the
+    difference is the boxes'. `own`: what the arm itself would ask.
     """
     config, count = look.config, len(look)
     boxes = _ground(look, arm, look.everyone, look.queries)
@@ -136,7 +144,9 @@ def _ground(
 
 
 def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Marks:
-    """R_geo (METHOD section 1.5) of greedy boxes in the views; a box that cannot be read, or has no area, in a view agrees by 0."""
+    """R_geo (METHOD section 1.5) of greedy boxes in the views; a box that cannot be read, or has no
+    area, in a view agrees by 0.
+    """
     config, (drawn, features) = look.config, look.views
     flat, owner = (
         [view for row in drawn for view in row],
@@ -163,7 +173,9 @@ def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Mark
 
 
 def _hiding(look: Look, box_1000: Tensor, placed: Tensor) -> Marks:
-    """The 2x2 table of (seen, seen after the arm's box was ghosted), judged by the base: TU means the box held the object."""
+    """The 2x2 table of (seen, seen after the arm's box was ghosted), judged by the base: TU means
+    the box held the object.
+    """
     rows = placed.nonzero()[:, 0].tolist()
     seen = roles.verify_forked(look.engine, look.prefix(False), look.everyone, look.queries) >= 0.5
     gone = torch.zeros(len(look), dtype=torch.bool)
@@ -196,12 +208,14 @@ def _table(before: Tensor, after: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ---- what a scene's truth adds ----------------------------------------------------------------------------------------------
+# ---- what a scene's truth adds -------------------------------------------------------------------
 
 
 @dataclass
 class Truths:
-    """Every object of a batch of scenes, one row each; features of the scenes with the object, or something else, hidden."""
+    """Every object of a batch of scenes, one row each; features of the scenes with the object, or
+    something else, hidden.
+    """
 
     scenes: list[Scene]
     things: list[Thing]
@@ -261,7 +275,9 @@ def truths_of(look: Look, draw: Callable[[int], Scene]) -> Truths:
 
 
 def _lookalike(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
-    """An absent name that shares colour or shape with the object (POPE's adversarial negatives, arXiv 2305.10355)."""
+    """An absent name that shares colour or shape with the object (POPE's adversarial negatives,
+    arXiv 2305.10355).
+    """
     pool = [
         name
         for name in NAMES
@@ -273,7 +289,9 @@ def _lookalike(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
 def with_truth(
     look: Look, truths: Truths, arm: bool, own: roles.Queries, scales: dict[str, float]
 ) -> Marks:
-    """Grounding and visibility of every object; `scales`: the arm's best rescale per kind of answer."""
+    """Grounding and visibility of every object; `scales`: the arm's best rescale per kind of
+    answer.
+    """
     present = [query in scene.names for query, scene in zip(own.texts, truths.scenes, strict=True)]
     marks = {"query_present": _mark(present, look.everyone, len(look), own.readable)}
     for label, boxes, rows in answers_of(look, truths.owner, truths.names, arm):
@@ -285,7 +303,9 @@ def with_truth(
 def answers_of(
     look: Look, owner: list[int], names: list[str], arm: bool
 ) -> Iterator[tuple[str, roles.Boxes, list[int]]]:
-    """Yields (label, boxes, object of each box) for greedy answers and for eval.samples sampled ones."""
+    """Yields (label, boxes, object of each box) for greedy answers and for eval.samples sampled
+    ones.
+    """
     samples, objects = look.config.eval.samples, range(len(names))
     yield "greedy", _ground(look, arm, owner, names), list(objects)
     ranks = [owner[:n].count(i) for n, i in enumerate(owner)]
@@ -334,7 +354,9 @@ def rescaled(box_1000: Tensor, scale: float) -> Tensor:
 
 
 def _visibility(look: Look, truths: Truths, arm: bool) -> Marks:
-    """Yes or no about each clearly visible object: as it is, an absent lookalike, hidden, and with another place hidden."""
+    """Yes or no about each clearly visible object: as it is, an absent lookalike, hidden, and with
+    another place hidden.
+    """
     engine, prefix, owner, names, count = (
         look.engine,
         look.prefix(arm),
@@ -374,7 +396,9 @@ def _pooled(marks: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pope(present: tuple, absent: tuple) -> Marks:
-    """POPE's figures from yes counts over as many present as absent names (arXiv 2305.10355, section 4)."""
+    """POPE's figures from yes counts over as many present as absent names (arXiv 2305.10355,
+    section 4).
+    """
     (hits, positives), (false_alarms, negatives) = present, absent
     rejections, misses, said = negatives - false_alarms, positives - hits, hits + false_alarms
     return {
@@ -387,7 +411,10 @@ def _pope(present: tuple, absent: tuple) -> Marks:
 
 
 def _blind(look: Look, truths: Truths, arm: bool) -> Marks:
-    """What is answered without looking: the same questions about a grey image. One prefix serves all names of one image size."""
+    """What is answered without looking: the same questions about a grey image.
+
+    One prefix serves all names of one image size.
+    """
     owner, names, count = truths.owner, truths.names, len(look)
     sizes = list(dict.fromkeys(pixels.shape for pixels in look.pixels))
     grey = look.engine.prefill(

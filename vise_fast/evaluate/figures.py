@@ -1,8 +1,10 @@
-"""Figures of an evaluation with what is needed to say how certain they are: a ratio of two sums over scenes, each scene's share kept.
+"""Figures of an evaluation with what is needed to say how certain they are: a ratio of two sums
+over scenes, each scene's share kept.
 
-A mean is a ratio whose bottom counts; precision, area ratio and the like are ratios as they stand. Scenes are what is drawn, so scenes
-are what the bootstrap resamples: objects of one scene stay together, and two arms that saw the same scenes are resampled together
-(paired). Left out: where the numbers come from (evaluate.py), how they look (report.py).
+A mean is a ratio whose bottom counts; precision, area ratio and the like are ratios as they stand.
+Scenes are what is drawn, so scenes are what the bootstrap resamples: objects of one scene stay
+together, and two arms that saw the same scenes are resampled together (paired). Left out: where the
+numbers come from (evaluate.py), how they look (report.py).
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Estimate:
 
 @dataclass
 class Figures:
-    """All figures of one arm over `n` scenes. `marks`: with intervals; `plain`: single numbers; `layers`: one number per decoder layer."""
+    """All figures of one arm over `n` scenes. `marks`: with intervals; `plain`: single numbers;
+    `layers`: one number per decoder layer.
+    """
 
     n: int = 0
     marks: Marks = field(default_factory=dict)
@@ -99,7 +103,10 @@ def join(parts: list[Marks]) -> Marks:
 
 
 def difference(before: Figures, after: Figures, name: str) -> Estimate:
-    """after - before of one figure, both resampled by the same scenes. Raises ValueError when they did not see the same number."""
+    """after - before of one figure, both resampled by the same scenes.
+
+    Raises ValueError when they did not see the same number.
+    """
     if before.n != after.n:
         raise ValueError(f"{before.n} and {after.n} scenes cannot be paired")
     (top0, bottom0), (top1, bottom1) = before.marks[name], after.marks[name]
@@ -112,7 +119,9 @@ def difference(before: Figures, after: Figures, name: str) -> Estimate:
 
 @lru_cache(maxsize=4)
 def _weights(n: int) -> np.ndarray:
-    """(RESAMPLES, n): how often each scene is drawn in each resample; the same for everybody, hence paired."""
+    """(RESAMPLES, n): how often each scene is drawn in each resample; the same for everybody, hence
+    paired.
+    """
     return (
         generator(0, 0, "bootstrap", n)
         .multinomial(n, np.full(n, 1 / n), RESAMPLES)

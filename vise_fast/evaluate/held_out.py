@@ -1,10 +1,14 @@
-"""Held-out figures of a model with and without its adapter: grounding, visibility, attention, controls.
+"""Held-out figures of a model with and without its adapter: grounding, visibility, attention,
+controls.
 
-    python -m vise_fast.evaluate --adapter runs/nano/adapter [--model PATH] [--data.dir photos] [--scenes N] [--json FILE]
+    python -m vise_fast.evaluate --adapter runs/nano/adapter [--model PATH] [--data.dir photos]
+    [--scenes N] [--json FILE]
 
-Drawn scenes come with their truth: every object of a scene is asked for. Photographs have none: only what needs no labels is measured.
-Base and adapter are two states of one loaded model; an image is encoded once for both, and read once per state. Every draw is named
-by (eval.seed, scene), so neither the batch size nor the other arm changes a figure. What the figures mean: docs/EVALUATION.md.
+Drawn scenes come with their truth: every object of a scene is asked for. Photographs have none:
+only what needs no labels is measured. Base and adapter are two states of one loaded model; an image
+is encoded once for both, and read once per state. Every draw is named by (eval.seed, scene), so
+neither the batch size nor the other arm changes a figure. What the figures mean:
+docs/EVALUATION.md.
 """
 
 from __future__ import annotations
@@ -94,7 +98,8 @@ class _Sheet:
 def best_scales(
     engine: Engine, draw: Callable[[int], Scene], config: Config, arms: Sequence[bool]
 ) -> list[dict[str, float]]:
-    """Per arm and kind of answer, the factor of SCALES under which its boxes fit best, on half as many scenes that are not reported.
+    """Per arm and kind of answer, the factor of SCALES under which its boxes fit best, on half as
+    many scenes that are not reported.
 
     A gain that survives it is no gain by mere tightening or loosening.
     """
@@ -132,13 +137,14 @@ def best_scales(
     ]
 
 
-# ---- side by side -----------------------------------------------------------------------------------------------------------
+# ---- side by side --------------------------------------------------------------------------------
 
 
 def side_by_side(
     evaluation: Mapping[str, dict], names: Iterable[str] = ENTRIES
 ) -> dict[str, tuple[str, str]]:
-    """{"before": Figures.json(), "after": …} as title -> (base, adapter), the latter with its paired difference and 95 % interval.
+    """{"before": Figures.json(), "after": …} as title -> (base, adapter), the latter with its
+    paired difference and 95 % interval.
 
     `names`: the figures to show, those that were measured (glossary.BRIEF for a short table).
     """

@@ -1,4 +1,6 @@
-"""What each figure of the evaluation is called, what it says, and which way is better; in the order in which tables show them."""
+"""What each figure of the evaluation is called, what it says, and which way is better; in the order
+in which tables show them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def _grounding(label: str, how: str) -> dict[str, Entry]:
         ),
         f"{label}_iou_rescaled": Entry(
             f"mean IoU, {how}, best rescale",
-            "every box first scaled by the constant that suits this arm best on other scenes: a gain that survives is not one of size",
+            (
+                "every box first scaled by the constant that suits this arm best on other scenes: "
+                "a gain that survives is not one of size"
+            ),
         ),
         f"{label}_centre_inside": Entry(
             f"centre inside, {how}", "share of boxes whose centre lies in the true box"

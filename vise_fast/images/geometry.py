@@ -1,9 +1,10 @@
 """Boxes and 3x3 matrices: clean, compare, project. Nothing here knows about images, models or text.
 
-Boxes are (..., 4) x1, y1, x2, y2; a name ends in `_1000` (0..1000 of the image's width and height) or `_px`.
-Pixel coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1), an image of width w spans 0..w.
-Matrices are (..., 3, 3), affine (last row 0, 0, 1), and map source pixels to view pixels; a view has its source's size.
-Everything is computed and returned in float64. Left out: perspective (a projected box would need a division).
+Boxes are (..., 4) x1, y1, x2, y2; a name ends in `_1000` (0..1000 of the image's width and height)
+or `_px`. Pixel coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1), an
+image of width w spans 0..w. Matrices are (..., 3, 3), affine (last row 0, 0, 1), and map source
+pixels to view pixels; a view has its source's size. Everything is computed and returned in float64.
+Left out: perspective (a projected box would need a division).
 
 Run the golden numbers: `pytest tests/images/test_geometry.py`.
 """
@@ -42,7 +43,9 @@ def _size(height: Length, width: Length, device: torch.device) -> Tensor:
 
 
 def clean_1000(boxes_1000) -> Tensor:
-    """Sort x1/x2 and y1/y2, clamp to 0..1000; a box with any non-finite number becomes (0, 0, 0, 0). (..., 4) -> (..., 4)."""
+    """Sort x1/x2 and y1/y2, clamp to 0..1000; a box with any non-finite number becomes (0, 0, 0,
+    0). (..., 4) -> (..., 4).
+    """
     boxes = _double(boxes_1000)
     finite = boxes.isfinite().all(-1, keepdim=True)
     boxes = torch.where(finite, boxes, torch.zeros_like(boxes)).clamp(0, 1000)
@@ -90,13 +93,18 @@ def _ratio(part: Tensor, whole: Tensor, empty: float) -> Tensor:
 
 
 def iou(a, b) -> Tensor:
-    """Intersection over union of sorted boxes in the same units; 0 when both are empty. (..., 4) x2 -> (...)."""
+    """Intersection over union of sorted boxes in the same units; 0 when both are empty.
+
+    (..., 4) x2 -> (...).
+    """
     shared, union = _overlap(_double(a), _double(b))
     return _ratio(shared, union, empty=0.0)
 
 
 def giou(a, b) -> Tensor:
-    """Generalised IoU, -1..1 (Rezatofighi et al., arXiv 1902.09630); -1 when the common hull is empty. (..., 4) x2 -> (...)."""
+    """Generalised IoU, -1..1 (Rezatofighi et al., arXiv 1902.09630); -1 when the common hull is
+    empty. (..., 4) x2 -> (...).
+    """
     a, b = _double(a), _double(b)
     shared, union = _overlap(a, b)
     hull = _area(
@@ -123,7 +131,9 @@ def crop_px(
 def affine_px(
     angle_deg: float, scale: float, dx: float, dy: float, width: float, height: float
 ) -> Tensor:
-    """Rotate (positive: counter-clockwise as seen) and scale about the centre, then shift by (dx, dy) pixels. (3, 3)."""
+    """Rotate (positive: counter-clockwise as seen) and scale about the centre, then shift by (dx,
+    dy) pixels. (3, 3).
+    """
     c, s = scale * math.cos(math.radians(angle_deg)), scale * math.sin(math.radians(angle_deg))
     cx, cy = width / 2, height / 2
     return _double(
@@ -132,7 +142,10 @@ def affine_px(
 
 
 def _reach(half: Tensor, matrix: Tensor, mode: Projection) -> Tensor:
-    """Half-sides of the hull of a centred box, or of its inscribed ellipse, under the linear part. (..., 2)."""
+    """Half-sides of the hull of a centred box, or of its inscribed ellipse, under the linear part.
+
+    (..., 2).
+    """
     parts = matrix[..., :2, :2] * half.unsqueeze(-2)
     if mode == "corners":
         return parts.abs().sum(-1)
@@ -149,11 +162,12 @@ def project_1000(
     mode: Projection = "corners",
     clamp: bool = True,
 ) -> Tensor:
-    """The box a perfect grounder would answer in the view, N M N^-1 with N = diag(1000/w, 1000/h, 1).
+    """The box a perfect grounder would answer in the view, N M N^-1 with N = diag(1000/w, 1000/h,
+    1).
 
     boxes (..., 4), matrix (..., 3, 3), height and width (...) broadcast together; returns (..., 4).
-    corners: hull of the four mapped corners. ellipse: hull of the mapped inscribed ellipse, exact for round objects.
-    An affine map keeps the centre, so both hulls are centre -+ reach.
+    corners: hull of the four mapped corners. ellipse: hull of the mapped inscribed ellipse, exact
+    for round objects. An affine map keeps the centre, so both hulls are centre -+ reach.
     """
     matrix, boxes_px = _double(matrix_px), to_px(boxes_1000, height, width)
     centre, half = (
@@ -167,6 +181,8 @@ def project_1000(
 
 
 def kept_share(boxes_1000, matrix_px: Tensor, height: Length, width: Length) -> Tensor:
-    """Share of the projected (corner) hull's area that lies inside the view; 1 for a box without area. Broadcasts like project_1000."""
+    """Share of the projected (corner) hull's area that lies inside the view; 1 for a box without
+    area. Broadcasts like project_1000.
+    """
     hull = project_1000(clean_1000(boxes_1000), matrix_px, height, width, "corners", clamp=False)
     return _ratio(_area(hull.clamp(0, 1000)), _area(hull), empty=1.0)

@@ -1,8 +1,9 @@
 """One image file -> upright 8-bit RGB pixels, or a reason why not. The file is taken for hostile.
 
-Allow-listed formats by content (never by name), a pixel cap read from the header before anything is decoded, EXIF orientation
-applied, deep greys scaled (not clipped), transparency laid over white (as the Qwen-VL tools do), the first frame of animations.
-Left out: colour profiles, and everything about folders (images.py).
+Allow-listed formats by content (never by name), a pixel cap read from the header before anything is
+decoded, EXIF orientation applied, deep greys scaled (not clipped), transparency laid over white (as
+the Qwen-VL tools do), the first frame of animations. Left out: colour profiles, and everything
+about folders (images.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image as Pillow
@@ -56,7 +57,9 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file promises: its format and the size of its upright picture in pixels (a PNG may state its orientation only at its end)."""
+    """What a file promises: its format and the size of its upright picture in pixels (a PNG may
+    state its orientation only at its end).
+    """
 
     format: str
     height: int
@@ -64,7 +67,10 @@ class Header:
 
 
 def header(path: Path, max_pixels: int) -> Header:
-    """Reads the header only. Raises BadImage for anything that is not a usable picture of at most `max_pixels`."""
+    """Reads the header only.
+
+    Raises BadImage for anything that is not a usable picture of at most `max_pixels`.
+    """
     with _opened(path, max_pixels) as image:
         width, height = image.size
         swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -104,7 +110,9 @@ def _eight_bits(values: np.ndarray, mode: str, format: str) -> np.ndarray:
 
 
 def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float]:
-    """What black and white are: 0..65535 in 16-bit files; in 32-bit and float files the smallest usual range that holds them, else their own."""
+    """What black and white are: 0..65535 in 16-bit files; in 32-bit and float files the smallest
+    usual range that holds them, else their own.
+    """
     if mode.startswith("I;16") or (mode == "I" and format in ("PPM", "PNG")):
         return 0.0, 65535.0
     usual = [top for top in ((1.0, 255.0) if mode == "F" else (255.0, 65535.0)) if high <= top]
@@ -115,7 +123,9 @@ def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Pillow.Image]:
-    """The file as an image whose pixels are not decoded yet; every fault inside the block leaves as BadImage."""
+    """The file as an image whose pixels are not decoded yet; every fault inside the block leaves as
+    BadImage.
+    """
     try:
         # not blocking: a name may have become a pipe since the folder was listed
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -148,7 +158,9 @@ def _refuse_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Pillow.Image) -> int:
-    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may still be good)."""
+    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may
+    still be good).
+    """
     try:
         value = Pillow.Image.getexif(image).get(
             ORIENTATION, 1
@@ -161,9 +173,11 @@ def _orientation(image: Pillow.Image) -> int:
 def grid_size(
     height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) on the model's grid: multiples of `multiple`, area within the budget, aspect ratio kept as well as that allows.
+    """(height, width) on the model's grid: multiples of `multiple`, area within the budget, aspect
+    ratio kept as well as that allows.
 
-    The rounding of Qwen2-VL's `smart_resize`; beyond it the area never exceeds `max_pixels`, however long the picture is.
+    The rounding of Qwen2-VL's `smart_resize`; beyond it the area never exceeds `max_pixels`,
+    however long the picture is.
     """
     if max_pixels < multiple * multiple:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Procedurally drawn scenes with known boxes: 1-4 coloured shapes on plain, noisy or striped grounds.
+"""Procedurally drawn scenes with known boxes: 1-4 coloured shapes on plain, noisy or striped
+grounds.
 
-Training sees the pixels only; the truth beside them serves evaluation and the pretraining of the embedded model.
-Not here: ghosts, views, question texts. One scene is a function of its numpy generator and its settings:
-`draw(generator(seed, step, "scene"))`.
+Training sees the pixels only; the truth beside them serves evaluation and the pretraining of the
+embedded model. Not here: ghosts, views, question texts. One scene is a function of its numpy
+generator and its settings: `draw(generator(seed, step, "scene"))`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ DISTRACTOR = 0.3  # how often a further object shares colour or shape with an ea
 LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
 RIM = (
     2.5 / 128
-)  # width of the dark outline as a share of the side: without it, blurring a square within its exact box changes nothing
+    # width of the dark outline as a share of the side: without it, blurring a square within its
+    # exact box changes nothing
+)
 RIM_SHADE = 0.55  # how much darker the outline is
 TRIES = 24  # places tried for one object before it is left out
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `box_1000` bounds its visible pixels (x1, y1, x2, y2 in 0..1000); `visible_share` in 0..1 is what others leave of it."""
+    """One object. `box_1000` bounds its visible pixels (x1, y1, x2, y2 in 0..1000); `visible_share`
+    in 0..1 is what others leave of it.
+    """
 
     name: str
     color: str
@@ -48,7 +53,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` uint8 (H, W, 3); `objects` back to front; `owner` int8 (H, W): index of the visible object at a pixel, -1 is ground."""
+    """`pixels` uint8 (H, W, 3); `objects` back to front; `owner` int8 (H, W): index of the visible
+    object at a pixel, -1 is ground.
+    """
 
     pixels: np.ndarray
     objects: list[Thing]
@@ -62,7 +69,10 @@ class Scene:
 def draw(
     rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_objects: int = 1
 ) -> Scene:
-    """A square scene of `size` pixels a side; names are unique within it. Fewer objects than drawn for when no place is found."""
+    """A square scene of `size` pixels a side; names are unique within it.
+
+    Fewer objects than drawn for when no place is found.
+    """
     canvas = _ground(rng, size)
     owner = np.full((size, size), -1, np.int8)
     names: list[str] = []
@@ -86,7 +96,9 @@ def draw(
 
 
 def absent_name(rng: np.random.Generator, present: list[str]) -> str:
-    """A name that is not in `present`; in 70 % of the draws it shares its colour or its shape with one that is."""
+    """A name that is not in `present`; in 70 % of the draws it shares its colour or its shape with
+    one that is.
+    """
     absent = [name for name in NAMES if name not in present]
     words = {word for name in present for word in name.split()}
     similar = [name for name in absent if words & set(name.split())]
@@ -95,7 +107,9 @@ def absent_name(rng: np.random.Generator, present: list[str]) -> str:
 
 
 def mask_box_1000(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Bounds of the true pixels of a bool (H, W) mask as x1, y1, x2, y2 in 0..1000 (outer pixel edges); zeros for an empty mask."""
+    """Bounds of the true pixels of a bool (H, W) mask as x1, y1, x2, y2 in 0..1000 (outer pixel
+    edges); zeros for an empty mask.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return (0.0, 0.0, 0.0, 0.0)
@@ -119,7 +133,9 @@ def _new_name(rng: np.random.Generator, names: list[str]) -> str:
 
 
 def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Muted float32 (size, size, 3): a gradient, a noisy plane or stripes, none as saturated or as bright as an object."""
+    """Muted float32 (size, size, 3): a gradient, a noisy plane or stripes, none as saturated or as
+    bright as an object.
+    """
     base = rng.uniform(50, 165) + rng.uniform(-18, 18, 3)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     ramp = rng.uniform(-20, 20) * axis[:, None] + rng.uniform(-20, 20) * axis[None, :]
@@ -137,7 +153,9 @@ def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[int]):
-    """(window, distance) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of itself; distance None: none was found."""
+    """(window, distance) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of
+    itself; distance None: none was found.
+    """
     size = owner.shape[0]
     seen = np.bincount(owner.ravel() + 1, minlength=len(full) + 1)[1:]
     for _ in range(TRIES):
@@ -157,14 +175,18 @@ def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[i
 def _distance_in(
     window: tuple[slice, slice], shape: str, radius: float, x: float, y: float
 ) -> np.ndarray:
-    """Signed distance (pixels, negative inside) from the window's pixel centres to the edge of a shape centred at (x, y)."""
+    """Signed distance (pixels, negative inside) from the window's pixel centres to the edge of a
+    shape centred at (x, y).
+    """
     v = (np.arange(window[0].start, window[0].stop, dtype=np.float32) + 0.5 - y)[:, None]
     u = (np.arange(window[1].start, window[1].stop, dtype=np.float32) + 0.5 - x)[None, :]
     return _distance(shape, radius, u, v)
 
 
 def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance (pixels, negative inside) to a shape about the origin; u to the right, v down."""
+    """Signed distance (pixels, negative inside) to a shape about the origin; u to the right, v
+    down.
+    """
     if shape == "circle":
         return np.hypot(u, v) - radius
     if shape == "square":
@@ -179,7 +201,9 @@ def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.nda
 def _paint(
     rng: np.random.Generator, patch: np.ndarray, distance: np.ndarray, color: str, rim: float
 ) -> None:
-    """Blends one shaded, outlined shape into a float32 view of the canvas, in place; its edge is smoothed over one pixel."""
+    """Blends one shaded, outlined shape into a float32 view of the canvas, in place; its edge is
+    smoothed over one pixel.
+    """
     height, width = distance.shape
     tilt = rng.uniform(-0.15, 0.15, 2)
     light = (

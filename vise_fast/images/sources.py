@@ -15,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn, Protocol
+from typing import NoReturn, Protocol
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -28,11 +29,11 @@ from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError, DataError
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm".split()
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"]
 )
 # pictures of formats that are not read: worth a line, where a .txt beside the photographs is not
 FOREIGN = frozenset(
-    ".heic .heif .avif .jxl .jp2 .ico .tga .psd .eps .svg .raw .dng .cr2 .nef .arw .exr .hdr .pcx .icns".split()
+    [".heic", ".heif", ".avif", ".jxl", ".jp2", ".ico", ".tga", ".psd", ".eps", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".pcx", ".icns"]
 )
 
 
@@ -78,7 +79,8 @@ class Scenes:
     def __init__(self, config: Config, seed: int | None = None, multiple: int = 1):
         if config.scenes.size % multiple:
             raise ConfigError(
-                f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple of {multiple}"
+                f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple "
+                f"of {multiple}"
             )
         self.settings, self.seed = config.scenes, config.train.seed if seed is None else seed
         self.eval = config.eval
@@ -183,7 +185,7 @@ class Folder:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    # -- listing ---------------------------------------------------------------------------------------------------
+    # -- listing -----------------------------------------------------------------------------------
 
     def _scan(self) -> None:
         """Lists the folder and reads every header; splits what is usable into `train` and `held`."""
@@ -231,7 +233,7 @@ class Folder:
                 return
         self._refuse_all()
 
-    # -- drawing ---------------------------------------------------------------------------------------------------
+    # -- drawing -----------------------------------------------------------------------------------
 
     def _at(self, slot: int) -> Entry:
         """The file at place `slot` of the endless sequence: one seeded permutation per epoch."""
@@ -285,7 +287,7 @@ class Folder:
             picture = picture.resize((width, height), Pillow.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture, np.uint8))
 
-    # -- faults ----------------------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------
 
     def _pixels(self, entry: Entry, work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """The result of `work`, or None with a line in the log when the file turns out unusable."""
@@ -312,19 +314,23 @@ class Folder:
         if not self.bad:
             others = f" ({self.ignored} other files there)" if self.ignored else ""
             raise DataError(
-                f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM files there or change --data.dir"
+                f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM "
+                "files there or change --data.dir"
             )
         name, reason = next(iter(self.bad.items()))
         raise DataError(
-            f"none of the {len(self.bad)} images under {self.root} can be used: {_shown(name)} {reason}; all reasons are in {self.log}"
+            f"none of the {len(self.bad)} images under {self.root} can be used: {_shown(name)} "
+            f"{reason}; all reasons are in {self.log}"
         )
 
     def _refuse_share(self) -> None:
         if len(self.bad) > self.data.max_bad_share * self.total:
             name, reason = next(iter(self.bad.items()))
             raise DataError(
-                f"{len(self.bad)} of {self.total} images under {self.root} cannot be used, more than data.max_bad_share {self.data.max_bad_share:g}: "
-                f"{_shown(name)} {reason}; remove those listed in {self.log} or raise --data.max_bad_share"
+                f"{len(self.bad)} of {self.total} images under {self.root} cannot be used, more "
+                f"than data.max_bad_share {self.data.max_bad_share:g}: "
+                f"{_shown(name)} {reason}; remove those listed in {self.log} or raise "
+                "--data.max_bad_share"
             )
 
 

@@ -1,9 +1,12 @@
-"""Views and ghosts: draw a random transform, warp an image by it, hide the inside or the outside of a box.
+"""Views and ghosts: draw a random transform, warp an image by it, hide the inside or the outside of
+a box.
 
-A view is made before any box exists; its matrix and its pixels come from the same 3x3 float64 matrix (geometry.py's conventions), and it
-has the size of its source. Pixel work is done by `vise_kernels.warp` and `vise_kernels.ghost`. Images are uint8 (H, W, 3) tensors.
-Lengths of the settings (shift, sigma, feather) hold at a short side of 480 px and scale with the image's; `literal` takes them as they are.
-Left out: who answers on a view (roles.py), what a dropped view costs (rewards.py).
+A view is made before any box exists; its matrix and its pixels come from the same 3x3 float64
+matrix (geometry.py's conventions), and it has the size of its source. Pixel work is done by
+`vise_kernels.warp` and `vise_kernels.ghost`. Images are uint8 (H, W, 3) tensors. Lengths of the
+settings (shift, sigma, feather) hold at a short side of 480 px and scale with the image's;
+`literal` takes them as they are. Left out: who answers on a view (roles.py), what a dropped view
+costs (rewards.py).
 
 Run: `pytest tests/images/test_views.py`.
 """
@@ -31,7 +34,9 @@ BORDER = 128
 
 @dataclass(frozen=True)
 class View:
-    """One transform of one image: its kind and its (3, 3) float64 matrix, source pixels to view pixels."""
+    """One transform of one image: its kind and its (3, 3) float64 matrix, source pixels to view
+    pixels.
+    """
 
     kind: Literal["affine", "crop", "flip"]
     matrix_px: Tensor
@@ -45,8 +50,8 @@ def length_scale(height: int, width: int, literal: bool = False) -> float:
 def draw_view(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> View:
     """One transform, its kind uniform over `settings.kinds`, for an image of this size.
 
-    affine: rotation about the centre, scale, shift, each uniform. crop: one uniform ratio for both sides, a uniform place, enlarged to
-    the whole view. flip: horizontal.
+    affine: rotation about the centre, scale, shift, each uniform. crop: one uniform ratio for both
+    sides, a uniform place, enlarged to the whole view. flip: horizontal.
     """
     kind = settings.kinds[rng.integers(len(settings.kinds))]
     if kind == "flip":
@@ -69,7 +74,10 @@ def stack(views: Sequence[Sequence[View]]) -> Tensor:
 def apply(
     images: Sequence[Tensor], views: Sequence[View], *, path: str | None = None
 ) -> list[Tensor]:
-    """Each image through its view, bilinear, border grey 128. N uint8 (H, W, 3) -> N uint8 (H, W, 3)."""
+    """Each image through its view, bilinear, border grey 128.
+
+    N uint8 (H, W, 3) -> N uint8 (H, W, 3).
+    """
     return vise_kernels.warp(
         images, torch.stack([view.matrix_px for view in views]), fill=BORDER, path=path
     )
@@ -90,7 +98,9 @@ def swap_sides(query: str) -> str:
 
 
 def query_for(query: str, view: View, settings: ViewConfig) -> str:
-    """The query to ask on a view: sides are swapped under a flip when `settings.side_words` says so."""
+    """The query to ask on a view: sides are swapped under a flip when `settings.side_words` says
+    so.
+    """
     return swap_sides(query) if view.kind == "flip" and settings.side_words == "swap" else query
 
 
@@ -102,10 +112,12 @@ def usable(
     width: Sequence[int] | Tensor,
     settings: ViewConfig,
 ) -> Tensor:
-    """Which views of each sampled box enter its reward. N rows of K views, boxes (N, 4), N queries, sizes (N,) -> (N, K) bool.
+    """Which views of each sampled box enter its reward. N rows of K views, boxes (N, 4), N queries,
+    sizes (N,) -> (N, K) bool.
 
-    Dropped: a view that keeps less than `min_kept` of the projected box, and a flip for a query that names left or right when
-    `side_words` is "drop". A box without area loses no view by the first rule (its reward is 0 in any case).
+    Dropped: a view that keeps less than `min_kept` of the projected box, and a flip for a query
+    that names left or right when `side_words` is "drop". A box without area loses no view by the
+    first rule (its reward is 0 in any case).
     """
     sizes = (torch.as_tensor(side, dtype=torch.float64)[:, None] for side in (height, width))
     kept = (
@@ -131,7 +143,9 @@ class GhostLengths:
 def ghost_settings(
     height: int, width: int, settings: GhostConfig, literal: bool = False
 ) -> GhostLengths:
-    """The settings' lengths for an image of this size; the radius is `radius_sigmas` times the scaled sigma, rounded up, at least 1."""
+    """The settings' lengths for an image of this size; the radius is `radius_sigmas` times the
+    scaled sigma, rounded up, at least 1.
+    """
     scale = length_scale(height, width, literal)
     sigma = settings.sigma_px * scale
     radius = max(1, math.ceil(settings.radius_sigmas * sigma - 1e-9))
@@ -139,7 +153,9 @@ def ghost_settings(
 
 
 def whole_pixels(boxes_1000: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
-    """Boxes (N, 4), sizes numbers or (N,) -> the half-open pixel rectangles that cover them, int64 (N, 4); all zero without area."""
+    """Boxes (N, 4), sizes numbers or (N,) -> the half-open pixel rectangles that cover them, int64
+    (N, 4); all zero without area.
+    """
     boxes = geometry.clean_1000(boxes_1000)
     boxes_px = geometry.to_px(boxes, height, width)
     # 0.4 * 640 is 256.00000000000006 in float64: a box on the pixel grid must not grow by a pixel
@@ -161,8 +177,8 @@ def ghost(
 ) -> list[Tensor]:
     """Copies of images with the inside (or the outside) of one box hidden: N uint8 (H, W, 3).
 
-    images: any number, of any sizes; image_index (N,) says which one row n copies; boxes (N, 4), cleaned here. A box without area hides
-    nothing inside.
+    images: any number, of any sizes; image_index (N,) says which one row n copies; boxes (N, 4),
+    cleaned here. A box without area hides nothing inside.
     """
     sizes = [images[i].shape[:2] for i in image_index.tolist()]
     boxes_px = whole_pixels(boxes_1000.cpu(), *torch.tensor(sizes).unbind(1)).int()
@@ -189,7 +205,9 @@ def ghost(
 
 
 def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
-    """Ranges (x_low, x_high, y_low, y_high) of the top-left corner where a box of this size clears `box`; they do not overlap."""
+    """Ranges (x_low, x_high, y_low, y_high) of the top-left corner where a box of this size clears
+    `box`; they do not overlap.
+    """
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
     right, bottom = 1000 - w, 1000 - h
@@ -206,9 +224,10 @@ def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
 def control_box(
     rng: np.random.Generator, box_1000: Sequence[float] | Tensor
 ) -> tuple[Box, Literal["far", "random"]]:
-    """A box of the same size elsewhere: "far" is uniform over all places disjoint from the cleaned box, in 0..1000; where it fits
-    nowhere, "random" is uniform over all places. A place of zero measure (a box of exactly half the width has one spot left) is
-    taken only when there is no other.
+    """A box of the same size elsewhere: "far" is uniform over all places disjoint from the cleaned
+    box, in 0..1000; where it fits nowhere, "random" is uniform over all places. A place of zero
+    measure (a box of exactly half the width has one spot left) is taken only when there is no
+    other.
     """
     box = tuple(geometry.clean_1000(box_1000).tolist())
     w, h = box[2] - box[0], box[3] - box[1]

@@ -1,8 +1,11 @@
-"""The released code's arithmetic, kept for A/B studies of preset `as_released`; correct mathematics lives in geometry.py and loss.py.
+"""The released code's arithmetic, kept for A/B studies of preset `as_released`; correct mathematics
+lives in geometry.py and loss.py.
 
-Four departures: the pixel matrix is applied to 0..1000 boxes without a change of units; the union inside GIoU is (A1 + A2)(1 - IoU), so
-identical boxes do not score best; the log-prob is a mean over everything after the prompt's length *before* image tokens were expanded;
-the ghost's Gaussian is cut at one sigma (51 taps). The last is only a setting (`ghost.radius_sigmas: 1`), as is `update.kl: k1_loss`.
+Four departures: the pixel matrix is applied to 0..1000 boxes without a change of units; the union
+inside GIoU is (A1 + A2)(1 - IoU), so identical boxes do not score best; the log-prob is a mean over
+everything after the prompt's length *before* image tokens were expanded; the ghost's Gaussian is
+cut at one sigma (51 taps). The last is only a setting (`ghost.radius_sigmas: 1`), as is `update.kl:
+k1_loss`.
 
 Run the facts: `pytest tests/method/test_as_released.py`.
 """
@@ -18,12 +21,17 @@ SIGMA_PX, RADIUS_PX = 25.0, 25
 
 
 def project(boxes_1000, matrix_px: Tensor) -> Tensor:
-    """Corner hull of M applied to the 0..1000 numbers as if they were pixels, clamped. (..., 4), (..., 3, 3) -> (..., 4)."""
+    """Corner hull of M applied to the 0..1000 numbers as if they were pixels, clamped.
+
+    (..., 4), (..., 3, 3) -> (..., 4).
+    """
     return geometry.project_1000(boxes_1000, matrix_px, 1000, 1000, "corners")
 
 
 def giou(a, b) -> Tensor:
-    """GIoU with the released union term (A1 + A2)(1 - IoU). Sorted boxes (..., 4) x2 -> (...); an empty hull gives -1."""
+    """GIoU with the released union term (A1 + A2)(1 - IoU). Sorted boxes (..., 4) x2 -> (...); an
+    empty hull gives -1.
+    """
     a, b = (torch.as_tensor(box, dtype=torch.float64) for box in (a, b))
     shared = geometry.iou(a, b)
     union = (_area(a) + _area(b)) * (1 - shared)
@@ -42,16 +50,20 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def r_geo(boxes_1000, view_boxes_1000, matrix_px: Tensor) -> Tensor:
-    """(GIoU + 1) / 2 of the released projection against the view's answer; boxes are cleaned. Broadcasts to (...)."""
+    """(GIoU + 1) / 2 of the released projection against the view's answer; boxes are cleaned.
+
+    Broadcasts to (...).
+    """
     projected = project(geometry.clean_1000(boxes_1000), matrix_px)
     return (giou(projected, geometry.clean_1000(view_boxes_1000)) + 1) / 2
 
 
 def scored_span(unexpanded_prompt: int, length: int) -> slice:
-    """The positions whose log-probs the released code averages: all from the unexpanded prompt's length on.
+    """The positions whose log-probs the released code averages: all from the unexpanded prompt's
+    length on.
 
-    One image placeholder becomes hundreds of image tokens in the model's input, so this span begins inside the image tokens and
-    covers the rest of the prompt as well.
+    One image placeholder becomes hundreds of image tokens in the model's input, so this span begins
+    inside the image tokens and covers the rest of the prompt as well.
     """
     return slice(unexpanded_prompt, length)
 

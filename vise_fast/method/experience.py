@@ -148,7 +148,8 @@ def play(
     with phase("verify"):
         judges = judges or engine.prefill(kept.select(originals), adapters=False)
         seen = roles.verify_forked(engine, judges, originals, queries.texts)
-    # A batch that had to be cut into slices has no room for the prefixes of all: the update computes them again.
+    # A batch that had to be cut into slices has no room for the prefixes of all: the update
+    # computes them again.
     reference = (
         judges
         if config.reward.judge == "reference"

@@ -70,7 +70,8 @@ class Learner:
                 if target.scored.any()
             ]
             totals = self._totals(sums)
-        # The loss divides by all samples; the KL that steers beta is the mean over the answers that were scored.
+        # The loss divides by all samples; the KL that steers beta is the mean over the answers that
+        # were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / scored
         metrics |= totals | {
             "scored": scored / samples,
@@ -109,7 +110,8 @@ class Learner:
         advantage, metrics = loss.advantages(
             reward, scores.carries, group, update.advantage, self.baseline
         )
-        # A group whose rewards are all equal teaches nothing and carries no gradient (METHOD section 6): not scored.
+        # A group whose rewards are all equal teaches nothing and carries no gradient (METHOD
+        # section 6): not scored.
         alive = (
             advantage.view(-1, group).abs().amax(1) > 0
             if update.advantage != "ema"
@@ -230,7 +232,8 @@ class Learner:
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
                 raise NumericFault(
-                    f"the gradient was not finite {self.skipped} times in a row; the run has diverged; lower train.lr or use float32"
+                    f"the gradient was not finite {self.skipped} times in a row; the run has "
+                    "diverged; lower train.lr or use float32"
                 )
             return
         self.skipped = 0
@@ -278,7 +281,8 @@ class Learner:
             n: t.shape for n, t in stored.items()
         }:
             raise checkpoint.Corrupt(
-                "the checkpoint's adapter has other tensors than this run's; resume with the configuration that wrote it"
+                "the checkpoint's adapter has other tensors than this run's; resume with the "
+                "configuration that wrote it"
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -1,8 +1,10 @@
-"""Advantages, KL estimators, REINFORCE; the moving baseline and the adaptive KL weight as tiny states.
+"""Advantages, KL estimators, REINFORCE; the moving baseline and the adaptive KL weight as tiny
+states.
 
-Pure functions of tensors: rows N = images * G in group-major order, T completion positions (EOS included, padding masked). Log-probs and
-KL are means over a completion's tokens, then over samples; the number of samples is given (`denominator`), so that a batch cut into
-micro-batches adds up to the same loss. Left out: which rows are scored and how (engine.py), what they earned (rewards.py).
+Pure functions of tensors: rows N = images * G in group-major order, T completion positions (EOS
+included, padding masked). Log-probs and KL are means over a completion's tokens, then over samples;
+the number of samples is given (`denominator`), so that a batch cut into micro-batches adds up to
+the same loss. Left out: which rows are scored and how (engine.py), what they earned (rewards.py).
 
 Run: `pytest tests/method/test_loss.py`.
 """
@@ -34,10 +36,14 @@ class Baseline:
     value: float | None = None
 
     def update(self, mean_reward: float) -> None:
-        """One call per step, after the advantages were taken. Raises NumericFault when the mean is not finite."""
+        """One call per step, after the advantages were taken.
+
+        Raises NumericFault when the mean is not finite.
+        """
         if not math.isfinite(mean_reward):
             raise NumericFault(
-                f"the mean reward is {mean_reward}; a baseline cannot follow it; look at the last samples"
+                f"the mean reward is {mean_reward}; a baseline cannot follow it; look at the last "
+                "samples"
             )
         self.value = (
             mean_reward
@@ -54,7 +60,9 @@ class Baseline:
 
 @dataclass
 class Beta:
-    """Adaptive KL weight: times (1 + eta) when the batch's mean KL is above tau, times (1 - eta) otherwise, clamped."""
+    """Adaptive KL weight: times (1 + eta) when the batch's mean KL is above tau, times (1 - eta)
+    otherwise, clamped.
+    """
 
     value: float = 1e-3
     tau: float = 0.02
@@ -79,7 +87,8 @@ class Beta:
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each row's unmasked positions, 0 for a row without any. (N, T), (N, T) bool -> (N,).
+    """Mean over each row's unmasked positions, 0 for a row without any. (N, T), (N, T) bool ->
+    (N,).
 
     Masked positions are replaced, not multiplied: a NaN there stays out of value and gradient.
     """
@@ -89,13 +98,18 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
 def k1_penalised(
     rewards: Tensor, logprob: Tensor, reference_logprob: Tensor, mask: Tensor, beta: float
 ) -> Tensor:
-    """`k1_reward`: rewards (N,) minus beta times the mean log-ratio of the sampled tokens, without gradient. Before advantages."""
+    """`k1_reward`: rewards (N,) minus beta times the mean log-ratio of the sampled tokens, without
+    gradient. Before advantages.
+    """
     ratio = logprob.detach().float() - reference_logprob.detach().float()
     return rewards - beta * token_mean(ratio, mask).to(rewards)
 
 
 def _group_advantages(rewards: Tensor, carries: Tensor, kind: AdvantageKind) -> Tensor:
-    """(groups, G) x2 -> (groups, G): against the group's carrying rows only. A lone row has nothing to compare with: 0."""
+    """(groups, G) x2 -> (groups, G): against the group's carrying rows only.
+
+    A lone row has nothing to compare with: 0.
+    """
     count = carries.sum(1, keepdim=True).to(rewards.dtype)
     centred = rewards - (rewards * carries).sum(1, keepdim=True) / count.clamp_min(1)
     if kind == "dr_grpo":
@@ -109,7 +123,10 @@ def _group_advantages(rewards: Tensor, carries: Tensor, kind: AdvantageKind) -> 
 
 
 def _spread(rewards: Tensor, carries: Tensor) -> Tensor:
-    """Largest minus smallest reward of each group's carrying rows; (groups, 1). Not positive when there are none."""
+    """Largest minus smallest reward of each group's carrying rows; (groups, 1).
+
+    Not positive when there are none.
+    """
     highest = rewards.masked_fill(~carries, -math.inf).amax(1, keepdim=True)
     return highest - rewards.masked_fill(~carries, math.inf).amin(1, keepdim=True)
 
@@ -121,12 +138,15 @@ def advantages(
     kind: AdvantageKind,
     baseline: Baseline | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """How much better each sample did than expected. rewards (N,), carries (N,) bool -> advantage (N,), metrics.
+    """How much better each sample did than expected. rewards (N,), carries (N,) bool -> advantage
+    (N,), metrics.
 
-    rloo: minus the mean of the group's other carrying samples. dr_grpo: minus the group's mean. grpo: that over the group's population
-    standard deviation. ema: minus the moving baseline as it stood before this step (call `baseline.update(metrics["reward_mean"])`
-    after the step; before the first one the batch's own mean stands in). Rows that do not carry get 0 and enter no mean. For the group
-    kinds, groups whose carrying rewards are all equal get exactly 0 and are counted in `zero_variance` (share of groups with any).
+    rloo: minus the mean of the group's other carrying samples. dr_grpo: minus the group's mean.
+    grpo: that over the group's population standard deviation. ema: minus the moving baseline as it
+    stood before this step (call `baseline.update(metrics["reward_mean"])` after the step; before
+    the first one the batch's own mean stands in). Rows that do not carry get 0 and enter no mean.
+    For the group kinds, groups whose carrying rewards are all equal get exactly 0 and are counted
+    in `zero_variance` (share of groups with any).
     """
     carries, values = carries.view(-1, group_size), rewards.double().view(-1, group_size)
     values = values.masked_fill(~carries, 0)
@@ -171,12 +191,15 @@ def reinforce(
     kind: KLKind,
     denominator: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL-regularised REINFORCE: minus the mean of advantage times log-prob, plus beta times the KL; a scalar to minimise.
+    """KL-regularised REINFORCE: minus the mean of advantage times log-prob, plus beta times the KL;
+    a scalar to minimise.
 
-    logprob (N, T) with gradient, mask (N, T) bool, advantage (N,), kl (N, T) with gradient (for `exact`, else None), reference_logprob
-    (N, T). denominator: samples of the whole batch, rows left out included; losses and metrics of micro-batches then simply add up.
-    k1_loss has zero expected gradient (the paper's; for parity), k1_reward acts through `k1_penalised` and adds no term here.
-    Metrics are detached 0-d tensors (reading them is the caller's host sync): policy_loss, kl (of this estimator), kl_loss.
+    logprob (N, T) with gradient, mask (N, T) bool, advantage (N,), kl (N, T) with gradient (for
+    `exact`, else None), reference_logprob (N, T). denominator: samples of the whole batch, rows
+    left out included; losses and metrics of micro-batches then simply add up. k1_loss has zero
+    expected gradient (the paper's; for parity), k1_reward acts through `k1_penalised` and adds no
+    term here. Metrics are detached 0-d tensors (reading them is the caller's host sync):
+    policy_loss, kl (of this estimator), kl_loss.
     """
     if denominator <= 0:
         raise ValueError(f"denominator {denominator}: the whole batch has at least one sample")

@@ -1,19 +1,27 @@
-"""Named rewards: pure functions of boxes, probabilities and masks; one row per sampled box, no model, no image.
+"""Named rewards: pure functions of boxes, probabilities and masks; one row per sampled box, no
+model, no image.
 
-Rows are in group-major order: the G samples of image 0, then of image 1, ...; K views and C controls per row. All box and probability
-tensors are on one device (the trainer gathers them on the CPU in one copy). Left out: who asks and who judges (roles.py), what a reward
-does to the weights (loss.py).
+Rows are in group-major order: the G samples of image 0, then of image 1, ...; K views and C
+controls per row. All box and probability tensors are on one device (the trainer gathers them on the
+CPU in one copy). Left out: who asks and who judges (roles.py), what a reward does to the weights
+(loss.py).
 
 Rules that are decided here, beside METHOD.md's sections 2 and 5:
-- a view whose answer cannot be read, or has no area, scores 0 for that view; the sampled box is not excused by it;
-- a readable box none of whose views is usable gets the mean R_geo of its group's measured boxes, so that its other terms still count;
+- a view whose answer cannot be read, or has no area, scores 0 for that view; the sampled box is not
+  excused by it;
+- a readable box none of whose views is usable gets the mean R_geo of its group's measured boxes, so
+  that its other terms still count;
   with no measured box in the group the row carries no gradient (only when R_geo has weight);
-- a box without area scores R_geo = R_sem = 0 and is charged the area term in full, so it never beats a box that was placed;
-- an unreadable answer scores 0 under the plain paper reward, else -1 - w_area, below every readable answer, and carries gradient;
-- a group whose query could not be read, or with p(x) below the gate, carries no gradient; both are counted.
+- a box without area scores R_geo = R_sem = 0 and is charged the area term in full, so it never
+  beats a box that was placed;
+- an unreadable answer scores 0 under the plain paper reward, else -1 - w_area, below every readable
+  answer, and carries gradient;
+- a group whose query could not be read, or with p(x) below the gate, carries no gradient; both are
+  counted.
 
-A further reward: `@register("mine")` over `def mine(evidence, parts, config, rng) -> (reward (N,), known (N,) bool)` in the file that
-`reward.plugin` names. Run the tests: `pytest tests/method/test_rewards.py`.
+A further reward: `@register("mine")` over `def mine(evidence, parts, config, rng) -> (reward (N,),
+known (N,) bool)` in the file that `reward.plugin` names. Run the tests: `pytest
+tests/method/test_rewards.py`.
 """
 
 from __future__ import annotations
@@ -39,11 +47,13 @@ LARGE_AREA = 0.8
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about N = images * G sampled boxes. Probabilities are p(visible) of the row's query, 0..1.
+    """What is known about N = images * G sampled boxes. Probabilities are p(visible) of the row's
+    query, 0..1.
 
-    Raises ValueError when rows do not fill whole groups or a tensor has another number of rows, NumericFault for a probability that is
-    not a number in 0..1 on a row it was asked for: `seen` where query and box could be read, the others where `judged` (elsewhere
-    anything may stand, NaN too).
+    Raises ValueError when rows do not fill whole groups or a tensor has another number of rows,
+    NumericFault for a probability that is not a number in 0..1 on a row it was asked for: `seen`
+    where query and box could be read, the others where `judged` (elsewhere anything may stand, NaN
+    too).
     """
 
     box_1000: Tensor
@@ -55,7 +65,9 @@ class Evidence:
     view_readable: Tensor
     """(N, K) bool"""
     view_usable: Tensor
-    """(N, K) bool: False where the view is dropped (too little of the box is left, side words under a flip)"""
+    """(N, K) bool: False where the view is dropped (too little of the box is left, side words under
+    a flip)
+    """
     matrix_px: Tensor
     """(N, K, 3, 3) source to view"""
     height: Tensor
@@ -75,7 +87,9 @@ class Evidence:
     keep: Tensor | None = None
     """(N,) p with everything but the box ghosted; needed by `sufficiency`"""
     judged: Tensor | None = None
-    """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box has area. The others have R_sem = 0"""
+    """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box
+    has area. The others have R_sem = 0
+    """
     truth_1000: Tensor | None = None
     """(N, 4) for the oracle only; a box without area: no truth"""
 
@@ -96,11 +110,14 @@ class Evidence:
             )
             if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
                 raise NumericFault(
-                    f"p({name}) is not within 0..1; the judge's logits are not finite; lower the learning rate or use float32"
+                    f"p({name}) is not within 0..1; the judge's logits are not finite; lower the "
+                    "learning rate or use float32"
                 )
 
     def group_mean(self, values: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether there was any. Two (N,)."""
+        """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether
+        there was any. Two (N,).
+        """
         chosen = of.view(-1, self.group_size).to(values.dtype)
         count = chosen.sum(1, keepdim=True)
         mean = (values.view_as(chosen) * chosen).sum(1, keepdim=True) / count.clamp_min(1)
@@ -158,14 +175,18 @@ def register(name: str) -> Callable[[Reward], Reward]:
 
 
 def load_plugin(path: str) -> None:
-    """Run a python file once, for the rewards it registers. Raises ConfigError when it is missing or is not python."""
+    """Run a python file once, for the rewards it registers.
+
+    Raises ConfigError when it is missing or is not python.
+    """
     file = Path(path).expanduser().resolve()
     name = "vise_fast_plugin_" + "".join(c if c.isalnum() else "_" for c in str(file))
     if name in sys.modules:
         return
     if not file.is_file():
         raise ConfigError(
-            f"reward.plugin {path}: no such file; it should be a python file that registers rewards; correct the path"
+            f"reward.plugin {path}: no such file; it should be a python file that registers "
+            "rewards; correct the path"
         )
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -183,7 +204,10 @@ def load_plugin(path: str) -> None:
 
 
 def resolve(config: RewardConfig) -> Reward:
-    """The function that `reward.name` means, after loading `reward.plugin`. Raises ConfigError for an unknown name."""
+    """The function that `reward.name` means, after loading `reward.plugin`.
+
+    Raises ConfigError for an unknown name.
+    """
     if config.plugin is not None:
         load_plugin(config.plugin)
     if config.name not in _REGISTRY:
@@ -194,12 +218,16 @@ def resolve(config: RewardConfig) -> Reward:
 
 
 def lowest(config: RewardConfig) -> float:
-    """The reward of an unreadable answer: 0 under the plain paper reward, else strictly below every readable one."""
+    """The reward of an unreadable answer: 0 under the plain paper reward, else strictly below every
+    readable one.
+    """
     return 0.0 if config.sem == "paper" and config.w_area == 0 else -1.0 - config.w_area
 
 
 def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
-    """R_geo of every view, (N, K): (GIoU(projected box, view's box) + 1) / 2; 0 without two readable boxes that have area."""
+    """R_geo of every view, (N, K): (GIoU(projected box, view's box) + 1) / 2; 0 without two
+    readable boxes that have area.
+    """
     e, boxes = evidence, geometry.clean_1000(evidence.box_1000)[:, None]
     answers = geometry.clean_1000(e.view_box_1000)
     if config.preset == "as_released":
@@ -229,7 +257,10 @@ def _judged(evidence: Evidence) -> Tensor:
 
 
 def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean agreement over the usable views; the group's mean where there is none. -> value (N,), measured (N,) bool."""
+    """Mean agreement over the usable views; the group's mean where there is none.
+
+    -> value (N,), measured (N,) bool.
+    """
     usable = evidence.view_usable
     count = usable.sum(1)
     mean = (agreements * usable).sum(1) / count.clamp_min(1)
@@ -239,10 +270,11 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
-    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area and where nothing was judged.
+    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area and where
+    nothing was judged.
 
-    paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times p(keep) with `sufficiency`. Each p is
-    a probability (`soft`) or its verdict at one half.
+    paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times
+    p(keep) with `sufficiency`. Each p is a probability (`soft`) or its verdict at one half.
     """
 
     def p(values: Tensor) -> Tensor:
@@ -305,7 +337,10 @@ def vise(
 def oracle(
     evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """True IoU: what a perfect label-based reward could teach. Rows without a truth carry nothing."""
+    """True IoU: what a perfect label-based reward could teach.
+
+    Rows without a truth carry nothing.
+    """
     truth = _given(evidence.truth_1000, "truth_1000")
     reward = geometry.iou(geometry.clean_1000(evidence.box_1000), geometry.clean_1000(truth))
     reward, _ = _unless_unreadable(evidence, reward, evidence.readable, config)
@@ -313,7 +348,9 @@ def oracle(
 
 
 NOISE = 0.1
-"""Standard deviation of the random reward: that of `vise` over a batch of the embedded model's samples, 0.11 (within a group 0.08)."""
+"""Standard deviation of the random reward: that of `vise` over a batch of the embedded model's
+samples, 0.11 (within a group 0.08).
+"""
 
 
 @register("random")
@@ -331,7 +368,9 @@ def random(
 def shuffled(
     evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`vise` permuted among all rows of the batch that carry gradient: its distribution without its meaning."""
+    """`vise` permuted among all rows of the batch that carry gradient: its distribution without its
+    meaning.
+    """
     reward, known = vise(evidence, parts, config, rng)
     rows = (known & parts.open).nonzero()[:, 0]
     order = torch.as_tensor(rng.permutation(len(rows)), device=rows.device)
@@ -345,7 +384,8 @@ def area_only(
     """The area term alone: what shrinking every box is worth. Raises ConfigError without one."""
     if config.w_area == 0:
         raise ConfigError(
-            "reward area_only with w_area 0 is constant; nothing would be learned; set reward.w_area"
+            "reward area_only with w_area 0 is constant; nothing would be learned; set "
+            "reward.w_area"
         )
     return _unless_unreadable(
         evidence, -config.w_area * parts.size, torch.ones_like(evidence.readable), config
@@ -353,10 +393,12 @@ def area_only(
 
 
 def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tuple[Tensor, Tensor]:
-    """Rewards for the views' own completions (`update.views_too`): w_geo R_geo of that view - w_area sqrt(its area). -> (N, K) x2.
+    """Rewards for the views' own completions (`update.views_too`): w_geo R_geo of that view -
+    w_area sqrt(its area). -> (N, K) x2.
 
-    A view's answer carries gradient when it cannot be read (lowest reward), or when its view is usable and the sampled box has area;
-    never under another reward than `vise`, whose meaning these numbers do not share.
+    A view's answer carries gradient when it cannot be read (lowest reward), or when its view is
+    usable and the sampled box has area; never under another reward than `vise`, whose meaning these
+    numbers do not share.
     """
     reward = config.w_geo * parts.agreement - config.w_area * _size(evidence.view_box_1000)
     reward = torch.where(evidence.view_readable, reward, torch.full_like(reward, lowest(config)))
@@ -365,16 +407,19 @@ def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tupl
 
 
 def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) -> Scores:
-    """The configured reward of every row, which rows carry gradient, and the figures that are always logged.
+    """The configured reward of every row, which rows carry gradient, and the figures that are
+    always logged.
 
-    Raises ConfigError for an unknown reward, ValueError when evidence it needs is missing, NumericFault when it is not finite.
+    Raises ConfigError for an unknown reward, ValueError when evidence it needs is missing,
+    NumericFault when it is not finite.
     """
     parts = dissect(evidence, config)
     reward, known = resolve(config)(evidence, parts, config, rng)
     carries = known & parts.open
     if not reward[carries].isfinite().all():
         raise NumericFault(
-            f"reward {config.name!r} is not finite; the function returned NaN or infinity; correct it"
+            f"reward {config.name!r} is not finite; the function returned NaN or infinity; correct "
+            "it"
         )
     reward = torch.where(carries, reward.double(), 0.0)
     view_reward, view_carries = view_rewards(evidence, parts, config)
@@ -390,10 +435,11 @@ def _mean(values: Tensor, of: Tensor) -> float:
 
 
 def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
-    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU yes-no, IG no-yes, SB yes-yes, ID no-no.
+    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU
+    yes-no, IG no-yes, SB yes-yes, ID no-no.
 
-    The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers that an edit *elsewhere* changes, which
-    is the figure `changed_elsewhere` here.
+    The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers
+    that an edit *elsewhere* changes, which is the figure `changed_elsewhere` here.
     """
     before, after = seen >= 0.5, gone >= 0.5
     cells = {
@@ -406,7 +452,10 @@ def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
 
 
 def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -> dict[str, float]:
-    """Everything METHOD.md wants logged of a step's rewards, as plain floats. Shares are 0..1 of the rows named in the comment."""
+    """Everything METHOD.md wants logged of a step's rewards, as plain floats.
+
+    Shares are 0..1 of the rows named in the comment.
+    """
     e, asked, placed, judged = (
         evidence,
         evidence.query_readable,

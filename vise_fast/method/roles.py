@@ -1,6 +1,8 @@
-"""The three questions a model asks itself: ask (name an object), ground (box it), verify (is it visible). Texts in, answers out.
+"""The three questions a model asks itself: ask (name an object), ground (box it), verify (is it
+visible). Texts in, answers out.
 
-ask and ground sample from the policy; verify reads one pair of next-token probabilities and decodes nothing (METHOD sections 1 and 4).
+ask and ground sample from the policy; verify reads one pair of next-token probabilities and decodes
+nothing (METHOD sections 1 and 4).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ UNREADABLE_QUERY = "object"
 
 @dataclass
 class Queries:
-    """One query per image: `texts` to ask with (a stand-in where the answer could not be read), `readable`, and what was written."""
+    """One query per image: `texts` to ask with (a stand-in where the answer could not be read),
+    `readable`, and what was written.
+    """
 
     texts: list[str]
     readable: list[bool]
@@ -29,9 +33,11 @@ class Queries:
 
 @dataclass
 class Boxes:
-    """One box per answer: box_1000 (N, 4) float64, sorted and clamped, zeros where `readable` (N,) is False.
+    """One box per answer: box_1000 (N, 4) float64, sorted and clamped, zeros where `readable` (N,)
+    is False.
 
-    asked: the first questions with the graph of their forward pass, where the update will go on from it.
+    asked: the first questions with the graph of their forward pass, where the update will go on
+    from it.
     """
 
     box_1000: Tensor
@@ -76,7 +82,8 @@ def ground(
     temperature: float = 1.0,
     trained: int = 0,
 ) -> Boxes:
-    """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each box belongs to.
+    """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each
+    box belongs to.
 
     trained: so many questions, the first, keep their graph (`Boxes.asked`).
     """
@@ -109,7 +116,10 @@ def ground(
 def verify(
     engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False
 ) -> Tensor:
-    """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference). stay: leave it on the device."""
+    """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference).
+
+    stay: leave it on the device.
+    """
     p = _probability(
         engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters)
     )
@@ -140,6 +150,8 @@ def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
 
 
 def _probability(engine: Engine, logits: Tensor) -> Tensor:
-    """P(yes) / (P(yes) + P(no)) from next-token logits (N, V), all one-token spellings counted (METHOD section 4)."""
+    """P(yes) / (P(yes) + P(no)) from next-token logits (N, V), all one-token spellings counted
+    (METHOD section 4).
+    """
     yes, no = (logits[:, ids].logsumexp(-1) for ids in (engine.tokens.yes, engine.tokens.no))
     return torch.sigmoid(yes - no).double()

@@ -1,13 +1,17 @@
-"""Attention of new tokens over several stretches of keys: shared prefixes, prompts, and the new tokens themselves.
+"""Attention of new tokens over several stretches of keys: shared prefixes, prompts, and the new
+tokens themselves.
 
-A row (one sequence of new tokens) sees *parts*. A part is a bank of keys and values of which every row sees exactly one entry;
-many rows may share an entry (all samples of one image share its prefix), and then the entry is read once, never copied. Each part
-yields an output and a log-sum-exp; the parts are merged by their log-sum-exp (Milakov & Gimelshein 2018, "Online normalizer
-calculation for softmax"), and the backward pass of each part uses the merged output and log-sum-exp, which is exact because a part's
-softmax weights are exp(score - merged log-sum-exp). On a CPU in fp32 one kernel goes forward over all parts at once instead.
+A row (one sequence of new tokens) sees *parts*. A part is a bank of keys and values of which every
+row sees exactly one entry; many rows may share an entry (all samples of one image share its
+prefix), and then the entry is read once, never copied. Each part yields an output and a
+log-sum-exp; the parts are merged by their log-sum-exp (Milakov & Gimelshein 2018, "Online
+normalizer calculation for softmax"), and the backward pass of each part uses the merged output and
+log-sum-exp, which is exact because a part's softmax weights are exp(score - merged log-sum-exp). On
+a CPU in fp32 one kernel goes forward over all parts at once instead.
 
-Shapes: N rows, T new tokens per row, M entries, F rows per entry, S keys per entry, H query heads, KV key heads, D head dimension.
-`attend` is the fast path (torch's fused kernels, see flash.py), `attend_plain` the same formula with everything written out.
+Shapes: N rows, T new tokens per row, M entries, F rows per entry, S keys per entry, H query heads,
+KV key heads, D head dimension. `attend` is the fast path (torch's fused kernels, see flash.py),
+`attend_plain` the same formula with everything written out.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from vise_fast.model.flash import BIAS_ROW, choose, kernel
 
 
 class Grid:
-    """Which entry each row sees, as a (M, F) table of rows. `uniform`: rows are entry-major with F rows each, so views suffice."""
+    """Which entry each row sees, as a (M, F) table of rows. `uniform`: rows are entry-major with F
+    rows each, so views suffice.
+    """
 
     def __init__(self, owner: list[int], entries: int, device: torch.device | str = "cpu") -> None:
         counts = [0] * entries
@@ -59,9 +65,11 @@ class Grid:
 
 @dataclass
 class Part:
-    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry, None: all S.
+    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry,
+    None: all S.
 
-    bias: additive (M, at least S) in the keys' dtype instead, for banks whose padding is not all at the end.
+    bias: additive (M, at least S) in the keys' dtype instead, for banks whose padding is not all at
+    the end.
     """
 
     keys: Tensor
@@ -72,7 +80,10 @@ class Part:
     bias: Tensor | None = None
 
     def key_bias(self) -> Tensor | None:
-        """Additive (M, S): -inf on padding; None when there is none. Rows start where GPU kernels want them."""
+        """Additive (M, S): -inf on padding; None when there is none.
+
+        Rows start where GPU kernels want them.
+        """
         size = self.keys.shape[2]
         if self.bias is not None:
             return self.bias[:, :size]
@@ -88,7 +99,9 @@ class Part:
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:
-    """Queries (N, T, H, D) as one batch per entry: (M, KV, F*T*rep, D), or (N, H, T, D) for a causal part."""
+    """Queries (N, T, H, D) as one batch per entry: (M, KV, F*T*rep, D), or (N, H, T, D) for a
+    causal part.
+    """
     if part.causal:
         return q.transpose(1, 2)
     kv = part.keys.shape[1]
@@ -97,7 +110,9 @@ def _fold(part: Part, q: Tensor) -> Tensor:
 
 
 def _unfold(part: Part, x: Tensor, tokens: int) -> Tensor:
-    """The inverse of `_fold` for outputs (.., D) and, with D absent, log-sum-exps: to (N, T, H[, D])."""
+    """The inverse of `_fold` for outputs (.., D) and, with D absent, log-sum-exps: to (N, T, H[,
+    D]).
+    """
     if part.causal:
         return x.transpose(1, 2)
     fan = part.grid.fan if part.grid else 1
@@ -122,7 +137,9 @@ def _part_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _part_output(part: Part, q: Tensor, scale: float) -> Tensor:
-    """The output alone: while decoding, the views that a log-sum-exp takes are a twentieth of the calls."""
+    """The output alone: while decoding, the views that a log-sum-exp takes are a twentieth of the
+    calls.
+    """
     return _unfold(part, _folded_forward(part, q, scale)[0], q.shape[1])
 
 
@@ -134,7 +151,9 @@ def _folded_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor
 def _part_backward(
     part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and log-sum-exp."""
+    """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and
+    log-sum-exp.
+    """
     folded, bias, banks = _fold(part, q), part.key_bias(), _banks(part, q.shape[2])
     merged = _fold(part, out), _fold(part, lse[..., None])[..., 0]
     dq, dk, dv = kernel(folded, bias).backward(
@@ -160,7 +179,10 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _in_one(q: Tensor, parts: list[Part]) -> bool:
-    """Whether one kernel takes all parts: several new tokens, no bias. For one token a row torch's is the quicker one."""
+    """Whether one kernel takes all parts: several new tokens, no bias.
+
+    For one token a row torch's is the quicker one.
+    """
     fits = (
         q.device.type == "cpu"
         and q.dtype == torch.float32
@@ -206,7 +228,9 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
-    """Attention of q (N, T, H, D) over all parts together; differentiable in q and in every part's keys and values."""
+    """Attention of q (N, T, H, D) over all parts together; differentiable in q and in every part's
+    keys and values.
+    """
     if choose(q.device, q.dtype).path == "plain":
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
@@ -219,7 +243,9 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
 
 
 def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
-    """The same with each row's keys copied out, scores in full and one softmax over all parts (fp32 scores)."""
+    """The same with each row's keys copied out, scores in full and one softmax over all parts (fp32
+    scores).
+    """
     heads, scores, values = q.shape[2], [], []
     for part in parts:
         keys, bank = part.keys, part.values

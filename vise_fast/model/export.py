@@ -1,7 +1,8 @@
-"""The finished adapter as a directory that stands alone: PEFT files, base config, tokenizer and processor files, a model card.
+"""The finished adapter as a directory that stands alone: PEFT files, base config, tokenizer and
+processor files, a model card.
 
-`PeftModel.from_pretrained(base, DIR)` loads it; the base weights themselves are not copied. Written aside and renamed, so that a
-half-written adapter never carries the final name.
+`PeftModel.from_pretrained(base, DIR)` loads it; the base weights themselves are not copied. Written
+aside and renamed, so that a half-written adapter never carries the final name.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ SIDE_FILES = (
 def export(
     policy: Policy, config: Config, directory: Path, figures: Mapping[str, tuple] | None = None
 ) -> Path:
-    """Write the adapter to `directory`, replacing an older one. Raises EnvironmentFault where the disk refuses."""
+    """Write the adapter to `directory`, replacing an older one.
+
+    Raises EnvironmentFault where the disk refuses.
+    """
     aside = directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -49,7 +53,8 @@ def export(
         os.replace(aside, directory)
     except OSError as error:
         raise EnvironmentFault(
-            f"cannot write the adapter {directory}; {error.strerror or error}; free space or choose another run.dir"
+            f"cannot write the adapter {directory}; {error.strerror or error}; free space or "
+            "choose another run.dir"
         ) from error
     return directory
 
@@ -65,12 +70,17 @@ def side_files(source: str) -> list[Path]:
 
 
 def card(config: Config, figures: Mapping[str, tuple]) -> str:
-    """The model card: what this is, how it was made, measured figures, and a snippet for transformers 5."""
+    """The model card: what this is, how it was made, measured figures, and a snippet for
+    transformers 5.
+    """
     rows = "".join(
         f"| {name} | {before} | {after} |\n" for name, (before, after) in figures.items()
     )
     table = (
-        f"\n## Measured by the run itself, before and after\n\n| | base | adapter |\n|---|---|---|\n{rows}"
+        (
+            "\n## Measured by the run itself, before and after\n\n| | base | adapter "
+            f"|\n|---|---|---|\n{rows}"
+        )
         if rows
         else ""
     )

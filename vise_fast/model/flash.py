@@ -1,15 +1,19 @@
-"""torch's fused attention kernels under one signature: output and log-sum-exp forwards, and backwards gradients for a given log-sum-exp.
+"""torch's fused attention kernels under one signature: output and log-sum-exp forwards, and
+backwards gradients for a given log-sum-exp.
 
     cpu        FlashAttention for a CPU: any float dtype, a bias on keys
     flash      FlashAttention 2 on a GPU: bf16 and fp16, no bias, D up to 256 (Dao 2023)
     efficient  the memory-efficient kernel on a GPU: fp32 too, a bias on keys (Rabe & Staats 2021)
 
-A backward pass that is given the output and log-sum-exp over *more* keys than it sees yields exactly these keys' share of the gradients: their
-weights are exp(score - log-sum-exp). attention.py merges parts that way, which F.scaled_dot_product_attention cannot express. Left out: dropout,
-gradients of biases, and causal attention of unequally many queries and keys (the two GPU kernels align that at different corners).
+A backward pass that is given the output and log-sum-exp over *more* keys than it sees yields
+exactly these keys' share of the gradients: their weights are exp(score - log-sum-exp). attention.py
+merges parts that way, which F.scaled_dot_product_attention cannot express. Left out: dropout,
+gradients of biases, and causal attention of unequally many queries and keys (the two GPU kernels
+align that at different corners).
 
-Shapes: q, output and gradients (B, H, L, D); keys and values (B, H, S, D); bias (B, S), additive, of q's dtype; log-sum-exp (B, H, L) fp32, natural.
-Run: `pytest tests/model/test_flash.py`; with a GPU `pytest -m gpu tests/model/test_flash.py`.
+Shapes: q, output and gradients (B, H, L, D); keys and values (B, H, S, D); bias (B, S), additive,
+of q's dtype; log-sum-exp (B, H, L) fp32, natural. Run: `pytest tests/model/test_flash.py`; with a
+GPU `pytest -m gpu tests/model/test_flash.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +28,18 @@ from torch.nn import functional as F
 from vise_kernels.dispatch import Choice
 
 aten = torch.ops.aten
-LSE_ROWS = 32  # the memory-efficient kernel's log-sum-exp has a multiple of so many rows, +inf beyond the last query
+# the memory-efficient kernel's log-sum-exp has a multiple of so many rows, +inf beyond the last
+# query
+LSE_ROWS = 32
 BIAS_ROW = 16  # elements: its biases' rows start at multiples of this
 WIDTH = 8  # elements: the GPU kernels' head dimensions are multiples of this
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """forward(q, k, v, bias, causal, scale) -> (output, log-sum-exp); backward(grad, q, k, v, output, log-sum-exp, bias, causal, scale) -> dq, dk, dv."""
+    """forward(q, k, v, bias, causal, scale) -> (output, log-sum-exp); backward(grad, q, k, v,
+    output, log-sum-exp, bias, causal, scale) -> dq, dk, dv.
+    """
 
     name: str
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -39,13 +47,18 @@ class Kernel:
 
 
 def look(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The best path for tensors of this kind: "flash", "efficient" or "plain" (no kernel here), and why."""
+    """The best path for tensors of this kind: "flash", "efficient" or "plain" (no kernel here), and
+    why.
+    """
     if device.type in ("cpu", "meta"):
         return Choice("flash", "torch's FlashAttention for a CPU")
     if device.type != "cuda" or torch.version.hip:
         return Choice(
             "plain",
-            f"{'ROCm' if torch.version.hip else device.type} has no fused attention with this log-sum-exp",
+            (
+                f"{'ROCm' if torch.version.hip else device.type} has no fused attention with this "
+                "log-sum-exp"
+            ),
         )
     capability = torch.cuda.get_device_capability(device)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -53,7 +66,10 @@ def look(device: torch.device, dtype: torch.dtype) -> Choice:
     if dtype == torch.bfloat16 and capability < (8, 0):
         return Choice(
             "plain",
-            f"bfloat16 attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}",
+            (
+                "bfloat16 attention needs compute capability 8.0, this GPU has "
+                f"{capability[0]}.{capability[1]}"
+            ),
         )
     if dtype == torch.float32:
         return Choice(
@@ -62,7 +78,10 @@ def look(device: torch.device, dtype: torch.dtype) -> Choice:
     if capability < (8, 0):
         return Choice(
             "efficient",
-            f"torch's memory-efficient kernel: FlashAttention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}",
+            (
+                "torch's memory-efficient kernel: FlashAttention needs compute capability 8.0, "
+                f"this GPU has {capability[0]}.{capability[1]}"
+            ),
         )
     if not torch.backends.cuda.is_flash_attention_available():
         return Choice(
@@ -165,17 +184,22 @@ def _efficient_backward(
 def _check_square(q: Tensor, k: Tensor, causal: bool) -> None:
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys: only their own keys, one each"
+            f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys: only their own "
+            "keys, one each"
         )
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Zeros after the head dimension, up to a multiple of WIDTH: they change no score and no output."""
+    """Zeros after the head dimension, up to a multiple of WIDTH: they change no score and no
+    output.
+    """
     return F.pad(x, (0, -x.shape[3] % WIDTH)) if x.shape[3] % WIDTH else x
 
 
 def _token_major(x: Tensor) -> Tensor:
-    """The same values laid out as (B, L, H, D): the memory-efficient backward computes the output's strides from that layout, it does not ask."""
+    """The same values laid out as (B, L, H, D): the memory-efficient backward computes the output's
+    strides from that layout, it does not ask.
+    """
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -187,7 +211,10 @@ def _aligned(bias: Tensor | None) -> Tensor | None:
 
 
 def _spread(bias: Tensor | None, heads: int, queries: int) -> Tensor | None:
-    """(B, S) as a view (B, heads, queries, S): every query of an entry sees the same keys. Strides are 0 where a size is 1 too: they are checked."""
+    """(B, S) as a view (B, heads, queries, S): every query of an entry sees the same keys.
+
+    Strides are 0 where a size is 1 too: they are checked.
+    """
     if bias is None:
         return None
     return bias.as_strided(

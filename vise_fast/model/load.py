@@ -1,7 +1,9 @@
-"""Load a vision-language model, freeze it, attach LoRA: one copy of the weights serves policy (adapters on) and reference (off).
+"""Load a vision-language model, freeze it, attach LoRA: one copy of the weights serves policy
+(adapters on) and reference (off).
 
-transformers owns the weights, PEFT the LoRA tensors and their format, bitsandbytes the quantised linears; the fast forward runs over the
-same tensors. The image processor is never built: it needs torchvision.
+transformers owns the weights, PEFT the LoRA tensors and their format, bitsandbytes the quantised
+linears; the fast forward runs over the same tensors. The image processor is never built: it needs
+torchvision.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ FAMILIES = {"qwen3_vl": (Backbone, LORA_TARGETS)}
 
 @dataclass
 class Policy:
-    """A loaded model with adapters: `model` is the PeftModel, `backbone` the fast forward over its tensors."""
+    """A loaded model with adapters: `model` is the PeftModel, `backbone` the fast forward over its
+    tensors.
+    """
 
     model: PeftModel
     tokens: Tokens
@@ -62,24 +66,32 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The stock modules as the frozen reference: adapters off. The fast engine takes `adapters=False` instead."""
+        """The stock modules as the frozen reference: adapters off.
+
+        The fast engine takes `adapters=False` instead.
+        """
         with self.model.disable_adapter():
             yield
 
 
 def resolve(path: str) -> str:
-    """The directory or hub id behind a model path; 'nano' is the embedded model. Raises ConfigError for a directory that is not there."""
+    """The directory or hub id behind a model path; 'nano' is the embedded model.
+
+    Raises ConfigError for a directory that is not there.
+    """
     if path == "nano":
         return str(nano.DIRECTORY)
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ConfigError(
-                f"model.path {path} has no config.json; it is not a model directory; point it at one saved by transformers"
+                f"model.path {path} has no config.json; it is not a model directory; point it at "
+                "one saved by transformers"
             )
         return path
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(
-            f"model.path {path} does not exist; a model is a directory or a hub id like Qwen/Qwen3-VL-2B-Instruct; check the path"
+            f"model.path {path} does not exist; a model is a directory or a hub id like "
+            "Qwen/Qwen3-VL-2B-Instruct; check the path"
         )
     return path
 
@@ -90,7 +102,8 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EnvironmentFault(
-            f"model.device {name}: torch sees no GPU here; use --model.device cpu or install a CUDA build of torch"
+            f"model.device {name}: torch sees no GPU here; use --model.device cpu or install a "
+            "CUDA build of torch"
         )
     return torch.device(name)
 
@@ -102,19 +115,24 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def read_config(path: str):
-    """The model's transformers config. Raises ConfigError for a hub id that cannot be had and for an unknown family."""
+    """The model's transformers config.
+
+    Raises ConfigError for a hub id that cannot be had and for an unknown family.
+    """
     source = resolve(path)
     try:
         model_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path {path} cannot be loaded; {reason}; give a local directory or download the model first"
+            f"model.path {path} cannot be loaded; {reason}; give a local directory or download the "
+            "model first"
         ) from error
     if model_config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ConfigError(
-            f"model.path {path} is of family {model_config.model_type}; this trainer knows {known}; choose a model of those"
+            f"model.path {path} is of family {model_config.model_type}; this trainer knows "
+            f"{known}; choose a model of those"
         )
     return model_config
 
@@ -126,7 +144,9 @@ def at_hand(path: str) -> bool:
 
 
 def known_shapes(path: str):
-    """The model's transformers config; for the published sizes from configs/models, where the model itself is not at hand."""
+    """The model's transformers config; for the published sizes from configs/models, where the model
+    itself is not at hand.
+    """
     file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
     if file.is_file() and not at_hand(path):
         return AutoConfig.from_pretrained(file)
@@ -140,7 +160,9 @@ def grid_multiple(path: str) -> int:
 
 
 def load(config: Config, adapter: str | None = None, weights: str | None = None) -> Policy:
-    """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes only, for benches."""
+    """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes
+    only, for benches.
+    """
     disable_progress_bar()
     model_config = read_config(config.model.path)
     device = device_of(config.model.device)
@@ -179,12 +201,15 @@ def _load_base(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path {config.model.path} cannot be loaded; {reason}; check the files or download the model again"
+            f"model.path {config.model.path} cannot be loaded; {reason}; check the files or "
+            "download the model again"
         ) from error
 
 
 def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
-    """LoRA on the anchored targets, fp32 masters; seeded, so that two runs start from the same adapter."""
+    """LoRA on the anchored targets, fp32 masters; seeded, so that two runs start from the same
+    adapter.
+    """
     if adapter is not None:
         return _load_adapter(base, config, adapter)
     _, targets = FAMILIES[base.config.model_type]
@@ -207,7 +232,8 @@ def _load_adapter(base: nn.Module, config: Config, adapter: str) -> PeftModel:
     directory = Path(adapter)
     if not (directory / "adapter_config.json").is_file():
         raise ConfigError(
-            f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point at RUN/adapter"
+            f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point "
+            "at RUN/adapter"
         )
     check_adapter_fits(directory, base)
     return _fp32_adapters(PeftModel.from_pretrained(base, str(directory), is_trainable=True).eval())
@@ -221,13 +247,17 @@ def _fp32_adapters(model: PeftModel) -> PeftModel:
 
 
 def check_adapter_fits(directory: Path, base: nn.Module) -> None:
-    """Every tensor of the adapter must have a place of the right shape in the base. Raises ConfigError."""
+    """Every tensor of the adapter must have a place of the right shape in the base.
+
+    Raises ConfigError.
+    """
     from safetensors import safe_open
 
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise ConfigError(
-            f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a finished RUN/adapter"
+            f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a "
+            "finished RUN/adapter"
         )
     shapes = {
         name: (m.out_features, m.in_features)
@@ -244,16 +274,20 @@ def check_adapter_fits(directory: Path, base: nn.Module) -> None:
             )
             if not fits:
                 raise ConfigError(
-                    f"adapter {directory} was made for another base; {module} is {want} here; use the base it was trained on"
+                    f"adapter {directory} was made for another base; {module} is {want} here; use "
+                    "the base it was trained on"
                 )
 
 
 def check_targets(model: PeftModel) -> int:
-    """The number of LoRA tensors; asserts that none lies inside the vision blocks and that the decoder carries some."""
+    """The number of LoRA tensors; asserts that none lies inside the vision blocks and that the
+    decoder carries some.
+    """
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     inside = [name for name in names if ".visual.blocks." in name]
     if inside or not any(".language_model.layers." in name for name in names):
         raise ConfigError(
-            f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; check the model family"
+            f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; "
+            "check the model family"
         )
     return len(names)

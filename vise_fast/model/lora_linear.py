@@ -1,13 +1,16 @@
-"""One matrix product for several projections of the same input, with their LoRA terms: y = x Wᵀ + (x Aᵀ) Bᵀ.
+"""One matrix product for several projections of the same input, with their LoRA terms: y = x Wᵀ +
+(x Aᵀ) Bᵀ.
 
-The projections' frozen weights are stacked into one tensor that the original modules keep as views, so there is still one copy of
-every weight. The A matrices are stacked; the scaled B matrices are set block-diagonally, one product instead of three, as long as the
-zeros cost less than the calls.
-LoRA stays in fp32 masters owned by PEFT; a pack holds them in the compute dtype, cast once per optimizer step. Dropout is off by design.
+The projections' frozen weights are stacked into one tensor that the original modules keep as views,
+so there is still one copy of every weight. The A matrices are stacked; the scaled B matrices are
+set block-diagonally, one product instead of three, as long as the zeros cost less than the calls.
+LoRA stays in fp32 masters owned by PEFT; a pack holds them in the compute dtype, cast once per
+optimizer step. Dropout is off by design.
 
-With gradients, a call is one autograd node from its input and the masters that computes with the pack and saves nothing but the input:
-the cheap function before the product (a norm, SwiGLU, GELU), the low-rank x Aᵀ and a quantised base's weight are computed again in the
-backward pass. `FusedLinear.plain` is the same in plain autograd.
+With gradients, a call is one autograd node from its input and the masters that computes with the
+pack and saves nothing but the input: the cheap function before the product (a norm, SwiGLU, GELU),
+the low-rank x Aᵀ and a quantised base's weight are computed again in the backward pass.
+`FusedLinear.plain` is the same in plain autograd.
 """
 
 from __future__ import annotations
@@ -28,16 +31,21 @@ from vise_fast.model import products, quantise
 ADAPTER = "default"
 BLOCKS_UP_TO = (
     2**18
-)  # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than extra calls are worth
+    # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than
+    # extra calls are worth
+)
 Before = Callable[[Tensor], Tensor]
-"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is done again in the backward pass.
+"""What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is
+done again in the backward pass.
 
 It may bring its own `gradient(x, dz)`, dL/dx from dL/dz.
 """
 
 
 class Pack(NamedTuple):
-    """LoRA factors: down (k·r, in); up with alpha / r folded in: one block-diagonal (sum of outs, k·r), or each module's (out, r)."""
+    """LoRA factors: down (k·r, in); up with alpha / r folded in: one block-diagonal (sum of outs,
+    k·r), or each module's (out, r).
+    """
 
     down: Tensor
     up: tuple[Tensor, ...]
@@ -93,7 +101,9 @@ class Swiglu:
 
 
 class FusedLinear:
-    """Projections `modules` (nn.Linear, a bitsandbytes linear, or PEFT's wrapper of either) of one input, outputs side by side."""
+    """Projections `modules` (nn.Linear, a bitsandbytes linear, or PEFT's wrapper of either) of one
+    input, outputs side by side.
+    """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -119,13 +129,17 @@ class FusedLinear:
         ]
 
     def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
-        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the masters that `pack` was made from."""
+        """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the
+        masters that `pack` was made from.
+        """
         if pack is not None and torch.is_grad_enabled():
             return _Adapted.apply(x, self, pack, before, *self.masters())
         return self._product(x if before is None else before(x), pack)
 
     def plain(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
-        """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every intermediate. Unquantised bases only."""
+        """The same in plain autograd, differentiable in a `pack` made with gradients; keeps every
+        intermediate. Unquantised bases only.
+        """
         x = x if before is None else before(x)
         y = F.linear(x, self.weight, self.bias)
         return (
@@ -146,7 +160,9 @@ class FusedLinear:
         return y if pack is None else pack.raise_(y, F.linear(x, pack.down))
 
     def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
-        """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and grad (n, sum of outs)."""
+        """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and
+        grad (n, sum of outs).
+        """
         rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
         dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
         downs = list((low.T @ x).to(dtype).split(rank))
@@ -218,7 +234,9 @@ def _gradient(function: Before, x: Tensor, dz: Tensor) -> Tensor:
 
 
 def recomputed(function: Before, x: Tensor) -> Tensor:
-    """function(x), saving x alone for the backward pass: for chains of cheap steps, whose intermediates are fp32 and larger than x."""
+    """function(x), saving x alone for the backward pass: for chains of cheap steps, whose
+    intermediates are fp32 and larger than x.
+    """
     return _Recomputed.apply(x, function) if torch.is_grad_enabled() else function(x)
 
 

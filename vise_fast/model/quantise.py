@@ -1,9 +1,12 @@
-"""bitsandbytes bases: which modules are quantised, how a frozen quantised product is taken forwards and backwards, random ones for benches.
+"""bitsandbytes bases: which modules are quantised, how a frozen quantised product is taken forwards
+and backwards, random ones for benches.
 
-Only the linears of the language layers are quantised; vision tower, mergers, norms, embedding and head stay 16- or 32-bit, which
-`check` asserts by module class. `prepare_model_for_kbit_training` is never called: it would upcast all of those to fp32.
-An int8 product with a threshold above 0 is LLM.int8 (Dettmers et al. 2022): a column with an outlier in *any* row of the product is
-taken in 16 bit for *all* rows, so a row's result depends, in the last digits, on its neighbours; with threshold 0 it does not.
+Only the linears of the language layers are quantised; vision tower, mergers, norms, embedding and
+head stay 16- or 32-bit, which `check` asserts by module class. `prepare_model_for_kbit_training` is
+never called: it would upcast all of those to fp32. An int8 product with a threshold above 0 is
+LLM.int8 (Dettmers et al. 2022): a column with an outlier in *any* row of the product is taken in 16
+bit for *all* rows, so a row's result depends, in the last digits, on its neighbours; with threshold
+0 it does not.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ def bitsandbytes():
         import bitsandbytes as library
     except ImportError as error:
         raise EnvironmentFault(
-            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install vise-fast[quant] or use model.quant none"
+            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install "
+            "vise-fast[quant] or use model.quant none"
         ) from error
-    # It warns at every int8 product that bf16 and fp32 rows are rounded to fp16 before they are quantised.
+    # It warns at every int8 product that bf16 and fp32 rows are rounded to fp16 before they are
+    # quantised.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
 
@@ -58,7 +63,9 @@ def settings(config: Config, dtype: torch.dtype):
 
 
 def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """`shell`, a transformers model on the meta device, with random weights: module by module, so that no full-precision whole ever exists."""
+    """`shell`, a transformers model on the meta device, with random weights: module by module, so
+    that no full-precision whole ever exists.
+    """
     for name in [
         name for name, _ in shell.named_modules()
     ]:  # names only: a list of the modules would keep what is replaced
@@ -109,7 +116,9 @@ def quantised(linear: nn.Linear, config: Config) -> nn.Module:
 
 
 def settle(model: nn.Module) -> None:
-    """After loading: int8 scales where they belong, and no repacking of 4-bit weights on a CPU (the packed layout has no backward)."""
+    """After loading: int8 scales where they belong, and no repacking of 4-bit weights on a CPU (the
+    packed layout has no backward).
+    """
     for module in model.modules():
         if type(module).__name__ == KINDS["int8"] and module.weight.CB is not None:
             module.init_8bit_state()
@@ -118,7 +127,11 @@ def settle(model: nn.Module) -> None:
 
 
 def check(model: nn.Module, quant: str) -> int:
-    """The number of quantised linears. Asserts by class and dtype that all language linears are `quant` and that all else is 16- or 32-bit."""
+    """The number of quantised linears.
+
+    Asserts by class and dtype that all language linears are `quant` and that all else is 16- or
+    32-bit.
+    """
     wanted = KINDS.get(quant, "Linear")
     found = 0
     for name, module in model.named_modules():
@@ -128,7 +141,8 @@ def check(model: nn.Module, quant: str) -> int:
         )
         if inside and kind != wanted or not inside and kind in KINDS.values():
             raise ConfigError(
-                f"{name} is a {kind}; with model.quant {quant} language linears are {wanted} and nothing else is quantised; save the base unquantised"
+                f"{name} is a {kind}; with model.quant {quant} language linears are {wanted} and "
+                "nothing else is quantised; save the base unquantised"
             )
         found += inside and quant != "none"
         held = (
@@ -142,13 +156,16 @@ def check(model: nn.Module, quant: str) -> int:
         )
         if held:
             raise ConfigError(
-                f"{name} holds {held[0].dtype}; only language linears may be quantised; save the base unquantised"
+                f"{name} holds {held[0].dtype}; only language linears may be quantised; save the "
+                "base unquantised"
             )
     return found
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
-    """x (n, in) times the quantised weight of `base`, transposed, plus its bias: (n, out) in x's dtype. No gradient: see `dequantised`."""
+    """x (n, in) times the quantised weight of `base`, transposed, plus its bias: (n, out) in x's
+    dtype. No gradient: see `dequantised`.
+    """
     if hasattr(base, "product"):
         return base.product(x)
     if type(base).__name__ == KINDS["nf4"]:
@@ -156,7 +173,8 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
             x, base.weight, bias=base.bias, quant_state=base.weight.quant_state
         )
     state = base.state
-    # The scaling below divides by the row's largest value, so the fp16 copy must exist even for fp32 rows.
+    # The scaling below divides by the row's largest value, so the fp16 copy must exist even for
+    # fp32 rows.
     rows, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
         x.to(torch.float16), threshold=state.threshold
     )
@@ -170,7 +188,9 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
 
 
 def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) that `product` stands for: what a gradient of the input is multiplied by."""
+    """The weight (out, in) that `product` stands for: what a gradient of the input is multiplied
+    by.
+    """
     if hasattr(base, "dequantised"):
         return base.dequantised(dtype)
     if type(base).__name__ == KINDS["nf4"]:

@@ -24,7 +24,8 @@ from vise_fast.model.attention import Grid, Part, attend
 from vise_fast.model.lora_linear import FusedLinear, Norm, Pack, Swiglu, recomputed
 from vise_fast.model.products import linear, linear_gelu_tanh
 
-# Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section 6).
+# Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD section
+# 6).
 LORA_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
@@ -33,7 +34,8 @@ LORA_TARGETS = (
 SWIGLU = Swiglu()
 See = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (N, H, D), k, v (N, KV, D)) -> attention output (N, H, D) of one new token per row."""
-# On a CPU: patches that go through the vision tower together, so that a block's activations stay in the cache.
+# On a CPU: patches that go through the vision tower together, so that a block's activations stay in
+# the cache.
 ENCODE_AT_ONCE = 1024
 
 
@@ -243,7 +245,8 @@ class Backbone:
             _Merger(m) for m in [self.visual.merger, *self.visual.deepstack_merger_list]
         ]
         weight = self.visual.patch_embed.proj.weight
-        # A still image shows the same pixels at every temporal tap, so the taps fold into one product.
+        # A still image shows the same pixels at every temporal tap, so the taps fold into one
+        # product.
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = self.visual.patch_embed.proj.bias
         self.rope_inverse = self.text.rotary_emb.inv_freq.float().to(self.device)
@@ -276,7 +279,7 @@ class Backbone:
     def _pack(self, linear: FusedLinear, adapters: bool) -> Pack | None:
         return linear.cached if adapters else None
 
-    # ---- vision -------------------------------------------------------------------------------------------------------------
+    # ---- vision ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, images: list[Tensor]) -> Features:
@@ -363,7 +366,7 @@ class Backbone:
         ]
         return last, taps
 
-    # ---- decoder ------------------------------------------------------------------------------------------------------------
+    # ---- decoder ---------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.text.embed_tokens.weight)
@@ -395,7 +398,8 @@ class Backbone:
             for segment, k, v in zip(
                 segments if keep else [], banks[::2], banks[1::2], strict=keep
             ):
-                # k and v are views, of all levels' keys or of the whole qkv product: kept as they are, they would keep those alive
+                # k and v are views, of all levels' keys or of the whole qkv product: kept as they
+                # are, they would keep those alive
                 segment.keys.append(_compact(k)), segment.values.append(_compact(v))
             if len(x) == sum(sizes):
                 x = self._deepstack(x, index, levels, sizes)

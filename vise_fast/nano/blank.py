@@ -1,4 +1,5 @@
-"""The embedded model before any training: tokenizer, architecture, initial weights, and the files of a loadable directory.
+"""The embedded model before any training: tokenizer, architecture, initial weights, and the files
+of a loadable directory.
 
 Not here: training (pretrain.py) and what the model is taught (lessons.py).
 """
@@ -33,14 +34,18 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ "
+    "part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per special token, tag, word, digit and mark; white space only separates. Decoding puts blanks before words only."""
+    """One token per special token, tag, word, digit and mark; white space only separates.
+
+    Decoding puts blanks before words only.
+    """
     core = Tokenizer(
         models.WordLevel(
             {token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"
@@ -71,7 +76,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config() -> Qwen3VLConfig:
-    """2.2 M parameters: vision 4 x 128 with patches of 8 px merged 2 x 2, text 4 x 128, tied embeddings."""
+    """2.2 M parameters: vision 4 x 128 with patches of 8 px merged 2 x 2, text 4 x 128, tied
+    embeddings.
+    """
     token = {name: VOCABULARY.index(name) for name in SPECIAL}
     vision = dict(
         depth=4,
@@ -117,7 +124,10 @@ def config() -> Qwen3VLConfig:
 
 
 def model(seed: int) -> Qwen3VLForConditionalGeneration:
-    """Freshly initialised, fp32. The stock initialisation (0.02 everywhere) learns nothing at this size."""
+    """Freshly initialised, fp32.
+
+    The stock initialisation (0.02 everywhere) learns nothing at this size.
+    """
     torch.manual_seed(seed)
     net = Qwen3VLForConditionalGeneration(config())
     with torch.no_grad():
@@ -133,7 +143,9 @@ def model(seed: int) -> Qwen3VLForConditionalGeneration:
 
 
 def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
-    """Everything `AutoModelForImageTextToText` and `AutoTokenizer` load from a directory, weights in fp32."""
+    """Everything `AutoModelForImageTextToText` and `AutoTokenizer` load from a directory, weights
+    in fp32.
+    """
     net.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     pad, eos = VOCABULARY.index("<|endoftext|>"), VOCABULARY.index("<|im_end|>")
@@ -160,7 +172,9 @@ def _write(path: Path, content: dict) -> None:
 
 
 def _sin_cos_table(side: int, width: int) -> torch.Tensor:
-    """(side * side, width): half of the channels for the row, half for the column, wavelengths from 2 pi to 2 pi * 100."""
+    """(side * side, width): half of the channels for the row, half for the column, wavelengths from
+    2 pi to 2 pi * 100.
+    """
     rates = 100 ** -torch.linspace(0, 1, width // 4)
     angles = torch.arange(side)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], 1)

@@ -1,7 +1,9 @@
-"""Is there anything for R_geo to teach? The consensus of a grounder over random views of an image against its single greedy box.
+"""Is there anything for R_geo to teach? The consensus of a grounder over random views of an image
+against its single greedy box.
 
-If boxes found on views and projected back average to a better box than the one found on the image itself, agreement across views
-points towards the truth. Beside it, the same with sampled boxes on the image alone, which needs no views.
+If boxes found on views and projected back average to a better box than the one found on the image
+itself, agreement across views points towards the truth. Beside it, the same with sampled boxes on
+the image alone, which needs no views.
 
 Run: python -m vise_fast.nano.consensus --scenes 400 --views 16
 """
@@ -31,7 +33,9 @@ SIDE = lessons.SIDE
 def back_projected(
     pupil: exam.Pupil, images: list[Tensor], ask: list[str], greedy: Tensor, round_: int
 ) -> Tensor:
-    """One view per image: the greedy boxes found there, projected back (ellipse hull), (N, 4); NaN where the view lost the object."""
+    """One view per image: the greedy boxes found there, projected back (ellipse hull), (N, 4); NaN
+    where the view lost the object.
+    """
     drawn = [
         views.draw_view(generator(SEED, round_, "view", index), SIDE, SIDE, ViewConfig())
         for index in range(len(images))
@@ -52,7 +56,9 @@ def _readable(answers: list[str]) -> Tensor:
 
 
 def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
-    """Mean IoU with the truth of each way to make one box, as [mean, paired gain over the single greedy box, its standard error]."""
+    """Mean IoU with the truth of each way to make one box, as [mean, paired gain over the single
+    greedy box, its standard error].
+    """
     drawn = [scenes.draw(generator(SEED, 0, "scene", index)) for index in range(count)]
     chosen = [
         scene.objects[generator(SEED, 0, "choice", i).integers(len(scene.objects))]

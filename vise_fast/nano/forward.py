@@ -1,7 +1,9 @@
-"""A quick forward over the embedded model's own weights for pretraining: all images equal in size, so attention is one batched call.
+"""A quick forward over the embedded model's own weights for pretraining: all images equal in size,
+so attention is one batched call.
 
-`weights` is a dict from parameter names (as in `named_parameters`) to tensors, in any floating dtype. Not here: caches beyond
-one shared prefix, ragged images, LoRA. tests/nano/test_nano.py holds this forward to the stock modules.
+`weights` is a dict from parameter names (as in `named_parameters`) to tensors, in any floating
+dtype. Not here: caches beyond one shared prefix, ragged images, LoRA. tests/nano/test_nano.py holds
+this forward to the stock modules.
 """
 
 from __future__ import annotations
@@ -36,13 +38,17 @@ class Rope:
 
 
 def merge_order() -> Tensor:
-    """(256,) raster index of each patch in the order Qwen3-VL wants them: the four patches of a merged token are neighbours."""
+    """(256,) raster index of each patch in the order Qwen3-VL wants them: the four patches of a
+    merged token are neighbours.
+    """
     half = GRID // 2
     return torch.arange(GRID * GRID).view(half, 2, half, 2).permute(0, 2, 1, 3).reshape(-1)
 
 
 def patches(pixels: Tensor) -> Tensor:
-    """uint8 (B, 128, 128, 3) → float32 (B, 256, 192), scaled to [-1, 1], channel first within a patch, in merge order."""
+    """uint8 (B, 128, 128, 3) → float32 (B, 256, 192), scaled to [-1, 1], channel first within a
+    patch, in merge order.
+    """
     half = GRID // 2
     x = pixels.view(-1, half, 2, 8, half, 2, 8, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
     return x.reshape(-1, GRID * GRID, 192).float() / 127.5 - 1
@@ -56,7 +62,9 @@ def vision_rope() -> Rope:
 
 
 def text_rope(positions: Tensor) -> Rope:
-    """positions (3, S): time, row, column of each token; the three share the 16 rates in the interleaved order T H W T H W …"""
+    """positions (3, S): time, row, column of each token; the three share the 16 rates in the
+    interleaved order T H W T H W …
+    """
     rates = 1e4 ** (-torch.arange(0, DIM, 2).float() / DIM)
     axis = torch.arange(DIM // 2) % 3  # mrope_section [6, 5, 5] fills all sixteen
     angles = positions[axis].T * rates
@@ -122,8 +130,9 @@ def _vision_block(weights: Weights, root: str, x: Tensor, rope: Rope) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, heads, S, 32) each → the same; `bias` (S, keys) is added to the scores. Plain products: on a CPU in bf16 the fused
-    attention's backward takes ten times as long at these lengths."""
+    """(B, heads, S, 32) each → the same; `bias` (S, keys) is added to the scores. Plain products:
+    on a CPU in bf16 the fused attention's backward takes ten times as long at these lengths.
+    """
     scores = (q * DIM**-0.5) @ k.transpose(-1, -2)
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
@@ -147,8 +156,9 @@ def text(
 ):
     """(B, S, 128) → final hidden states and each layer's rotated keys and values.
 
-    bias: (S, past + S), 0 where a query may look and -inf elsewhere, in the weights' dtype. deep: (B, 64, 128), added at the image
-    tokens after the first layer. past: keys and values (B, kv, P, 32) per layer, as returned for the prefix.
+    bias: (S, past + S), 0 where a query may look and -inf elsewhere, in the weights' dtype. deep:
+    (B, 64, 128), added at the image tokens after the first layer. past: keys and values (B, kv, P,
+    32) per layer, as returned for the prefix.
     """
     kept = []
     for index in range(LAYERS):

@@ -1,7 +1,8 @@
-"""What the embedded model is taught: scenes, a part of them ghosted, with several questions behind one image prefix.
+"""What the embedded model is taught: scenes, a part of them ghosted, with several questions behind
+one image prefix.
 
-A lesson is one image with fixed slots (one "name", three "find", five "see"), so that mask and positions are the same for all;
-an unused slot weighs nothing. Not here: the model, the optimiser.
+A lesson is one image with fixed slots (one "name", three "find", five "see"), so that mask and
+positions are the same for all; an unused slot weighs nothing. Not here: the model, the optimiser.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ SIDE, CELLS = 128, 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays of B lessons: pixels uint8 (B, 128, 128, 3); ids (B, T) of the slots in a row; targets, weights (B, K) of the answer
-    tokens; color (B, 64) with 8 = ground, shape (B, 64), box (B, 64, 4) in 0..1 and sure (B, 64): the dense head's truth per cell."""
+    """Arrays of B lessons: pixels uint8 (B, 128, 128, 3); ids (B, T) of the slots in a row;
+    targets, weights (B, K) of the answer tokens; color (B, 64) with 8 = ground, shape (B, 64), box
+    (B, 64, 4) in 0..1 and sure (B, 64): the dense head's truth per cell.
+    """
 
     pixels: np.ndarray
     ids: np.ndarray
@@ -76,7 +79,9 @@ def batch(
     ghosted: float = GHOSTED,
     find: float = 1.0,
 ) -> Batch:
-    """`size` lessons; `ghosted` is the share of ghosted images, `find` scales the loss weights of the boxes."""
+    """`size` lessons; `ghosted` is the share of ghosted images, `find` scales the loss weights of
+    the boxes.
+    """
     lessons = [_lesson(rng, max_objects, ghosted, find) for _ in range(size)]
     return Batch(*(np.stack(column) for column in zip(*lessons)))
 
@@ -111,7 +116,9 @@ def see_row(name: str, seen: bool | None) -> Row:
 def ghost(
     pixels: np.ndarray, box_px: tuple[int, int, int, int], method: str, region: str
 ) -> np.ndarray:
-    """A copy of uint8 (H, W, 3) with the inside of the half-open box, or everything but it, blurred or filled with its mean."""
+    """A copy of uint8 (H, W, 3) with the inside of the half-open box, or everything but it, blurred
+    or filled with its mean.
+    """
     x1, y1, x2, y2 = box_px
     window = (slice(y1, y2), slice(x1, x2))
     if region == "inside":
@@ -133,7 +140,9 @@ def ghost(
 
 @lru_cache(maxsize=256)
 def _blur_matrix(length: int) -> np.ndarray:
-    """(length, length): Gaussian taps along one axis with reflect-101 at both ends, repeated where the reach exceeds the length."""
+    """(length, length): Gaussian taps along one axis with reflect-101 at both ends, repeated where
+    the reach exceeds the length.
+    """
     taps = np.exp(-0.5 * (np.arange(-RADIUS_PX, RADIUS_PX + 1) / SIGMA_PX) ** 2)
     period = max(2 * (length - 1), 1)
     place = np.abs(np.arange(length)[:, None] + np.arange(-RADIUS_PX, RADIUS_PX + 1)) % period
@@ -154,7 +163,9 @@ def _blur(patch: np.ndarray) -> np.ndarray:
 def _ghost_plan(
     rng: np.random.Generator, scene: scenes.Scene
 ) -> tuple[tuple[int, int, int, int], str]:
-    """(box_px, region) of a ghost: on an object exactly, widely or in part, elsewhere, on everything, on everything but an object."""
+    """(box_px, region) of a ghost: on an object exactly, widely or in part, elsewhere, on
+    everything, on everything but an object.
+    """
     kind = rng.choice(
         ["exact", "cover", "part", "elsewhere", "all", "keep"],
         p=[0.16, 0.22, 0.17, 0.15, 0.05, 0.25],
@@ -245,7 +256,9 @@ def _rows(rng: np.random.Generator, scene: scenes.Scene, shown: np.ndarray) -> l
 
 
 def _cells(scene: scenes.Scene, owner: np.ndarray, shown: np.ndarray):
-    """Truth per visual token: colour (8 = ground), shape, box in 0..1, and whether that box is still whole."""
+    """Truth per visual token: colour (8 = ground), shape, box in 0..1, and whether that box is
+    still whole.
+    """
     step, count = SIDE // CELLS, len(scene.objects)
     blocks = (
         owner.reshape(CELLS, step, CELLS, step).transpose(0, 2, 1, 3).reshape(CELLS * CELLS, -1)

@@ -1,8 +1,10 @@
-"""Makes the embedded model: supervised pretraining on drawn scenes, on one CPU thread plus one drawing process.
+"""Makes the embedded model: supervised pretraining on drawn scenes, on one CPU thread plus one
+drawing process.
 
-Four phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions, two objects at most, no
-ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are learned last). Interrupted runs go on from
-the last checkpoint in --out. Progress is time, so that the figures, not the exact weights, repeat from run to run.
+Four phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions,
+two objects at most, no ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are
+learned last). Interrupted runs go on from the last checkpoint in --out. Progress is time, so that
+the figures, not the exact weights, repeat from run to run.
 
 Run: python -m vise_fast.nano.pretrain --out DIR --minutes 14 --seed 0
 """
@@ -29,8 +31,9 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run: `share` of its minutes, learning rate at both ends (as a share of the peak), what is drawn and
-    asked; `find` scales the loss of the boxes."""
+    """A stretch of the run: `share` of its minutes, learning rate at both ends (as a share of the
+    peak), what is drawn and asked; `find` scales the loss of the boxes.
+    """
 
     name: str
     share: float
@@ -68,7 +71,9 @@ class Lessons(IterableDataset):
 
 
 def slots() -> tuple[Tensor, Tensor, Tensor]:
-    """positions (3, S), bias (S, S) and the (K,) places that predict an answer token, for a prefix followed by the lesson's slots."""
+    """positions (3, S), bias (S, S) and the (K,) places that predict an answer token, for a prefix
+    followed by the lesson's slots.
+    """
     lengths = [lessons.LENGTH[kind] for kind in lessons.SLOTS]
     owner = torch.repeat_interleave(
         torch.arange(len(lengths) + 1), torch.tensor([forward.PREFIX, *lengths])
@@ -86,7 +91,9 @@ def slots() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Course(nn.Module):
-    """The model's parameters, the throw-away dense head, and the two losses, computed in bf16 over fp32 master weights."""
+    """The model's parameters, the throw-away dense head, and the two losses, computed in bf16 over
+    fp32 master weights.
+    """
 
     def __init__(self, net: nn.Module, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -150,7 +157,9 @@ class Course(nn.Module):
 
 
 class Optimizers:
-    """Muon for the hidden matrices, AdamW for embeddings, norms, biases and the dense head; both follow one schedule."""
+    """Muon for the hidden matrices, AdamW for embeddings, norms, biases and the dense head; both
+    follow one schedule.
+    """
 
     def __init__(self, course: Course, muon_lr: float, adam_lr: float):
         def hidden(name: str, weight: Tensor) -> bool:
@@ -232,7 +241,9 @@ class Run:
         self.log(exam=count, **exam.held_out(weights, count))
 
     def save(self) -> None:
-        """A loadable model directory and, beside it, what a resumed run needs; the clock is written last."""
+        """A loadable model directory and, beside it, what a resumed run needs; the clock is written
+        last.
+        """
         blank.save(self.net, self.out / "model")
         save_file(
             {k: v.contiguous() for k, v in self.optimizers.tensors().items()},

@@ -38,7 +38,7 @@ import torch
 import vise_kernels.attention  # noqa: F401  defines its operator
 from torch.utils.flop_counter import FlopCounterMode
 
-# ---- clocks and memory ----------------------------------------------------------------------------------------------------------
+# ---- clocks and memory ---------------------------------------------------------------------------
 
 
 def fence(device: torch.device | str) -> None:
@@ -123,7 +123,7 @@ def peak_memory(device: torch.device | str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- executed FLOPs -------------------------------------------------------------------------------------------------------------
+# ---- executed FLOPs ------------------------------------------------------------------------------
 
 
 aten = torch.ops.aten
@@ -237,7 +237,7 @@ def executed_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-# ---- the closed form ------------------------------------------------------------------------------------------------------------
+# ---- the closed form -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,8 @@ def merge_flops(s: Shapes, patches: int, adapters: bool, backward: bool = False)
     lora = s.merger_lora() if adapters else 0
     frozen = s.merger_weights()
     if backward:
-        # Nothing below the mergers learns: the first of each pair needs no gradient of its input, only of its LoRA factors.
+        # Nothing below the mergers learns: the first of each pair needs no gradient of its input,
+        # only of its LoRA factors.
         wide = s.width * s.merge**2
         first = (1 + s.taps) * (wide * wide + s.rank * wide)
         frozen, lora = frozen - first, 2 * lora
@@ -426,7 +427,7 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
     }
 
 
-# ---- bytes and the roofline -----------------------------------------------------------------------------------------------------
+# ---- bytes and the roofline ----------------------------------------------------------------------
 
 
 def decode_bytes(

@@ -1,4 +1,5 @@
-"""What running code makes the host do: the syncs that let a GPU run dry, and the ops it launches. Watched from outside, on any device.
+"""What running code makes the host do: the syncs that let a GPU run dry, and the ops it launches.
+Watched from outside, on any device.
 
     with Work(model.parameters()) as work:
         step()
@@ -31,12 +32,15 @@ READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tenso
 
 
 class Work:
-    """Counts what running code makes the host do: `syncs` by cause, `ops` that launch work (views do not). Use as `with Work() as work`.
+    """Counts what running code makes the host do: `syncs` by cause, `ops` that launch work (views
+    do not). Use as `with Work() as work`.
 
-    Seen on a GPU's tensors: aten::_local_scalar_dense (`.item()`, `bool(x)`, `float(x)`), nonzero and what hides one (a boolean index,
-    masked_select, unique), and copies to the CPU. On a machine without a GPU the same is counted for the tensors that would live on one:
-    everything computed from `weights` (a model's parameters), until `.cpu()` brings it home; there `.tolist()`, `.numpy()` and `.cpu()` are
-    seen as Python calls. Without `weights` every tensor counts. Not seen: waits inside a native extension, and copies to the device.
+    Seen on a GPU's tensors: aten::_local_scalar_dense (`.item()`, `bool(x)`, `float(x)`), nonzero
+    and what hides one (a boolean index, masked_select, unique), and copies to the CPU. On a machine
+    without a GPU the same is counted for the tensors that would live on one: everything computed
+    from `weights` (a model's parameters), until `.cpu()` brings it home; there `.tolist()`,
+    `.numpy()` and `.cpu()` are seen as Python calls. Without `weights` every tensor counts. Not
+    seen: waits inside a native extension, and copies to the device.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor] | None = None) -> None:

@@ -1,7 +1,9 @@
-"""Figures that leave their healthy range: the full-image collapse, unreadable answers, a policy far from its reference.
+"""Figures that leave their healthy range: the full-image collapse, unreadable answers, a policy far
+from its reference.
 
-Each alarm looks at a moving average, so that one odd batch does not raise it; the ranges are wide on purpose. What is done about an
-alarm (a line on screen, a flag in metrics.jsonl, an early end) is the caller's business.
+Each alarm looks at a moving average, so that one odd batch does not raise it; the ranges are wide
+on purpose. What is done about an alarm (a line on screen, a flag in metrics.jsonl, an early end) is
+the caller's business.
 """
 
 from __future__ import annotations
@@ -46,11 +48,17 @@ class Alarms:
         rules = {
             "area": (
                 a["area"] > GROWTH * first,
-                f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the start; the reward is being paid for size",
+                (
+                    f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the "
+                    "start; the reward is being paid for size"
+                ),
             ),
             "area_large": (
                 a["area_large"] > LARGE_SHARE,
-                f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the policy collapses to the full image",
+                (
+                    f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the "
+                    "policy collapses to the full image"
+                ),
             ),
             "parse_rate": (
                 a["parse_rate"] < PARSE_FLOOR,
@@ -58,7 +66,10 @@ class Alarms:
             ),
             "kl": (
                 a["kl"] > KL_LIMIT * self.tau,
-                f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} times its target; lower train.lr",
+                (
+                    f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} "
+                    "times its target; lower train.lr"
+                ),
             ),
         }
         return {name: text if holds else None for name, (holds, text) in rules.items()}

@@ -1,7 +1,8 @@
-"""Sample cards: what one image went through in one step, as pictures with boxes and as verdicts. Data for the page, no markup.
+"""Sample cards: what one image went through in one step, as pictures with boxes and as verdicts.
+Data for the page, no markup.
 
-The view and the ghost are made again from the stored image with the run's own settings, so that they show what the model and the judge
-saw. Left out: the look (report.html, report.css).
+The view and the ghost are made again from the stored image with the run's own settings, so that
+they show what the model and the judge saw. Left out: the look (report.html, report.css).
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Card:
 
 
 def cards(record: Record) -> list[tuple[str, list[Card]]]:
-    """(title, cards) for the first, the middle and the last step shown. Raises DataError for cards a run does not write."""
+    """(title, cards) for the first, the middle and the last step shown.
+
+    Raises DataError for cards a run does not write.
+    """
     try:
         return [
             (title, [_card(record, sample) for sample in samples])
@@ -85,7 +89,8 @@ def cards(record: Record) -> list[tuple[str, list[Card]]]:
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, decode.BadImage) as fault:
         path = record.directory / "samples.jsonl"
         raise DataError(
-            f"{path} is damaged: {type(fault).__name__} {fault}; delete it and write the report again"
+            f"{path} is damaged: {type(fault).__name__} {fault}; delete it and write the report "
+            "again"
         ) from fault
 
 
@@ -193,7 +198,10 @@ def _box(kind: str, box_1000: Sequence[float]) -> Box:
 
 
 def _pixels(directory: Path, name: str) -> Tensor:
-    """The stored picture, uint8 (H, W, 3). Raises BadImage, ValueError for a path that leaves the run."""
+    """The stored picture, uint8 (H, W, 3).
+
+    Raises BadImage, ValueError for a path that leaves the run.
+    """
     path = (directory / name).resolve()
     if not path.is_relative_to(directory.resolve()):
         raise ValueError(f"{name} lies outside the run")

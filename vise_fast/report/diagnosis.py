@@ -1,6 +1,8 @@
-"""Was this run healthy, and why: plain sentences from a run's metrics and evaluation. A pure function of a Record.
+"""Was this run healthy, and why: plain sentences from a run's metrics and evaluation. A pure
+function of a Record.
 
-The limits are those of alarms.py where it has them. Nothing is called a gain whose 95 % interval includes zero.
+The limits are those of alarms.py where it has them. Nothing is called a gain whose 95 % interval
+includes zero.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ def _evaluation(record: Record) -> Iterator[Finding]:
     if record.before is None or record.after is None:
         yield Finding(
             "warn",
-            "There are no held-out figures before and after training, so whether anything was learned is not known.",
+            (
+                "There are no held-out figures before and after training, so whether anything was "
+                "learned is not known."
+            ),
         )
         return
     if "sampled_iou" in record.before.marks:
@@ -92,7 +97,10 @@ def _grounding(record: Record) -> Iterator[Finding]:
     else:
         yield Finding(
             "note",
-            f"Grounding did not change measurably on held-out scenes: mean IoU {said}. The intervals include zero.",
+            (
+                f"Grounding did not change measurably on held-out scenes: mean IoU {said}. The "
+                "intervals include zero."
+            ),
         )
     yield _size(record)
 
@@ -104,12 +112,18 @@ def _tightening(record: Record, labels: list[str]) -> Iterator[Finding]:
     if survives:
         yield Finding(
             "good",
-            f"The gain is not one of size alone: with each arm's boxes rescaled as suits it best, mean IoU {said}.",
+            (
+                "The gain is not one of size alone: with each arm's boxes rescaled as suits it "
+                f"best, mean IoU {said}."
+            ),
         )
     else:
         yield Finding(
             "warn",
-            f"The gain may be one of size: with each arm's boxes rescaled as suits it best, mean IoU {said}.",
+            (
+                "The gain may be one of size: with each arm's boxes rescaled as suits it best, "
+                f"mean IoU {said}."
+            ),
         )
 
 
@@ -176,11 +190,13 @@ def _change(record: Record, name: str) -> str:
     )
 
 
-# ---- what the training metrics say -------------------------------------------------------------------------------------------
+# ---- what the training metrics say ---------------------------------------------------------------
 
 
 def _ends(record: Record, name: str) -> tuple[float, float] | None:
-    """Means over the first and the last tenth (at least five steps each); None where the metric is absent."""
+    """Means over the first and the last tenth (at least five steps each); None where the metric is
+    absent.
+    """
     _, values = record.series(name)
     if not len(values):
         return None
@@ -193,23 +209,35 @@ def _collapse(record: Record) -> Iterator[Finding]:
     if area is not None and area[1] > alarms.GROWTH * max(area[0], 1e-6):
         yield Finding(
             "bad",
-            f"Boxes grew from {area[0]:.0%} to {area[1]:.0%} of the image during training: the reward was being paid for size.",
+            (
+                f"Boxes grew from {area[0]:.0%} to {area[1]:.0%} of the image during training: the "
+                "reward was being paid for size."
+            ),
         )
     if large is not None and large[1] > alarms.LARGE_SHARE:
         yield Finding(
             "bad",
-            f"{large[1]:.0%} of the last boxes cover more than 0.8 of the image: the policy collapsed to the full image.",
+            (
+                f"{large[1]:.0%} of the last boxes cover more than 0.8 of the image: the policy "
+                "collapsed to the full image."
+            ),
         )
     for name, steps in record.alarms().items():
         if record.steps in steps or len(steps) > ALARM_SHARE * len(record.metrics):
             yield Finding(
                 "bad",
-                f"The alarm '{name}' was on for {len(steps)} of {len(record.metrics)} steps ({steps[0]} to {steps[-1]}).",
+                (
+                    f"The alarm '{name}' was on for {len(steps)} of {len(record.metrics)} steps "
+                    f"({steps[0]} to {steps[-1]})."
+                ),
             )
         else:
             yield Finding(
                 "note",
-                f"The alarm '{name}' was on for {len(steps)} steps ({steps[0]} to {steps[-1]}) and went off again.",
+                (
+                    f"The alarm '{name}' was on for {len(steps)} steps ({steps[0]} to {steps[-1]}) "
+                    "and went off again."
+                ),
             )
 
 
@@ -242,18 +270,27 @@ def _signal(record: Record) -> Iterator[Finding]:
     if reward is not None:
         yield Finding(
             "note",
-            f"The reward went from {reward[0]:.3f} to {reward[1]:.3f} (means of the first and the last steps).",
+            (
+                f"The reward went from {reward[0]:.3f} to {reward[1]:.3f} (means of the first and "
+                "the last steps)."
+            ),
         )
     if carries is not None and carries[1] < FEW_CARRY:
         yield Finding(
             "warn",
-            f"Only {carries[1]:.0%} of the last samples carried any gradient: most queries named nothing the judge could see.",
+            (
+                f"Only {carries[1]:.0%} of the last samples carried any gradient: most queries "
+                "named nothing the judge could see."
+            ),
         )
     broken = sum(m.get("grad_norm", 0.0) is None for m in record.metrics)
     if broken:
         yield Finding(
             "warn",
-            f"{broken} of {len(record.metrics)} steps had a gradient that was not finite and were skipped.",
+            (
+                f"{broken} of {len(record.metrics)} steps had a gradient that was not finite and "
+                "were skipped."
+            ),
         )
 
 

@@ -1,8 +1,9 @@
-"""One page that shows a training run: `python -m vise_fast.report RUN` writes RUN/report.html and RUN/plots/*.png.
+"""One page that shows a training run: `python -m vise_fast.report RUN` writes RUN/report.html and
+RUN/plots/*.png.
 
-The page stands alone (pictures, curves and style inside, no scripts, nothing fetched) and follows the reader's light or dark setting.
-Everything a model wrote is escaped by the template engine. Left out: reading (record.py), judging (diagnosis.py), curves (plots.py),
-sample pictures (cards.py).
+The page stands alone (pictures, curves and style inside, no scripts, nothing fetched) and follows
+the reader's light or dark setting. Everything a model wrote is escaped by the template engine. Left
+out: reading (record.py), judging (diagnosis.py), curves (plots.py), sample pictures (cards.py).
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ TILE_COUNT = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One figure before and after. `gain` and its interval are nan where the two cannot be paired."""
+    """One figure before and after.
+
+    `gain` and its interval are nan where the two cannot be paired.
+    """
 
     name: str
     entry: Entry
@@ -76,7 +80,10 @@ class Row:
 
 
 def write(directory: Path) -> Path:
-    """Writes report.html and plots/ into a run; returns the page. Raises DataError for what is no run, EnvironmentFault where disk refuses."""
+    """Writes report.html and plots/ into a run; returns the page.
+
+    Raises DataError for what is no run, EnvironmentFault where disk refuses.
+    """
     record = read(directory)
     shown = cards(record)
     plots = draw(record)
@@ -88,7 +95,8 @@ def write(directory: Path) -> Path:
         (directory / "report.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise EnvironmentFault(
-            f"cannot write the report of {directory}; {error.strerror or error}; free space or make it writable"
+            f"cannot write the report of {directory}; {error.strerror or error}; free space or "
+            "make it writable"
         ) from error
     return directory / "report.html"
 
@@ -163,7 +171,9 @@ def _facts(record: Record) -> dict[str, str]:
         "model": config.model.path,
         "preset": config.reward.preset
         + ("" if config.reward.name == "vise" else f", reward {config.reward.name}"),
-        "updates": f"{record.steps} of {config.train.batch} images, {config.rollout.samples} boxes each",
+        "updates": (
+            f"{record.steps} of {config.train.batch} images, {config.rollout.samples} boxes each"
+        ),
         "learning rate": f"{config.train.lr:g}",
         "seed": str(config.train.seed),
         "data": config.data.dir or "drawn scenes",
@@ -197,7 +207,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not options.places or options.settings:
         raise ConfigError(
-            "which run? report reads a run directory and takes no settings; write python -m vise_fast.report runs/nano"
+            "which run? report reads a run directory and takes no settings; write python -m "
+            "vise_fast.report runs/nano"
         )
     console.say(f"report   {write(Path(options.places[0]))}")
     return 0

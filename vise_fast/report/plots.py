@@ -1,4 +1,5 @@
-"""The curves and bars of a report, drawn once with matplotlib: as PNG for slides, as SVG that takes the page's colours.
+"""The curves and bars of a report, drawn once with matplotlib: as PNG for slides, as SVG that takes
+the page's colours.
 
 `draw(record)` names the plots in reading order. A plot whose metrics were not recorded is left out.
 """
@@ -17,7 +18,8 @@ from matplotlib.figure import Figure
 
 from vise_fast.report.record import Record
 
-# Light-theme colours; in the SVG each becomes the CSS variable of its name, so that a dark page recolours it.
+# Light-theme colours; in the SVG each becomes the CSS variable of its name, so that a dark page
+# recolours it.
 COLORS = {
     "ink": "#1d2126",
     "muted": "#6b737c",
@@ -107,7 +109,9 @@ def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) 
 
 
 def _themed(svg: str, title: str) -> str:
-    """matplotlib's SVG for inlining: scales with its box, inherits the font, and its colours are the page's."""
+    """matplotlib's SVG for inlining: scales with its box, inherits the font, and its colours are
+    the page's.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -142,7 +146,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _curves(axes: Axes, record: Record, curves: dict[str, tuple[str, str]]) -> bool:
-    """metric -> (label, colour): the recorded values faint, their moving mean strong. False when nothing was recorded."""
+    """metric -> (label, colour): the recorded values faint, their moving mean strong.
+
+    False when nothing was recorded.
+    """
     drawn = False
     for name, (label, color) in curves.items():
         steps, values = _thinned(*record.series(name)) if len(record.series(name)[0]) else ((), ())

@@ -1,6 +1,8 @@
-"""A run read back from its directory: configuration, environment, metrics, sample cards, evaluation. What the report is made from.
+"""A run read back from its directory: configuration, environment, metrics, sample cards,
+evaluation. What the report is made from.
 
-A run that is still going on, or that ended early, reads as far as it got. Left out: judging it (diagnosis.py), showing it (report.py).
+A run that is still going on, or that ended early, reads as far as it got. Left out: judging it
+(diagnosis.py), showing it (report.py).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from vise_fast.system.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """`metrics`: one dict per step, at least one; `before`, `after`: None where that evaluation was not made."""
+    """`metrics`: one dict per step, at least one; `before`, `after`: None where that evaluation was
+    not made.
+    """
 
     directory: Path
     config: Config
@@ -67,7 +71,9 @@ class Record:
         return found
 
     def shown_samples(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """(title, cards) of the first, the middle and the last step that left cards; fewer when there are fewer."""
+        """(title, cards) of the first, the middle and the last step that left cards; fewer when
+        there are fewer.
+        """
         steps = sorted({card["step"] for card in self.samples})
         if not steps:
             return []
@@ -84,7 +90,8 @@ def read(directory: Path) -> Record:
     metrics = [m for m in read_lines(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
     if not metrics:
         raise DataError(
-            f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the directory that a training made"
+            f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the "
+            "directory that a training made"
         )
     file = directory / "config.yaml"
     evaluation = _json(directory / "evaluation.json")
@@ -114,7 +121,8 @@ def _json(path: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} cannot be read; it is not the JSON object a run writes; delete it and write the report again"
+            f"{path} cannot be read; it is not the JSON object a run writes; delete it and write "
+            "the report again"
         )
     return content
 
@@ -124,5 +132,6 @@ def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Figures 
         return Figures.read(evaluation[name]) if name in evaluation else None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
-            f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it and write the report again"
+            f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it "
+            "and write the report again"
         ) from None

@@ -1,6 +1,8 @@
-"""One training run as it appears on disk and on screen: its directory, its metrics, checkpoints, evaluation, adapter and report.
+"""One training run as it appears on disk and on screen: its directory, its metrics, checkpoints,
+evaluation, adapter and report.
 
-The loop (train.py) computes; this file remembers and tells. Directory layout: README, "What a run leaves behind".
+The loop (train.py) computes; this file remembers and tells. Directory layout: README, "What a run
+leaves behind".
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ CARDS = 2
 
 
 class Run:
-    """The directory and the screen of one run. Begin with `Run.begin`; the methods follow the life of the run."""
+    """The directory and the screen of one run. Begin with `Run.begin`; the methods follow the life
+    of the run.
+    """
 
     def __init__(self, config: Config, directory: Path, resumed: Path | None) -> None:
         self.config, self.directory, self.resumed = config, directory, resumed
@@ -55,7 +59,9 @@ class Run:
 
     @classmethod
     def begin(cls, config: Config) -> Run:
-        """Choose the directory: the one to resume, or a fresh one (name, name-2, …) so that no earlier run is touched."""
+        """Choose the directory: the one to resume, or a fresh one (name, name-2, …) so that no
+        earlier run is touched.
+        """
         wanted = Path(config.run.dir)
         if config.train.resume is None:
             return cls(config, _fresh(wanted), None)
@@ -88,7 +94,8 @@ class Run:
             )
         except OSError as error:
             raise EnvironmentFault(
-                f"cannot write {self.directory}; {error.strerror or error}; free space or choose another run.dir"
+                f"cannot write {self.directory}; {error.strerror or error}; free space or choose "
+                "another run.dir"
             ) from error
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
@@ -104,10 +111,12 @@ class Run:
         )
         paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
         self.console.say(
-            f"run      {self.directory}  (preset {self.config.reward.preset}, {self.config.train.steps} updates of {self.config.train.batch} images)"
+            f"run      {self.directory}  (preset {self.config.reward.preset}, "
+            f"{self.config.train.steps} updates of {self.config.train.batch} images)"
         )
         self.console.say(
-            f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; {check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained"
+            f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; "
+            f"{check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained"
         )
         self.console.say(f"data     {source.describe()}")
         self.console.say(f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}")
@@ -134,7 +143,9 @@ class Run:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable]:
-        """Yields `advance(step, metrics, slices)`: one line of metrics, the live figures, alarms, sample cards."""
+        """Yields `advance(step, metrics, slices)`: one line of metrics, the live figures, alarms,
+        sample cards.
+        """
         with (
             self.console.progress(self.config.train.steps, "train", self.first) as bar,
             contextlib.ExitStack() as stack,
@@ -179,7 +190,9 @@ class Run:
             self.samples.write({"step": step, "image": name, **card(played, index)})
 
     def keep(self, done: int, learner: Learner) -> None:
-        """A checkpoint every so often; none while an alarm that may end the run is on, so that the newest stays a healthy one."""
+        """A checkpoint every so often; none while an alarm that may end the run is on, so that the
+        newest stays a healthy one.
+        """
         every = self.config.run.checkpoint_every
         if (
             every
@@ -206,7 +219,8 @@ class Run:
         """Save what is finished and say how to go on; returns the exit code."""
         self._save(done, learner)
         self.console.warn(
-            f"{reason}; saved after step {done}; go on with --train.resume auto --run.dir {self.directory}"
+            f"{reason}; saved after step {done}; go on with --train.resume auto --run.dir "
+            f"{self.directory}"
         )
         return reason.code
 
@@ -215,13 +229,15 @@ class Run:
         newest = checkpoint.latest(self.directory)
         if newest is None:
             self.console.warn(
-                "stopped by an alarm before any healthy checkpoint; the adapter is the unhealthy one"
+                "stopped by an alarm before any healthy checkpoint; the adapter is the unhealthy "
+                "one"
             )
             return
         tensors, state = checkpoint.load(newest)
         learner.load(tensors, state["learner"])
         self.console.warn(
-            f"stopped by an alarm; the adapter is the one of step {state['step']}, the last healthy checkpoint"
+            f"stopped by an alarm; the adapter is the one of step {state['step']}, the last "
+            "healthy checkpoint"
         )
 
     def finish(

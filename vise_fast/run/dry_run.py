@@ -1,7 +1,8 @@
-"""`train --dry-run`: say what a run would do and what is missing, then do one real step, save it, load it back, and give an ETA.
+"""`train --dry-run`: say what a run would do and what is missing, then do one real step, save it,
+load it back, and give an ETA.
 
-Nothing is left behind: the step runs in a temporary directory. Where weights or images are missing, the shapes are still explained and
-the exit code is that of the first thing missing.
+Nothing is left behind: the step runs in a temporary directory. Where weights or images are missing,
+the shapes are still explained and the exit code is that of the first thing missing.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ def explain(console: Console, config: Config) -> None:
     """The run in sentences, and every setting that differs from its default."""
     r, t, u = config.rollout, config.train, config.update
     console.say(
-        f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset {config.reward.preset}, into {config.run.dir}:"
+        f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset "
+        f"{config.reward.preset}, into {config.run.dir}:"
     )
     console.say(
-        f"  {t.steps} updates of {t.batch} images; {r.samples} boxes and {r.views} views per image; learning rate {t.lr:g}, {t.schedule} after {t.warmup} warm-up steps"
+        f"  {t.steps} updates of {t.batch} images; {r.samples} boxes and {r.views} views per "
+        f"image; learning rate {t.lr:g}, {t.schedule} after {t.warmup} warm-up steps"
     )
     console.say(
-        f"  reward {config.reward.name} ({config.reward.sem}, judged by the {config.reward.judge}); advantage {u.advantage}; KL {u.kl}, target {u.tau:g} nat per token"
+        f"  reward {config.reward.name} ({config.reward.sem}, judged by the "
+        f"{config.reward.judge}); advantage {u.advantage}; KL {u.kl}, target {u.tau:g} nat per "
+        "token"
     )
     changed = settings.changed(config)
     if changed:
@@ -74,7 +79,8 @@ def _load(config: Config) -> model.Policy:
     """The policy, if no download is needed for it: a dry run does not start one."""
     if not model.at_hand(config.model.path):
         raise EnvironmentFault(
-            f"the weights of {config.model.path} are not on this machine; a run would download them; fetch them with: hf download {config.model.path}"
+            f"the weights of {config.model.path} are not on this machine; a run would download "
+            f"them; fetch them with: hf download {config.model.path}"
         )
     return model.load(config)
 
@@ -105,7 +111,8 @@ def _one_step(
         )
         seconds = time.monotonic() - start
     console.say(
-        f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, KL {metrics['kl']:.2g}, {seconds:.1f} s"
+        f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, "
+        f"KL {metrics['kl']:.2g}, {seconds:.1f} s"
     )
     tensors, state = learner.state()
     path = checkpoint.save(scratch, 2, tensors, {"learner": state}, keep=1)
@@ -119,8 +126,10 @@ def _one_step(
         f.stat().st_size for f in adapter.export(policy, config, scratch / "adapter").iterdir()
     )
     console.say(
-        f"save     checkpoint written and read back {'bit for bit' if same else 'WITH DIFFERENCES'}; adapter {exported / 1e6:.1f} MB"
+        "save     checkpoint written and read back "
+        f"{'bit for bit' if same else 'WITH DIFFERENCES'}; adapter {exported / 1e6:.1f} MB"
     )
     console.say(
-        f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, evaluation not counted"
+        f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, "
+        "evaluation not counted"
     )

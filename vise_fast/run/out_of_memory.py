@@ -1,9 +1,11 @@
-"""Running out of memory is survivable: the step is done again in slices half as large, with the same randomness and the same result.
+"""Running out of memory is survivable: the step is done again in slices half as large, with the
+same randomness and the same result.
 
-Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws are named, not consumed, gradients are
-cleared, and the memory of the move itself is asked for before it begins (learner.py). Slices add up to the same gradient, so halving
-changes the result by the order of fp32 sums only. What stays halved stays so for the rest of the run. A single image that does not fit
-first gives up the activations that its update would have taken over from its rollout.
+Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws
+are named, not consumed, gradients are cleared, and the memory of the move itself is asked for
+before it begins (learner.py). Slices add up to the same gradient, so halving changes the result by
+the order of fp32 sums only. What stays halved stays so for the rest of the run. A single image that
+does not fit first gives up the activations that its update would have taken over from its rollout.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 class Halving:
-    """Does steps; halves `train.micro_batch` of `config` whenever one does not fit. `halvings` counts."""
+    """Does steps; halves `train.micro_batch` of `config` whenever one does not fit.
+
+    `halvings` counts.
+    """
 
     def __init__(self, config: Config, engine: Engine, learner: Learner) -> None:
         self.config, self.engine, self.learner = config, engine, learner
         self.halvings = 0
 
     def __call__(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns: a rollout and its update, reading `train.micro_batch` of the config. Raises MemoryFloor."""
+        """What `attempt` returns: a rollout and its update, reading `train.micro_batch` of the
+        config. Raises MemoryFloor.
+        """
         while True:
             try:
                 return attempt()
@@ -58,7 +65,8 @@ class Halving:
         size = self.config.train.micro_batch or self.config.train.batch
         if self.learner.moving:
             raise MemoryFloor(
-                f"out of memory inside the optimizer step ({reason}); the adapter may be half moved; resume from the last checkpoint with --optim.name adamw8bit"
+                f"out of memory inside the optimizer step ({reason}); the adapter may be half "
+                "moved; resume from the last checkpoint with --optim.name adamw8bit"
             )
         if size == 1 and shares_forward(self.engine, self.config):
             self.config.train.share_forward = False
@@ -66,7 +74,8 @@ class Halving:
             return
         if size == 1:
             raise MemoryFloor(
-                f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels"
+                f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; "
+                "take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels"
             )
         self.config.train.micro_batch = size // 2
         self.halvings += 1

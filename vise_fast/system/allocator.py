@@ -1,7 +1,9 @@
-"""Freed memory stays with the process: glibc gives the free end of its heap back to the system, and pays for it anew in page faults.
+"""Freed memory stays with the process: glibc gives the free end of its heap back to the system, and
+pays for it anew in page faults.
 
-A step at 100 M parameters touched up to 90,000 pages (370 MB) anew; the peak is the same without. Blocks of more than BLOCK go back in any
-case: kept, they would leave holes that glibc does not fill again when memory is asked for by alignment, as torch does. Left out: memory of GPUs.
+A step at 100 M parameters touched up to 90,000 pages (370 MB) anew; the peak is the same without.
+Blocks of more than BLOCK go back in any case: kept, they would leave holes that glibc does not fill
+again when memory is asked for by alignment, as torch does. Left out: memory of GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ LIMIT = 2**31 - 1  # bytes of free heap that are kept
 
 
 def keep_freed_memory() -> bool:
-    """For the whole process, from now on. False where the C library is not glibc: nothing changes there."""
+    """For the whole process, from now on. False where the C library is not glibc: nothing changes
+    there.
+    """
     if sys.platform != "linux":
         return False
     library = ctypes.CDLL(None)

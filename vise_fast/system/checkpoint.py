@@ -13,7 +13,8 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
+from collections.abc import Iterator, Mapping
 
 import safetensors.torch
 import torch
@@ -23,7 +24,8 @@ from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FORMAT = 1
-# a step that is written again keeps its old self under the second name until the new one is in place
+# a step that is written again keeps its old self under the second name until the new one is in
+# place
 NAME = re.compile(r"step_(\d+)(\.replaced)?")
 
 
@@ -63,7 +65,8 @@ def save(
     except OSError as fault:
         shutil.rmtree(aside, ignore_errors=True)
         raise EnvironmentFault(
-            f"cannot write the checkpoint {final}: {fault.strerror or fault}; free space or give --run.dir a writable place"
+            f"cannot write the checkpoint {final}: {fault.strerror or fault}; free space or give "
+            "--run.dir a writable place"
         ) from fault
     return final
 
@@ -122,7 +125,8 @@ def _newest_good(run_dir: Path) -> Choice:
         return Choice(path, notes)
     if notes:
         raise Corrupt(
-            f"no checkpoint under {run_dir} is whole ({notes[0]}); delete {run_dir / 'checkpoints'} to start anew"
+            f"no checkpoint under {run_dir} is whole ({notes[0]}); delete "
+            f"{run_dir / 'checkpoints'} to start anew"
         )
     return Choice(None, [])
 
@@ -137,7 +141,7 @@ def _step(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def _write_all(
@@ -220,7 +224,7 @@ def _clear_leftovers(home: Path) -> None:
         shutil.rmtree(path)
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -231,11 +235,13 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
             data = (path / name).read_bytes()
         except OSError as fault:
             raise Corrupt(
-                f"the checkpoint {path} is damaged: {name}: {fault.strerror}; use --resume auto to take an older one"
+                f"the checkpoint {path} is damaged: {name}: {fault.strerror}; use --resume auto to "
+                "take an older one"
             ) from None
         if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise Corrupt(
-                f"the checkpoint {path} is damaged: {name} is not what was written; use --resume auto to take an older one"
+                f"the checkpoint {path} is damaged: {name} is not what was written; use --resume "
+                "auto to take an older one"
             )
         yield name, data
 
@@ -252,24 +258,28 @@ def _manifest(path: Path) -> dict[str, Any]:
         )
     except OSError as fault:
         raise Corrupt(
-            f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to take the newest good one"
+            f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to "
+            "take the newest good one"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Corrupt(
-            f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to take an older one"
+            f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to "
+            "take an older one"
         ) from None
     if not known:
         raise Corrupt(
-            f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; resume with the version that wrote it"
+            f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; "
+            "resume with the version that wrote it"
         )
     if not whole or any(Path(name).name != name for name in entries):
         raise Corrupt(
-            f"the checkpoint {path} is damaged: manifest.json lists the wrong files; use --resume auto to take an older one"
+            f"the checkpoint {path} is damaged: manifest.json lists the wrong files; use --resume "
+            "auto to take an older one"
         )
     return manifest
 
 
-# -- optimizer state -------------------------------------------------------------------------------------------------
+# -- optimizer state -------------------------------------------------------------------------------
 
 
 def moments(
@@ -296,7 +306,8 @@ def restore_moments(
         name, _, key = entry.rpartition("/")
         if name not in named:
             raise Corrupt(
-                f"the checkpoint has optimizer state for {name}, which is not trained here; resume with the configuration that wrote it"
+                f"the checkpoint has optimizer state for {name}, which is not trained here; resume "
+                "with the configuration that wrote it"
             )
         on_device = (
             isinstance(value, torch.Tensor) and key != "step"

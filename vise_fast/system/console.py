@@ -1,7 +1,9 @@
-"""All that a person sees, and the lines a run leaves behind: progress, tables, alarms, errors, metrics.jsonl.
+"""All that a person sees, and the lines a run leaves behind: progress, tables, alarms, errors,
+metrics.jsonl.
 
-The only file that prints or imports rich. A terminal gets a live bar, anything else gets plain lines. Texts from a model or a file name
-are shown as they are: no markup, no control codes. Left out: tensorboard and its like (loggers.py).
+The only file that prints or imports rich. A terminal gets a live bar, anything else gets plain
+lines. Texts from a model or a file name are shown as they are: no markup, no control codes. Left
+out: tensorboard and its like (loggers.py).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import traceback
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence, TextIO
+from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import rich.console
 import rich.table
@@ -42,7 +45,9 @@ class _Rich(rich.console.Console):
 
 
 class Console:
-    """Prints to `file` (standard output) and complaints to `errors` (standard error); `plain` None: a live bar on terminals only."""
+    """Prints to `file` (standard output) and complaints to `errors` (standard error); `plain` None:
+    a live bar on terminals only.
+    """
 
     def __init__(
         self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None
@@ -62,7 +67,9 @@ class Console:
         self._print(self._err, f"warning: {text}", "yellow")
 
     def alarm(self, name: str, text: str | None) -> None:
-        """Says that a figure left its healthy range (`text`), or is back in it (None); only changes are printed."""
+        """Says that a figure left its healthy range (`text`), or is back in it (None); only changes
+        are printed.
+        """
         if text is not None and name not in self._alarms:
             self._print(self._err, f"alarm: {text}", "bold red")
         if text is None and name in self._alarms:
@@ -84,7 +91,9 @@ class Console:
         rows: Sequence[Sequence[Any]],
         align: str = "right",
     ) -> None:
-        """A table; the first column holds names on the left, the others are aligned as told and their numbers cut to four digits."""
+        """A table; the first column holds names on the left, the others are aligned as told and
+        their numbers cut to four digits.
+        """
         if self.plain:
             self._out.width = PLAIN_WIDTH
         table = rich.table.Table(
@@ -100,7 +109,9 @@ class Console:
     def progress(
         self, total: int, label: str, done: int = 0
     ) -> Iterator[Callable[[Mapping[str, float]], None]]:
-        """Yields `advance(figures)`, to be called once per step; shows counts, ETA and the latest figures."""
+        """Yields `advance(figures)`, to be called once per step; shows counts, ETA and the latest
+        figures.
+        """
         if self.plain:
             yield _Lines(self, total, label, done).advance
             return
@@ -122,7 +133,9 @@ class Console:
         target.print(self._shown(text), style=style, soft_wrap=True)
 
     def _shown(self, text: str) -> str:
-        """Printable in the terminal's own encoding: control codes and letters it lacks are written as escapes."""
+        """Printable in the terminal's own encoding: control codes and letters it lacks are written
+        as escapes.
+        """
         shown = "".join(
             c
             if c == "\n" or unicodedata.category(c)[0] != "C"
@@ -133,7 +146,9 @@ class Console:
 
 
 class _Lines:
-    """Progress where there is no terminal: a line at the first step, the last, and every few seconds."""
+    """Progress where there is no terminal: a line at the first step, the last, and every few
+    seconds.
+    """
 
     def __init__(
         self,
@@ -165,9 +180,11 @@ class _Lines:
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line; `last_step` cuts what a resumed run will write again.
+    """A file of one JSON object per line, flushed line by line; `last_step` cuts what a resumed run
+    will write again.
 
-    A last line cut short by a kill is dropped on opening. Raises EnvironmentFault when the disk refuses.
+    A last line cut short by a kill is dropped on opening. Raises EnvironmentFault when the disk
+    refuses.
     """
 
     def __init__(self, path: str | Path, last_step: int | None = None):
@@ -198,7 +215,8 @@ class JsonLines:
             yield
         except OSError as fault:
             raise EnvironmentFault(
-                f"cannot write {self.path}: {fault.strerror or fault}; free space or give --run.dir a writable place"
+                f"cannot write {self.path}: {fault.strerror or fault}; free space or give "
+                "--run.dir a writable place"
             ) from fault
 
 
@@ -214,7 +232,9 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None = None) -> int:
-    """The exit status of a command: a UserError becomes its one line and its code, Ctrl-C 130; `--debug` adds the traceback."""
+    """The exit status of a command: a UserError becomes its one line and its code, Ctrl-C 130;
+    `--debug` adds the traceback.
+    """
     words = sys.argv[1:] if words is None else words
     try:
         return main(words) or 0

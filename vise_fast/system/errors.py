@@ -1,4 +1,7 @@
-"""The faults a user can cause, each one line: what happened; why; what to do. The exit code belongs to the kind of fault."""
+"""The faults a user can cause, each one line: what happened; why; what to do.
+
+The exit code belongs to the kind of fault.
+"""
 
 from __future__ import annotations
 

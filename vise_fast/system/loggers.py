@@ -1,10 +1,14 @@
-"""tensorboard, trackio and wandb beside metrics.jsonl. A logger that fails is named once and dropped; the run goes on."""
+"""tensorboard, trackio and wandb beside metrics.jsonl.
+
+A logger that fails is named once and dropped; the run goes on.
+"""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import huggingface_hub.constants
 
@@ -106,6 +110,7 @@ class Loggers:
         ) as fault:  # a logger may fail in any way it likes; nothing of ours runs in here
             self.alive.pop(name, None)
             self.complain(
-                f"logger {name} failed and is dropped: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}; metrics.jsonl goes on"
+                f"logger {name} failed and is dropped: {type(fault).__name__}: "
+                f"{' '.join(str(fault).split())[:200]}; metrics.jsonl goes on"
             )
             return None

@@ -1,4 +1,6 @@
-"""Counter-based randomness: every draw is named by (seed, step, purpose, index), so a retry or a skip shifts nothing."""
+"""Counter-based randomness: every draw is named by (seed, step, purpose, index), so a retry or a
+skip shifts nothing.
+"""
 
 from __future__ import annotations
 

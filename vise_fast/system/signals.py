@@ -1,6 +1,8 @@
-"""Ctrl-C and SIGTERM end a run in good order: a flag that loop and generation poll; the second signal ends it at once.
+"""Ctrl-C and SIGTERM end a run in good order: a flag that loop and generation poll; the second
+signal ends it at once.
 
-Left out: what good order is (train.py saves a checkpoint). Exit codes: 130 for SIGINT, 143 for SIGTERM.
+Left out: what good order is (train.py saves a checkpoint). Exit codes: 130 for SIGINT, 143 for
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """`with Signals() as stop:` polls `stop.asked`, or lets `stop.check()` raise Interrupted; the old handlers come back at the end.
+    """`with Signals() as stop:` polls `stop.asked`, or lets `stop.check()` raise Interrupted; the
+    old handlers come back at the end.
 
     Main thread only (Python installs handlers nowhere else): ValueError in another.
     """

@@ -1,8 +1,9 @@
 """What we ask and how we read the answer: prompt styles and parsers, text in, values out.
 
-Two styles: "natural" for pretrained Qwen3-VL, "short" for the embedded model (its whole vocabulary is a few hundred words).
-A model's config names its style in the field `vise_prompts`; without it, "natural". Parsers are shared by both styles and never
-raise: an answer that cannot be read is None, which the rewards treat as data. Left out: tokens and chat template (tokens.py).
+Two styles: "natural" for pretrained Qwen3-VL, "short" for the embedded model (its whole vocabulary
+is a few hundred words). A model's config names its style in the field `vise_prompts`; without it,
+"natural". Parsers are shared by both styles and never raise: an answer that cannot be read is None,
+which the rewards treat as data. Left out: tokens and chat template (tokens.py).
 
 Run: `pytest tests/text/test_prompts.py`.
 """
@@ -66,14 +67,18 @@ class Style:
 NATURAL = Style(
     name="natural",
     ask_text=(
-        "Pick one object in this image that is clearly visible and easy to tell apart from everything else. "
-        "Describe it with a short noun phrase that fits this object only, without the words left or right. "
+        "Pick one object in this image that is clearly visible and easy to tell apart from "
+        "everything else. "
+        "Describe it with a short noun phrase that fits this object only, without the words left "
+        "or right. "
         "Answer with exactly one line: <query>your phrase</query>"
     ),
     ground_text=(
         "Locate this in the image: {query}\n"
-        "Give the tightest box around it as x1,y1,x2,y2: whole numbers from 0 to 1000, relative to the width and height of the image. "
-        "Answer with exactly one line: <box>x1,y1,x2,y2</box>. If it is not in the image, answer <box>0,0,0,0</box>"
+        "Give the tightest box around it as x1,y1,x2,y2: whole numbers from 0 to 1000, relative to "
+        "the width and height of the image. "
+        "Answer with exactly one line: <box>x1,y1,x2,y2</box>. If it is not in the image, answer "
+        "<box>0,0,0,0</box>"
     ),
     verify_text=(
         "Is this clearly visible in the image: {query}\n"
@@ -96,11 +101,15 @@ STYLES = {style.name: style for style in (NATURAL, SHORT)}
 
 
 def style_for(model_config) -> Style:
-    """The style that a model's config asks for in `vise_prompts` (absent: natural). Raises ConfigError for an unknown name."""
+    """The style that a model's config asks for in `vise_prompts` (absent: natural).
+
+    Raises ConfigError for an unknown name.
+    """
     name = getattr(model_config, "vise_prompts", "natural")
     if name not in STYLES:
         raise ConfigError(
-            f"unknown prompt style {name!r}; the model's config.json says vise_prompts; use one of {', '.join(STYLES)}"
+            f"unknown prompt style {name!r}; the model's config.json says vise_prompts; use one of "
+            f"{', '.join(STYLES)}"
         )
     return STYLES[name]
 
@@ -125,9 +134,11 @@ def _plain(text: str) -> str:
 
 
 def read_query(text: str) -> str | None:
-    """The first non-empty `<query>…</query>`: one line of at most 200 characters without control characters, tags or special tokens.
+    """The first non-empty `<query>…</query>`: one line of at most 200 characters without control
+    characters, tags or special tokens.
 
-    An unclosed tag (the answer ran out of tokens) is read up to the next tag or the end. None when there is nothing to read.
+    An unclosed tag (the answer ran out of tokens) is read up to the next tag or the end. None when
+    there is nothing to read.
     """
     for part in _QUERY.split(text)[1:]:
         closed = _QUERY_END.search(part)
@@ -165,7 +176,9 @@ def _first_four(text: str) -> Box | None:
 
 
 def _tagged(content: str) -> Box | None:
-    """Inside a tag: up to the next tag; a tokenizer may have put blanks between the digits of a number."""
+    """Inside a tag: up to the next tag; a tokenizer may have put blanks between the digits of a
+    number.
+    """
     content = content.split("<")[0]
     if len(re.findall(r"[,;，、]", content)) == 3:
         content = _SPACED_DIGITS.sub(lambda digits: digits.group().replace(" ", ""), content)
@@ -173,10 +186,12 @@ def _tagged(content: str) -> Box | None:
 
 
 def read_box(text: str) -> Box | None:
-    """The first readable box of an answer as four floats (nominally 0..1000, cleaned later by geometry), or None.
+    """The first readable box of an answer as four floats (nominally 0..1000, cleaned later by
+    geometry), or None.
 
-    Read in this order: `<box>…</box>` (also unclosed), a `"bbox_2d": […]` or `"box": …` key, a bare list of exactly four numbers. A tag
-    or key without four numbers is not replaced by numbers found elsewhere. Non-finite numbers and magnitudes above 1e6 are unreadable.
+    Read in this order: `<box>…</box>` (also unclosed), a `"bbox_2d": […]` or `"box": …` key, a bare
+    list of exactly four numbers. A tag or key without four numbers is not replaced by numbers found
+    elsewhere. Non-finite numbers and magnitudes above 1e6 are unreadable.
     """
     for mark, read in ((_BOX_TAG, _tagged), (_BOX_KEY, _first_four)):
         parts = mark.split(text)[1:]
@@ -190,7 +205,10 @@ _VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def read_verdict(text: str) -> bool | None:
-    """True for yes, False for no, None when neither is said or both are. Looks behind `<visible>` when there is one."""
+    """True for yes, False for no, None when neither is said or both are.
+
+    Looks behind `<visible>` when there is one.
+    """
     tagged = _VISIBLE.split(text, maxsplit=1)
     content = tagged[1].split("<")[0] if len(tagged) == 2 else text
     words = {word.lower() for word in _VERDICT.findall(content)}

@@ -1,7 +1,9 @@
-"""Text to ids and back for one model: the chat pieces around an image, the answers' end, the verdict words, the ids never sampled.
+"""Text to ids and back for one model: the chat pieces around an image, the answers' end, the
+verdict words, the ids never sampled.
 
-A conversation is head + image tokens + tail + row, where head and tail are the same for every question about every image, so that one
-image prefix (head, image, tail) serves ask, ground and verify. Nothing here needs an image processor.
+A conversation is head + image tokens + tail + row, where head and tail are the same for every
+question about every image, so that one image prefix (head, image, tail) serves ask, ground and
+verify. Nothing here needs an image processor.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import Style
 
-# Vision placeholders and turn markers: a sampled answer must not open a second image or a second turn (METHOD section 6).
+# Vision placeholders and turn markers: a sampled answer must not open a second image or a second
+# turn (METHOD section 6).
 NEVER_SAMPLED = (
     "<|image_pad|>",
     "<|video_pad|>",
@@ -58,7 +61,9 @@ class Tokens:
         return self.tokenizer.decode(ids[:stop], skip_special_tokens=False)
 
     def banned(self) -> Tensor:
-        """Bool (V,): ids that are never sampled: vision placeholders, turn markers, rows of the head without a token."""
+        """Bool (V,): ids that are never sampled: vision placeholders, turn markers, rows of the
+        head without a token.
+        """
         mask = torch.zeros(self.vocabulary, dtype=torch.bool)
         known = self.tokenizer.get_vocab()
         mask[max(known.values()) + 1 :] = True
@@ -80,6 +85,7 @@ class Tokens:
         found = [token for token in dict.fromkeys(found) if token != unknown]
         if not found:
             raise ConfigError(
-                f"no verdict word of {words} is a single token of this tokenizer; verification needs one; use another tokenizer"
+                f"no verdict word of {words} is a single token of this tokenizer; verification "
+                "needs one; use another tokenizer"
             )
         return found
