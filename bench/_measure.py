@@ -113,10 +113,8 @@ def ceilings(device: torch.device, smoke: bool, dtype: str = "auto") -> dict[str
     cuda = device.type == "cuda"
     size = 2**20 if smoke else 2**30 if cuda else 2**27
     side = 256 if smoke else 8192 if cuda else 1024
-    source, target = (
-        torch.ones(size, dtype=torch.uint8, device=device),
-        torch.empty(size, dtype=torch.uint8, device=device),
-    )
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
     kind = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     left = torch.randn(side, side, dtype=kind, device=device)
     runs = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ left}

@@ -62,7 +62,8 @@ def _opencv_ghost(
 ) -> Contenders:
     import cv2
 
-    side, border = 2 * radius + 1, cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
+    side = 2 * radius + 1
+    border = cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
     taps = cv2.getGaussianKernel(side, sigma, cv2.CV_32F)
 
     def loop(blur: Callable) -> list[np.ndarray]:
@@ -113,7 +114,8 @@ def warp(images: list[Tensor], matrices: Tensor) -> Contenders:
     if installed("kornia"):
         from kornia.geometry.transform import warp_affine
 
-        stacked, turns32 = torch.stack(images), matrices[:, :2].float().to(images[0].device)
+        stacked = torch.stack(images)
+        turns32 = matrices[:, :2].float().to(images[0].device)
         size = tuple(stacked.shape[1:3])
         contenders["kornia warp_affine"] = lambda: warp_affine(
             stacked.permute(0, 3, 1, 2).float(), turns32, size
@@ -143,7 +145,8 @@ def stock_processor(images: list[Tensor], size: tuple[int, int]) -> Contenders:
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    area, normal = size[0] * size[1], {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    area = size[0] * size[1]
+    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     options = {
         "patch_size": 16,
         "merge_size": 2,
@@ -160,10 +163,8 @@ def stock_processor(images: list[Tensor], size: tuple[int, int]) -> Contenders:
     if installed("torchvision"):
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-        fast, planes = (
-            Qwen2VLImageProcessor(**options),
-            [image.permute(2, 0, 1) for image in images],
-        )
+        fast = Qwen2VLImageProcessor(**options)
+        planes = [image.permute(2, 0, 1) for image in images]
         contenders["stock processor on torchvision"] = lambda: fast(planes, return_tensors="pt")
     return contenders
 

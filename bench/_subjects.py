@@ -31,7 +31,9 @@ from vise_fast.text.prompts import NATURAL
 from vise_fast.text.tokens import Tokens
 
 SHAPES = Path(__file__).parents[1] / "configs" / "models"
-QUERY_TOKENS, BOX_TOKENS, VERDICT_TOKENS = 14, 22, 8
+QUERY_TOKENS = 14
+BOX_TOKENS = 22
+VERDICT_TOKENS = 8
 QUERIES = {"short": "red circle", "natural": "the brown dog on the old sofa"}
 SPECIAL = (
     "<|endoftext|>",
@@ -69,10 +71,8 @@ class Locked:
         if len(ids) == VERDICT_TOKENS:
             return style.write_verdict(sum(ids) % 2 == 0)
         self.box_count += 1
-        left, top = (
-            200 + 37 * self.box_count % 200,
-            200 + 53 * self.box_count % 200,
-        )  # so central that no view loses one
+        left = 200 + 37 * self.box_count % 200
+        top = 200 + 53 * self.box_count % 200  # so central that no view loses one
         return style.write_box((left, top, left + 300, top + 250))
 
 

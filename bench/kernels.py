@@ -88,11 +88,9 @@ def random_boxes(count: int, height: int, width: int) -> torch.Tensor:
 def image_cases(device: torch.device, smoke: bool):
     count = 2 if smoke else 64 if device.type == "cuda" else 16
     height, width = (96, 128) if smoke else (480, 640)
-    images, index, boxes = (
-        noise(count, height, width, device),
-        torch.arange(count),
-        random_boxes(count, height, width),
-    )
+    images = noise(count, height, width, device)
+    index = torch.arange(count)
+    boxes = random_boxes(count, height, width)
     pixels = count * height * width * 3
     shape = f"{count} x {height}x{width}"
     for sigma, radius in ((25.0, 75), (25.0, 25)):
@@ -141,9 +139,12 @@ def warp_case(images: list[torch.Tensor], shape: str, pixels: int) -> Case:
 def patch_cases(device: torch.device, smoke: bool):
     count = 1 if smoke else 32 if device.type == "cuda" else 4
     old, new = ((96, 128), (64, 96)) if smoke else ((768, 1024), (480, 640))
-    images, small = noise(count, *old, device), noise(count, *new, device)
-    sizes, options = [new] * count, {"patch": 16, "merge": 2}
-    read, kept = count * old[0] * old[1] * 3, count * new[0] * new[1] * 3
+    images = noise(count, *old, device)
+    small = noise(count, *new, device)
+    sizes = [new] * count
+    options = {"patch": 16, "merge": 2}
+    read = count * old[0] * old[1] * 3
+    kept = count * new[0] * new[1] * 3
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     item = torch.empty(0, dtype=dtype).element_size()
     contenders = {
@@ -226,10 +227,8 @@ def token_cases(device: torch.device, smoke: bool):
             ],
             **peers.token_logprob(ids),
         }
-        shape, size = (
-            f"({rows}, {vocabulary}) {str(dtype)[6:]}",
-            logits.numel() * logits.element_size(),
-        )
+        shape = f"({rows}, {vocabulary}) {str(dtype)[6:]}"
+        size = logits.numel() * logits.element_size()
         forward = {name: lambda run=run, x=logits: run(x) for name, run in runs.items()}
         yield Case("token_logprob", f"{shape}, forward", forward, moved=size, memory=True)
         leaf = logits.clone().requires_grad_()
@@ -251,10 +250,8 @@ def linear_cases(device: torch.device, smoke: bool):
     reference = torch.randn(rows, width, device=device, dtype=dtype)
     head = (torch.randn(vocabulary, width, device=device) * width**-0.5).to(dtype)
     ids = torch.randint(vocabulary, (rows,), device=device)
-    flop, shape = (
-        2 * rows * width * vocabulary,
-        f"({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}",
-    )
+    flop = 2 * rows * width * vocabulary
+    shape = f"({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}"
     single = {
         "ours": lambda: linear_logprob(hidden, head, ids),
         "plain": lambda: linear_logprob(hidden, head, ids, path="plain"),
@@ -266,7 +263,9 @@ def linear_cases(device: torch.device, smoke: bool):
     both = {name: with_backward(run, hidden) for name, run in single.items()}
     yield Case("linear_logprob", f"{shape}, forward + backward", both, flop=2 * flop, memory=True)
     rows = min(rows, 1024)  # completions: two dozen positions of a few dozen samples
-    states, others, chosen = hidden.detach()[:rows].requires_grad_(), reference[:rows], ids[:rows]
+    states = hidden.detach()[:rows].requires_grad_()
+    others = reference[:rows]
+    chosen = ids[:rows]
     paired = {
         "ours": lambda: linear_logprob_kl(states, others, head, chosen)[2],
         "plain": lambda: linear_logprob_kl(states, others, head, chosen, path="plain")[2],
@@ -315,17 +314,18 @@ def decode_cases(device: torch.device, smoke: bool):
         else (2, 8, (16, 8, 128))
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows, sizes = images * group, ((images, 310), (images, 100), (images * group, 22))
+    rows = images * group
+    sizes = ((images, 310), (images, 100), (images * group, 22))
     keys, values = (
         [torch.randn(m, kv, tokens, dim, device=device, dtype=dtype) for m, tokens in sizes]
         for _ in range(2)
     )
     own = torch.arange(rows, device=device)
-    owner, length = (
-        torch.stack([own // group, own // group, own]),
+    owner = torch.stack([own // group, own // group, own])
+    length = (
         torch.tensor([tokens for _, tokens in sizes], device=device)[:, None]
         .expand(-1, rows)
-        .contiguous(),
+        .contiguous()
     )
     banks = Banks(keys, values, owner, length, locate(keys, values).to(device))
     q = torch.randn(rows, heads, dim, device=device, dtype=dtype)
@@ -396,7 +396,8 @@ def norm_cases(device: torch.device, smoke: bool):
     counts, (width, *_), dtype = decoder(device, smoke)
     for rows in counts:
         x, dz = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-        weight, size = torch.ones(width, device=device, dtype=dtype), x.numel() * x.element_size()
+        weight = torch.ones(width, device=device, dtype=dtype)
+        size = x.numel() * x.element_size()
         shape = f"({rows}, {width}) {str(dtype)[6:]}"
         forward = {
             "ours": lambda: rms_norm(x, weight, 1e-6),
@@ -413,11 +414,10 @@ def norm_cases(device: torch.device, smoke: bool):
 def swiglu_cases(device: torch.device, smoke: bool):
     counts, (*_, width), dtype = decoder(device, smoke)
     for rows in counts:
-        x, dz = (
-            torch.randn(rows, 2 * width, device=device, dtype=dtype),
-            torch.randn(rows, width, device=device, dtype=dtype),
-        )
-        size, shape = dz.numel() * dz.element_size(), f"({rows}, 2 x {width}) {str(dtype)[6:]}"
+        x = torch.randn(rows, 2 * width, device=device, dtype=dtype)
+        dz = torch.randn(rows, width, device=device, dtype=dtype)
+        size = dz.numel() * dz.element_size()
+        shape = f"({rows}, 2 x {width}) {str(dtype)[6:]}"
         yield Case(
             "swiglu",
             f"{shape}, forward",
@@ -437,7 +437,8 @@ def heads_cases(device: torch.device, smoke: bool):
         qkv = torch.randn(rows, (queries + 2 * keys) * dim, device=device, dtype=dtype)
         weights = [torch.ones(dim, device=device, dtype=dtype) for _ in range(2)]
         turn = Turn(*weights, *(torch.randn(rows, dim // 2, device=device) for _ in range(2)), 1e-6)
-        grads, size = heads(qkv, turn, queries), qkv.numel() * qkv.element_size()
+        grads = heads(qkv, turn, queries)
+        size = qkv.numel() * qkv.element_size()
         shape = f"{rows} rows, {queries} heads over {keys}, {dim}, {str(dtype)[6:]}"
         forward = {
             "ours": lambda: heads(qkv, turn, queries),
@@ -462,10 +463,8 @@ def attention_cases(device: torch.device, smoke: bool):
         return
     sizes = ((2, 5, 2, 1, 16, 7),) if smoke else ((8, 104, 10, 5, 64, 21), (8, 104, 10, 5, 64, 305))
     for rows, tokens, queries, keys, dim, prefix in sizes:
-        q, own = (
-            torch.randn(rows, tokens, queries, dim),
-            [torch.randn(rows, keys, tokens, dim) for _ in range(2)],
-        )
+        q = torch.randn(rows, tokens, queries, dim)
+        own = [torch.randn(rows, keys, tokens, dim) for _ in range(2)]
         shared = [torch.randn(rows, keys, prefix, dim) for _ in range(2)]
         banks = [Bank(*shared, torch.arange(rows)), Bank(*own)]
         mask = torch.cat(

@@ -154,7 +154,8 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     ]
     config = configuration.load(None, words + (ROWS[row] or []) + extra)
     policy = model.load(config)
-    engine, source = Engine(policy.backbone, policy.tokens), Scenes(config)
+    engine = Engine(policy.backbone, policy.tokens)
+    source = Scenes(config)
     history = (
         trained(
             policy, engine, source, config, ADAPTERS / cell_path(row, seed, steps, "trained").stem
@@ -188,7 +189,8 @@ def trained(policy, engine, source, config, path: Path) -> dict:
     import torch
     from safetensors.torch import load_file, save_file
 
-    adapter, about = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    adapter = path.with_suffix(".safetensors")
+    about = path.with_suffix(".json")
     same = config.model_dump(mode="json", exclude={"eval"})
     parameters = policy.parameters()
     if about.exists() and (history := json.loads(about.read_text()))["config"] == same:
@@ -208,7 +210,9 @@ def train(policy, engine, source, config) -> dict:
     from vise_fast.method.learner import Learner
     from vise_fast.train import play_batch
 
-    learner, curve, start = Learner(policy, engine, config), [], time.monotonic()
+    learner = Learner(policy, engine, config)
+    curve = []
+    start = time.monotonic()
     for step in range(config.train.steps):
         truth = truth_of(source) if config.reward.name == "oracle" else None
         metrics = learner.learn(
@@ -319,7 +323,8 @@ def _interval(
     rng = np.random.default_rng(0)
     before = _arrays(base["marks"][name])
     after = [_arrays(cell["marks"][name]) for cell in group]
-    n, gains = len(before[0]), []
+    n = len(before[0])
+    gains = []
     for _ in range(resamples):
         weights = rng.multinomial(n, np.full(n, 1 / n))
         picked = rng.integers(len(after), size=len(after))
@@ -484,7 +489,8 @@ def _commit() -> str:
 
 def main() -> None:
     global CELLS, ADAPTERS, INTO
-    own, extra = sys.argv[1:], []
+    own = sys.argv[1:]
+    extra = []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(
@@ -508,9 +514,13 @@ def main() -> None:
     parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
     args = parser.parse_args(own)
     if args.into is not None:
-        CELLS, ADAPTERS, INTO = args.into, args.into / "adapters", ["--into", str(args.into)]
+        CELLS = args.into
+        ADAPTERS = args.into / "adapters"
+        INTO = ["--into", str(args.into)]
     if args.quick:
-        args.seeds, args.steps, args.split = [0], 60, "validation"
+        args.seeds = [0]
+        args.steps = 60
+        args.split = "validation"
     if args.smoke:
         with tempfile.TemporaryDirectory() as scratch:
             small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]

@@ -149,7 +149,8 @@ def shape_of(name: str) -> dict:
     """A transformers config as a dictionary: Qwen3-VL-2B's with the sizes of a stand-in."""
     shape = copy.deepcopy(json.loads((SHAPES / "qwen3-vl-2b.json").read_text()))
     shape["text_config"] |= {"vocab_size": 2048} | MODELS[name]["text"]
-    half, vocabulary = shape["text_config"]["head_dim"] // 2, shape["text_config"]["vocab_size"]
+    half = shape["text_config"]["head_dim"] // 2
+    vocabulary = shape["text_config"]["vocab_size"]
     shape["text_config"]["rope_parameters"] |= {
         "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]
     }
@@ -183,7 +184,8 @@ def configured(subject: subjects.Subject, pixels: int, knobs: dict) -> Config:
 
 def lengths_of(tokens: subjects.Locked) -> Lengths:
     """Exact lengths of the locked step's prompts."""
-    style, query = tokens.style, subjects.QUERIES[tokens.style.name]
+    style = tokens.style
+    query = subjects.QUERIES[tokens.style.name]
     sizes = (
         tokens.head,
         tokens.tail,
@@ -223,10 +225,8 @@ def compare(name: str) -> dict:
     shape, side, knobs = CONFIGURATIONS[name]
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.Subject(shape, subjects._write(shape_of(shape), scratch), True)
-        config, model_config = (
-            configured(subject, side * side, knobs),
-            AutoConfig.from_pretrained(scratch),
-        )
+        config = configured(subject, side * side, knobs)
+        model_config = AutoConfig.from_pretrained(scratch)
         torch.manual_seed(0)
         measured, lengths = counted(subject, config, (side, side))
         start = time.perf_counter()
@@ -249,14 +249,16 @@ def compare(name: str) -> dict:
 
 def lean(name: str, quant: str) -> Config:
     """The leanest settings of a published model: one image at a time, checkpointing, paged 8-bit Adam; r 32 from 8B on."""
-    config, rank = Config(), 32 if name in ("qwen3-vl-8b", "qwen3-vl-32b") else 16
-    config.model.path, config.model.quant, config.model.dtype = f"Qwen/{name}", quant, "bfloat16"
-    config.lora.r, config.lora.alpha = rank, 2 * rank
-    config.train.micro_batch, config.train.checkpointing, config.optim.name = (
-        1,
-        True,
-        "paged_adamw8bit",
-    )
+    config = Config()
+    rank = 32 if name in ("qwen3-vl-8b", "qwen3-vl-32b") else 16
+    config.model.path = f"Qwen/{name}"
+    config.model.quant = quant
+    config.model.dtype = "bfloat16"
+    config.lora.r = rank
+    config.lora.alpha = 2 * rank
+    config.train.micro_batch = 1
+    config.train.checkpointing = True
+    config.optim.name = "paged_adamw8bit"
     config.data.dir = "images"
     return config
 
@@ -373,7 +375,8 @@ def plot(rows: list[dict], models: list[dict], path: Path) -> None:
         ylabel="predicted, MiB",
         title="one step, live and saved tensors (CPU)",
     )
-    labels, floor = [f"{row['model'][9:]} {row['quant']}" for row in models], [0.0] * len(models)
+    labels = [f"{row['model'][9:]} {row['quant']}" for row in models]
+    floor = [0.0] * len(models)
     for part in dict.fromkeys(name for row in models for name in row["components_gb"]):
         heights = [row["components_gb"].get(part, 0.0) for row in models]
         right.bar(labels, heights, bottom=floor, label=part)
@@ -399,9 +402,11 @@ def main(words: list[str]) -> None:
     args = parser.parse_args(words)
     if args.device == "cpu":
         torch.set_num_threads(1)
-    names, table = list(CONFIGURATIONS), TABLE
+    names = list(CONFIGURATIONS)
+    table = TABLE
     if args.smoke:
-        names, table = ["G 16", "wide, nf4, 8-bit Adam"], TABLE[:1]
+        names = ["G 16", "wide, nf4, 8-bit Adam"]
+        table = TABLE[:1]
     rows = [compare(name) for name in names] if args.device == "cpu" else []
     models = [(predicted if args.device == "cpu" else capped)(*line) for line in table]
     tell(rows, models)

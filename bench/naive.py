@@ -46,7 +46,8 @@ class Processor:
     """
 
     def __init__(self, tokenizer, vision, max_pixels: int) -> None:
-        self.tokenizer, self.merge = tokenizer, vision.spatial_merge_size
+        self.tokenizer = tokenizer
+        self.merge = vision.spatial_merge_size
         self.tokenizer.padding_side = "left"
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.image = Qwen2VLImageProcessorPil(
@@ -74,7 +75,8 @@ class Processor:
             add_special_tokens=False,
             return_token_type_ids=False,
         )
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"]
         if answers is not None:
             ids = torch.cat([ids, torch.tensor(answers)], 1)
             mask = torch.cat([mask, torch.ones(len(answers), len(answers[0]), dtype=mask.dtype)], 1)
@@ -143,7 +145,8 @@ class NaiveEngine:
     batched = False
 
     def __init__(self, subject: Subject, config: Config, locked) -> None:
-        self.tokens, self.counters = Texts(locked), Counters()
+        self.tokens = Texts(locked)
+        self.counters = Counters()
         self.config = config
         self.device = loading.device_of(config.model.device)
         base = self._base(subject)
@@ -321,10 +324,10 @@ class NaivePlusEngine(NaiveEngine):
         adapters: bool,
     ) -> Tensor:
         """Log-softmax (N, T, V) of the answers' positions only."""
-        inputs, length = (
-            self._inputs([pictures.images[i] for i in owner], [texts[i] for i in owner], answers),
-            len(answers[0]),
+        inputs = self._inputs(
+            [pictures.images[i] for i in owner], [texts[i] for i in owner], answers
         )
+        length = len(answers[0])
         with self._judge(adapters) as model:
             logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
         return torch.log_softmax(logits[:, :-1].float(), -1)
@@ -344,7 +347,9 @@ class NaivePolicy:
     """What the learner asks of a policy."""
 
     def __init__(self, engine: NaiveEngine) -> None:
-        self.engine, self.backbone, self.device = engine, engine.backbone, engine.device
+        self.engine = engine
+        self.backbone = engine.backbone
+        self.device = engine.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}
@@ -358,7 +363,8 @@ class NaiveLearner(Learner):
     def _logprobs(
         self, played: Played, chosen: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        boxes, engine = played.boxes, self.engine
+        boxes = played.boxes
+        engine = self.engine
         size = len(chosen) if engine.batched else 1
         calls = [self._one_call(played, chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return *[torch.cat(parts) for parts in zip(*calls, strict=True)], [
@@ -369,8 +375,10 @@ class NaiveLearner(Learner):
         """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per
         model.
         """
-        boxes, engine = played.boxes, self.engine
-        answers, owner = boxes.answers.select(chosen), [boxes.owner[n] for n in chosen]
+        boxes = played.boxes
+        engine = self.engine
+        answers = boxes.answers.select(chosen)
+        owner = [boxes.owner[n] for n in chosen]
         place = played.features, owner, boxes.rows, answers.rows()
         with torch.no_grad():
             reference = engine.logprobs(*place, False)

@@ -83,7 +83,8 @@ class Contender:
 
     def phases(self, clock: Clock) -> dict[str, float]:
         """One step's phases by this clock, the step's whole first."""
-        usual, self.engine.clock = self.engine.clock, clock
+        usual = self.engine.clock
+        self.engine.clock = clock
         start = clock.now()
         self.step()
         total = clock.now() - start
@@ -133,9 +134,12 @@ def _locked(subject: subjects.Subject) -> subjects.Locked:
 
 def plan(c: Contender) -> Plan:
     """What one image of the locked step consists of."""
-    tokens, style, image = c.engine.tokens, c.engine.tokens.style, c.images[0].pixels
+    tokens = c.engine.tokens
+    style = c.engine.tokens.style
+    image = c.images[0].pixels
     ids = getattr(tokens, "_locked", tokens)
-    query, config = subjects.QUERIES[style.name], c.config
+    query = subjects.QUERIES[style.name]
+    config = c.config
     kinds = (
         1 + config.reward.controls * (config.reward.sem == "contrast") + config.reward.sufficiency
     )
@@ -163,7 +167,8 @@ def look(
     c: Contender, shapes: Shapes, ceilings: dict[str, float], device: torch.device, memory: bool
 ) -> dict:
     """Phases, counts, FLOPs, launches, syncs and memory of single steps."""
-    batch, the_plan = len(c.images), plan(c)
+    batch = len(c.images)
+    the_plan = plan(c)
     found = {
         "counts": _counts(c, the_plan),
         "seconds": c.phases(Clock(now=lambda: measure.clock(device))),
@@ -191,7 +196,8 @@ def _counts(c: Contender, p: Plan) -> dict[str, float]:
     slices = c.play()
     rollout = c.engine.counters.take()
     c.learner.learn(slices, c.steps)
-    update, distinct = c.engine.counters.take(), len(c.images) * (1 + p.views + p.ghosts)
+    update = c.engine.counters.take()
+    distinct = len(c.images) * (1 + p.views + p.ghosts)
     both = 0 if p.policy_judges else len(c.images)
     return {
         "distinct_images": distinct,
@@ -303,9 +309,11 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
     """Phases of every engine: share of the step (GPU: ms), share of the floor, launches; then
     counts and ratios.
     """
-    gpu, lines = device.type == "cuda", []
+    gpu = device.type == "cuda"
+    lines = []
     for name, e in result["engines"].items():
-        seconds, floors = e["seconds"], e["floor_s"]
+        seconds = e["seconds"]
+        floors = e["floor_s"]
         lines.append(
             f"\nbatch {result['batch']}, {name}"
             + (
@@ -332,7 +340,8 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
 
 
 def _summary(e: dict, ceilings: dict[str, float]) -> str:
-    counts, rollout = e["counts"], e["counts"]["rollout"]
+    counts = e["counts"]
+    rollout = e["counts"]["rollout"]
     reached = e["flops"]["step"] / e["seconds"]["step"] / ceilings["matmul_flop_per_s"]
     return (
         f"  encodes {counts['encodes_per_distinct_image']:.2f}, prefixes "
@@ -421,12 +430,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(words)
     if args.smoke:
-        args.model, args.batch, args.repeats, args.engine = "nano", [1], 1, list(ENGINES)
+        args.model = "nano"
+        args.batch = [1]
+        args.repeats = 1
+        args.engine = list(ENGINES)
     nano = args.model == "nano"
     width, height = (
         int(side) for side in (args.size or ("128x128" if nano else "640x480")).split("x")
     )
-    args.size, args.batch = (height, width), args.batch or ([1, 16] if nano else [8])
+    args.size = (height, width)
+    args.batch = args.batch or ([1, 16] if nano else [8])
     args.override = [
         f"--model.device={args.device}",
         f"--model.dtype={args.dtype}",
@@ -446,7 +459,8 @@ def main(words: list[str]) -> None:
     allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
     ceilings = measure.ceilings(device, args.smoke, args.dtype)
-    rate, bandwidth = ceilings["matmul_flop_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9
+    rate = ceilings["matmul_flop_per_s"] / 1e12
+    bandwidth = ceilings["copy_bytes_per_s"] / 1e9
     print(f"ceilings measured in this run: {rate:.3g} TFLOP/s, {bandwidth:.3g} GB/s copied")
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.find(args.model, args.weights == "random", scratch)

@@ -97,8 +97,11 @@ def measure(scenes: int, extra: list[str]) -> dict:
     torch.set_num_threads(1)
     config = configuration.load(None, ["--train.seed", str(SPLIT_SEED["validation"]), *extra])
     policy = model.load(config)
-    engine, source, collected = Engine(policy.backbone, policy.tokens), Scenes(config), []
-    truth, size = truth_of(source), config.train.batch
+    engine = Engine(policy.backbone, policy.tokens)
+    source = Scenes(config)
+    collected = []
+    truth = truth_of(source)
+    size = config.train.batch
     for step in range(-(-scenes // size)):
         evidence = join(play_batch(engine, source.batch(step, size), config, step, truth))
         rows = usable(evidence).nonzero()[:, 0]
@@ -110,9 +113,11 @@ def measure(scenes: int, extra: list[str]) -> dict:
             }
         )
     table = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
-    group, size_of = table.pop("group"), table.pop("log area")
+    group = table.pop("group")
+    size_of = table.pop("log area")
     truth_of_row = table["true IoU"]
-    known, larger = deviation(truth_of_row, group), deviation(size_of, group)
+    known = deviation(truth_of_row, group)
+    larger = deviation(size_of, group)
     rows = {
         name: {
             "with_iou": correlation(d := deviation(values, group), known),
@@ -133,7 +138,8 @@ def measure(scenes: int, extra: list[str]) -> dict:
 
 
 def main() -> None:
-    own, extra = sys.argv[1:], []
+    own = sys.argv[1:]
+    extra = []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(

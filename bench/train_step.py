@@ -303,7 +303,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(words)
     if args.smoke:
-        args.batch, args.repeats, args.update_model, args.update_size = [2], 1, "narrow", "64x64"
+        args.batch = [2]
+        args.repeats = 1
+        args.update_model = "narrow"
+        args.update_size = "64x64"
     return args
 
 

@@ -133,10 +133,8 @@ def say(console: Console, given: Answer, picture: Pillow.Image) -> None:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options, console = (
-        parse(words, ("image", "adapter", "model", "config", "query", "draw")),
-        Console(),
-    )
+    options = parse(words, ("image", "adapter", "model", "config", "query", "draw"))
+    console = Console()
     if options.help:
         console.say(__doc__)
         return 0

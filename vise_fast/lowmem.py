@@ -42,14 +42,14 @@ def write(directory: Path, out: Console) -> int:
 
 def asked(size: str, card: float) -> Config:
     """The robust preset on photographs, before the planner changes anything."""
-    paper, config = (SMALL if size in ("2b", "4b") else LARGE), Config()
-    config.model.path, config.data.dir = f"Qwen/Qwen3-VL-{size.upper()}-Instruct", "images"
-    config.lora.r, config.lora.alpha, config.train.lr, config.update.eta = (
-        paper["rank"],
-        paper["alpha"],
-        paper["lr"],
-        paper["eta"],
-    )
+    paper = SMALL if size in ("2b", "4b") else LARGE
+    config = Config()
+    config.model.path = f"Qwen/Qwen3-VL-{size.upper()}-Instruct"
+    config.data.dir = "images"
+    config.lora.r = paper["rank"]
+    config.lora.alpha = paper["alpha"]
+    config.train.lr = paper["lr"]
+    config.update.eta = paper["eta"]
     config.memory.budget_gb = float(card)
     return config
 
@@ -64,8 +64,10 @@ def planned(size: str, card: float) -> Plan | None:
 
 def text(card: int, size: str, plans: dict[str, Plan | None]) -> str:
     """The file: what this run is and needs, what the card holds otherwise, and the settings."""
-    chosen, name = plans[size], f"qwen3-vl-{size}"
-    config, dtype = chosen.config, chosen.config.model
+    chosen = plans[size]
+    name = f"qwen3-vl-{size}"
+    config = chosen.config
+    dtype = chosen.config.model
     lines = [
         (
             f"# A card of {card} GB: Qwen3-VL-{size.upper()}, robust preset, 500 updates of "

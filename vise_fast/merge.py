@@ -128,7 +128,8 @@ def save(model: PeftModel, source: str, out: Path) -> None:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options, console = parse(words, ("adapter", "out", "model", "config")), Console()
+    options = parse(words, ("adapter", "out", "model", "config"))
+    console = Console()
     if options.help:
         console.say(__doc__)
         return 0

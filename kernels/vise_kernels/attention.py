@@ -57,7 +57,8 @@ def attention(
 
 def plain(q: Tensor, banks: list[Bank], scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks."""
-    scores, values = [], []
+    scores = []
+    values = []
     for index, bank in enumerate(banks, 1):
         keys, value, length = (
             x if x is None or bank.owner is None else x[bank.owner]
@@ -67,10 +68,8 @@ def plain(q: Tensor, banks: list[Bank], scale: float, causal: bool) -> tuple[Ten
         score = torch.einsum("nthd,nhsd->nths", q, keys) * scale
         if length is not None:
             beyond = torch.arange(keys.shape[2], device=q.device) >= length[:, None]
-            score, value = (
-                score.masked_fill(beyond[:, None, None], -torch.inf),
-                value.masked_fill(beyond[:, None, :, None], 0),
-            )
+            score = score.masked_fill(beyond[:, None, None], -torch.inf)
+            value = value.masked_fill(beyond[:, None, :, None], 0)
         if causal and index == len(banks):
             later = torch.ones(q.shape[1], keys.shape[2], dtype=torch.bool, device=q.device).triu(1)
             score = score.masked_fill(later[:, None], -torch.inf)

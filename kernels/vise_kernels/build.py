@@ -25,7 +25,8 @@ def build(options: list[str]) -> None:
     """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError:
     the build failed.
     """
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    cmake = find_tool("cmake")
+    ninja = find_tool("ninja")
     if cmake is None:
         raise RuntimeError(
             "no cmake; the native module is compiled with it; pip install cmake ninja nanobind"

@@ -79,7 +79,8 @@ def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None 
 
 def plain(q: Tensor, banks: Banks, scale: float) -> Tensor:
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks, in fp32."""
-    scores, values = [], []
+    scores = []
+    values = []
     for keys, bank, owner, length in zip(
         banks.keys, banks.values, banks.owner, banks.length, strict=True
     ):
@@ -112,7 +113,8 @@ def _attend(
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (rows * kv_heads)))
     partial = q.new_empty((rows, heads, splits, dim), dtype=torch.float32)
     lse = q.new_empty((rows, heads, splits), dtype=torch.float32)
-    wide, group = triton.next_power_of_2(dim), heads // kv_heads
+    wide = triton.next_power_of_2(dim)
+    group = heads // kv_heads
     tile = max(TILE, triton.next_power_of_2(group))
     sizes = dict(BANKS=len(table), GROUP=group, TILE=tile, DIM=dim, WIDE=max(wide, 16), BLOCK=BLOCK)
     _partial_kernel[(rows, kv_heads, splits)](
@@ -157,9 +159,15 @@ def _partial_kernel(
     """Softmax-weighted values and log-sum-exp over one part of a row's tokens, for the query heads
     of one key head; grid (N, KV, splits).
     """
-    row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    rows, kv_heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    member, lane, token = tl.arange(0, TILE), tl.arange(0, WIDE), tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    rows = tl.num_programs(0)
+    kv_heads = tl.num_programs(1)
+    splits = tl.num_programs(2)
+    member = tl.arange(0, TILE)
+    lane = tl.arange(0, WIDE)
+    token = tl.arange(0, BLOCK)
     head = (row * kv_heads + kv) * GROUP + member
     mine = (member < GROUP)[:, None] & (lane < DIM)[None]
     asked = tl.load(q + head[:, None] * DIM + lane[None], mask=mine, other=0.0)
@@ -167,7 +175,8 @@ def _partial_kernel(
     total = tl.zeros([TILE], tl.float32)
     found = tl.zeros([TILE, WIDE], tl.float32)
     for bank in tl.static_range(BANKS):
-        entry, count = tl.load(owner + bank * rows + row), tl.load(length + bank * rows + row)
+        entry = tl.load(owner + bank * rows + row)
+        count = tl.load(length + bank * rows + row)
         room = tl.load(table + bank * 3 + 2)
         start = (entry * kv_heads + kv) * room * DIM
         keys = tl.load(table + bank * 3).to(tl.pointer_type(q.dtype.element_ty)) + start
@@ -215,7 +224,8 @@ def _merge_kernel(
     H,).
     """
     head = tl.program_id(0).to(tl.int64)
-    part, lane = tl.arange(0, LANES), tl.arange(0, WIDE)
+    part = tl.arange(0, LANES)
+    lane = tl.arange(0, WIDE)
     mass = tl.load(lse + head * SPLITS + part, mask=part < SPLITS, other=-1e30)
     share = tl.where(mass > -1e29, tl.exp(mass - tl.max(mass, 0)), 0.0)
     place = (head * SPLITS + part)[:, None] * DIM + lane[None]

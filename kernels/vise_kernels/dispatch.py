@@ -130,7 +130,8 @@ def without_gradients(
 def _no_gradients(
     op: str, path: str, operands: list[torch.Tensor], tables: tuple[torch.Tensor, ...]
 ) -> str | None:
-    device, taken = operands[0].device, (torch.float32,) if op in ONLY_FLOAT32 else FLOATS[path]
+    device = operands[0].device
+    taken = (torch.float32,) if op in ONLY_FLOAT32 else FLOATS[path]
     mixed = path == "native" and any(t.dtype != operands[0].dtype for t in operands)
     if (
         mixed

@@ -57,7 +57,8 @@ def few_rows(
 def _native(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
 ) -> Tensor:
-    (rows, width), outs = x.shape, len(weight)
+    (rows, width) = x.shape
+    outs = len(weight)
     rank = 0 if low is None else low.shape[-1]
     if any(t.dtype != torch.float32 for t in (x, weight, bias, low, up) if t is not None):
         raise ValueError("few_rows: path 'native' takes float32 on a CPU")

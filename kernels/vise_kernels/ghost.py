@@ -168,7 +168,8 @@ def _fill(crop: Tensor, n: int, plan: Plan, mean: Tensor | None) -> Tensor:
         return to_bytes(along_width(across, along_height(down, crop.float())))
     if plan.method == "mean":
         return _mean(crop.reshape(-1, 3)) if mean is None else mean
-    out, cell = torch.empty_like(crop), plan.cell(n)
+    out = torch.empty_like(crop)
+    cell = plan.cell(n)
     for y in range(0, crop.shape[0], cell):
         for x in range(0, crop.shape[1], cell):
             at = (slice(y, y + cell), slice(x, x + cell))
@@ -255,10 +256,8 @@ def _native(images: Images, plan: Plan) -> list[Tensor]:
 
 # One row per box: addresses of source, out, scratch, taps; width, height; box; region; radius, cell
 COLUMNS = 16
-TILE, STRETCH = (
-    64,
-    32,
-)  # pixels of a program's tile along both axes; samples per tensor-core product
+TILE = 64
+STRETCH = 32  # pixels of a program's tile along both axes; samples per tensor-core product
 PIXELS = 1024  # per step of a cell's sum
 
 
@@ -281,15 +280,24 @@ def _put(row, x, y, channel, inside, ghosted, feather, OUTSIDE: tl.constexpr):
     """
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-    width, height = _number(row, 4), _number(row, 5)
-    x1, y1, x2, y2 = _number(row, 6), _number(row, 7), _number(row, 8), _number(row, 9)
-    left, right, top, bottom = x + 0.5 - x1, x2 - x - 0.5, y + 0.5 - y1, y2 - y - 0.5
+    width = _number(row, 4)
+    height = _number(row, 5)
+    x1 = _number(row, 6)
+    y1 = _number(row, 7)
+    x2 = _number(row, 8)
+    y2 = _number(row, 9)
+    left = x + 0.5 - x1
+    right = x2 - x - 0.5
+    top = y + 0.5 - y1
+    bottom = y2 - y - 0.5
     if OUTSIDE:
         depth = -tl.minimum(tl.minimum(left, right), tl.minimum(top, bottom))
         inside = inside & (depth > 0)
     else:  # the image's border is no edge
-        left, right = tl.where(x1 == 0, 1e9, left), tl.where(x2 == width, 1e9, right)
-        top, bottom = tl.where(y1 == 0, 1e9, top), tl.where(y2 == height, 1e9, bottom)
+        left = tl.where(x1 == 0, 1e9, left)
+        right = tl.where(x2 == width, 1e9, right)
+        top = tl.where(y1 == 0, 1e9, top)
+        bottom = tl.where(y2 == height, 1e9, bottom)
         depth = tl.minimum(tl.minimum(left, right), tl.minimum(top, bottom))
     at = (y.to(tl.int64) * width + x) * 3 + channel
     before = tl.load(source + at, mask=inside, other=0).to(tl.float32)
@@ -319,18 +327,22 @@ def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
     taps = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    left, top, radius = _number(row, 10), _number(row, 11), _number(row, 14)
-    width, height, stride = _number(row, 12) - left, _number(row, 13) - top, _number(row, 4)
+    left = _number(row, 10)
+    top = _number(row, 11)
+    radius = _number(row, 14)
+    width = _number(row, 12) - left
+    height = _number(row, 13) - top
+    stride = _number(row, 4)
     tiles = tl.maximum(tl.cdiv(width, TILE), 1)
-    x0, y0 = tl.program_id(0) % tiles * TILE, tl.program_id(0) // tiles * TILE
+    x0 = tl.program_id(0) % tiles * TILE
+    y0 = tl.program_id(0) // tiles * TILE
     if y0 < height:
-        x, y = x0 + tl.arange(0, TILE), y0 + tl.arange(0, TILE)
+        x = x0 + tl.arange(0, TILE)
+        y = y0 + tl.arange(0, TILE)
         line = source + ((top + y).to(tl.int64) * stride + left)[:, None] * 3
-        red, green, blue = (
-            tl.zeros((TILE, TILE), tl.float32),
-            tl.zeros((TILE, TILE), tl.float32),
-            tl.zeros((TILE, TILE), tl.float32),
-        )
+        red = tl.zeros((TILE, TILE), tl.float32)
+        green = tl.zeros((TILE, TILE), tl.float32)
+        blue = tl.zeros((TILE, TILE), tl.float32)
         for start in range(x0 - radius, tl.minimum(x0 + TILE, width) + radius, STRETCH):
             sample = start + tl.arange(0, STRETCH)
             band = _band(taps, sample[:, None], x[None, :], radius)
@@ -361,12 +373,17 @@ def _down_kernel(
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
     taps = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    left, top, radius = _number(row, 10), _number(row, 11), _number(row, 14)
-    bytes, height = (_number(row, 12) - left) * 3, _number(row, 13) - top
+    left = _number(row, 10)
+    top = _number(row, 11)
+    radius = _number(row, 14)
+    bytes = (_number(row, 12) - left) * 3
+    height = _number(row, 13) - top
     tiles = tl.maximum(tl.cdiv(bytes, TILE), 1)
-    j0, y0 = tl.program_id(0) % tiles * TILE, tl.program_id(0) // tiles * TILE
+    j0 = tl.program_id(0) % tiles * TILE
+    y0 = tl.program_id(0) // tiles * TILE
     if y0 < height:
-        j, y = j0 + tl.arange(0, TILE), y0 + tl.arange(0, TILE)
+        j = j0 + tl.arange(0, TILE)
+        y = y0 + tl.arange(0, TILE)
         level = tl.zeros((TILE, TILE), tl.float32)
         for start in range(y0 - radius, tl.minimum(y0 + TILE, height) + radius, STRETCH):
             sample = start + tl.arange(0, STRETCH)
@@ -400,24 +417,22 @@ def _cells_kernel(
     """Fills a cell of a region with its mean; with HOLE the box's pixels do not count."""
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    cell, stride = _number(row, 15), _number(row, 4)
+    cell = _number(row, 15)
+    stride = _number(row, 4)
     tiles = tl.maximum(tl.cdiv(_number(row, 12) - _number(row, 10), cell), 1)
     left = _number(row, 10) + tl.program_id(0) % tiles * cell
     top = _number(row, 11) + tl.program_id(0) // tiles * cell
-    width, height = (
-        tl.minimum(cell, _number(row, 12) - left),
-        tl.minimum(cell, _number(row, 13) - top),
-    )
+    width = tl.minimum(cell, _number(row, 12) - left)
+    height = tl.minimum(cell, _number(row, 13) - top)
     if height > 0:
-        red, green, blue = (
-            tl.zeros((PIXELS,), tl.int32),
-            tl.zeros((PIXELS,), tl.int32),
-            tl.zeros((PIXELS,), tl.int32),
-        )
+        red = tl.zeros((PIXELS,), tl.int32)
+        green = tl.zeros((PIXELS,), tl.int32)
+        blue = tl.zeros((PIXELS,), tl.int32)
         counted = tl.zeros((PIXELS,), tl.int32)
         for start in range(0, width * height, PIXELS):
             p = start + tl.arange(0, PIXELS)
-            x, y = left + p % width, top + p // width
+            x = left + p % width
+            y = top + p // width
             counts = p < width * height
             if HOLE:
                 counts &= (
@@ -437,7 +452,9 @@ def _cells_kernel(
         blue_mean = (2 * tl.sum(blue.to(tl.int64), 0) + count) // (2 * count)
         for start in range(0, width * height, PIXELS):
             p = start + tl.arange(0, PIXELS)
-            x, y, inside = left + p % width, top + p // width, p < width * height
+            x = left + p % width
+            y = top + p // width
+            inside = p < width * height
             _put(row, x, y, 0, inside, red_mean.to(tl.float32), feather, OUTSIDE)
             _put(row, x, y, 1, inside, green_mean.to(tl.float32), feather, OUTSIDE)
             _put(row, x, y, 2, inside, blue_mean.to(tl.float32), feather, OUTSIDE)

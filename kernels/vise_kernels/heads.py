@@ -54,7 +54,8 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
     if chosen == "plain":
         return plain(qkv, turn, queries)
     rows, _, keys, half = sizes
-    qkv, turn = qkv.contiguous(), _contiguous(turn)
+    qkv = qkv.contiguous()
+    turn = _contiguous(turn)
     q, k = (qkv.new_empty(rows, count, 2 * half) for count in (queries, keys))
     if chosen == "native":
         native().heads(
@@ -88,7 +89,9 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
     if chosen == "plain":
         return plain_backward(qkv, turn, grads)
     _, queries, keys, half = sizes
-    qkv, turn, grads = qkv.contiguous(), _contiguous(turn), [grad.contiguous() for grad in grads]
+    qkv = qkv.contiguous()
+    turn = _contiguous(turn)
+    grads = [grad.contiguous() for grad in grads]
     dqkv = torch.empty_like(qkv)
     if chosen == "native":
         native().heads_backward(
@@ -122,7 +125,8 @@ def plain(qkv: Tensor, turn: Turn, queries: int) -> Parts:
     qk = _wide(qk)
     unit = qk * (qk.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     low, high = (unit * _weights(turn, queries, keys)).chunk(2, -1)
-    cos, sin = turn.cos[:, None], turn.sin[:, None]
+    cos = turn.cos[:, None]
+    sin = turn.sin[:, None]
     q, k = (
         torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
         .to(qkv.dtype)
@@ -133,9 +137,11 @@ def plain(qkv: Tensor, turn: Turn, queries: int) -> Parts:
 
 def plain_backward(qkv: Tensor, turn: Turn, grads: Parts) -> Tensor:
     """The formula in PyTorch."""
-    queries, keys = grads.q.shape[1], grads.k.shape[1]
+    queries = grads.q.shape[1]
+    keys = grads.k.shape[1]
     low, high = _wide(torch.cat(grads[:2], 1)).chunk(2, -1)
-    cos, sin = turn.cos[:, None], turn.sin[:, None]
+    cos = turn.cos[:, None]
+    sin = turn.sin[:, None]
     g = torch.cat([low * cos + high * sin, high * cos - low * sin], -1) * _weights(
         turn, queries, keys
     )
@@ -216,14 +222,18 @@ def _kernel(
     HEADS: tl.constexpr,
 ):
     """Grid (n, blocks of HEADS heads)."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     low, high, _, mask = _load(qkv, row, head, queries + 2 * keys, HALF, LANES)
     w_low, w_high, c, s = _turn_of(q_weight, k_weight, cos, sin, row, head < queries, HALF, LANES)
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
-    u_low, u_high = low * inverse * w_low, high * inverse * w_high
-    out_low, out_high = u_low * c - u_high * s, u_high * c + u_low * s
+    u_low = low * inverse * w_low
+    u_high = high * inverse * w_high
+    out_low = u_low * c - u_high * s
+    out_high = u_high * c + u_low * s
     of_q, of_k, _ = _part_places(row, head, queries, keys, tl.arange(0, LANES), HALF)
-    is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
+    is_q = (head < queries)[:, None]
+    is_v = (head >= queries + keys)[:, None]
     kind = q.dtype.element_ty
     tl.store(q + of_q, out_low.to(kind), mask=mask & is_q)
     tl.store(q + of_q + HALF, out_high.to(kind), mask=mask & is_q)
@@ -250,18 +260,21 @@ def _backward_kernel(
     HEADS: tl.constexpr,
 ):
     """Grid (n, blocks of HEADS heads)."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     low, high, place, mask = _load(qkv, row, head, queries + 2 * keys, HALF, LANES)
     w_low, w_high, c, s = _turn_of(q_weight, k_weight, cos, sin, row, head < queries, HALF, LANES)
     of_q, of_k, of_v = _part_places(row, head, queries, keys, tl.arange(0, LANES), HALF)
-    is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
+    is_q = (head < queries)[:, None]
+    is_v = (head >= queries + keys)[:, None]
     g_low = tl.load(dq + of_q, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(
         dk + of_k, mask=mask & ~is_q & ~is_v, other=0.0
     ).to(tl.float32)
     g_high = tl.load(dq + of_q + HALF, mask=mask & is_q, other=0.0).to(tl.float32) + tl.load(
         dk + of_k + HALF, mask=mask & ~is_q & ~is_v, other=0.0
     ).to(tl.float32)
-    u_low, u_high = (g_low * c + g_high * s) * w_low, (g_high * c - g_low * s) * w_high
+    u_low = (g_low * c + g_high * s) * w_low
+    u_high = (g_high * c - g_low * s) * w_high
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
     share = (
         (tl.sum(u_low * low, 1) + tl.sum(u_high * high, 1))[:, None]

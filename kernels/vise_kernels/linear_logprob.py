@@ -244,7 +244,8 @@ def merge_plain(
     top = torch.maximum(sums.top, logits.amax(-1))
     factor = (sums.top - top).exp()
     share = logits.sub_(top[..., None]).exp_()
-    sums.top, sums.total = top, sums.total * factor + share.sum(-1)
+    sums.top = top
+    sums.total = sums.total * factor + share.sum(-1)
     moved = difference.mul_(share[0])
     sums.drift = sums.drift * factor[0] + moved.sum(-1)
     if weights is not None:
@@ -295,11 +296,9 @@ def _merge_kernel(
     `top` moves only when the maximum exceeds it by 4: sums relative to a point below the maximum
     are as exact, and most rows then never need their averages rescaled after the first chunk.
     """
-    row, kind, rows = (
-        tl.program_id(0).to(tl.int64),
-        tl.program_id(1),
-        tl.num_programs(0).to(tl.int64),
-    )
+    row = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    rows = tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mine = kind * rows + row
     z_row = logits + mine * width
@@ -311,7 +310,8 @@ def _merge_kernel(
         )
     before = tl.load(top + mine)
     now = tl.where(highest > before + 4, highest, before)
-    share_sum, moved_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    share_sum = tl.zeros([BLOCK], tl.float32)
+    moved_sum = tl.zeros([BLOCK], tl.float32)
     for at in range(0, width, BLOCK):
         inside = at + lanes < width
         z = tl.load(z_row + at + lanes, mask=inside, other=0.0)
@@ -380,7 +380,8 @@ def _finish_kernel(
     """`_finish_plain` of a piece of one row; grid (R, blocks of width), `plane` elements between
     the slopes of a row.
     """
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     id = tl.load(ids + row)
@@ -447,7 +448,8 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
     as they are on a GPU.
     """
     if left.dtype != out.dtype and left.device.type != "cuda":
-        left, right = left.to(out.dtype), right.to(out.dtype)
+        left = left.to(out.dtype)
+        right = right.to(out.dtype)
     if left.dtype != out.dtype:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out) if add else torch.mm(
             left, right, out_dtype=out.dtype, out=out

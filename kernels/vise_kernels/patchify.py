@@ -114,7 +114,8 @@ def plain(
 
 
 def _patchify_one(values: Tensor, layout: Layout) -> Tensor:
-    patch, merge = layout.patch, layout.merge
+    patch = layout.patch
+    merge = layout.merge
     rows, columns = (size // (patch * merge) for size in values.shape[:2])
     squares = values.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
     return (
@@ -141,7 +142,8 @@ def _native(
 ) -> Tensor:
     out = _allocate(images, layout, values)
     inverses = None if inverses is None else inverses.contiguous()
-    table, threads = _levels(values, out.device), torch.get_num_threads()
+    table = _levels(values, out.device)
+    threads = torch.get_num_threads()
     native().patchify(
         images, out, table, layout.patch, layout.merge, layout.taps, threads, inverses, float(fill)
     )
@@ -173,16 +175,18 @@ def _patchify_kernel(
 ):
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    begin, columns, patches = (
-        tl.load(row + 1),
-        tl.load(row + 2).to(tl.int32),
-        tl.load(row + 3).to(tl.int32),
-    )
+    begin = tl.load(row + 1)
+    columns = tl.load(row + 2).to(tl.int32)
+    patches = tl.load(row + 3).to(tl.int32)
     plane: tl.constexpr = PATCH * PATCH
     p = tl.program_id(0) * VALUES + tl.arange(0, VALUES)  # counts patches, channels, y, x
     inside = p < patches * 3 * plane
-    token, channel, y, x = p // (3 * plane), p // plane % 3, p // PATCH % PATCH, p % PATCH
-    square, member = token // (MERGE * MERGE), token % (MERGE * MERGE)
+    token = p // (3 * plane)
+    channel = p // plane % 3
+    y = p // PATCH % PATCH
+    x = p % PATCH
+    square = token // (MERGE * MERGE)
+    member = token % (MERGE * MERGE)
     squares = columns // MERGE
     line = (square // squares * MERGE + member // MERGE) * PATCH + y
     column = (square % squares * MERGE + member % MERGE) * PATCH + x
@@ -213,20 +217,22 @@ def _warped_kernel(
     """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
-    begin, columns, patches = (
-        tl.load(row + 1),
-        tl.load(row + 2).to(tl.int32),
-        tl.load(row + 3).to(tl.int32),
-    )
+    begin = tl.load(row + 1)
+    columns = tl.load(row + 2).to(tl.int32)
+    patches = tl.load(row + 3).to(tl.int32)
     plane: tl.constexpr = PATCH * PATCH
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)  # counts patches, y, x
     inside = p < patches * plane
-    token, y, x = p // plane, p // PATCH % PATCH, p % PATCH
-    square, member = token // (MERGE * MERGE), token % (MERGE * MERGE)
+    token = p // plane
+    y = p // PATCH % PATCH
+    x = p % PATCH
+    square = token // (MERGE * MERGE)
+    member = token % (MERGE * MERGE)
     squares = columns // MERGE
     line = (square // squares * MERGE + member // MERGE) * PATCH + y
     column = (square % squares * MERGE + member % MERGE) * PATCH + x
-    width, height = columns * PATCH, patches // columns * PATCH
+    width = columns * PATCH
+    height = patches // columns * PATCH
     red, green, blue = sampled(
         source, inverses + tl.program_id(1) * 9, column + 0.5, line + 0.5, width, height, fill
     )
@@ -241,14 +247,16 @@ def _warped_kernel(
 def _triton(
     images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int
 ) -> Tensor:
-    out, patch = _allocate(images, layout, values), layout.patch
+    out = _allocate(images, layout, values)
+    patch = layout.patch
     device = out.device
     width = torch.tensor([image.shape[1] // patch for image in images])
     patches = torch.tensor([image.shape[0] * image.shape[1] // patch**2 for image in images])
     table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(
         device, non_blocking=True
     )
-    levels, most = _levels(values, device), int(patches.max()) * patch**2
+    levels = _levels(values, device)
+    most = int(patches.max()) * patch**2
     if inverses is None:
         _patchify_kernel[(triton.cdiv(3 * most, VALUES), len(images))](
             table, levels, out, COLUMNS, VALUES, patch, layout.merge, layout.taps

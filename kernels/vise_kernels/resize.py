@@ -126,15 +126,16 @@ def _axis_kernel(table, COLUMNS: tl.constexpr, VALUES: tl.constexpr):
     out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
     first = tl.load(row + 2).to(tl.pointer_type(tl.int64))
     weights = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    outer, samples, inner = (
-        tl.load(row + 4),
-        tl.load(row + 5).to(tl.int32),
-        tl.load(row + 6).to(tl.int32),
-    )
-    outputs, taps = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+    outer = tl.load(row + 4)
+    samples = tl.load(row + 5).to(tl.int32)
+    inner = tl.load(row + 6).to(tl.int32)
+    outputs = tl.load(row + 7).to(tl.int32)
+    taps = tl.load(row + 8).to(tl.int32)
     p = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = p < outer * outputs * inner
-    line, i, column = p // (outputs * inner), (p // inner % outputs).to(tl.int32), p % inner
+    line = p // (outputs * inner)
+    i = (p // inner % outputs).to(tl.int32)
+    column = p % inner
     begin = tl.load(first + i, mask=inside, other=0)
     total = tl.zeros((VALUES,), tl.float32)
     for t in range(taps):
@@ -154,7 +155,8 @@ def _triton(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         (size[0], image.shape[1]) if down else (image.shape[0], size[1])
         for image, size, down in zip(images, sizes, orders)
     ]
-    halfway, outs = packed(between, device), packed(sizes, device)
+    halfway = packed(between, device)
+    outs = packed(sizes, device)
     _launch(images, halfway, orders)
     _launch(halfway, outs, [not down for down in orders])
     return outs
@@ -177,13 +179,16 @@ def _launch(sources: Images, outs: Images, downs: list[bool]) -> None:
     weights = torch.cat([weights.view(-1) for _, weights in distinct.values()]).to(
         device, non_blocking=True
     )
-    places, outputs_before, weights_before = {}, 0, 0
+    places = {}
+    outputs_before = 0
+    weights_before = 0
     for name, (_, part) in distinct.items():
         places[name] = (
             first.data_ptr() + 8 * outputs_before,
             weights.data_ptr() + 4 * weights_before,
         )
-        outputs_before, weights_before = outputs_before + len(part), weights_before + part.numel()
+        outputs_before = outputs_before + len(part)
+        weights_before = weights_before + part.numel()
     rows = torch.tensor([[*places[id(part)], *shape, *part.shape] for _, part, shape in axes])
     table = torch.cat([addresses(sources)[:, None], addresses(outs)[:, None], rows], 1).to(
         device, non_blocking=True

@@ -24,7 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) 
     rows, width = _sizes(x, weight)
     if without_gradients("rms_norm", path, x, weight) == "plain":
         return F.rms_norm(x, (width,), weight, eps)
-    x, weight = x.contiguous(), weight.contiguous()
+    x = x.contiguous()
+    weight = weight.contiguous()
     z = torch.empty_like(x)
     native().rms_norm(
         x.data_ptr(),
@@ -46,7 +47,9 @@ def rms_norm_backward(
     rows, width = _sizes(x, weight, dz)
     if without_gradients("rms_norm", path, x, weight, dz) == "plain":
         return plain_backward(x, weight, dz, eps)
-    x, weight, dz = x.contiguous(), weight.contiguous(), dz.contiguous()
+    x = x.contiguous()
+    weight = weight.contiguous()
+    dz = dz.contiguous()
     dx = torch.empty_like(x)
     native().rms_norm_backward(
         x.data_ptr(),

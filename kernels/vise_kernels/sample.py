@@ -97,7 +97,8 @@ def _philox(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """
     for _ in range(ROUNDS):
         product = left * MULTIPLIER
-        left, right = ((product >> 32) ^ key ^ right) & MASK32, product & MASK32
+        left = ((product >> 32) ^ key ^ right) & MASK32
+        right = product & MASK32
         key = (key + WEYL) & MASK32
     return left, right
 
@@ -109,7 +110,8 @@ def _draw_native(
     """`plain` in C++: exact noise only for the ids that can win."""
     z = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     z = z.contiguous()
-    ids, results = z.new_empty(len(z), dtype=torch.int64), z.new_empty(3, len(z))
+    ids = z.new_empty(len(z), dtype=torch.int64)
+    results = z.new_empty(3, len(z))
     threads = min(torch.get_num_threads(), 1 + z.numel() // LOGITS_PER_THREAD)
     native().sample(
         z,
@@ -130,7 +132,8 @@ def _draw(
     """`plain` on Triton: part of a row per program, then one program per row over the parts."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, columns = logits.shape
-    ids, logprob = torch.empty_like(seed), logits.new_empty(rows, dtype=torch.float32)
+    ids = torch.empty_like(seed)
+    logprob = logits.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return ids, logprob
     splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
@@ -213,7 +216,8 @@ def _partial_kernel(
     """Best score and id, and (top, total) of the softmax, of one of a row's `splits` parts; grid
     (N, splits).
     """
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     heat = tl.load(temperature + row)
     inverse = tl.div_rn(1.0, tl.where(heat > 0, heat, 1.0))

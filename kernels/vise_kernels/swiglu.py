@@ -49,7 +49,8 @@ def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor
     chosen = without_gradients("swiglu", path, x, dz)
     if chosen == "plain":
         return plain_backward(x, dz)
-    x, dz = x.contiguous(), dz.contiguous()
+    x = x.contiguous()
+    dz = dz.contiguous()
     dx = torch.empty_like(x)
     if chosen == "native":
         native().swiglu_backward(
@@ -78,7 +79,8 @@ def plain_backward(x: Tensor, dz: Tensor) -> Tensor:
 @jit
 def _kernel(x, z, width, BLOCK: tl.constexpr):
     """Grid (n, blocks of w)."""
-    row, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x + 2 * row * width + lane, mask=lane < width, other=0.0).to(tl.float32)
     up = tl.load(x + (2 * row + 1) * width + lane, mask=lane < width, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
@@ -88,12 +90,14 @@ def _kernel(x, z, width, BLOCK: tl.constexpr):
 @jit
 def _backward_kernel(x, dz, dx, width, BLOCK: tl.constexpr):
     """Grid (n, blocks of w)."""
-    row, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x + 2 * row * width + lane, mask=lane < width, other=0.0).to(tl.float32)
     up = tl.load(x + (2 * row + 1) * width + lane, mask=lane < width, other=0.0).to(tl.float32)
     grad = tl.load(dz + row * width + lane, mask=lane < width, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
-    of_gate, of_up = grad * up * share * (1 + gate * (1 - share)), grad * gate * share
+    of_gate = grad * up * share * (1 + gate * (1 - share))
+    of_up = grad * gate * share
     tl.store(dx + 2 * row * width + lane, of_gate.to(dx.dtype.element_ty), mask=lane < width)
     tl.store(dx + (2 * row + 1) * width + lane, of_up.to(dx.dtype.element_ty), mask=lane < width)
 

@@ -119,7 +119,8 @@ def _partial_kernel(logits, partials, columns, stride, splits, BLOCK: tl.constex
     """(top, total, moment) of one of a row's `splits` parts; grid (N, splits), partials (3, N,
     splits).
     """
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     span = tl.cdiv(tl.cdiv(columns, BLOCK), splits) * BLOCK
     top = -1e30  # finite: a part of nothing but minus infinities stays free of nan
@@ -148,7 +149,8 @@ def _partial_kernel(logits, partials, columns, stride, splits, BLOCK: tl.constex
 @jit(do_not_specialize=["splits"])
 def _merge_kernel(partials, logits, ids, results, columns, stride, splits, SPLITS: tl.constexpr):
     """Results (3, N) from the partials (3, N, splits); grid (N,)."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
     plane = rows * splits
@@ -174,18 +176,17 @@ def _backward_kernel(logits, ids, results, grads, grad, columns, stride, BLOCK: 
 
     d logprob = [v = id] - p, d logsumexp = p, d entropy = -p (log p + entropy).
     """
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(
         tl.float32
     )
     log_share = z - tl.load(results + rows + row)
     entropy = tl.load(results + 2 * rows + row)
-    of_logprob, of_logsumexp, of_entropy = (
-        tl.load(grads + row),
-        tl.load(grads + rows + row),
-        tl.load(grads + 2 * rows + row),
-    )
+    of_logprob = tl.load(grads + row)
+    of_logsumexp = tl.load(grads + rows + row)
+    of_entropy = tl.load(grads + 2 * rows + row)
     slope = tl.exp(log_share) * (of_logsumexp - of_logprob - of_entropy * (log_share + entropy))
     slope = tl.where(z == -float("inf"), 0.0, slope) + tl.where(
         column == tl.load(ids + row), of_logprob, 0.0

@@ -95,11 +95,16 @@ def sampled(source, m, x, y, width, height, fill):
     # far points and points at infinity meet one pixel outside, where every sample is `fill`
     u = tl.where((u > -1) & (u < width), u, -1.0)
     v = tl.where((v > -1) & (v < height), v, -1.0)
-    left, top = tl.floor(u), tl.floor(v)
-    across, down = u - left, v - top
-    red, green, blue = across * 0, across * 0, across * 0
+    left = tl.floor(u)
+    top = tl.floor(v)
+    across = u - left
+    down = v - top
+    red = across * 0
+    green = across * 0
+    blue = across * 0
     for tap in tl.static_range(4):
-        sx, sy = left.to(tl.int32) + tap % 2, top.to(tl.int32) + tap // 2
+        sx = left.to(tl.int32) + tap % 2
+        sy = top.to(tl.int32) + tap // 2
         weight = (across if tap % 2 == 1 else 1 - across) * (down if tap // 2 == 1 else 1 - down)
         seen = (sx >= 0) & (sx < width) & (sy >= 0) & (sy < height)
         at = source + (sy.to(tl.int64) * width + sx) * 3
@@ -118,7 +123,8 @@ def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.conste
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
     out = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-    width, height = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    width = tl.load(row + 2).to(tl.int32)
+    height = tl.load(row + 3).to(tl.int32)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = p < width * height
     red, green, blue = sampled(

@@ -415,10 +415,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values
     that contradict each other.
     """
-    written, typed = (
-        settings.read(path, Config) if path is not None else {},
-        settings.parse(overrides, Config),
-    )
+    written = settings.read(path, Config) if path is not None else {}
+    typed = settings.parse(overrides, Config)
     stated = written | typed
     embedded = (
         settings.read(NANO, Config)
@@ -439,7 +437,8 @@ def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Both, the upper over the lower; a run that it makes shorter than the lower's warm-up is no
     mistake but has a shorter warm-up.
     """
-    steps, warmup = above.get("train.steps"), below.get("train.warmup", 0)
+    steps = above.get("train.steps")
+    warmup = below.get("train.warmup", 0)
     if isinstance(steps, int | float) and isinstance(warmup, int) and 0 < steps < warmup:
         below = below | {"train.warmup": int(steps)}
     return below | above

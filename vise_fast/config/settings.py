@@ -39,7 +39,10 @@ def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "h
     """Sorts `--config FILE`, `--resume WHERE` (short for --train.resume), bare `--flags` and
     overrides.
     """
-    config, overrides, given, rest = None, [], set(), list(words)
+    config = None
+    overrides = []
+    given = set()
+    rest = list(words)
     while rest:
         word, equals, text = rest.pop(0).partition("=")
         if word in ("-h", "--help"):
@@ -68,7 +71,8 @@ def help_text(schema: Schema, width: int = 100) -> str:
     for section, outer in schema.model_fields.items():
         lines += ["", f"{section}: {outer.annotation.__doc__.splitlines()[0]}"]
         for name, field in outer.annotation.model_fields.items():
-            accepts, default = expected(field), _show(field.default).strip("'")
+            accepts = expected(field)
+            default = _show(field.default).strip("'")
             about = (
                 f"{field.description}. "
                 if field.description and field.description != accepts
@@ -143,7 +147,9 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
 
 def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
     """Command-line overrides as {dotted key: value}; a flag of a yes/no field may stand alone."""
-    known, values, rest = dict(fields(schema)), {}, list(words)
+    known = dict(fields(schema))
+    values = {}
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -239,7 +245,8 @@ def _check_key(key: str, where: str, schema: Schema) -> None:
 
 def complaint(fault: ValidationError, schema: Schema) -> str:
     errors = fault.errors()
-    first, known = errors[0], dict(fields(schema))
+    first = errors[0]
+    known = dict(fields(schema))
     key = ".".join(str(part) for part in first["loc"][:2])
     if key not in known:
         return first["msg"].removeprefix("Value error, ")
@@ -268,7 +275,8 @@ def _kind(annotation: Any) -> str:
     }
     if annotation in words:
         return words[annotation]
-    parts, text = get_args(annotation), str(annotation)
+    parts = get_args(annotation)
+    text = str(annotation)
     if "tuple" in text and parts[-1] is Ellipsis:
         return f"a list of {', '.join(str(choice) for choice in get_args(parts[0]))}"
     if "tuple" in text.split("[")[0]:

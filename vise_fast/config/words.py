@@ -45,7 +45,8 @@ class Words:
         """The run's configuration where the adapter lies in a run (or --config names one), then
         settings; --model wins over both.
         """
-        adapter, model = self.values.get("adapter"), self.values.get("model")
+        adapter = self.values.get("adapter")
+        model = self.values.get("model")
         file = self.values.get("config") or _run_file(adapter)
         base = model or (_base_of(adapter) if file is None else None)
         return configuration.load(
@@ -59,7 +60,9 @@ def parse(words: Sequence[str], options: Sequence[str], places: int = 0) -> Word
     Raises ConfigError.
     """
     values: dict[str, str | None] = dict.fromkeys(options)
-    bare, settings, rest = [], [], list(words)
+    bare = []
+    settings = []
+    rest = list(words)
     if {"-h", "--help"} & set(rest):
         return Words(values, [], [], help=True)
     while rest:

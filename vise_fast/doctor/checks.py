@@ -118,7 +118,8 @@ def package(distribution: str, module: str, oldest: str) -> Check:
 
 
 def transformers_range() -> Check:
-    version, (low, high) = _version("transformers"), TESTED_TRANSFORMERS
+    version = _version("transformers")
+    (low, high) = TESTED_TRANSFORMERS
     span = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
     if not low <= version[:2] <= high:
         return warn(
@@ -263,7 +264,8 @@ def accelerator() -> Check:
 
 def driver() -> Check:
     """A card that torch cannot see is the commonest disappointment."""
-    torch, path = _torch(), Path("/proc/driver/nvidia/version")
+    torch = _torch()
+    path = Path("/proc/driver/nvidia/version")
     if torch.cuda.is_available() or not path.exists():
         return ok(
             "driver",
@@ -453,8 +455,10 @@ def nano_files() -> Check:
 
 def nano_weights() -> Check:
     """The weights against SHA256SUMS beside them, and every number finite."""
-    safetensors, torch = importlib.import_module("safetensors.torch"), _torch()
-    data, sums = (NANO / "model.safetensors").read_bytes(), NANO / "SHA256SUMS"
+    safetensors = importlib.import_module("safetensors.torch")
+    torch = _torch()
+    data = (NANO / "model.safetensors").read_bytes()
+    sums = NANO / "SHA256SUMS"
     if not sums.exists():
         return warn(
             "embedded weights",

@@ -27,14 +27,16 @@ def image_share(
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
     are the tokens that predicted its tokens.
     """
-    backbone, device = engine.backbone, engine.device
+    backbone = engine.backbone
+    device = engine.device
     rows = [
         question + answer[:-1] for question, answer in zip(questions, answers.rows(), strict=True)
     ]
     level = _level(engine, prefixes, owner, rows)
     asks = _generating(questions, rows).to(device)
     cos, sin = backbone.rope(level.positions)
-    shares, x = [], level.embeds
+    shares = []
+    x = level.embeds
     for index, layer in enumerate(backbone.layers):
         packs = [backbone._pack(linear, prefixes.adapters) for linear in layer.linears]
         q, k, _ = backbone._qkv(layer, x, cos, sin, packs[0])
@@ -46,7 +48,8 @@ def image_share(
 
 def _level(engine: Engine, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Level:
     """Question and answer of each row as one stretch behind its image."""
-    device, starts = engine.device, [prefixes.following[i] for i in owner]
+    device = engine.device
+    starts = [prefixes.following[i] for i in owner]
     ids = torch.tensor([token for row in rows for token in row], device=device)
     positions = torch.tensor(
         [start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))],
@@ -75,7 +78,9 @@ def _share(engine: Engine, level: Level, index: int, q: Tensor, k: Tensor) -> Te
     in layer `index`.
     """
     scale = engine.backbone.scale
-    (segment, grid), head, tail = level.parents[0], len(engine.tokens.head), len(engine.tokens.tail)
+    (segment, grid) = level.parents[0]
+    head = len(engine.tokens.head)
+    tail = len(engine.tokens.tail)
     prefix = segment.part(index, grid)
     lengths = (
         prefix.lengths

@@ -150,7 +150,9 @@ class Engine:
     def __init__(
         self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64
     ) -> None:
-        self.backbone, self.tokens, self.counters = backbone, tokens, Counters()
+        self.backbone = backbone
+        self.tokens = tokens
+        self.counters = Counters()
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
@@ -171,8 +173,15 @@ class Engine:
     def prefix_level(self, features: Features, adapters: bool) -> tuple[Level, list[int]]:
         """The level of head + image + tail per image, and each image's next rope position."""
         merged, deep = self.backbone.merge(features, adapters)
-        merge, head, tail = self.backbone.merge_size, self.tokens.head, self.tokens.tail
-        ids, rows, positions, lengths, following, start = [], [], [], [], [], 0
+        merge = self.backbone.merge_size
+        head = self.tokens.head
+        tail = self.tokens.tail
+        ids = []
+        rows = []
+        positions = []
+        lengths = []
+        following = []
+        start = 0
         known = {
             grid: _prefix_positions(len(head), grid[0] // merge, grid[1] // merge, len(tail))
             for grid in set(features.grids)
@@ -320,7 +329,8 @@ class Engine:
     ) -> Rollout:
         """fan[r] answers to prompt r, at most `limit` tokens each; seeds per answer; temperature 0 is greedy."""
         owner_prompt = [r for r, count in enumerate(fan) for _ in range(count)]
-        rows, device = len(owner_prompt), self.device
+        rows = len(owner_prompt)
+        device = self.device
         ids = torch.full((rows, limit), self.tokens.pad, device=device)
         logprob = torch.zeros(rows, limit, device=device)
         done_at = torch.full((rows,), limit, device=device)
@@ -402,12 +412,11 @@ class Engine:
         """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer. Returns the places kept."""
         keep = torch.tensor([i for i, lives in enumerate(alive) if lives], device=self.device)
         pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]
-        active.rows, active.owner_prefix, active.owner_prompt = (
-            pick(active.rows),
-            pick(active.owner_prefix),
-            pick(active.owner_prompt),
-        )
-        active.positions, active.seeds = active.positions[keep], active.seeds[keep]
+        active.rows = pick(active.rows)
+        active.owner_prefix = pick(active.owner_prefix)
+        active.owner_prompt = pick(active.owner_prompt)
+        active.positions = active.positions[keep]
+        active.seeds = active.seeds[keep]
         active.buffer = active.buffer.select(keep)
         self._attach(active, prompts)
         return keep
@@ -453,7 +462,8 @@ class Engine:
             features, rows, answers, owner, adapters, None, False, read_all=True
         )
         hidden += [hidden[0][:0]] * (3 - len(hidden))
-        tokens, merge = self.tokens, self.backbone.merge_size
+        tokens = self.tokens
+        merge = self.backbone.merge_size
         prefixes = [
             tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail
             for r, c in features.grids
@@ -470,7 +480,9 @@ class Engine:
                 strict=True,
             )
         ]
-        states, ids, lengths = [], [], []
+        states = []
+        ids = []
+        lengths = []
         for n, (image, answer) in enumerate(zip(owner, answers.rows(), strict=True)):
             start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
             states.append(torch.cat([cuts[0][image], cuts[1][image], cuts[2][n]])[start - 1 :])
@@ -495,10 +507,8 @@ class Engine:
         if prefixes is None:
             levels, following = self._tree(features, rows, adapters)
         else:
-            levels, following = (
-                [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])],
-                prefixes.following,
-            )
+            levels = [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])]
+            following = prefixes.following
         question = len(levels) - 1
         starts = [start + len(row) for start, row in zip(following, rows, strict=True)]
         if max(answers.lengths) > 1:
@@ -516,10 +526,8 @@ class Engine:
         if max(answers.lengths) == 1:
             return [prompts.last]
         grid = Grid(owner, len(prompts), self.device)
-        starts, parents = (
-            [prompts.following[i] for i in owner],
-            [(prompts.prefixes.segment, grid), (prompts.segment, grid)],
-        )
+        starts = [prompts.following[i] for i in owner]
+        parents = [(prompts.prefixes.segment, grid), (prompts.segment, grid)]
         level = self._text_level([row[:-1] for row in answers.rows()], starts, parents, read="all")
         hidden, _ = self._forward([level], prompts.prefixes.adapters, recompute, keep=False)
         return [prompts.last, *hidden]
@@ -549,7 +557,8 @@ def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Te
 
 def _scored_rows(owner: list[int], lengths: list[int], questions: int) -> Tensor:
     """For each sampled token, the row of cat([questions' last, answer inputs]) that predicts it."""
-    picks, start = [], questions
+    picks = []
+    start = questions
     for image, length in zip(owner, lengths, strict=True):
         picks.append(torch.tensor([image]))
         picks.append(torch.arange(start, start + length - 1))

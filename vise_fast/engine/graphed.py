@@ -92,21 +92,26 @@ class Decoder:
         temperature: float,
         captures: bool,
     ) -> None:
-        self.backbone, self.banned, self.pad = backbone, banned, tokens.pad
-        self.rows, self.limit, self.adapters, self.temperature = rows, limit, adapters, temperature
+        self.backbone = backbone
+        self.banned = banned
+        self.pad = tokens.pad
+        self.rows = rows
+        self.limit = limit
+        self.adapters = adapters
+        self.temperature = temperature
         device = backbone.device
         whole = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
         self.eos = torch.tensor(tokens.eos, device=device)
-        self.step, self.token, self.first, self.seeds = (
-            whole(1),
-            whole(rows),
-            whole(rows),
-            whole(rows),
-        )
-        self.ids, self.done_at = whole(rows, limit), whole(rows)
+        self.step = whole(1)
+        self.token = whole(rows)
+        self.first = whole(rows)
+        self.seeds = whole(rows)
+        self.ids = whole(rows, limit)
+        self.done_at = whole(rows)
         self.logprob = torch.zeros(rows, limit, device=device)
         self.logits = torch.zeros(rows, len(banned), device=device)
-        self.owner, self.length = whole(3, rows), whole(3, rows)
+        self.owner = whole(3, rows)
+        self.length = whole(3, rows)
         self.owner[OWN] = torch.arange(rows, device=device)
         self.buffer = backbone.buffer(rows, limit)
         own = zip(self.buffer.keys, self.buffer.values, strict=True)
@@ -120,7 +125,8 @@ class Decoder:
 
     def start(self, prompts: Prompts, owner: list[int], seeds: list[int]) -> None:
         """Take the prompts, answer r continuing prompt owner[r], and draw the first tokens."""
-        n, device = len(owner), self.backbone.device
+        n = len(owner)
+        device = self.backbone.device
         index = torch.tensor(owner, device=device)
         entries = torch.tensor([prompts.owner[p] for p in owner], device=device), index
         for place, (segment, entry) in enumerate(

@@ -44,14 +44,14 @@ class StockBackbone:
     ) -> None:
         self.model = model
         self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config, self.head = self.core.config, self.core.lm_head
+        self.config = self.core.config
+        self.head = self.core.lm_head
         vision = self.config.vision_config
-        self.patch, self.merge_size, self.temporal = (
-            vision.patch_size,
-            vision.spatial_merge_size,
-            vision.temporal_patch_size,
-        )
-        self.mean, self.std = mean, std
+        self.patch = vision.patch_size
+        self.merge_size = vision.spatial_merge_size
+        self.temporal = vision.temporal_patch_size
+        self.mean = mean
+        self.std = std
         self.dtype = self.head.weight.dtype
 
     @property
@@ -118,7 +118,9 @@ class StockEngine:
     """See `engine.Engine`; the arguments and results are the same."""
 
     def __init__(self, backbone: StockBackbone, tokens: Tokens) -> None:
-        self.backbone, self.tokens, self.counters = backbone, tokens, Counters()
+        self.backbone = backbone
+        self.tokens = tokens
+        self.counters = Counters()
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
         self.interrupted = lambda: None
@@ -128,7 +130,8 @@ class StockEngine:
         """Nothing is kept between calls."""
 
     def encode(self, images: list[Tensor]) -> Pictures:
-        b, grids = self.backbone, []
+        b = self.backbone
+        grids = []
         patches, grid = patchify(
             images,
             patch=b.patch,
@@ -223,7 +226,10 @@ class StockEngine:
         """Hidden states, ids and tokens per answer over the released code's span; see
         `engine.Engine.score_released`.
         """
-        states, ids, lengths, tokens = [], [], [], self.tokens
+        states = []
+        ids = []
+        lengths = []
+        tokens = self.tokens
         for image, answer, whole in zip(
             owner,
             answers.rows(),
@@ -268,13 +274,11 @@ class StockEngine:
         self, prompts: StockPrompts, r: int, limit: int, seed: int, temperature: float
     ) -> tuple[list[int], list[Tensor]]:
         """One sampled answer: ids and their log-probs."""
-        out, ids, scores = (
-            self._forward(
-                prompts.prefixes.pictures, prompts.owner[r], prompts.rows[r], cached=True
-            ),
-            [],
-            [],
+        out = self._forward(
+            prompts.prefixes.pictures, prompts.owner[r], prompts.rows[r], cached=True
         )
+        ids = []
+        scores = []
         seed = torch.tensor([seed], device=self.device)
         for step in range(limit):
             logits = self.backbone.logits(out.last_hidden_state[:, -1])
@@ -289,19 +293,15 @@ class StockEngine:
             out = self.backbone.core.model(
                 input_ids=token[None], past_key_values=out.past_key_values, use_cache=True
             )
-            self.counters.decode_steps, self.counters.tokens_decoded = (
-                self.counters.decode_steps + 1,
-                self.counters.tokens_decoded + 1,
-            )
+            self.counters.decode_steps = self.counters.decode_steps + 1
+            self.counters.tokens_decoded = self.counters.tokens_decoded + 1
         return ids, scores
 
     def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False):
         """The stock forward of head + image + tail + row."""
         ids = torch.tensor([self._prefix_ids(pictures, image) + row], device=self.device)
-        self.counters.images_encoded, self.counters.prefixes = (
-            self.counters.images_encoded + 1,
-            self.counters.prefixes + 1,
-        )
+        self.counters.images_encoded = self.counters.images_encoded + 1
+        self.counters.prefixes = self.counters.prefixes + 1
         self.counters.forwards += 1
         return self.backbone.core.model(
             input_ids=ids,

@@ -34,7 +34,8 @@ class Live(TorchDispatchMode):
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
-        self.device, self.label = device, "other"
+        self.device = device
+        self.label = "other"
         self.now = self.peak = 0
         self.by: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
@@ -61,7 +62,8 @@ class Live(TorchDispatchMode):
     @contextlib.contextmanager
     def labelled(self, label: str) -> Iterator[None]:
         """What is made inside bears this label."""
-        before, self.label = self.label, label
+        before = self.label
+        self.label = label
         try:
             yield
         finally:
@@ -71,7 +73,8 @@ class Live(TorchDispatchMode):
         if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key in self._known or size == 0:
             return
         self._known[key] = _Storage(
@@ -80,7 +83,8 @@ class Live(TorchDispatchMode):
         self.by[self.label] += size
         self.now += size
         if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self.by.copy()
+            self.peak = self.now
+            self.at_peak = self.by.copy()
 
     def _forget(self, key: int) -> None:
         gone = self._known.pop(key)
@@ -103,4 +107,5 @@ class Live(TorchDispatchMode):
 
     def restart(self) -> None:
         """Begin a new peak."""
-        self.peak, self.at_peak = self.now, self.by.copy()
+        self.peak = self.now
+        self.at_peak = self.by.copy()

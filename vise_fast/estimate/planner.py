@@ -33,7 +33,8 @@ GIB = 2**30
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
-CONTEXT, FRAGMENTS = 0.6 * GIB, 0.03
+CONTEXT = 0.6 * GIB
+FRAGMENTS = 0.03
 """Of a card: what CUDA and its libraries take, and what the allocator loses to rounding and
 fragments. Allowances, not measurements.
 """
@@ -94,10 +95,8 @@ class Planner:
     def __init__(
         self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self.config, self.device = (
-            config,
-            "cuda" if dtype else model.device_of(config.model.device).type,
-        )
+        self.config = config
+        self.device = "cuda" if dtype else model.device_of(config.model.device).type
         self.model_config = known_shapes(config.model.path)
         self.dtype = dtype or model.dtype_of(
             config.model.dtype, model.device_of(config.model.device)
@@ -233,7 +232,8 @@ def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None
 
 def usable(config: Config) -> float:
     """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine."""
-    asked, device = config.memory.budget_gb, model.device_of(config.model.device)
+    asked = config.memory.budget_gb
+    device = model.device_of(config.model.device)
     if isinstance(asked, float):
         return asked * GIB * (1 - FRAGMENTS) - CONTEXT
     if device.type == "cuda":
@@ -267,7 +267,8 @@ def lengths_of(config: Config, model_config) -> Lengths:
         model_config.text_config.vocab_size,
         model_config.image_token_id,
     )
-    style, query = tokens.style, config.rollout.query_tokens
+    style = tokens.style
+    query = config.rollout.query_tokens
     return Lengths(
         len(tokens.head),
         len(tokens.tail),

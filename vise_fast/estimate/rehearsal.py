@@ -111,12 +111,11 @@ class Packed(nn.Module):
     def __init__(self, linear: nn.Linear, config: Config, device: str) -> None:
         super().__init__()
         self.inside = device != "cpu"
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-        )
-        size, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        size = linear.weight.numel()
+        blocks = -(-linear.weight.numel() // 64)
         self.int8 = config.model.quant == "int8"
         if self.int8:
             held = size + 4 * linear.out_features
@@ -167,7 +166,8 @@ class _Tokens:
     tail: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.head, self.tail = [0] * self.lengths.head, [0] * self.lengths.tail
+        self.head = [0] * self.lengths.head
+        self.tail = [0] * self.lengths.tail
 
     def banned(self) -> Tensor:
         return torch.zeros(self.vocabulary, dtype=torch.bool)
@@ -202,17 +202,14 @@ class _Engine(Engine):
         temperature: float = 1.0,
     ) -> Rollout:
         owner = [r for r, count in enumerate(fan) for _ in range(count)]
-        rows, index = len(owner), torch.tensor(owner, device=META)
-        ids, logprob = (
-            torch.zeros(rows, limit, dtype=torch.long, device=META),
-            torch.zeros(rows, limit, device=META),
-        )
+        rows = len(owner)
+        index = torch.tensor(owner, device=META)
+        ids = torch.zeros(rows, limit, dtype=torch.long, device=META)
+        logprob = torch.zeros(rows, limit, device=META)
         logits = self.backbone.logits(prompts.last)[index]
         buffer, start = self._continuation(prompts, fan, limit)
-        prefix, prompt = (
-            Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META),
-            Grid(owner, len(prompts.owner), META),
-        )
+        prefix = Grid([prompts.owner[r] for r in owner], len(prompts.prefixes), META)
+        prompt = Grid(owner, len(prompts.owner), META)
         parents = [] if start else [(prompts.prefixes.segment, prefix), (prompts.segment, prompt)]
         draw = lambda z: sample(
             z, temperature=temperature, banned=self.banned, seed=index, position=0
@@ -283,10 +280,8 @@ def rehearse(
     through them drawn on to the full depth. In the shallowest a phase may need most at another
     moment than in deep ones.
     """
-    depth, shallow = (
-        model_config.text_config.num_hidden_layers,
-        len(model_config.vision_config.deepstack_visual_indexes) + 3,
-    )
+    depth = model_config.text_config.num_hidden_layers
+    shallow = len(model_config.vision_config.deepstack_visual_indexes) + 3
     if depth <= shallow + 1:
         return Rehearsed(_rehearse(config, model_config, sizes, dtype, lengths, device)[0])
     (near, block), (far, _) = (
@@ -313,10 +308,8 @@ def _shallow(model_config, layers: int):
     small = copy.deepcopy(model_config)
     taps = len(small.vision_config.deepstack_visual_indexes)
     small.text_config.num_hidden_layers = layers
-    small.vision_config.depth, small.vision_config.deepstack_visual_indexes = (
-        taps + 3,
-        list(range(taps)),
-    )
+    small.vision_config.depth = taps + 3
+    small.vision_config.deepstack_visual_indexes = list(range(taps))
     return small
 
 
@@ -332,10 +325,8 @@ def _rehearse(
     with _MetaLive() as live, _NoScores():
         with live.labelled("weights"):
             policy, engine = meta_policy(config, model_config, lengths, dtype, device)
-        engine.joins, engine.backbone.encode_at_once = (
-            device == "cpu",
-            ENCODE_AT_ONCE if device == "cpu" else None,
-        )
+        engine.joins = device == "cpu"
+        engine.backbone.encode_at_once = ENCODE_AT_ONCE if device == "cpu" else None
         trained = [p for p in policy.parameters() if p.requires_grad]
         live.relabel(trained, "LoRA masters")
         live.relabel(
@@ -373,13 +364,11 @@ class _Step:
     def __init__(
         self, config: Config, engine: _Engine, live: Live, trained: list[Tensor], paged: int
     ) -> None:
-        self.config, self.engine, self.live, self.trained, self.paged = (
-            config,
-            engine,
-            live,
-            trained,
-            paged,
-        )
+        self.config = config
+        self.engine = engine
+        self.live = live
+        self.trained = trained
+        self.paged = paged
         self.phases: dict[str, dict[str, int]] = {}
         self.lengths = engine.tokens.lengths
 
@@ -408,7 +397,8 @@ class _Step:
 
     def _kept_bytes(self, sizes: list[tuple[int, int]]) -> int:
         """Vision features of a slice's images."""
-        b, c = self.engine.backbone, self.config
+        b = self.engine.backbone
+        c = self.config
         patches = (
             sum(h * w for h, w in sizes) // b.patch**2 * (1 + c.rollout.views * c.update.views_too)
         )
@@ -432,8 +422,12 @@ class _Step:
     def _play(
         self, sizes: list[tuple[int, int]]
     ) -> tuple[Features, Prefixes | None, Prompts | None, Rollout, list[int]]:
-        engine, c, count = self.engine, self.config, len(sizes)
-        samples, views, originals = c.rollout.samples, c.rollout.views, list(range(count))
+        engine = self.engine
+        c = self.config
+        count = len(sizes)
+        samples = c.rollout.samples
+        views = c.rollout.views
+        originals = list(range(count))
         with self._phase("vision encode", "images and vision features"):
             moved = self._pixels([size for size in sizes for _ in range(views)])
             features = engine.encode(sizes + [size for size in sizes for _ in range(views)])
@@ -479,8 +473,10 @@ class _Step:
         """The questions kept for the update, the samples' answers, and the views' behind them where
         one batch makes both.
         """
-        limits, views = self.config.rollout, count * self.config.rollout.views
-        fan, there = [limits.samples] * count, [1] * views
+        limits = self.config.rollout
+        views = count * self.config.rollout.views
+        fan = [limits.samples] * count
+        there = [1] * views
 
         def boxes(held: Prefixes, places: range, fan: list[int]) -> tuple[Prompts | None, Rollout]:
             trained = 0 if held.trained is None else len(held.trained)
@@ -504,10 +500,8 @@ class _Step:
             + self.config.reward.controls * (self.config.reward.sem == "contrast")
             + self.config.reward.sufficiency
         )
-        at_once, all_sizes = (
-            GHOSTS_AT_ONCE * len(sizes),
-            [size for size in sizes for _ in range(self.config.rollout.samples)] * kinds,
-        )
+        at_once = GHOSTS_AT_ONCE * len(sizes)
+        all_sizes = [size for size in sizes for _ in range(self.config.rollout.samples)] * kinds
         ghosts = self._pixels(all_sizes)
         features = self.engine.encode(all_sizes[:at_once])
         self.engine.verdict_logits(
@@ -525,14 +519,16 @@ class _Step:
         answers: Rollout,
         owner: list[int],
     ) -> None:
-        engine, c = self.engine, self.config
+        engine = self.engine
+        c = self.config
         chosen = list(
             range(len(answers.lengths) if c.update.views_too else c.rollout.samples * len(kept))
         )
         answers = _Script(
             answers.ids[chosen], answers.logprob[chosen], [answers.lengths[n] for n in chosen]
         )
-        owner, rows = [owner[n] for n in chosen], [[0] * self.lengths.ground] * len(kept)
+        owner = [owner[n] for n in chosen]
+        rows = [[0] * self.lengths.ground] * len(kept)
         with self._phase("reference scores", "activations"), torch.no_grad():
             cached = reference if reference is not None and len(reference) == len(kept) else None
             truth = engine.score(kept, rows, answers, owner, False, prefixes=cached)

@@ -39,7 +39,10 @@ class Look:
     """
 
     def __init__(self, engine: Engine, images: list[Image], first: int, config: Config) -> None:
-        self.engine, self.images, self.first, self.config = engine, images, first, config
+        self.engine = engine
+        self.images = images
+        self.first = first
+        self.config = config
         self.pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
         self.everyone = list(range(len(images)))
         self.features = engine.encode(self.pixels)
@@ -64,7 +67,8 @@ class Look:
     @cached_property
     def views(self) -> tuple[list[list[views.View]], Features]:
         """rollout.views views of each image, and their features in that order."""
-        many, config = self.config.rollout.views, self.config.view
+        many = self.config.rollout.views
+        config = self.config.view
         drawn = [
             [views.draw_view(self.rng(i, "view", k), *p.shape[:2], config) for k in range(many)]
             for i, p in enumerate(self.pixels)
@@ -107,9 +111,11 @@ def without_labels(look: Look, arm: bool, own: roles.Queries) -> tuple[Marks, Te
     Both arms are asked the same queries and judged by the same judge (the base), so that the
     difference is the boxes'. `own`: what the arm itself would ask.
     """
-    config, count = look.config, len(look)
+    config = look.config
+    count = len(look)
     boxes = _ground(look, arm, look.everyone, look.queries)
-    placed, area = geometry.proper(boxes.box_1000), geometry.area_share(boxes.box_1000)
+    placed = geometry.proper(boxes.box_1000)
+    area = geometry.area_share(boxes.box_1000)
     mark = lambda values, of=None: _mark(values, look.everyone, count, of)
     marks = {
         "query_parse_rate": mark(own.readable),
@@ -130,7 +136,8 @@ def _ground(
     look: Look, arm: bool, owner: list[int], names: list[str], prefixes: Prefixes | None = None
 ) -> roles.Boxes:
     """One greedy box per name."""
-    limit, rows = look.config.rollout.box_tokens, len(names)
+    limit = look.config.rollout.box_tokens
+    rows = len(names)
     return roles.ground(
         look.engine,
         prefixes or look.prefix(arm),
@@ -147,11 +154,10 @@ def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Mark
     """R_geo (METHOD section 1.5) of greedy boxes in the views; a box that cannot be read, or has no
     area, in a view agrees by 0.
     """
-    config, (drawn, features) = look.config, look.views
-    flat, owner = (
-        [view for row in drawn for view in row],
-        [i for i, row in enumerate(drawn) for _ in row],
-    )
+    config = look.config
+    (drawn, features) = look.views
+    flat = [view for row in drawn for view in row]
+    owner = [i for i, row in enumerate(drawn) for _ in row]
     texts = [
         views.query_for(look.queries[i], view, config.view)
         for i, view in zip(owner, flat, strict=True)
@@ -306,7 +312,8 @@ def answers_of(
     """Yields (label, boxes, object of each box) for greedy answers and for eval.samples sampled
     ones.
     """
-    samples, objects = look.config.eval.samples, range(len(names))
+    samples = look.config.eval.samples
+    objects = range(len(names))
     yield "greedy", _ground(look, arm, owner, names), list(objects)
     ranks = [owner[:n].count(i) for n, i in enumerate(owner)]
     seeds = [
@@ -325,11 +332,14 @@ def _grounding(
     label: str, boxes: roles.Boxes, truth: Tensor, owner: list[int], count: int, scale: float
 ) -> Marks:
     """Figures of boxes (N,) against truth (N, 4); lengths are shares of the image's side."""
-    box, placed = boxes.box_1000, geometry.proper(boxes.box_1000)
-    iou, centre = geometry.iou(box, truth), (box[:, :2] + box[:, 2:]) / 2
+    box = boxes.box_1000
+    placed = geometry.proper(boxes.box_1000)
+    iou = geometry.iou(box, truth)
+    centre = (box[:, :2] + box[:, 2:]) / 2
     inside = ((centre >= truth[:, :2]) & (centre <= truth[:, 2:])).all(1) & placed
     error = torch.linalg.vector_norm(centre - (truth[:, :2] + truth[:, 2:]) / 2, dim=1) / 1000
-    area, true_area = geometry.area_share(box), geometry.area_share(truth)
+    area = geometry.area_share(box)
+    true_area = geometry.area_share(truth)
     mark = lambda values, of=None: _mark(values, owner, count, of)
     marks = {
         "iou": mark(iou),
@@ -346,10 +356,8 @@ def _grounding(
 
 def rescaled(box_1000: Tensor, scale: float) -> Tensor:
     """Boxes (..., 4) with both sides times `scale` about their centres, clamped to the image."""
-    centre, half = (
-        (box_1000[..., :2] + box_1000[..., 2:]) / 2,
-        (box_1000[..., 2:] - box_1000[..., :2]) / 2 * scale,
-    )
+    centre = (box_1000[..., :2] + box_1000[..., 2:]) / 2
+    half = (box_1000[..., 2:] - box_1000[..., :2]) / 2 * scale
     return torch.cat([centre - half, centre + half], -1).clamp(0, 1000)
 
 
@@ -357,14 +365,13 @@ def _visibility(look: Look, truths: Truths, arm: bool) -> Marks:
     """Yes or no about each clearly visible object: as it is, an absent lookalike, hidden, and with
     another place hidden.
     """
-    engine, prefix, owner, names, count = (
-        look.engine,
-        look.prefix(arm),
-        truths.owner,
-        truths.names,
-        len(look),
-    )
-    clear, far = truths.clear, np.isin(np.arange(len(names)), truths.far)
+    engine = look.engine
+    prefix = look.prefix(arm)
+    owner = truths.owner
+    names = truths.names
+    count = len(look)
+    clear = truths.clear
+    far = np.isin(np.arange(len(names)), truths.far)
     seen = roles.verify_forked(engine, prefix, owner, names) >= 0.5
     absent = roles.verify_forked(engine, prefix, owner, truths.lookalikes) >= 0.5
     gone = roles.verify(engine, truths.gone, names, arm) >= 0.5
@@ -399,8 +406,11 @@ def _pope(present: tuple, absent: tuple) -> Marks:
     """POPE's figures from yes counts over as many present as absent names (arXiv 2305.10355,
     section 4).
     """
-    (hits, positives), (false_alarms, negatives) = present, absent
-    rejections, misses, said = negatives - false_alarms, positives - hits, hits + false_alarms
+    (hits, positives) = present
+    (false_alarms, negatives) = absent
+    rejections = negatives - false_alarms
+    misses = positives - hits
+    said = hits + false_alarms
     return {
         "pope_accuracy": (hits + rejections, positives + negatives),
         "pope_precision": (hits, said),
@@ -415,7 +425,9 @@ def _blind(look: Look, truths: Truths, arm: bool) -> Marks:
 
     One prefix serves all names of one image size.
     """
-    owner, names, count = truths.owner, truths.names, len(look)
+    owner = truths.owner
+    names = truths.names
+    count = len(look)
     sizes = list(dict.fromkeys(pixels.shape for pixels in look.pixels))
     grey = look.engine.prefill(
         look.engine.encode([torch.full(size, GREY, dtype=torch.uint8) for size in sizes]), arm
@@ -429,7 +441,8 @@ def _blind(look: Look, truths: Truths, arm: bool) -> Marks:
         asked.index((sizes.index(look.pixels[i].shape), name))
         for i, name in zip(owner, names, strict=True)
     ]
-    images, texts = [size for size, _ in asked], [name for _, name in asked]
+    images = [size for size, _ in asked]
+    texts = [name for _, name in asked]
     boxes = _ground(look, arm, images, texts, grey).box_1000[where]
     yes = roles.verify_forked(look.engine, grey, images, texts)[where] >= 0.5
     return {

@@ -109,7 +109,8 @@ def difference(before: Figures, after: Figures, name: str) -> Estimate:
     """
     if before.n != after.n:
         raise ValueError(f"{before.n} and {after.n} scenes cannot be paired")
-    (top0, bottom0), (top1, bottom1) = before.marks[name], after.marks[name]
+    (top0, bottom0) = before.marks[name]
+    (top1, bottom1) = after.marks[name]
     weights = _weights(len(top0))
     value = _ratio(top1.sum(), bottom1.sum()) - _ratio(top0.sum(), bottom0.sum())
     return _estimate(

@@ -53,7 +53,8 @@ def compare(engine: Engine, source: Source, config: Config) -> tuple[Figures, Fi
 
 def examine(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) -> list[Figures]:
     """Figures of each arm (adapters on or off); empty ones when there is no held-out image."""
-    images, draw = source.held_out(config.eval.scenes), getattr(source, "scene", None)
+    images = source.held_out(config.eval.scenes)
+    draw = getattr(source, "scene", None)
     if not images:
         return [Figures() for _ in arms]
     scales = best_scales(engine, draw, config, arms) if draw else [None] * len(arms)
@@ -184,7 +185,8 @@ def _gain(before: Figures | None, after: Figures | None, name: str) -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options, console = parse(words, ("adapter", "model", "config", "scenes", "json")), Console()
+    options = parse(words, ("adapter", "model", "config", "scenes", "json"))
+    console = Console()
     if options.help:
         console.say(__doc__)
         return 0

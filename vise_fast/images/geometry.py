@@ -105,7 +105,8 @@ def giou(a, b) -> Tensor:
     """Generalised IoU, -1..1 (Rezatofighi et al., arXiv 1902.09630); -1 when the common hull is
     empty. (..., 4) x2 -> (...).
     """
-    a, b = _double(a), _double(b)
+    a = _double(a)
+    b = _double(b)
     shared, union = _overlap(a, b)
     hull = _area(
         torch.cat(
@@ -124,7 +125,8 @@ def crop_px(
     x0: float, y0: float, crop_width: float, crop_height: float, width: float, height: float
 ) -> Tensor:
     """The rectangle at (x0, y0) enlarged to the whole view. (3, 3)."""
-    fx, fy = width / crop_width, height / crop_height
+    fx = width / crop_width
+    fy = height / crop_height
     return _double([[fx, 0, -x0 * fx], [0, fy, -y0 * fy], [0, 0, 1]])
 
 
@@ -134,8 +136,10 @@ def affine_px(
     """Rotate (positive: counter-clockwise as seen) and scale about the centre, then shift by (dx,
     dy) pixels. (3, 3).
     """
-    c, s = scale * math.cos(math.radians(angle_deg)), scale * math.sin(math.radians(angle_deg))
-    cx, cy = width / 2, height / 2
+    c = scale * math.cos(math.radians(angle_deg))
+    s = scale * math.sin(math.radians(angle_deg))
+    cx = width / 2
+    cy = height / 2
     return _double(
         [[c, s, cx - c * cx - s * cy + dx], [-s, c, cy + s * cx - c * cy + dy], [0, 0, 1]]
     )
@@ -169,11 +173,10 @@ def project_1000(
     corners: hull of the four mapped corners. ellipse: hull of the mapped inscribed ellipse, exact
     for round objects. An affine map keeps the centre, so both hulls are centre -+ reach.
     """
-    matrix, boxes_px = _double(matrix_px), to_px(boxes_1000, height, width)
-    centre, half = (
-        (boxes_px[..., :2] + boxes_px[..., 2:]) / 2,
-        (boxes_px[..., 2:] - boxes_px[..., :2]).abs() / 2,
-    )
+    matrix = _double(matrix_px)
+    boxes_px = to_px(boxes_1000, height, width)
+    centre = (boxes_px[..., :2] + boxes_px[..., 2:]) / 2
+    half = (boxes_px[..., 2:] - boxes_px[..., :2]).abs() / 2
     centre = (matrix[..., :2, :2] * centre.unsqueeze(-2)).sum(-1) + matrix[..., :2, 2]
     reach = _reach(half, matrix, mode)
     boxes = to_1000(torch.cat([centre - reach, centre + reach], dim=-1), height, width)

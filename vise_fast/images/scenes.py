@@ -110,12 +110,15 @@ def mask_box_1000(mask: np.ndarray) -> tuple[float, float, float, float]:
     """Bounds of the true pixels of a bool (H, W) mask as x1, y1, x2, y2 in 0..1000 (outer pixel
     edges); zeros for an empty mask.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    rows = np.flatnonzero(mask.any(1))
+    columns = np.flatnonzero(mask.any(0))
     if not rows.size:
         return (0.0, 0.0, 0.0, 0.0)
     height, width = mask.shape
-    x1, x2 = columns[0] * 1000 / width, (columns[-1] + 1) * 1000 / width
-    y1, y2 = rows[0] * 1000 / height, (rows[-1] + 1) * 1000 / height
+    x1 = columns[0] * 1000 / width
+    x2 = (columns[-1] + 1) * 1000 / width
+    y1 = rows[0] * 1000 / height
+    y2 = (rows[-1] + 1) * 1000 / height
     return (float(x1), float(y1), float(x2), float(y2))
 
 
@@ -193,8 +196,10 @@ def _distance(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.nda
         return np.maximum(np.abs(u), np.abs(v)) - 0.88 * radius
     if shape == "triangle":  # apex up; sides of slope 2 meet the base at +-0.95 radius
         return np.maximum((2 * np.abs(u) - v - radius) / np.sqrt(5), v - 0.9 * radius)
-    arm, half = radius, 0.34 * radius
-    a, b = np.abs(u), np.abs(v)
+    arm = radius
+    half = 0.34 * radius
+    a = np.abs(u)
+    b = np.abs(v)
     return np.minimum(np.maximum(a - arm, b - half), np.maximum(a - half, b - arm))
 
 

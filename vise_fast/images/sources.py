@@ -29,11 +29,49 @@ from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError, DataError
 
 SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pfm",
+    ]
 )
 # pictures of formats that are not read: worth a line, where a .txt beside the photographs is not
 FOREIGN = frozenset(
-    [".heic", ".heif", ".avif", ".jxl", ".jp2", ".ico", ".tga", ".psd", ".eps", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".pcx", ".icns"]
+    [
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".ico",
+        ".tga",
+        ".psd",
+        ".eps",
+        ".svg",
+        ".raw",
+        ".dng",
+        ".cr2",
+        ".nef",
+        ".arw",
+        ".exr",
+        ".hdr",
+        ".pcx",
+        ".icns",
+    ]
 )
 
 
@@ -82,7 +120,8 @@ class Scenes:
                 f"scenes.size {config.scenes.size} does not fit the model's grid; give a multiple "
                 f"of {multiple}"
             )
-        self.settings, self.seed = config.scenes, config.train.seed if seed is None else seed
+        self.settings = config.scenes
+        self.seed = config.train.seed if seed is None else seed
         self.eval = config.eval
 
     def batch(self, step: int, n: int) -> list[Image]:
@@ -126,12 +165,10 @@ class Folder:
     """
 
     def __init__(self, dir: str | Path, config: Config, multiple: int, log: Path | None = None):
-        self.root, self.data, self.seed, self.multiple = (
-            Path(dir).expanduser(),
-            config.data,
-            config.train.seed,
-            multiple,
-        )
+        self.root = Path(dir).expanduser()
+        self.data = config.data
+        self.seed = config.train.seed
+        self.multiple = multiple
         self.bad: dict[str, str] = {}
         self.log = Path(config.run.dir) / "bad_images.jsonl" if log is None else log
         self._logged = (
@@ -190,7 +227,8 @@ class Folder:
     def _scan(self) -> None:
         """Lists the folder and reads every header; splits what is usable into `train` and `held`."""
         _refuse_folder(self.root)
-        names, self.ignored = [], 0
+        names = []
+        self.ignored = 0
         for path in _walk(self.root, self._skip):
             name = path.relative_to(self.root).as_posix()
             self.ignored += _irrelevant(path)
@@ -347,11 +385,13 @@ def _refuse_folder(root: Path) -> None:
 
 def _walk(root: Path, skip: Callable[[str, str], None]) -> Iterator[Path]:
     """Every regular file below `root`, links followed, each folder once; pipes, devices and dead links go to `skip(name, reason)`."""
-    todo, seen = [root], set()
+    todo = [root]
+    seen = set()
     while todo:
         folder = todo.pop()
         try:
-            status, children = folder.stat(), sorted(folder.iterdir())
+            status = folder.stat()
+            children = sorted(folder.iterdir())
         except OSError as fault:
             skip(folder.relative_to(root).as_posix(), f"cannot be listed: {fault.strerror}")
             continue

@@ -61,7 +61,8 @@ def draw_view(rng: np.random.Generator, height: int, width: int, settings: ViewC
         x0, y0 = rng.uniform(0, 1, 2) * (1 - ratio) * (width, height)
         return View(kind, geometry.crop_px(x0, y0, ratio * width, ratio * height, width, height))
     reach = settings.shift_px * length_scale(height, width, settings.literal_pixels)
-    angle, scale = rng.uniform(-settings.degrees, settings.degrees), rng.uniform(*settings.scale)
+    angle = rng.uniform(-settings.degrees, settings.degrees)
+    scale = rng.uniform(*settings.scale)
     dx, dy = rng.uniform(-reach, reach, 2)
     return View(kind, geometry.affine_px(angle, scale, dx, dy, width, height))
 
@@ -209,9 +210,12 @@ def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
     `box`; they do not overlap.
     """
     x1, y1, x2, y2 = box
-    w, h = x2 - x1, y2 - y1
-    right, bottom = 1000 - w, 1000 - h
-    left_edge, right_edge = max(0.0, x1 - w), min(right, x2)
+    w = x2 - x1
+    h = y2 - y1
+    right = 1000 - w
+    bottom = 1000 - h
+    left_edge = max(0.0, x1 - w)
+    right_edge = min(right, x2)
     spots = [
         (0.0, x1 - w, 0.0, bottom),
         (x2, right, 0.0, bottom),
@@ -230,7 +234,8 @@ def control_box(
     other.
     """
     box = tuple(geometry.clean_1000(box_1000).tolist())
-    w, h = box[2] - box[0], box[3] - box[1]
+    w = box[2] - box[0]
+    h = box[3] - box[1]
     free = _free_spots(box)
     spots = free or [(0.0, 1000 - w, 0.0, 1000 - h)]
     weights = np.array(
@@ -240,5 +245,6 @@ def control_box(
         ]
     )
     x_low, x_high, y_low, y_high = spots[rng.choice(len(spots), p=weights / weights.sum())]
-    x, y = rng.uniform(x_low, x_high), rng.uniform(y_low, y_high)
+    x = rng.uniform(x_low, x_high)
+    y = rng.uniform(y_low, y_high)
     return (x, y, x + w, y + h), "far" if free else "random"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vise_fast.images import geometry
 
-SIGMA_PX, RADIUS_PX = 25.0, 25
+SIGMA_PX = 25.0
+RADIUS_PX = 25
 
 
 def project(boxes_1000, matrix_px: Tensor) -> Tensor:

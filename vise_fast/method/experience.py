@@ -73,16 +73,12 @@ def play(
     engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None
 ) -> Played:
     """Ask, ground on images and views in one batch, then verify images and ghosts."""
-    count, samples, many, limits = (
-        len(images),
-        config.rollout.samples,
-        config.rollout.views,
-        config.rollout,
-    )
-    pixels, originals = (
-        [image.pixels.to(engine.device, non_blocking=True) for image in images],
-        list(range(len(images))),
-    )
+    count = len(images)
+    samples = config.rollout.samples
+    many = config.rollout.views
+    limits = config.rollout
+    pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
+    originals = list(range(len(images)))
     phase = engine.clock.phase
     with phase("views"):
         drawn = [
@@ -185,7 +181,8 @@ def prefixes_of(
     if config.rollout.regrounder == "policy":
         everything = engine.prefill(features, adapters=True, **kept)
         return everything, everything
-    originals, moved = list(range(count)), list(range(count, len(features)))
+    originals = list(range(count))
+    moved = list(range(count, len(features)))
     return engine.prefill(features.select(originals), adapters=True, **kept), engine.prefill(
         features.select(moved), adapters=False
     )
@@ -214,16 +211,15 @@ def _ground(
 
     One batch where one player samples both alike; the views' answers then follow the samples'.
     """
-    limits, count, total = config.rollout, len(queries), len(queries) + len(view_queries)
-    fan, seeds = (
-        [limits.samples] * count,
-        draws.keys("ground", count * limits.samples, limits.samples),
-    )
-    there, view_seeds = (
-        [1] * len(view_queries),
-        draws.keys("reground", len(view_queries), limits.views),
-    )
-    rows, tokens = count * limits.samples, limits.box_tokens
+    limits = config.rollout
+    count = len(queries)
+    total = len(queries) + len(view_queries)
+    fan = [limits.samples] * count
+    seeds = draws.keys("ground", count * limits.samples, limits.samples)
+    there = [1] * len(view_queries)
+    view_seeds = draws.keys("reground", len(view_queries), limits.views)
+    rows = count * limits.samples
+    tokens = limits.box_tokens
     trained = len(prefixes.trained) if shares_forward(engine, config) else 0
     if elsewhere is prefixes and limits.view_temperature == limits.temperature:
         texts = queries + view_queries
@@ -308,7 +304,9 @@ def _before_ghosts(
     config: Config,
 ) -> dict:
     """Evidence known before the ghosts, one row per sampled box, image-major."""
-    count, samples, many = len(pixels), config.rollout.samples, config.rollout.views
+    count = len(pixels)
+    samples = config.rollout.samples
+    many = config.rollout.views
     rows = count * samples
     spread = lambda x: x.repeat_interleave(samples, 0)
     sizes = torch.tensor([image.shape[:2] for image in pixels])
@@ -355,7 +353,8 @@ def _judge_ghosts(
 
     Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that do not read the answer: zeros.
     """
-    reward, samples = config.reward, known["group_size"]
+    reward = config.reward
+    samples = known["group_size"]
     judged = (
         known["readable"]
         & geometry.proper(known["box_1000"])

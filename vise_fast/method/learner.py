@@ -38,7 +38,9 @@ class Learner:
     """Turns played slices into one optimizer step on the LoRA masters."""
 
     def __init__(self, policy: Policy, engine: Engine, config: Config) -> None:
-        self.policy, self.engine, self.config = policy, engine, config
+        self.policy = policy
+        self.engine = engine
+        self.config = config
         self.parameters = policy.parameters()
         self.optimizer = make_optimizer(list(self.parameters.values()), config)
         update = config.update
@@ -62,7 +64,8 @@ class Learner:
             played.rewards = part
         targets, metrics = self._targets(slices, evidence, scores)
         self.optimizer.zero_grad(set_to_none=True)
-        samples, scored = len(scores.reward), max(sum(int(t.scored.sum()) for t in targets), 1)
+        samples = len(scores.reward)
+        scored = max(sum(int(t.scored.sum()) for t in targets), 1)
         with self.engine.clock.phase("update"):
             sums = [
                 self._backward(played, target, samples)
@@ -92,11 +95,9 @@ class Learner:
         self, slices: list[Played], evidence: rewards.Evidence, scores: rewards.Scores
     ) -> tuple[list[Targets], dict[str, float]]:
         """Advantages of all samples, and of the views where they are trained too, cut along the slices."""
-        update, group, many = (
-            self.config.update,
-            self.config.rollout.samples,
-            self.config.rollout.views,
-        )
+        update = self.config.update
+        group = self.config.rollout.samples
+        many = self.config.rollout.views
         reward = scores.reward
         if update.kl == "k1_reward":
             reward = torch.cat(
@@ -119,12 +120,11 @@ class Learner:
         )
         scored = scores.carries & alive.repeat_interleave(group)
         view_advantage, view_scored = self._view_targets(scores, group, many)
-        targets, image = [], 0
+        targets = []
+        image = 0
         for played in slices:
-            rows, extra = (
-                slice(image * group, (image + len(played.images)) * group),
-                slice(image * many, (image + len(played.images)) * many),
-            )
+            rows = slice(image * group, (image + len(played.images)) * group)
+            extra = slice(image * many, (image + len(played.images)) * many)
             targets.append(
                 Targets(
                     torch.cat([advantage[rows], view_advantage[extra]]),
@@ -163,7 +163,8 @@ class Learner:
         self, played: Played, chosen: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Log-prob, reference log-prob and exact KL of every scored token of the chosen answers, packed (tokens,), and tokens per answer."""
-        engine, boxes = self.engine, played.boxes
+        engine = self.engine
+        boxes = played.boxes
         images = sorted({boxes.owner[n] for n in chosen})
         owner = [images.index(boxes.owner[n]) for n in chosen]
         args = (

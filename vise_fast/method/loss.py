@@ -148,10 +148,12 @@ def advantages(
     For the group kinds, groups whose carrying rewards are all equal get exactly 0 and are counted
     in `zero_variance` (share of groups with any).
     """
-    carries, values = carries.view(-1, group_size), rewards.double().view(-1, group_size)
+    carries = carries.view(-1, group_size)
+    values = rewards.double().view(-1, group_size)
     values = values.masked_fill(~carries, 0)
     mean = float(values.sum() / carries.sum().clamp_min(1))
-    flat, alive = _spread(values, carries) <= SAME, carries.any(1, keepdim=True)
+    flat = _spread(values, carries) <= SAME
+    alive = carries.any(1, keepdim=True)
     if kind == "ema":
         result = values - (mean if baseline is None or baseline.value is None else baseline.value)
     else:

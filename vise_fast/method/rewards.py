@@ -104,10 +104,8 @@ class Evidence:
 
     def _check_probabilities(self):
         for name in ("seen", "gone", "control", "keep"):
-            p, asked = (
-                getattr(self, name),
-                self.readable & self.query_readable if name == "seen" else _judged(self),
-            )
+            p = getattr(self, name)
+            asked = self.readable & self.query_readable if name == "seen" else _judged(self)
             if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
                 raise NumericFault(
                     f"p({name}) is not within 0..1; the judge's logits are not finite; lower the "
@@ -228,7 +226,8 @@ def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
     """R_geo of every view, (N, K): (GIoU(projected box, view's box) + 1) / 2; 0 without two
     readable boxes that have area.
     """
-    e, boxes = evidence, geometry.clean_1000(evidence.box_1000)[:, None]
+    e = evidence
+    boxes = geometry.clean_1000(evidence.box_1000)[:, None]
     answers = geometry.clean_1000(e.view_box_1000)
     if config.preset == "as_released":
         value = as_released.r_geo(boxes, answers, e.matrix_px)
@@ -264,7 +263,8 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
     usable = evidence.view_usable
     count = usable.sum(1)
     mean = (agreements * usable).sum(1) / count.clamp_min(1)
-    placed, viewed = _placed(evidence), count > 0
+    placed = _placed(evidence)
+    viewed = count > 0
     neutral, any_measured = evidence.group_mean(mean, of=placed & viewed)
     return torch.where(placed & ~viewed, neutral, mean), ~placed | viewed | any_measured
 
@@ -441,7 +441,8 @@ def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
     The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers
     that an edit *elsewhere* changes, which is the figure `changed_elsewhere` here.
     """
-    before, after = seen >= 0.5, gone >= 0.5
+    before = seen >= 0.5
+    after = gone >= 0.5
     cells = {
         "TU": before & ~after,
         "IG": ~before & after,
@@ -456,13 +457,12 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
 
     Shares are 0..1 of the rows named in the comment.
     """
-    e, asked, placed, judged = (
-        evidence,
-        evidence.query_readable,
-        _placed(evidence),
-        _judged(evidence),
-    )
-    boxes, area = e.readable & asked, geometry.area_share(e.box_1000)
+    e = evidence
+    asked = evidence.query_readable
+    placed = _placed(evidence)
+    judged = _judged(evidence)
+    boxes = e.readable & asked
+    area = geometry.area_share(e.box_1000)
     views = boxes[:, None].expand_as(e.view_usable)
     metrics = {
         "reward": _mean(reward, carries),

@@ -38,7 +38,9 @@ class Grid:
         for entry in owner:
             slots.append((entry, counts[entry]))
             counts[entry] += 1
-        self.rows, self.entries, self.fan = len(owner), entries, max(counts)
+        self.rows = len(owner)
+        self.entries = entries
+        self.fan = max(counts)
         self.uniform = (
             all(entry * self.fan + rank == row for row, (entry, rank) in enumerate(slots))
             and self.rows == entries * self.fan
@@ -144,7 +146,8 @@ def _part_output(part: Part, q: Tensor, scale: float) -> Tensor:
 
 
 def _folded_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    folded, bias = _fold(part, q), part.key_bias()
+    folded = _fold(part, q)
+    bias = part.key_bias()
     return kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
 
 
@@ -154,14 +157,17 @@ def _part_backward(
     """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and
     log-sum-exp.
     """
-    folded, bias, banks = _fold(part, q), part.key_bias(), _banks(part, q.shape[2])
+    folded = _fold(part, q)
+    bias = part.key_bias()
+    banks = _banks(part, q.shape[2])
     merged = _fold(part, out), _fold(part, lse[..., None])[..., 0]
     dq, dk, dv = kernel(folded, bias).backward(
         _fold(part, grad), folded, *banks, *merged, bias, part.causal, scale
     )
     kv = part.keys.shape[1]
     if dk.shape[1] != kv:
-        dk, dv = dk.unflatten(1, (kv, -1)).sum(2), dv.unflatten(1, (kv, -1)).sum(2)
+        dk = dk.unflatten(1, (kv, -1)).sum(2)
+        dv = dv.unflatten(1, (kv, -1)).sum(2)
     return _unfold(part, dq, q.shape[1]), dk, dv
 
 
@@ -212,13 +218,15 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q: Tensor, scale: float, parts: list[Part], *banks: Tensor) -> Tensor:
         out, lse = _forward(q, parts, scale)
         ctx.save_for_backward(q, out, lse, *banks)
-        ctx.scale, ctx.shapes = scale, [(p.lengths, p.grid, p.causal, p.bias) for p in parts]
+        ctx.scale = scale
+        ctx.shapes = [(p.lengths, p.grid, p.causal, p.bias) for p in parts]
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, out, lse, *banks = ctx.saved_tensors
-        dq, dbanks = None, []
+        dq = None
+        dbanks = []
         for i, shape in enumerate(ctx.shapes):
             part = Part(banks[2 * i], banks[2 * i + 1], *shape)
             dq_part, dk, dv = _part_backward(part, grad, q, out, lse, ctx.scale)
@@ -246,12 +254,16 @@ def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     """The same with each row's keys copied out, scores in full and one softmax over all parts (fp32
     scores).
     """
-    heads, scores, values = q.shape[2], [], []
+    heads = q.shape[2]
+    scores = []
+    values = []
     for part in parts:
-        keys, bank = part.keys, part.values
+        keys = part.keys
+        bank = part.values
         bias = part.key_bias()
         if part.grid is not None:
-            keys, bank = keys[part.grid.owner], bank[part.grid.owner]
+            keys = keys[part.grid.owner]
+            bank = bank[part.grid.owner]
             bias = bias if bias is None else bias[part.grid.owner]
         keys = keys.repeat_interleave(heads // keys.shape[1], 1)
         score = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale

@@ -192,7 +192,8 @@ def _load_base(
         with torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
         return quantise.random_model(shell, config, device)
-    source, bits = resolve(config.model.path), quantise.settings(config, dtype)
+    source = resolve(config.model.path)
+    bits = quantise.settings(config, dtype)
     place = {} if device.type == "cpu" and bits is None else {"device_map": {"": device}}
     try:
         return AutoModelForImageTextToText.from_pretrained(
@@ -268,7 +269,8 @@ def check_adapter_fits(directory: Path, base: nn.Module) -> None:
     with safe_open(path, "pt") as file:
         for key in file.keys():
             module, factor = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
-            got, want = tuple(file.get_slice(key).get_shape()), shapes.get(module)
+            got = tuple(file.get_slice(key).get_shape())
+            want = shapes.get(module)
             fits = want is not None and got == (
                 (rank, want[1]) if factor.startswith("A") else (want[0], rank)
             )

@@ -163,7 +163,8 @@ class FusedLinear:
         """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and
         grad (n, sum of outs).
         """
-        rank, high = down.shape[0] // len(self.modules), F.linear(x, down)
+        rank = down.shape[0] // len(self.modules)
+        high = F.linear(x, down)
         dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
         downs = list((low.T @ x).to(dtype).split(rank))
         ups = [
@@ -200,13 +201,17 @@ class _Adapted(torch.autograd.Function):
         ctx, x: Tensor, linear: FusedLinear, pack: Pack, before: Before | None, *masters: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.linear, ctx.pack, ctx.before = linear, pack, before
+        ctx.linear = linear
+        ctx.pack = pack
+        ctx.before = before
         return linear._product(x if before is None else before(x), pack)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (x,), pack, linear = ctx.saved_tensors, ctx.pack, ctx.linear
+        (x,) = ctx.saved_tensors
+        pack = ctx.pack
+        linear = ctx.linear
         low = pack.lower(grad)
         factors = linear._factor_gradients(
             x if ctx.before is None else ctx.before(x), low, grad, pack.down

@@ -86,7 +86,9 @@ def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.M
 
 def quantised(linear: nn.Linear, config: Config) -> nn.Module:
     """A bitsandbytes linear holding the weights of `linear`, on its device."""
-    library, weight, bias = bitsandbytes(), linear.weight.data, linear.bias
+    library = bitsandbytes()
+    weight = linear.weight.data
+    bias = linear.bias
     shape = (linear.in_features, linear.out_features, bias is not None)
     if config.model.quant == "int8":
         new = library.nn.Linear8bitLt(

@@ -54,7 +54,8 @@ class Features:
         """The features of some images, in that order."""
         if images == list(range(len(self.grids))):
             return self
-        starts, total = [], 0
+        starts = []
+        total = 0
         for rows, columns in self.grids:
             starts.append((total, rows * columns))
             total += rows * columns
@@ -139,7 +140,8 @@ class Segment:
         """A copy of some rows, each followed by the same row of `later` and by `room` empty tokens."""
 
         def bank(first: Tensor, second: Tensor) -> Tensor:
-            (count, heads, tokens, dim), before = second.shape, first.shape[2]
+            (count, heads, tokens, dim) = second.shape
+            before = first.shape[2]
             whole = second.new_empty(count, heads, before + tokens + room, dim)
             whole[:, :, :before], whole[:, :, before : before + tokens] = first[rows], second
             return whole
@@ -162,7 +164,9 @@ class Ragged:
 
     def __init__(self, lengths: list[int], device: torch.device | str) -> None:
         self.device = device
-        self.lengths, self.longest, self.count = lengths, max(lengths), sum(lengths)
+        self.lengths = lengths
+        self.longest = max(lengths)
+        self.count = sum(lengths)
         self.uniform = min(lengths) == self.longest
         self.valid = None if self.uniform else torch.tensor(lengths, device=device)
         if not self.uniform:
@@ -215,24 +219,20 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = core.config
-        self.visual, self.text, self.head = (
-            core.model.visual,
-            core.model.language_model,
-            core.lm_head,
-        )
-        text, vision = core.config.text_config, core.config.vision_config
-        self.heads, self.kv_heads, self.head_dim = (
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            text.head_dim,
-        )
+        self.visual = core.model.visual
+        self.text = core.model.language_model
+        self.head = core.lm_head
+        text = core.config.text_config
+        vision = core.config.vision_config
+        self.heads = text.num_attention_heads
+        self.kv_heads = text.num_key_value_heads
+        self.head_dim = text.head_dim
         self.attend = attend
-        self.eps, self.scale = text.rms_norm_eps, text.head_dim**-0.5
-        self.patch, self.merge_size, self.temporal = (
-            vision.patch_size,
-            vision.spatial_merge_size,
-            vision.temporal_patch_size,
-        )
+        self.eps = text.rms_norm_eps
+        self.scale = text.head_dim**-0.5
+        self.patch = vision.patch_size
+        self.merge_size = vision.spatial_merge_size
+        self.temporal = vision.temporal_patch_size
         self.sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
         self.tanh_gelu = vision.hidden_act == "gelu_pytorch_tanh"
         self.dtype = self.text.embed_tokens.weight.dtype
@@ -311,8 +311,10 @@ class Backbone:
         tables = [self._grid(grid) for grid in grids]
         x = F.linear(patches, self.patch_weight, self.patch_bias)
         x = x + torch.cat([t[0] for t in tables])
-        cos, sin = torch.cat([t[1] for t in tables]), torch.cat([t[2] for t in tables])
-        runs, taps = _runs([rows * columns for rows, columns in grids]), []
+        cos = torch.cat([t[1] for t in tables])
+        sin = torch.cat([t[2] for t in tables])
+        runs = _runs([rows * columns for rows, columns in grids])
+        taps = []
         for index, block in enumerate(self.visual.blocks):
             x = x + self._vision_attention(block.attn, block.norm1(x), cos, sin, runs)
             x = x + self._vision_mlp(block.mlp, block.norm2(x))
@@ -324,7 +326,8 @@ class Backbone:
         self, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int, int]]
     ) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
-        qk, v = _rotate(qkv[:, :2], cos[:, None, None], sin[:, None, None]), qkv[:, 2]
+        qk = _rotate(qkv[:, :2], cos[:, None, None], sin[:, None, None])
+        v = qkv[:, 2]
         outs = []
         for start, images, size in runs:
             stop = start + images * size
@@ -409,9 +412,13 @@ class Backbone:
     def _layer(
         self, index: int, x: Tensor, cos: Tensor, sin: Tensor, levels: list[Level], packs
     ) -> tuple:
-        layer, final = self.layers[index], index + 1 == len(self.layers)
+        layer = self.layers[index]
+        final = index + 1 == len(self.layers)
         q, k, v = self._qkv(layer, x, cos, sin, packs[0])
-        sizes, outs, kept, banks = [level.rag.count for level in levels], [], [], []
+        sizes = [level.rag.count for level in levels]
+        outs = []
+        kept = []
+        banks = []
         for level, x_, q_, k_, v_ in zip(
             levels, x.split(sizes), q.split(sizes), k.split(sizes), v.split(sizes), strict=True
         ):
@@ -503,12 +510,11 @@ class _Layer:
     """One decoder layer's tensors: linears = [qkv, o, gate+up, down]."""
 
     def __init__(self, layer: nn.Module) -> None:
-        attn, mlp = layer.self_attn, layer.mlp
+        attn = layer.self_attn
+        mlp = layer.mlp
         eps = attn.config.rms_norm_eps
-        self.norm1, self.norm2 = (
-            Norm(layer.input_layernorm.weight, eps),
-            Norm(layer.post_attention_layernorm.weight, eps),
-        )
+        self.norm1 = Norm(layer.input_layernorm.weight, eps)
+        self.norm2 = Norm(layer.post_attention_layernorm.weight, eps)
         qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
         self.linears = [
             qkv,
@@ -523,11 +529,9 @@ class _Merger:
     """A patch merger: norm (before or after the 2x2 shuffle), two linears with GELU between."""
 
     def __init__(self, merger: nn.Module) -> None:
-        self.norm, self.width, self.postshuffle = (
-            merger.norm,
-            merger.hidden_size,
-            merger.use_postshuffle_norm,
-        )
+        self.norm = merger.norm
+        self.width = merger.hidden_size
+        self.postshuffle = merger.use_postshuffle_norm
         self.linears = [FusedLinear([merger.linear_fc1]), FusedLinear([merger.linear_fc2])]
 
     def __call__(self, x: Tensor, packs: list[Pack | None]) -> Tensor:
@@ -569,11 +573,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin; without gradients."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     out = wide * cos
-    (left, right), (low, high), (before, after) = (
-        wide.chunk(2, -1),
-        out.chunk(2, -1),
-        sin.chunk(2, -1),
-    )
+    (left, right) = wide.chunk(2, -1)
+    (low, high) = out.chunk(2, -1)
+    (before, after) = sin.chunk(2, -1)
     low.addcmul_(right, before, value=-1)
     high.addcmul_(left, after)
     return out.to(x.dtype)
@@ -583,21 +585,25 @@ def _slices(
     patches: Tensor, grids: list[tuple[int, int]], most: int
 ) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
     """Neighbouring images of at most `most` patches together (or one larger one): their patches and grids."""
-    start, first = 0, 0
+    start = 0
+    first = 0
     while first < len(grids):
-        stop, size = first, 0
+        stop = first
+        size = 0
         while stop < len(grids) and (
             stop == first or size + grids[stop][0] * grids[stop][1] <= most
         ):
             size += grids[stop][0] * grids[stop][1]
             stop += 1
         yield patches[start : start + size], grids[first:stop]
-        start, first = start + size, stop
+        start = start + size
+        first = stop
 
 
 def _runs(sizes: list[int]) -> list[tuple[int, int, int]]:
     """Neighbours of equal size as (first token, images, size): each run is one batched attention."""
-    runs, start = [], 0
+    runs = []
+    start = 0
     for size in sizes:
         if runs and runs[-1][2] == size:
             runs[-1] = (runs[-1][0], runs[-1][1] + 1, size)
@@ -626,9 +632,12 @@ def _bilinear(
     """The learned side×side position table sampled at a rows×columns grid (corners aligned), for the given patches."""
     y = torch.linspace(0, side - 1, grid[0], device=table.device)[rows]
     x = torch.linspace(0, side - 1, grid[1], device=table.device)[columns]
-    y0, x0 = y.long(), x.long()
-    y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
-    dy, dx = (y - y0)[:, None], (x - x0)[:, None]
+    y0 = y.long()
+    x0 = x.long()
+    y1 = (y0 + 1).clamp(max=side - 1)
+    x1 = (x0 + 1).clamp(max=side - 1)
+    dy = (y - y0)[:, None]
+    dx = (x - x0)[:, None]
     top = table[y0 * side + x0] * (1 - dx) + table[y0 * side + x1] * dx
     bottom = table[y1 * side + x0] * (1 - dx) + table[y1 * side + x1] * dx
     return top * (1 - dy) + bottom * dy

@@ -148,7 +148,8 @@ def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
     """
     net.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
-    pad, eos = VOCABULARY.index("<|endoftext|>"), VOCABULARY.index("<|im_end|>")
+    pad = VOCABULARY.index("<|endoftext|>")
+    eos = VOCABULARY.index("<|im_end|>")
     _write(
         directory / "generation_config.json",
         {"do_sample": False, "eos_token_id": eos, "pad_token_id": pad},

@@ -69,7 +69,8 @@ class Pupil:
         )
 
     def _step(self, past: list, ids: Tensor, at: int):
-        length, before = ids.shape[1], past[0][0].shape[2]
+        length = ids.shape[1]
+        before = past[0][0].shape[2]
         rope = forward.text_rope((at + torch.arange(length)).expand(3, -1))
         x = forward.embed(self.weights, ids)
         hidden, new = forward.text(
@@ -178,11 +179,10 @@ def _visibility_questions(rng: np.random.Generator, scene: scenes.Scene):
             thing.name,
             True,
         )
-        width, height = x2 - x1, y2 - y1
-        x, y = (
-            int(rng.integers(0, lessons.SIDE - width + 1)),
-            int(rng.integers(0, lessons.SIDE - height + 1)),
-        )
+        width = x2 - x1
+        height = y2 - y1
+        x = int(rng.integers(0, lessons.SIDE - width + 1))
+        y = int(rng.integers(0, lessons.SIDE - height + 1))
         mine = scene.owner == target
         if mine[y : y + height, x : x + width].sum() <= 0.1 * mine.sum():
             yield (

@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GRID, HEADS, KV_HEADS, DIM, DEPTH, LAYERS = 16, 4, 2, 32, 4, 4
+GRID = 16
+HEADS = 4
+KV_HEADS = 2
+DIM = 32
+DEPTH = 4
+LAYERS = 4
 DEEPSTACK_AFTER = 1  # vision block whose output feeds the deepstack merger
 IMAGE_START = 3  # position of the first image token: <|im_start|> user <|vision_start|>
 IMAGE_TOKENS = (GRID // 2) ** 2
@@ -194,12 +199,14 @@ def _text_attention(weights: Weights, root: str, x: Tensor, rope: Rope, bias: Te
         _linear(weights, root + "k_proj", x).view(batch, length, KV_HEADS, DIM),
     )
     v = _linear(weights, root + "v_proj", x).view(batch, length, KV_HEADS, DIM).transpose(1, 2)
-    q, k = rope(q).transpose(1, 2), rope(k).transpose(1, 2)
+    q = rope(q).transpose(1, 2)
+    k = rope(k).transpose(1, 2)
     pair = (k, v)
     if past is not None:
         k, v = (torch.cat([old, new], 2) for old, new in zip(past, pair))
     share = HEADS // KV_HEADS
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    k = k.repeat_interleave(share, 1)
+    v = v.repeat_interleave(share, 1)
     mixed = _attend(q, k, v, bias)
     return _linear(
         weights, root + "o_proj", mixed.transpose(1, 2).reshape(batch, length, width)

@@ -31,18 +31,16 @@ LENGTH = {
     kind: QUESTION[kind] + ANSWER[kind] - 1 for kind in QUESTION
 }  # the last token is predicted, never read
 DIGITS = (1.0, 0.4, 0.4)  # loss weight of hundreds, tens, ones
-WORD, VERDICT, REST = (
-    2.0,
-    4.0,
-    0.3,
-)  # loss weights of colour and shape words, yes/no, everything else
-SIGMA_PX, RADIUS_PX = 25 * 128 / 480, 20  # the trainer's ghost at 128 px
+WORD = 2.0
+VERDICT = 4.0
+REST = 0.3  # loss weights of colour and shape words, yes/no, everything else
+SIGMA_PX = 25 * 128 / 480
+RADIUS_PX = 20  # the trainer's ghost at 128 px
 GHOSTED = 0.4  # share of the images
-VISIBLE, HIDDEN = (
-    0.5,
-    0.25,
-)  # shown share from which an object is visible, below which it is not; between them nobody asks
-SIDE, CELLS = 128, 8
+VISIBLE = 0.5
+HIDDEN = 0.25  # shown share from which an object is visible, below which it is not; between them nobody asks
+SIDE = 128
+CELLS = 8
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,10 @@ def _ghost_plan(
     x1, y1, x2, y2 = (
         np.array(scene.objects[int(rng.integers(len(scene.objects)))].box_1000) * SIDE / 1000
     )
-    x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+    x = (x1 + x2) / 2
+    y = (y1 + y2) / 2
+    width = x2 - x1
+    height = y2 - y1
     scale, drift = {
         "cover": ((0.85, 1.7), 0.08),
         "part": ((0.4, 1.0), 0.4),
@@ -259,7 +260,8 @@ def _cells(scene: scenes.Scene, owner: np.ndarray, shown: np.ndarray):
     """Truth per visual token: colour (8 = ground), shape, box in 0..1, and whether that box is
     still whole.
     """
-    step, count = SIDE // CELLS, len(scene.objects)
+    step = SIDE // CELLS
+    count = len(scene.objects)
     blocks = (
         owner.reshape(CELLS, step, CELLS, step).transpose(0, 2, 1, 3).reshape(CELLS * CELLS, -1)
     )

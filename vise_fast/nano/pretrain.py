@@ -57,7 +57,9 @@ class Lessons(IterableDataset):
     """Endless batches of one phase, from `start` on; each is a function of (seed, phase, index)."""
 
     def __init__(self, phase: Phase, seed: int, start: int):
-        self.phase, self.seed, self.start = phase, seed, start
+        self.phase = phase
+        self.seed = seed
+        self.start = start
 
     def __iter__(self):
         index = self.start
@@ -104,7 +106,8 @@ class Course(nn.Module):
         )
         self.dtype = dtype
         positions, self.bias, self.answers = slots()
-        self.text_rope, self.vision_rope = forward.text_rope(positions), forward.vision_rope()
+        self.text_rope = forward.text_rope(positions)
+        self.vision_rope = forward.vision_rope()
         self.register_buffer(
             "prefix",
             torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX]),
@@ -147,7 +150,8 @@ class Course(nn.Module):
         targets: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        start, end = forward.IMAGE_START, forward.IMAGE_START + forward.IMAGE_TOKENS
+        start = forward.IMAGE_START
+        end = forward.IMAGE_START + forward.IMAGE_TOKENS
         told = forward.embed(cast, torch.cat([self.prefix.expand(len(ids), -1), ids], 1))
         x = torch.cat([told[:, :start], main, told[:, end:]], 1)
         hidden, _ = forward.text(cast, x, self.text_rope, self.bias.to(self.dtype), deep)
@@ -211,7 +215,8 @@ class Run:
     """One pretraining run in a directory: clock, log, checkpoints."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, Path(args.out)
+        self.args = args
+        self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.net = blank.model(args.seed)
         self.course = Course(self.net)

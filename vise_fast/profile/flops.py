@@ -60,7 +60,9 @@ class Clock:
 
         now: anything that only grows; a counter of FLOPs or launches in place of seconds splits those by phase.
         """
-        self.device, self.fenced, self.now = device, fenced, now
+        self.device = device
+        self.fenced = fenced
+        self.now = now
         self.seconds: dict[str, float] = {}
         self._inside = False
 
@@ -87,7 +89,8 @@ class Clock:
         return timed
 
     def take(self) -> dict[str, float]:
-        taken, self.seconds = self.seconds, {}
+        taken = self.seconds
+        self.seconds = {}
         return taken
 
     def _now(self) -> float:
@@ -131,7 +134,8 @@ aten = torch.ops.aten
 
 def _pairs(query, key, causal: bool) -> int:
     """(query, key) pairs of one head; the causal kernel skips what lies above the diagonal."""
-    queries, keys = query.shape[2], key.shape[2]
+    queries = query.shape[2]
+    keys = key.shape[2]
     seen = min(queries, keys)
     return seen * (seen + 1) // 2 + max(0, queries - keys) * keys if causal else queries * keys
 
@@ -262,7 +266,8 @@ class Shapes:
     @classmethod
     def of(cls, config, rank: int) -> Shapes:
         """From a transformers config; `rank` of the LoRA on every target, 0 without."""
-        t, v = config.text_config, config.vision_config
+        t = config.text_config
+        v = config.vision_config
         return cls(
             t.hidden_size,
             t.num_hidden_layers,
@@ -282,12 +287,10 @@ class Shapes:
 
     def _decoder(self) -> list[tuple[int, int]]:
         """(in, out) of one layer's projections: q, k, v, o, gate, up, down."""
-        q, kv, e, m = (
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-            self.hidden,
-            self.mlp,
-        )
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
+        e = self.hidden
+        m = self.mlp
         return [(e, q), (e, kv), (e, kv), (q, e), (e, m), (e, m), (m, e)]
 
     def _merger(self) -> list[tuple[int, int]]:
@@ -345,7 +348,8 @@ def forward_flops(
     """`tokens` consecutive tokens through the decoder, the first of which sees `seen` earlier ones; forward, or backward alone."""
     lora = s.decoder_lora() if adapters else 0
     pairs = tokens * seen + tokens * (tokens + 1) / 2
-    products, attention = 2.0 * tokens * (s.decoder_weights() + lora), attention_flops(s, pairs)
+    products = 2.0 * tokens * (s.decoder_weights() + lora)
+    attention = attention_flops(s, pairs)
     return products + 2.0 * tokens * lora + 2 * attention if backward else products + attention
 
 
@@ -358,7 +362,8 @@ def merge_flops(s: Shapes, patches: int, adapters: bool, backward: bool = False)
         # only of its LoRA factors.
         wide = s.width * s.merge**2
         first = (1 + s.taps) * (wide * wide + s.rank * wide)
-        frozen, lora = frozen - first, 2 * lora
+        frozen = frozen - first
+        lora = 2 * lora
     return 2.0 * patches / s.merge**2 * (frozen + lora)
 
 
@@ -376,10 +381,8 @@ def minimal_step(s: Shapes, p: Plan) -> dict[str, float]:
     patches = p.height // s.patch * (p.width // s.patch)
     prefix = p.before + patches // s.merge**2 + p.after
     prompted = prefix + p.ground
-    policy_images, reference_images = (
-        1 + p.views + p.ghosts * p.policy_judges,
-        0 if p.policy_judges else 1 + p.ghosts,
-    )
+    policy_images = 1 + p.views + p.ghosts * p.policy_judges
+    reference_images = 0 if p.policy_judges else 1 + p.ghosts
     boxes = p.samples + p.views
     verdicts = 1 + p.ghosts
     merged = policy_images * merge_flops(s, patches, True) + reference_images * merge_flops(

@@ -44,7 +44,8 @@ class Alarms:
         return said
 
     def _said(self) -> dict[str, str | None]:
-        a, first = self.averages, max(self.first_area or 0.0, 1e-6)
+        a = self.averages
+        first = max(self.first_area or 0.0, 1e-6)
         rules = {
             "area": (
                 a["area"] > GROWTH * first,
@@ -83,9 +84,7 @@ class Alarms:
         }
 
     def load(self, state: dict) -> None:
-        self.averages, self.first_area, self.seen, self.since = (
-            state["averages"],
-            state["first_area"],
-            state["seen"],
-            state["since"],
-        )
+        self.averages = state["averages"]
+        self.first_area = state["first_area"]
+        self.seen = state["seen"]
+        self.since = state["since"]

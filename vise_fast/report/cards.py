@@ -96,7 +96,8 @@ def cards(record: Record) -> list[tuple[str, list[Card]]]:
 
 def _card(record: Record, sample: dict[str, Any]) -> Card:
     image = _pixels(record.directory, sample["image"])
-    boxes, readable = np.array(sample["boxes_1000"], float).reshape(-1, 4), sample["readable"]
+    boxes = np.array(sample["boxes_1000"], float).reshape(-1, 4)
+    readable = sample["readable"]
     rewards = sample.get("rewards") or [None] * len(boxes)
     placed = [n for n, box in enumerate(boxes) if readable[n] and (box[2:] > box[:2]).all()]
     best = (
@@ -211,7 +212,8 @@ def _pixels(directory: Path, name: str) -> Tensor:
 def _encoded(pixels: Tensor) -> tuple[str, float]:
     """(data URI, width over height): PNG for small pictures, JPEG for large ones."""
     height, width = pixels.shape[:2]
-    picture, buffer = Pillow.fromarray(pixels.numpy()), io.BytesIO()
+    picture = Pillow.fromarray(pixels.numpy())
+    buffer = io.BytesIO()
     if max(height, width) <= 256:
         picture.save(buffer, "PNG", optimize=True)
         kind = "png"

@@ -155,9 +155,11 @@ def _visibility(record: Record) -> Iterator[Finding]:
 
 
 def _invariance(record: Record) -> Iterator[Finding]:
-    gain, hides = _gain(record, "invariance"), _gain(record, "own_TU")
+    gain = _gain(record, "invariance")
+    hides = _gain(record, "own_TU")
     said = f"agreement across views {_change(record, 'invariance')}; boxes that hide their object {_change(record, 'own_TU')}"
-    better, worse = gain.low > 0 or hides.low > 0, gain.high < 0 or hides.high < 0
+    better = gain.low > 0 or hides.low > 0
+    worse = gain.high < 0 or hides.high < 0
     if worse:
         yield Finding(
             "bad" if not better else "warn", f"On held-out photographs something got worse: {said}."
@@ -179,11 +181,9 @@ def _gain(record: Record, name: str) -> Estimate:
 
 def _change(record: Record, name: str) -> str:
     """'0.412 → 0.455 (+0.043, 95 % +0.020 to +0.066)'"""
-    before, after, gain = (
-        record.before.values.get(name),
-        record.after.values.get(name),
-        _gain(record, name),
-    )
+    before = record.before.values.get(name)
+    after = record.after.values.get(name)
+    gain = _gain(record, name)
     shown = lambda value: "–" if value is None else f"{value:.3f}"
     return f"{shown(before)} → {shown(after)} ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})".replace(
         "-", "−"
@@ -205,7 +205,8 @@ def _ends(record: Record, name: str) -> tuple[float, float] | None:
 
 
 def _collapse(record: Record) -> Iterator[Finding]:
-    area, large = _ends(record, "area"), _ends(record, "area_large")
+    area = _ends(record, "area")
+    large = _ends(record, "area_large")
     if area is not None and area[1] > alarms.GROWTH * max(area[0], 1e-6):
         yield Finding(
             "bad",
@@ -254,7 +255,8 @@ def _readable(record: Record) -> Iterator[Finding]:
 
 
 def _drift(record: Record) -> Iterator[Finding]:
-    ends, tau = _ends(record, "kl"), record.config.update.tau
+    ends = _ends(record, "kl")
+    tau = record.config.update.tau
     if ends is not None:
         level: Level = (
             "bad" if ends[1] > alarms.KL_LIMIT * tau else "warn" if ends[1] > 3 * tau else "note"
@@ -266,7 +268,8 @@ def _drift(record: Record) -> Iterator[Finding]:
 
 
 def _signal(record: Record) -> Iterator[Finding]:
-    reward, carries = _ends(record, "reward"), _ends(record, "carries")
+    reward = _ends(record, "reward")
+    carries = _ends(record, "carries")
     if reward is not None:
         yield Finding(
             "note",

@@ -166,7 +166,8 @@ def _groups(rows: dict[str, Row]) -> list[tuple[str, list[Row], float]]:
 
 def _facts(record: Record) -> dict[str, str]:
     """The run in a few words."""
-    config, seconds = record.config, record.series("seconds")[1]
+    config = record.config
+    seconds = record.series("seconds")[1]
     facts = {
         "model": config.model.path,
         "preset": config.reward.preset
@@ -201,7 +202,8 @@ def _signed(value: float, kind: str = "plain") -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options, console = parse(words, (), places=1), Console()
+    options = parse(words, (), places=1)
+    console = Console()
     if options.help:
         console.say(__doc__)
         return 0

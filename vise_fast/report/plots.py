@@ -97,7 +97,8 @@ def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) 
     paint(figure)
     figure.get_layout_engine().execute(figure)  # once for both formats
     figure.set_layout_engine("none")
-    png, svg = io.BytesIO(), io.StringIO()
+    png = io.BytesIO()
+    svg = io.StringIO()
     figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     figure.savefig(
         svg,
@@ -138,10 +139,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving mean over about a fifteenth of the run."""
     half = max(1, len(values) // 30)
     sums = np.concatenate([[0.0], values.cumsum()])
-    low, high = (
-        np.maximum(np.arange(len(values)) - half, 0),
-        np.minimum(np.arange(len(values)) + half + 1, len(values)),
-    )
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
@@ -221,7 +220,8 @@ def _kl(record: Record) -> Plot | None:
         _legend(top)
         if _curves(bottom, record, {"beta": ("KL weight", "c2")}):
             bottom.set_yscale("log"), bottom.minorticks_off()
-            low, high = record.series("beta")[1].min(), record.series("beta")[1].max()
+            low = record.series("beta")[1].min()
+            high = record.series("beta")[1].max()
             bottom.set_yticks(
                 sorted({low, high}), [f"{value:.2g}" for value in sorted({low, high})]
             )

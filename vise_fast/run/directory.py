@@ -51,7 +51,9 @@ class Run:
     """
 
     def __init__(self, config: Config, directory: Path, resumed: Path | None) -> None:
-        self.config, self.directory, self.resumed = config, directory, resumed
+        self.config = config
+        self.directory = directory
+        self.resumed = resumed
         self.console = Console()
         self.alarms = Alarms(config.update.tau)
         self.first = 0
@@ -271,7 +273,8 @@ def _fresh(wanted: Path) -> Path:
 
 def card(played: Played, index: int) -> dict:
     """One image's part of a step as JSON: query, boxes, verdicts, views."""
-    e, group = played.evidence, played.evidence.group_size
+    e = played.evidence
+    group = played.evidence.group_size
     rows = slice(index * group, (index + 1) * group)
     listed = lambda x: None if x is None else x[rows].tolist()
     return {

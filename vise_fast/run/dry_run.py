@@ -53,7 +53,9 @@ def dry_run(config: Config, open_source, play_batch) -> int:
 
 def explain(console: Console, config: Config) -> None:
     """The run in sentences, and every setting that differs from its default."""
-    r, t, u = config.rollout, config.train, config.update
+    r = config.rollout
+    t = config.train
+    u = config.update
     console.say(
         f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset "
         f"{config.reward.preset}, into {config.run.dir}:"

@@ -33,7 +33,9 @@ class Halving:
     """
 
     def __init__(self, config: Config, engine: Engine, learner: Learner) -> None:
-        self.config, self.engine, self.learner = config, engine, learner
+        self.config = config
+        self.engine = engine
+        self.learner = learner
         self.halvings = 0
 
     def __call__(self, attempt: Callable[[], T]) -> T:

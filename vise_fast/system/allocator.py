@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 BLOCK = 1 << 25  # bytes: what glibc itself goes up to, block by block
 LIMIT = 2**31 - 1  # bytes of free heap that are kept
 

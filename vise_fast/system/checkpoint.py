@@ -54,7 +54,8 @@ def save(
     `state` is JSON; `files` {name in the checkpoint: source}. Raises EnvironmentFault when the disk refuses; what was there stays good.
     """
     home = Path(run_dir) / "checkpoints"
-    final, aside = home / f"step_{step}", home / f".step_{step}.partial"
+    final = home / f"step_{step}"
+    aside = home / f".step_{step}.partial"
     try:
         home.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(home)
@@ -252,10 +253,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         entries = {
             name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
         }
-        known, whole = (
-            manifest["format"] == FORMAT,
-            "state.json" in entries and isinstance(manifest["step"], int),
-        )
+        known = manifest["format"] == FORMAT
+        whole = "state.json" in entries and isinstance(manifest["step"], int)
     except OSError as fault:
         raise Corrupt(
             f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to "

@@ -158,14 +158,14 @@ class _Lines:
         done: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.console, self.total, self.label, self.first, self.done = (
-            console,
-            total,
-            label,
-            done,
-            done,
-        )
-        self.clock, self.begun, self.said = clock, clock(), -math.inf
+        self.console = console
+        self.total = total
+        self.label = label
+        self.first = done
+        self.done = done
+        self.clock = clock
+        self.begun = clock()
+        self.said = -math.inf
 
     def advance(self, figures: Mapping[str, float]) -> None:
         self.done += 1

@@ -82,7 +82,8 @@ class Loggers:
         settings: Mapping[str, Any],
         complain: Callable[[str], None],
     ):
-        self.complain, self.alive = complain, {}
+        self.complain = complain
+        self.alive = {}
         for name in names:
             logger = self._guarded(name, lambda: KINDS[name](Path(run_dir), settings))
             if logger is not None:

@@ -124,7 +124,8 @@ def _without_tags(text: str) -> str:
     """Drop `<...>` until none is left, so that removing one cannot assemble another."""
     shorter = _TAG.sub(" ", text)
     while shorter != text:
-        text, shorter = shorter, _TAG.sub(" ", shorter)
+        text = shorter
+        shorter = _TAG.sub(" ", shorter)
     return text
 
 

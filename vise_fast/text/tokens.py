@@ -30,19 +30,18 @@ class Tokens:
     """The ids one tokenizer gives to the pieces of a conversation."""
 
     def __init__(self, tokenizer, style: Style, vocabulary: int, image_token: int) -> None:
-        self.tokenizer, self.style, self.vocabulary, self.image_token = (
-            tokenizer,
-            style,
-            vocabulary,
-            image_token,
-        )
+        self.tokenizer = tokenizer
+        self.style = style
+        self.vocabulary = vocabulary
+        self.image_token = image_token
         self.head = self.ids("<|im_start|>user\n<|vision_start|>")
         self.tail = self.ids("<|vision_end|>")
         self.turn = self.ids("<|im_end|>\n<|im_start|>assistant\n")
         self.eos = self._ends()
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
         self.opening = self.ids(style.verdict_opening)
-        self.yes, self.no = self._verdict_words(style.yes), self._verdict_words(style.no)
+        self.yes = self._verdict_words(style.yes)
+        self.no = self._verdict_words(style.no)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
