@@ -26,7 +26,7 @@ ORDER = (
 )
 LEAVES = {"doctor", "infer", "merge", "lowmem", "nano", "rewards"}
 PRINTER = "system/console.py"
-NOT_YET = {("engine", "profile"), ("images", "text")}
+NOT_YET = {("engine", "profile")}
 
 
 def modules():

@@ -107,24 +107,24 @@ HALF_AWAY = View("affine", geo.affine_px(0, 1, W / 2, 0, W, H))
 LEFT_BOX, RIGHT_BOX = (0.0, 0, 400, 1000), (600.0, 0, 1000, 1000)
 
 
-def usable(rows, boxes, queries, **changes):
+def usable(rows, boxes, sided, **changes):
     config = ViewConfig(**changes)
     return views.usable(
-        rows, torch.tensor(boxes), queries, [H] * len(rows), [W] * len(rows), config
+        rows, torch.tensor(boxes), torch.tensor(sided), [H] * len(rows), [W] * len(rows), config
     ).tolist()
 
 
 def test_views_that_lose_the_box_are_dropped():
     rows = [[FLIP, HALF_AWAY]] * 3
     boxes = [LEFT_BOX, RIGHT_BOX, (0.0, 0, 0, 0)]
-    assert usable(rows, boxes, ["cup"] * 3) == [[True, True], [True, False], [True, True]]
-    assert usable(rows, boxes, ["cup"] * 3, min_kept=0.0) == [[True, True]] * 3
+    assert usable(rows, boxes, [False] * 3) == [[True, True], [True, False], [True, True]]
+    assert usable(rows, boxes, [False] * 3, min_kept=0.0) == [[True, True]] * 3
 
 
 @pytest.mark.parametrize("kept, expected", [(0.69, False), (0.71, True)])
 def test_the_limit_is_seventy_percent(kept, expected):
     shift = View("affine", geo.affine_px(0, 1, (1 - kept) * 0.4 * W, 0, W, H))
-    assert usable([[shift]], [RIGHT_BOX], [None]) == [[expected]]
+    assert usable([[shift]], [RIGHT_BOX], [False]) == [[expected]]
 
 
 def test_sizes_are_the_rows_own():
@@ -132,7 +132,7 @@ def test_sizes_are_the_rows_own():
     out = views.usable(
         [[View("affine", shift)]] * 2,
         torch.tensor([RIGHT_BOX] * 2),
-        [None] * 2,
+        torch.tensor([False, False]),
         [50, 500],
         [100, 1000],
         ViewConfig(),
@@ -140,30 +140,12 @@ def test_sizes_are_the_rows_own():
     assert out.tolist() == [[False], [True]]
 
 
-def test_side_words_under_a_flip():
-    rows, boxes = [[FLIP, HALF_AWAY]] * 3, [LEFT_BOX] * 3
-    queries = ["the left cup", "the bright cup", None]
-    assert usable(rows, boxes, queries) == [[False, True], [True, True], [True, True]]
+def test_a_flip_is_dropped_where_the_query_names_a_side():
+    rows = [[FLIP, HALF_AWAY]] * 2
+    boxes = [LEFT_BOX] * 2
+    assert usable(rows, boxes, [True, False]) == [[False, True], [True, True]]
     for choice in ("swap", "keep"):
-        assert usable(rows, boxes, queries, side_words=choice) == [[True, True]] * 3
-    assert views.query_for("the left cup", FLIP, ViewConfig(side_words="swap")) == "the right cup"
-    assert (
-        views.query_for("the left cup", HALF_AWAY, ViewConfig(side_words="swap")) == "the left cup"
-    )
-    assert views.query_for("the left cup", FLIP, ViewConfig()) == "the left cup"
-
-
-@pytest.mark.parametrize(
-    "query, swapped",
-    [
-        ("the left cup", "the right cup"),
-        ("Right of the LEFT door", "Left of the RIGHT door"),
-        ("leftmost, right-hand, lefthand", "rightmost, left-hand, righthand"),
-        ("bright leftover on the copyright sign", "bright leftover on the copyright sign"),
-    ],
-)
-def test_swap_sides(query, swapped):
-    assert views.swap_sides(query) == swapped and views.swap_sides(swapped) == query
+        assert usable(rows, boxes, [True, False], side_words=choice) == [[True, True]] * 2
 
 
 # --- control boxes

@@ -639,7 +639,9 @@ def simulated(policy, rows=2000):
         box_1000=boxes,
         view_box_1000=answers[:, None],
         matrix_px=matrices,
-        view_usable=views.usable(drawn, boxes, [None] * rows, [H] * rows, [W] * rows, ViewConfig()),
+        view_usable=views.usable(
+            drawn, boxes, torch.zeros(rows, dtype=torch.bool), [H] * rows, [W] * rows, ViewConfig()
+        ),
         seen=judge(torch.ones(rows), generator),
         gone=judge(1 - covered(objects, boxes), generator),
         control=judge(1 - covered(objects, controls), generator)[:, None],

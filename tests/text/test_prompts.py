@@ -13,7 +13,6 @@ from vise_fast.text import prompts
 from vise_fast.text.prompts import (
     NATURAL,
     SHORT,
-    names_side,
     read_box,
     read_query,
     read_verdict,
@@ -216,35 +215,3 @@ VERDICTS = [
 @pytest.mark.parametrize("text, verdict", VERDICTS)
 def test_read_verdict(text, verdict):
     assert read_verdict(text) is verdict
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        "the left cup",
-        "cup on the RIGHT",
-        "leftmost dog",
-        "right-hand door",
-        "the righthand door",
-        "left-most",
-        "cup (left)",
-    ],
-)
-def test_side_words(query):
-    assert names_side(query)
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        "bright lamp",
-        "copyright sign",
-        "upright piano",
-        "leftover pizza",
-        "red circle",
-        "cleft rock",
-        "",
-    ],
-)
-def test_no_side_words(query):
-    assert not names_side(query)

@@ -27,6 +27,7 @@ from vise_fast.images.sources import Image
 from vise_fast.method import roles
 from vise_fast.method.rewards import LARGE_AREA
 from vise_fast.system import randomness
+from vise_fast.text import sides
 
 CLEARLY_VISIBLE = 0.5  # objects of which less shows are not asked about with yes or no
 GREY = 128
@@ -159,7 +160,7 @@ def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Mark
     flat = [view for row in drawn for view in row]
     owner = [i for i, row in enumerate(drawn) for _ in row]
     texts = [
-        views.query_for(look.queries[i], view, config.view)
+        sides.query_for(look.queries[i], view, config.view)
         for i, view in zip(owner, flat, strict=True)
     ]
     found = _ground(
@@ -174,7 +175,8 @@ def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Mark
         config.reward.projection,
     )
     agreement = torch.where(geometry.proper(found), (geometry.giou(expected, found) + 1) / 2, 0.0)
-    usable = views.usable(drawn, box_1000, look.queries, height, width, config.view).flatten()
+    sided = sides.named_in(look.queries)
+    usable = views.usable(drawn, box_1000, sided, height, width, config.view).flatten()
     return {"invariance": _mark(agreement, owner, len(look), usable & placed[owner])}
 
 

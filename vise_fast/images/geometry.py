@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Box = tuple[float, float, float, float]
 Projection = Literal["ellipse", "corners"]
 Length = float | int | Tensor
 

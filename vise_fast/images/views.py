@@ -14,7 +14,6 @@ Run: `pytest tests/images/test_views.py`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from vise_fast.config.schema import GhostConfig, ViewConfig
 from vise_fast.images import geometry
-from vise_fast.text.prompts import Box, names_side
+from vise_fast.images.geometry import Box
 
 SHORT_SIDE_PX = 480
 BORDER = 128
@@ -84,40 +83,19 @@ def apply(
     )
 
 
-_SIDE = re.compile(r"\b(left|right)(?=(?:most|hand|ward|wards|side)?\b)", re.IGNORECASE)
-_OTHER = {"left": "right", "right": "left"}
-
-
-def _like(word: str, model: str) -> str:
-    """`word` in the casing of `model`."""
-    return word.upper() if model.isupper() else word.capitalize() if model[0].isupper() else word
-
-
-def swap_sides(query: str) -> str:
-    """left <-> right, also in leftmost, right-hand and the like; casing is kept."""
-    return _SIDE.sub(lambda found: _like(_OTHER[found.group().lower()], found.group()), query)
-
-
-def query_for(query: str, view: View, settings: ViewConfig) -> str:
-    """The query to ask on a view: sides are swapped under a flip when `settings.side_words` says
-    so.
-    """
-    return swap_sides(query) if view.kind == "flip" and settings.side_words == "swap" else query
-
-
 def usable(
     views: Sequence[Sequence[View]],
     boxes_1000: Tensor,
-    queries: Sequence[str | None],
+    sided: Tensor,
     height: Sequence[int] | Tensor,
     width: Sequence[int] | Tensor,
     settings: ViewConfig,
 ) -> Tensor:
-    """Which views of each sampled box enter its reward. N rows of K views, boxes (N, 4), N queries,
-    sizes (N,) -> (N, K) bool.
+    """Which views of each sampled box enter its reward. N rows of K views, boxes (N, 4), `sided`
+    (N,) bool: the row's query names left or right, sizes (N,) -> (N, K) bool on the CPU.
 
     Dropped: a view that keeps less than `min_kept` of the projected box, and a flip for a query
-    that names left or right when `side_words` is "drop". A box without area loses no view by the
+    that names a side when `side_words` is "drop". A box without area loses no view by the
     first rule (its reward is 0 in any case).
     """
     sizes = (torch.as_tensor(side, dtype=torch.float64)[:, None] for side in (height, width))
@@ -127,8 +105,7 @@ def usable(
     )
     if settings.side_words != "drop":
         return kept
-    sided = torch.tensor([query is not None and names_side(query) for query in queries])
-    flipped = torch.tensor([[view.kind == "flip" for view in row] for row in views])
+    flipped = torch.stack([torch.tensor([view.kind == "flip" for view in row]) for row in views])
     return kept & ~(sided[:, None] & flipped)
 
 

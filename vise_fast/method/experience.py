@@ -21,6 +21,7 @@ from vise_fast.images.sources import Image
 from vise_fast.method import roles
 from vise_fast.method.rewards import Evidence
 from vise_fast.system import randomness
+from vise_fast.text import sides
 
 Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
 """The true box of a query on an image: for the oracle study only; training never has one."""
@@ -113,7 +114,7 @@ def play(
             limits.temperature,
         )
     texts = [
-        views.query_for(text, view, config.view)
+        sides.query_for(text, view, config.view)
         for text, group in zip(queries.texts, drawn, strict=True)
         for view in group
     ]
@@ -326,7 +327,7 @@ def _before_ghosts(
     usable = views.usable(
         rows_of(drawn),
         known["box_1000"],
-        rows_of(queries.texts),
+        spread(sides.named_in(queries.texts)),
         known["height"],
         known["width"],
         config.view,

@@ -14,9 +14,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from vise_fast.images.geometry import Box
 from vise_fast.system.errors import ConfigError
-
-Box = tuple[float, float, float, float]
 
 QUERY_CHARS = 200
 LARGEST_NUMBER = 1e6
@@ -214,11 +213,3 @@ def read_verdict(text: str) -> bool | None:
     content = tagged[1].split("<")[0] if len(tagged) == 2 else text
     words = {word.lower() for word in _VERDICT.findall(content)}
     return None if len(words) != 1 else words == {"yes"}
-
-
-_SIDE = re.compile(r"\b(?:left|right)(?:most|hand|ward|wards|side)?\b", re.IGNORECASE)
-
-
-def names_side(query: str) -> bool:
-    """Whether a query speaks of left or right, so that a flip changes its meaning."""
-    return _SIDE.search(query) is not None
