@@ -45,9 +45,10 @@ from vise_fast.images.sources import Image  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
 from vise_fast.model import load as model
 from vise_fast.profile import flops as perf  # noqa: E402
-from vise_fast.profile.flops import Clock, Plan, Shapes  # noqa: E402
+from vise_fast.profile.flops import Plan, Shapes  # noqa: E402
 from vise_fast.profile.host_syncs import Work  # noqa: E402
 from vise_fast.system import allocator
+from vise_fast.system.clock import Clock, peak_memory  # noqa: E402
 from vise_fast.text.prompts import style_for  # noqa: E402
 from vise_fast.text.tokens import Tokens  # noqa: E402
 from vise_fast.train import play_batch  # noqa: E402
@@ -186,7 +187,7 @@ def look(
         found["extra_bytes"] = measure.extra_bytes(c.step, device)
     if device.type == "cuda":
         found["kernel_launches"] = _kernel_launches(c.step)
-        found["peak_reserved_bytes"] = perf.peak_memory(device)
+        found["peak_reserved_bytes"] = peak_memory(device)
     return found
 
 

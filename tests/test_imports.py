@@ -26,7 +26,6 @@ ORDER = (
 )
 LEAVES = {"doctor", "infer", "merge", "lowmem", "nano", "rewards"}
 PRINTER = "system/console.py"
-NOT_YET = {("engine", "profile")}
 
 
 def modules():
@@ -66,10 +65,9 @@ def test_each_folder_imports_only_what_stands_before_it(path):
         return
     assert here in ORDER, f"{here} has no place in the reading order"
     for other in imported(path)[0] - {here, "nano"}:  # of nano only where it lies
-        if (here, other) not in NOT_YET:
-            assert other in ORDER and ORDER.index(other) < ORDER.index(here), (
-                f"{here} imports {other}, which stands after it"
-            )
+        assert other in ORDER and ORDER.index(other) < ORDER.index(here), (
+            f"{here} imports {other}, which stands after it"
+        )
 
 
 @files(modules())

@@ -1,6 +1,5 @@
-"""The closed form of the minimal step, the counters of executed work, clocks."""
+"""The closed form of the minimal step, the counters of executed work."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from vise_fast.model import flash
 from vise_fast.profile import flops as perf
 from vise_fast.profile.flops import (
     Ceiling,
-    Clock,
     Plan,
     Shapes,
     decode_bytes,
@@ -203,34 +201,6 @@ def test_counting_stops_outside():
         pass
     torch.ones(2).sum().item()
     assert work.total == 0 and work.ops == 0
-
-
-def test_nested_phases_count_once():
-    clock = Clock()
-    with clock.phase("outer"):
-        clock.wrap("inner", time.sleep)(0.01)
-    with clock.phase("outer"):
-        time.sleep(0.01)
-    taken = clock.take()
-    assert list(taken) == ["outer"] and taken["outer"] >= 0.02
-    assert clock.take() == {}
-
-
-def test_a_phase_that_fails_is_timed_and_closed():
-    clock = Clock()
-    with pytest.raises(ValueError), clock.phase("broken"):
-        raise ValueError
-    with clock.phase("next"):
-        pass
-    assert set(clock.take()) == {"broken", "next"}
-
-
-def test_peak_memory_sees_a_large_tensor():
-    if not perf.reset_peak_memory("cpu"):
-        pytest.skip("this system does not reset a process's peak")
-    before = perf.peak_memory("cpu")
-    block = torch.ones(40_000_000)
-    assert perf.peak_memory("cpu") - before > 0.7 * block.nbytes
 
 
 def test_roofline_takes_the_slower_of_the_two():

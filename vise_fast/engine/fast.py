@@ -16,7 +16,7 @@ from vise_kernels import sample
 
 from vise_fast.model.attention import Grid
 from vise_fast.model.qwen3_vl import Backbone, Features, Level, Ragged, Segment
-from vise_fast.profile.flops import Clock
+from vise_fast.system.clock import Clock
 from vise_fast.text.tokens import Tokens
 
 

@@ -26,7 +26,7 @@ from vise_fast.config.schema import Config
 from vise_fast.engine.fast import Counters, Engine, Rollout
 from vise_fast.engine.graphed import GraphedEngine
 from vise_fast.model.load import Policy
-from vise_fast.profile.flops import Clock
+from vise_fast.system.clock import Clock
 from vise_fast.system.errors import EnvironmentFault
 from vise_fast.text.tokens import Tokens
 

@@ -1,0 +1,36 @@
+"""Clocks of phases and the peak of memory."""
+
+import time
+
+import pytest
+import torch
+
+from vise_fast.system.clock import Clock, peak_memory, reset_peak_memory
+
+
+def test_nested_phases_count_once():
+    clock = Clock()
+    with clock.phase("outer"):
+        clock.wrap("inner", time.sleep)(0.01)
+    with clock.phase("outer"):
+        time.sleep(0.01)
+    taken = clock.take()
+    assert list(taken) == ["outer"] and taken["outer"] >= 0.02
+    assert clock.take() == {}
+
+
+def test_a_phase_that_fails_is_timed_and_closed():
+    clock = Clock()
+    with pytest.raises(ValueError), clock.phase("broken"):
+        raise ValueError
+    with clock.phase("next"):
+        pass
+    assert set(clock.take()) == {"broken", "next"}
+
+
+def test_peak_memory_sees_a_large_tensor():
+    if not reset_peak_memory("cpu"):
+        pytest.skip("this system does not reset a process's peak")
+    before = peak_memory("cpu")
+    block = torch.ones(40_000_000)
+    assert peak_memory("cpu") - before > 0.7 * block.nbytes
