@@ -1,18 +1,20 @@
 # Two commands: `make train` and `make test`. Both make .venv from the lock file first; nothing is needed but Python >= 3.11 with pip.
+# After either, `.venv/bin/python -m vise_fast.train` works as it is typed, with no variable set.
 #   make train ARGS="--data.dir photos --train.steps 50"    words for the trainer
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
 #   make bench-smoke    every bench at its smallest, to see that it runs
+#   make lint           format, linter and types, as CI asks for them
 #   make clean          what was built, and .venv; never runs/
 
 PYTHON ?= python3
 VENV := .venv
-RUN := PYTHONPATH=.:kernels $(VENV)/bin/python
+RUN := $(VENV)/bin/python
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke clean
+.PHONY: train test native bench-smoke lint clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -27,12 +29,21 @@ bench-smoke: native
 native: $(VENV)/native.stamp
 
 # a compiler that is there must succeed; without one the plain paths run
-$(VENV)/native.stamp: $(VENV)/packages.stamp CMakeLists.txt $(wildcard kernels/csrc/*)
+$(VENV)/native.stamp: $(VENV)/checkout.stamp CMakeLists.txt $(wildcard kernels/csrc/*)
 ifeq ($(COMPILER),)
 	@echo "no C++ compiler: the plain kernels will run (same results, slower images)"
 else
 	$(RUN) -m vise_kernels.build
 endif
+	@touch $@
+
+# The checkout and its kernels/ join the path of the environment's Python, named from there on: checkout and
+# environment may move together. What PYTHONPATH names, or pip installs into the environment, still comes first.
+$(VENV)/checkout.stamp: $(VENV)/packages.stamp
+	@$(RUN) -c 'import os, pathlib, sysconfig; \
+	site = pathlib.Path(sysconfig.get_path("purelib")); \
+	places = [os.path.relpath(place, site) for place in (".", "kernels")]; \
+	(site / "vise_fast_checkout.pth").write_text("\n".join(places) + "\n")'
 	@touch $@
 
 # some systems ship venv without pip: then the system's pip fills the environment
@@ -42,7 +53,13 @@ $(VENV)/packages.stamp: constraints.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r constraints.txt
 	@touch $@
 
+lint: $(VENV)/packages.stamp
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(if $(wildcard .clang-format kernels/csrc/.clang-format),$(VENV)/bin/clang-format --dry-run -Werror kernels/csrc/*)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find kernels -name '_native*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
