@@ -1,9 +1,12 @@
-"""What a wheel holds, with a compiler and without, and that the one without works once installed."""
+"""What a wheel holds, with a compiler and without, that the one without works once installed, and
+what the other ways to hand the package on hold.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,52 +16,79 @@ ROOT = Path(__file__).parents[1]
 NEEDED = [
     "vise_fast",
     "kernels",
+    "configs",
     "CMakeLists.txt",
     "pyproject.toml",
     "README.md",
     "LICENSE",
     ".gitignore",
 ]
-BUILD = "import sys; from scikit_build_core.build import build_wheel; build_wheel(sys.argv[1], {'cmake.build-type': 'Debug'})"
+BUILD = """
+import sys
+from scikit_build_core import build
+getattr(build, "build_" + sys.argv[1])(sys.argv[2], {"cmake.build-type": "Debug"})
+"""
+NO_COMPILER = {"CXX": "/no/compiler"}
 
 TRY_EVERY_OP = """
 import torch, vise_kernels
-from vise_kernels import ghost, linear_logprob, linear_logprob_kl, patchify, resize, sample, token_logprob, warp
+from vise_kernels import ghost, linear_logprob, linear_logprob_kl, patchify
+from vise_kernels import resize, sample, token_logprob, warp
 assert vise_kernels.__file__.startswith(SITE), vise_kernels.__file__
 paths = vise_kernels.available()
 assert paths["ghost"][0] == "plain" or torch.cuda.is_available(), paths
-image, box = torch.arange(48 * 64 * 3).view(48, 64, 3).to(torch.uint8), torch.tensor([[4, 4, 40, 30]])
+image = torch.arange(48 * 64 * 3).view(48, 64, 3).to(torch.uint8)
+box = torch.tensor([[4, 4, 40, 30]])
 assert not torch.equal(ghost([image], [0], box)[0], image)
 assert torch.equal(warp([image], torch.eye(3)[None])[0], image)
 assert resize([image], [(32, 32)])[0].shape == (32, 32, 3)
 assert patchify([image], patch=8, merge=2)[0].shape == (48, 384)
-hidden, head, ids = torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, 5, 10])
+hidden = torch.randn(3, 8)
+head = torch.randn(11, 8)
+ids = torch.tensor([1, 5, 10])
 logprob = token_logprob(hidden @ head.T, ids)[0]
 assert torch.allclose(linear_logprob(hidden, head, ids), logprob, atol=1e-5)
 assert torch.allclose(linear_logprob_kl(hidden, hidden, head, ids)[2], torch.zeros(3), atol=1e-5)
 assert sample(hidden @ head.T, temperature=0.0, seed=ids, position=0)[0].shape == (3,)
-import vise_fast.config, vise_fast.images, pathlib
-assert (pathlib.Path(vise_fast.__file__).parent / "nano" / "model.safetensors").is_file()
+"""
+
+TRY_EVERY_FILE = """
+import pathlib
+from vise_fast.config import places, schema
+from vise_fast.estimate import planner
+from vise_fast.images import sources
+from vise_fast.model import load
+assert (pathlib.Path(places.PACKAGE) / "nano" / "model.safetensors").is_file()
+assert str(places.CONFIGS).startswith(SITE), places.CONFIGS
+for typed in ("configs/qwen3-vl-2b.yaml", "qwen3-vl-2b.yaml", "qwen3-vl-2b"):
+    config = schema.load(typed, ["--train.steps", "7"])
+    assert config.model.path == "Qwen/Qwen3-VL-2B-Instruct" and config.train.steps == 7
+for module in (load, planner):
+    assert module.known_shapes(config.model.path).text_config.hidden_size == 2048
 """
 
 
-def make_wheel(folder, **environment):
-    """The one wheel that a copy of the source gives, as (path, names inside)."""
-    source, out = folder / "source", folder / "wheel"
+def package(kind, folder, **environment):
+    """What a copy of the source gives as `kind` (wheel, sdist, editable): (copy, file made)."""
+    source, out = folder / "source", folder / kind
     source.mkdir()
     for name in NEEDED:
         place = ROOT / name
         (shutil.copytree if place.is_dir() else shutil.copy)(place, source / name)
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(out)],
+        [sys.executable, "-c", BUILD, kind, str(out)],
         cwd=source,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (wheel,) = out.glob("*.whl")
-    return wheel, zipfile.ZipFile(wheel).namelist()
+    (made,) = (path for path in out.iterdir() if path.suffix in (".whl", ".gz"))
+    return source, made
+
+
+def names_in(wheel):
+    return zipfile.ZipFile(wheel).namelist()
 
 
 def natives(names):
@@ -66,19 +96,35 @@ def natives(names):
 
 
 def test_the_kernels_folder_is_no_package():
-    """It would shadow the Hugging Face package `kernels` and break the import of transformers' models."""
+    """It would shadow the Hugging Face package `kernels` and break transformers' models."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_a_wheel_without_a_compiler_installs_and_works(tmp_path):
-    wheel, names = make_wheel(tmp_path, CXX="/no/compiler")
-    assert wheel.name.endswith("-py3-none-any.whl")
+@pytest.fixture(scope="module")
+def plain_wheel(tmp_path_factory):
+    """The wheel that is made where there is no compiler."""
+    return package("wheel", tmp_path_factory.mktemp("plain"), **NO_COMPILER)[1]
+
+
+@pytest.fixture(scope="module")
+def site(plain_wheel, tmp_path_factory):
+    """A folder that the plain wheel was installed into."""
+    folder = str(tmp_path_factory.mktemp("installed") / "site")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    done = subprocess.run([*pip, "--target", folder, str(plain_wheel)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_wheel_without_a_compiler_holds_both_packages_and_no_native_module(plain_wheel):
+    names = names_in(plain_wheel)
+    assert plain_wheel.name.endswith("-py3-none-any.whl")
     assert not natives(names)  # also not the one that was built in place
     assert not [
         name
         for name in names
         if name.split("/")[0]
-        not in ("vise_fast", "vise_kernels", wheel.name.rsplit("-", 3)[0] + ".dist-info")
+        not in ("vise_fast", "vise_kernels", plain_wheel.name.rsplit("-", 3)[0] + ".dist-info")
     ]
     for needed in (
         "vise_fast/nano/model.safetensors",
@@ -86,29 +132,43 @@ def test_a_wheel_without_a_compiler_installs_and_works(tmp_path):
         "vise_kernels/ghost.py",
     ):
         assert needed in names
-    site = str(tmp_path / "site")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        site,
-        str(wheel),
-    ]
-    assert subprocess.run(install, capture_output=True, text=True).returncode == 0
-    script = TRY_EVERY_OP.replace("SITE", repr(site))
+
+
+def test_a_wheel_holds_every_preset_and_shape(plain_wheel):
+    shipped = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert len(shipped) > 10
+    expected = {f"vise_fast/{path.relative_to(ROOT)}" for path in shipped}
+    assert expected == {n for n in names_in(plain_wheel) if n.startswith("vise_fast/configs/")}
+
+
+@pytest.mark.parametrize("script", [TRY_EVERY_OP, TRY_EVERY_FILE], ids=["ops", "files"])
+def test_a_wheel_without_a_compiler_works_once_installed(script, site, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script.replace("SITE", repr(site))],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": site},
+        env={"PATH": os.defpath, "PYTHONPATH": site},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_editable_install_reads_the_checkout_and_nothing_beside_it(tmp_path):
+    source, wheel = package("editable", tmp_path, **NO_COMPILER)
+    assert not [name for name in names_in(wheel) if name.startswith("vise_fast/")]
+    (pth,) = [name for name in names_in(wheel) if name.endswith(".pth")]
+    text = zipfile.ZipFile(wheel).read(pth).decode()
+    places = [line for line in text.splitlines() if not line.startswith("import ")]
+    assert places == [str(source), str(source / "kernels")]
+
+
+def test_a_source_archive_holds_what_a_wheel_is_made_from(tmp_path):
+    _, archive = package("sdist", tmp_path)
+    with tarfile.open(archive) as file:
+        names = [name.partition("/")[2] for name in file.getnames()]
+    assert "vise_fast/train.py" in names and "kernels/csrc/module.cpp" in names
+    assert "configs/qwen3-vl-2b.yaml" in names and "configs/models/qwen3-vl-2b.json" in names
+    assert not natives(names)
 
 
 @pytest.mark.slow
@@ -117,6 +177,7 @@ def test_a_wheel_without_a_compiler_installs_and_works(tmp_path):
     reason="no compiler",
 )
 def test_a_wheel_with_a_compiler_holds_one_native_module(tmp_path):
-    wheel, names = make_wheel(tmp_path)
-    assert len(natives(names)) == 1 and natives(names)[0].startswith("vise_kernels/")
+    _, wheel = package("wheel", tmp_path)
+    (native,) = natives(names_in(wheel))
+    assert native.startswith("vise_kernels/")
     assert "none-any" not in wheel.name

@@ -10,15 +10,15 @@ files and words (settings.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from collections.abc import Iterator, Sequence
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vise_fast import nano
-from vise_fast.config import settings
+from vise_fast.config import places, settings
 from vise_fast.system.errors import ConfigError
 
 
@@ -410,12 +410,12 @@ NANO = nano.DIRECTORY / "nano.yaml"
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration of one YAML file (or none) and `--section.key value` /
-    `--section.key=value` words.
+    `--section.key=value` words. Where no such file is there, `path` may name a shipped preset.
 
     Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values
     that contradict each other.
     """
-    written = settings.read(path, Config) if path is not None else {}
+    written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
     embedded = (

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from vise_fast.config import places, settings
 from vise_fast.config import schema as configuration
-from vise_fast.config import settings
 from vise_fast.config.schema import Config
 from vise_fast.estimate.rehearsal import Lengths, Rehearsed, rehearse
 from vise_fast.images import picture_file as decode
@@ -30,7 +30,6 @@ from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
 GIB = 2**30
-SHAPES = Path(__file__).parents[2] / "configs" / "models"
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT = 0.6 * GIB
@@ -245,7 +244,7 @@ def known_shapes(path: str):
     """The model's transformers config; for the published sizes from configs/models where the model
     itself is not at hand.
     """
-    file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
+    file = places.SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
     if not Path(path).is_dir() and file.is_file():
         return AutoConfig.from_pretrained(file)
     return model.read_config(path)

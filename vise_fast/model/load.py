@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from vise_kernels.dispatch import Choice
 
 from vise_fast import nano
+from vise_fast.config import places
 from vise_fast.config.schema import Config
 from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
@@ -34,7 +35,6 @@ from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
-SHAPES = Path(__file__).parents[2] / "configs" / "models"
 FAMILIES = {"qwen3_vl": (Backbone, LORA_TARGETS)}
 
 
@@ -147,7 +147,7 @@ def known_shapes(path: str):
     """The model's transformers config; for the published sizes from configs/models, where the model
     itself is not at hand.
     """
-    file = SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
+    file = places.SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
     if file.is_file() and not at_hand(path):
         return AutoConfig.from_pretrained(file)
     return read_config(path)

@@ -1,0 +1,27 @@
+"""Where the shipped presets and the published shapes lie, and the file that `--config` names.
+
+A wheel carries the folder inside the package; a checkout has it at its root. Left out: what the
+files say (schema.py reads presets, model/load.py shapes).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+PACKED = PACKAGE / "configs"
+CONFIGS = PACKED if PACKED.is_dir() else PACKAGE.parent / "configs"
+SHAPES = CONFIGS / "models"
+"""One transformers config.json per published size: qwen3-vl-2b.json, …"""
+
+
+def config_file(typed: str | Path) -> Path:
+    """The file behind `--config`: the one that is there, else the shipped preset of that name.
+
+    A preset may be written `qwen3-vl-2b`, `qwen3-vl-2b.yaml` or `configs/qwen3-vl-2b.yaml`, in any
+    directory. What names neither a file nor a preset comes back as it was typed.
+    """
+    path = Path(typed)
+    preset = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
+    named_so = path.parent in (Path("."), Path("configs"))
+    return preset if named_so and not path.is_file() and preset.is_file() else path
