@@ -129,6 +129,8 @@ def test_a_wheel_without_a_compiler_holds_both_packages_and_no_native_module(pla
     for needed in (
         "vise_fast/nano/model.safetensors",
         "vise_fast/nano/tokenizer.json",
+        "vise_fast/py.typed",
+        "vise_kernels/py.typed",
         "vise_kernels/ghost.py",
     ):
         assert needed in names

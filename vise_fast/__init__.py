@@ -2,7 +2,7 @@
 
 import logging
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # PEFT imports bitsandbytes, which on some CPUs warns that a kernel it could download is not there;
 # nothing here needs it.
