@@ -21,8 +21,9 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from torch import Tensor
 
+from vise_fast.config import origin
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.config.words import parse
 from vise_fast.engine.fast import Engine
 from vise_fast.images import geometry, views
 from vise_fast.images import picture_file as decode
@@ -32,6 +33,10 @@ from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 ORANGE = (255, 126, 30)
+SYNTAX = Syntax(
+    options=origin.OPTIONS | {"image": "photo.jpg", "query": "TEXT", "draw": "FILE.png"},
+    settings=origin.SETTINGS,
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def say(console: Console, given: Answer, picture: Pillow.Image) -> None:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = parse(words, ("image", "adapter", "model", "config", "query", "draw"))
+    options = SYNTAX.parse(words)
     console = Console()
     if options.help:
         console.say(__doc__)
@@ -143,7 +148,7 @@ def main(words: Sequence[str]) -> int:
             "which image? infer answers about one picture; write python -m vise_fast.infer --image "
             "photo.jpg"
         )
-    config = options.configuration()
+    config = origin.configuration(options)
     picture, pixels = read_image(Path(options["image"]), config)
     policy = load(config, options["adapter"])
     given = answer(

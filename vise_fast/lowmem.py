@@ -1,7 +1,9 @@
 """Writes configs/lowmem-*.yaml: for each card size the largest model that fits, with the settings
 the planner chose and what else would fit.
 
-python -m vise_fast.lowmem
+    python -m vise_fast.lowmem [DIRECTORY]
+
+Without a directory they go into configs/.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.estimate.planner import GIB, Plan, plan
 from vise_fast.system import console
@@ -126,7 +129,12 @@ def _words(p: Plan) -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command: into `configs`, or the directory given."""
-    return write(Path(words[0] if words else "configs"), Console())
+    given = Syntax(positional=1).parse(words)
+    out = Console()
+    if given.help:
+        out.say(__doc__)
+        return 0
+    return write(Path(given.positional[0] if given.positional else "configs"), out)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
 
+from vise_fast.config import origin
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.config.words import parse
 from vise_fast.model.export import side_files
 from vise_fast.model.load import attach, check_targets, resolve
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 KEPT_WARNING = 0.9
+SYNTAX = Syntax(options=origin.OPTIONS | {"out": "DIR"}, settings=origin.SETTINGS)
 
 
 @dataclass
@@ -128,7 +130,7 @@ def save(model: PeftModel, source: str, out: Path) -> None:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = parse(words, ("adapter", "out", "model", "config"))
+    options = SYNTAX.parse(words)
     console = Console()
     if options.help:
         console.say(__doc__)
@@ -143,7 +145,7 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(
             f"--out {out} exists already; nothing is overwritten; name a new directory"
         )
-    config = options.configuration()
+    config = origin.configuration(options)
     model = load_for_merge(config, options["adapter"])
     if config.model.quant != "none":
         console.warn(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from vise_fast.config import schema as configuration
-from vise_fast.config import settings
+from vise_fast.config import origin, settings
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.fast import Engine
 from vise_fast.engine.stock import open_engine
@@ -32,15 +32,19 @@ from vise_fast.run.out_of_memory import Halving
 from vise_fast.system import allocator, console
 from vise_fast.system.signals import Interrupted, Signals
 
+SYNTAX = Syntax(
+    options={"config": "FILE.yaml", "resume": "auto"}, flags=("dry-run",), settings=origin.SETTINGS
+)
+
 
 def main(words: Sequence[str]) -> int:
     """The command: parse, then train, explain (--dry-run) or help."""
-    command = settings.command(words)
-    if "help" in command.flags:
+    given = SYNTAX.parse(words)
+    if given.help:
         console.Console().say(__doc__ + "\n" + settings.help_text(Config))
         return 0
-    config = configuration.load(command.config, command.overrides)
-    if "dry-run" in command.flags:
+    config = origin.configuration(given)
+    if "dry-run" in given.flags:
         return dry_run(config, open_source, play_batch)
     return train(config)
 

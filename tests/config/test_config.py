@@ -374,26 +374,6 @@ def test_every_section_has_its_line_of_help():
     assert all(field.annotation.__doc__ for field in Config.model_fields.values())
 
 
-# -- the command line ------------------------------------------------------------------------------
-
-
-def test_the_words_are_sorted():
-    command = settings.command(
-        ["--config", "a.yaml", "--train.steps", "5", "--dry-run", "--resume", "auto", "--debug"]
-    )
-    assert command == settings.Command(
-        "a.yaml", ["--train.steps", "5", "--train.resume=auto"], frozenset({"dry-run", "debug"})
-    )
-    assert settings.command(["--config=b.yaml", "--resume=x=y"]).overrides == ["--train.resume=x=y"]
-    assert settings.command(["-h"]).flags == {"help"}
-
-
-@pytest.mark.parametrize("words", [["--config"], ["--config", "--debug"], ["--resume"]])
-def test_a_word_without_its_value(words):
-    with pytest.raises(ConfigError, match="has no value"):
-        settings.command(words)
-
-
 # -- shapes of the real models ---------------------------------------------------------------------
 
 

@@ -546,8 +546,11 @@ def test_the_exit_code(monkeypatch, capsys, statuses, code):
     "words, wanted",
     [([], "runs"), (["--run.dir", "x"], "x"), (["--run.dir=y"], "y"), (["--debug"], "runs")],
 )
-def test_the_words(words, wanted):
-    assert doctor._run_dir(words) == Path(wanted)
+def test_the_words(monkeypatch, words, wanted):
+    examined = []
+    monkeypatch.setattr(doctor, "examine", lambda run_dir: examined.append(run_dir) or [])
+    assert doctor.main(words) == 0
+    assert examined == [Path(wanted)]
 
 
 @pytest.mark.parametrize(
@@ -556,7 +559,7 @@ def test_the_words(words, wanted):
 )
 def test_other_words_are_refused(words):
     with pytest.raises(ConfigError, match="--run.dir"):
-        doctor._run_dir(words)
+        doctor.main(words)
 
 
 def test_nothing_opens_a_socket(monkeypatch, tmp_path):

@@ -2,65 +2,33 @@
 about them.
 
 A schema is a model whose fields are models ("sections"); a setting is named `section.key`. Every
-fault is a ConfigError of one line. Left out: what the settings are (config.py). Nothing is read
-from the environment.
+fault is a ConfigError of one line. Left out: what the settings are (schema.py), what else a command
+takes (command_line.py). Nothing is read from the environment.
 """
 
 from __future__ import annotations
 
-import difflib
 import textwrap
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from vise_fast.config.command_line import nearest, split
 from vise_fast.system.errors import ConfigError
 
 Schema = type[BaseModel]
-
-
-@dataclass(frozen=True)
-class Command:
-    """The words of a command line, sorted: the file, the overrides for `parse`, and the bare flags
-    that were given.
-    """
-
-    config: str | None
-    overrides: list[str]
-    flags: frozenset[str]
-
-
-def command(words: Sequence[str], flags: Sequence[str] = ("dry-run", "debug", "help")) -> Command:
-    """Sorts `--config FILE`, `--resume WHERE` (short for --train.resume), bare `--flags` and
-    overrides.
-    """
-    config = None
-    overrides = []
-    given = set()
-    rest = list(words)
-    while rest:
-        word, equals, text = rest.pop(0).partition("=")
-        if word in ("-h", "--help"):
-            given.add("help")
-        elif word.startswith("--") and word[2:] in flags:
-            given.add(word[2:])
-        elif word in ("--config", "--resume"):
-            if not equals and (not rest or rest[0].startswith("--")):
-                raise ConfigError(
-                    f"{word} has no value; write {word} "
-                    f"{'FILE.yaml' if word == '--config' else 'auto'}"
-                )
-            text = text if equals else rest.pop(0)
-            config = text if word == "--config" else config
-            overrides += [f"--train.resume={text}"] if word == "--resume" else []
-        else:
-            overrides.append(word + equals + text)
-    return Command(config, overrides, frozenset(given))
+KINDS = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def help_text(schema: Schema, width: int = 100) -> str:
@@ -68,63 +36,77 @@ def help_text(schema: Schema, width: int = 100) -> str:
     columns.
     """
     lines = []
-    for section, outer in schema.model_fields.items():
-        lines += ["", f"{section}: {outer.annotation.__doc__.splitlines()[0]}"]
-        for name, field in outer.annotation.model_fields.items():
-            accepts = expected(field)
-            default = _show(field.default).strip("'")
-            about = (
-                f"{field.description}. "
-                if field.description and field.description != accepts
-                else ""
-            )
-            lines.append(f"  --{section}.{name} {default}")
-            lines += textwrap.wrap(
-                about + f"[{accepts}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+    for section, inside in _sections(schema):
+        lines += ["", f"{section}: {(inside.__doc__ or '').splitlines()[0]}"]
+        for name, field in inside.model_fields.items():
+            lines += _help_lines(f"{section}.{name}", field, width)
     return "\n".join(lines[1:])
+
+
+def _help_lines(key: str, field: FieldInfo, width: int) -> list[str]:
+    accepts = expected(field)
+    described = field.description and field.description != accepts
+    about = (f"{field.description}. " if described else "") + f"[{accepts}]"
+    indent = " " * 6
+    default = _show(field.default).strip("'")
+    return [
+        f"  --{key} {default}",
+        *textwrap.wrap(about, width, initial_indent=indent, subsequent_indent=indent),
+    ]
+
+
+def _sections(schema: Schema) -> Iterator[tuple[str, Schema]]:
+    for name, outer in schema.model_fields.items():
+        yield name, cast(Schema, outer.annotation)
 
 
 def fields(schema: Schema) -> Iterator[tuple[str, FieldInfo]]:
     """(dotted key, field) of everything that can be set, in the order of the file."""
-    for section, outer in schema.model_fields.items():
-        for name, field in outer.annotation.model_fields.items():
+    for section, inside in _sections(schema):
+        for name, field in inside.model_fields.items():
             yield f"{section}.{name}", field
 
 
 def changed(values: BaseModel) -> dict[str, Any]:
     """{dotted key: value} of everything that is not at its default."""
-    stated = (
-        (key, field, getattr(getattr(values, key.split(".")[0]), key.split(".")[1]))
-        for key, field in fields(type(values))
-    )
-    return {key: value for key, field, value in stated if value != field.default}
+    found = {}
+    for key, field in fields(type(values)):
+        section, name = key.split(".")
+        value = getattr(getattr(values, section), name)
+        if value != field.default:
+            found[key] = value
+    return found
 
 
 def expected(field: FieldInfo) -> str:
     """What a field accepts, in words: 'an integer >= 1', 'one of none, int8, nf4'."""
-    text = _kind(field.annotation)
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(rule, name):g}"
-        for rule in field.metadata
-        for name, sign in signs.items()
-        if hasattr(rule, name)
-    ]
-    patterns = [
-        field.description or "" for rule in field.metadata if getattr(rule, "pattern", None)
-    ]
-    return " ".join([*(patterns or [text]), " and ".join(bounds)]).strip()
+    bounds = []
+    patterns = []
+    for rule in field.metadata:
+        bounds += [f"{SIGNS[s]} {getattr(rule, s):g}" for s in SIGNS if hasattr(rule, s)]
+        patterns += [field.description or ""] if getattr(rule, "pattern", None) else []
+    return " ".join([*(patterns or [_kind(field.annotation)]), " and ".join(bounds)]).strip()
 
 
 def read(path: str | Path, schema: Schema) -> dict[str, Any]:
     """The statements of a YAML file as {dotted key: value}; unknown and repeated keys raise
     ConfigError.
     """
+    text = _text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        mark = getattr(fault, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(fault, "problem", None) or " ".join(str(fault).split())
+        raise ConfigError(f"{path}{line} is not valid YAML: {reason}; correct the file") from None
+    return _flatten(content, str(path), schema)
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except OSError as fault:
         raise ConfigError(
             f"cannot read the configuration {path}: {fault.strerror}; give --config an existing "
@@ -134,35 +116,22 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read the configuration {path}: not UTF-8 text; give --config a YAML file"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
-        line = (
-            f" line {fault.problem_mark.line + 1}" if getattr(fault, "problem_mark", None) else ""
-        )
-        raise ConfigError(
-            f"{path}{line} is not valid YAML: "
-            f"{getattr(fault, 'problem', None) or ' '.join(str(fault).split())}; correct the file"
-        ) from None
-    return _flatten(content, str(path), schema)
 
 
 def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
-    """Command-line overrides as {dotted key: value}; a flag of a yes/no field may stand alone."""
+    """Command-line overrides as {dotted key: value}; a flag of a yes/no field may stand alone.
+
+    Raises ConfigError.
+    """
     known = dict(fields(schema))
     values = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"unexpected word '{word}'; settings are written --section.key value")
-        key, equals, text = word[2:].partition("=")
-        _check_key(key, "the command line", schema)
-        if not equals and rest and not rest[0].startswith("--"):
-            text = rest.pop(0)
-        elif not equals and known[key].annotation is bool:
-            text = "true"
-        elif not equals:
-            raise ConfigError(f"--{key} has no value; expected {expected(known[key])}")
-        values[key] = _scalar(text, known[key])
+    for name, text in split(words):
+        if name is None:
+            raise ConfigError(f"unexpected word '{text}'; settings are written --section.key value")
+        _check_key(name, "the command line", schema)
+        if text is None and known[name].annotation is not bool:
+            raise ConfigError(f"--{name} has no value; expected {expected(known[name])}")
+        values[name] = _scalar("true" if text is None else text, known[name])
     return values
 
 
@@ -217,6 +186,7 @@ def _flatten(content: Any, where: str, schema: Schema) -> dict[str, Any]:
 
 
 def nest(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{dotted key: value} -> {section: {key: value}}, as the schema validates it."""
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         section, _, name = key.partition(".")
@@ -233,17 +203,13 @@ def _check_key(key: str, where: str, schema: Schema) -> None:
             f"'{key}' in {where} is a section; write its settings as {key}.name, for example "
             f"{next(k for k in keys if k.startswith(key + '.'))}"
         )
-    same_leaf = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = (
-        difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-        or same_leaf[:3]
-        or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    )
+    close = nearest(key, keys)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists every key"
     raise ConfigError(f"unknown key '{key}' in {where}; {hint}")
 
 
 def complaint(fault: ValidationError, schema: Schema) -> str:
+    """pydantic's findings as one line: the first of them, and how many more there are."""
     errors = fault.errors()
     first = errors[0]
     known = dict(fields(schema))
@@ -257,24 +223,18 @@ def complaint(fault: ValidationError, schema: Schema) -> str:
 
 
 def _show(value: Any) -> str:
-    value = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-    text = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else f"'{value}'"
-    )
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"'{','.join(map(str, value)) if isinstance(value, tuple | list) else value}'"
     return text if len(text) <= 60 else text[:56] + "...'"
 
 
 def _kind(annotation: Any) -> str:
     """A type in words."""
-    words = {
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    if annotation in words:
-        return words[annotation]
+    if annotation in KINDS:
+        return KINDS[annotation]
     parts = get_args(annotation)
     text = str(annotation)
     if "tuple" in text and parts[-1] is Ellipsis:

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from vise_fast.config.command_line import Syntax
 from vise_fast.doctor import checks
 from vise_fast.doctor.checks import Check
 from vise_fast.system import console
-from vise_fast.system.errors import ConfigError
 
 # distribution, module, oldest version
 NEEDED = (
@@ -67,6 +67,7 @@ RESOURCES = (
 )
 EMBEDDED = (checks.nano_files, checks.nano_weights, checks.nano_tokenizer)
 HUB = (checks.hub_cache, checks.offline, checks.telemetry)
+SYNTAX = Syntax(options={"run.dir": "DIRECTORY"})
 
 
 def examine(run_dir: Path) -> Iterator[Check]:
@@ -82,8 +83,12 @@ def examine(run_dir: Path) -> Iterator[Check]:
 
 def main(words: Sequence[str]) -> int:
     """Prints the findings; 4 when one fails."""
+    given = SYNTAX.parse(words)
     screen = console.Console()
-    found = list(examine(_run_dir(words)))
+    if given.help:
+        screen.say(__doc__)
+        return 0
+    found = list(examine(Path(given["run.dir"] or "runs")))
     screen.table(
         "",
         ["check", "", "found"],
@@ -98,19 +103,6 @@ def main(words: Sequence[str]) -> int:
     }
     screen.say("  ".join(f"{count} {status}" for status, count in counts.items()))
     return 4 if counts["FAIL"] else 0
-
-
-def _run_dir(words: Sequence[str]) -> Path:
-    rest = [word for word in words if word != "--debug"]
-    if not rest:
-        return Path("runs")
-    key, equals, value = rest[0].partition("=")
-    if key != "--run.dir" or len(rest) != (1 if equals else 2):
-        raise ConfigError(
-            f"unexpected words {' '.join(rest)}; write python -m vise_fast.doctor [--run.dir "
-            "DIRECTORY]"
-        )
-    return Path(value if equals else rest[1])
 
 
 def _guarded(check: Callable[[], Check], name: str = "") -> Check:

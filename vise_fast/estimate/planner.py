@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from vise_fast.config import places, settings
-from vise_fast.config import schema as configuration
+from vise_fast.config import origin, places
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.estimate.rehearsal import Lengths, Rehearsed, rehearse
 from vise_fast.images import picture_file as decode
@@ -30,6 +30,7 @@ from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
 GIB = 2**30
+SYNTAX = Syntax(options={"config": "FILE.yaml", "resume": "auto"}, settings=origin.SETTINGS)
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT = 0.6 * GIB
@@ -310,12 +311,12 @@ def _with(config: Config, changes: dict[str, object]) -> Config:
 
 def main(words: Sequence[str]) -> int:
     """The command: predict and explain."""
-    command = settings.command(words, flags=("debug", "help"))
+    given = SYNTAX.parse(words)
     out = console.Console()
-    if "help" in command.flags:
+    if given.help:
         out.say(__doc__)
         return 0
-    config = configuration.load(command.config, command.overrides)
+    config = origin.configuration(given)
     source = None
     if config.data.dir is not None and Path(config.data.dir).is_dir():
         source = Folder(config.data.dir, config, model.grid_multiple(config.model.path))

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vise_fast.config import origin
+from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.config.words import parse
 from vise_fast.engine.fast import Engine
 from vise_fast.evaluate import exam
 from vise_fast.evaluate.figures import Figures, Marks, difference, join
@@ -38,6 +39,7 @@ from vise_fast.system.errors import EnvironmentFault
 SCALES = sorted(
     np.linspace(0.5, 1.5, 41).tolist(), key=lambda s: abs(s - 1)
 )  # of equals the gentlest is taken
+SYNTAX = Syntax(options=origin.OPTIONS | {"scenes": "64", "json": "FILE"}, settings=origin.SETTINGS)
 
 
 def held_out(engine: Engine, source: Source, config: Config, adapters: bool) -> Figures:
@@ -185,13 +187,13 @@ def _gain(before: Figures | None, after: Figures | None, name: str) -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = parse(words, ("adapter", "model", "config", "scenes", "json"))
+    options = SYNTAX.parse(words)
     console = Console()
     if options.help:
         console.say(__doc__)
         return 0
-    limit = options.whole("scenes")
-    config = options.configuration([] if limit is None else [f"--eval.scenes={limit}"])
+    limit = options.count("scenes")
+    config = origin.configuration(options, [] if limit is None else [f"--eval.scenes={limit}"])
     source = _source(config)
     policy = load(config, options["adapter"])
     console.say(

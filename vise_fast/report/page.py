@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from vise_fast import __version__
 from vise_fast.config import schema as configuration
-from vise_fast.config.words import parse
+from vise_fast.config.command_line import Syntax
 from vise_fast.evaluate.figures import Estimate, difference
 from vise_fast.evaluate.titles import ENTRIES, GROUPS, Entry
 from vise_fast.report.cards import Card, cards
@@ -202,15 +202,15 @@ def _signed(value: float, kind: str = "plain") -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = parse(words, (), places=1)
+    options = Syntax(positional=1).parse(words)
     console = Console()
     if options.help:
         console.say(__doc__)
         return 0
-    if not options.places or options.settings:
+    if not options.positional:
         raise ConfigError(
             "which run? report reads a run directory and takes no settings; write python -m "
             "vise_fast.report runs/nano"
         )
-    console.say(f"report   {write(Path(options.places[0]))}")
+    console.say(f"report   {write(Path(options.positional[0]))}")
     return 0

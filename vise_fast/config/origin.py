@@ -1,0 +1,63 @@
+"""Which configuration a command works with: that of a file, or of the run that an adapter lies in.
+
+With `--adapter RUN/adapter` the run's config.yaml is the configuration, so that a trained adapter
+finds its base and its data unasked. An adapter that lies elsewhere brings the base it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vise_fast.config import settings
+from vise_fast.config.command_line import CommandLine
+from vise_fast.config.schema import Config, load
+from vise_fast.system.errors import ConfigError
+
+OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
+"""The options that `configuration` reads, each with what its value looks like; and `resume`."""
+SETTINGS = tuple(key for key, _ in settings.fields(Config))
+"""The dotted keys of everything that can be set."""
+
+
+def configuration(given: CommandLine, extra: Sequence[str] = ()) -> Config:
+    """The configuration of --config, else of the run that --adapter lies in; over it `extra`
+    (settings as words), --model, --resume (short for --train.resume) and the settings that were
+    typed.
+
+    Raises ConfigError.
+    """
+    adapter = given.values.get("adapter")
+    file = given.values.get("config") or _run_file(adapter)
+    model = given.values.get("model") or (_base_of(adapter) if file is None else None)
+    resume = given.values.get("resume")
+    overrides = list(extra)
+    if model:
+        overrides.append(f"--model.path={model}")
+    if resume is not None:
+        overrides.append(f"--train.resume={resume}")
+    return load(file, [*overrides, *given.settings])
+
+
+def _run_file(adapter: str | None) -> str | None:
+    """config.yaml of the run that an adapter directory belongs to."""
+    found = Path(adapter).resolve().parent / "config.yaml" if adapter else None
+    return str(found) if found is not None and found.is_file() else None
+
+
+def _base_of(adapter: str | None) -> str | None:
+    """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None
+    without an adapter or its file (loading says what is wrong with a directory).
+    """
+    file = Path(adapter) / "adapter_config.json" if adapter else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise ConfigError(
+            f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point "
+            "at RUN/adapter"
+        ) from None
+    return "nano" if base and Path(base).parts[-2:] == ("vise_fast", "nano") else base
