@@ -29,10 +29,11 @@ import _measure as measure  # noqa: E402
 import _subjects as subjects  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
+from vise_fast.config.places import SHAPES  # noqa: E402
 from vise_fast.config.schema import Config  # noqa: E402
 from vise_fast.engine.fast import Engine  # noqa: E402
 from vise_fast.estimate.live_bytes import Live  # noqa: E402
-from vise_fast.estimate.planner import SHAPES, Planner  # noqa: E402
+from vise_fast.estimate.planner import Planner  # noqa: E402
 from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
 from vise_fast.model import load as model  # noqa: E402
