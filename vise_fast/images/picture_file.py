@@ -3,7 +3,7 @@
 Allow-listed formats by content (never by name), a pixel cap read from the header before anything is
 decoded, EXIF orientation applied, deep greys scaled (not clipped), transparency laid over white (as
 the Qwen-VL tools do), the first frame of animations. Left out: colour profiles, and everything
-about folders (images.py).
+about folders (folder.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image as Pillow
@@ -73,8 +73,9 @@ def header(path: Path, max_pixels: int) -> Header:
     """
     with _opened(path, max_pixels) as image:
         width, height = image.size
-        swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
-        return Header(image.format or "", *((width, height) if swapped else (height, width)))
+        if image.format != "TIFF" and _orientation(image) >= 5:  # Pillow turns TIFFs itself
+            width, height = height, width
+        return Header(image.format or "", height, width)
 
 
 def decode(path: Path, max_pixels: int) -> Pillow.Image:
@@ -89,9 +90,8 @@ def decode(path: Path, max_pixels: int) -> Pillow.Image:
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
     """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN)."""
     if image.mode.startswith(("I", "F")):
-        return Pillow.fromarray(_eight_bits(np.asarray(image), image.mode, format), "L").convert(
-            "RGB"
-        )
+        grey = _eight_bits(np.asarray(image), image.mode, format)
+        return Pillow.fromarray(grey, "L").convert("RGB")
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Pillow.alpha_composite(Pillow.new("RGBA", over.size, WHITE), over).convert("RGB")
@@ -115,7 +115,8 @@ def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float
     """
     if mode.startswith("I;16") or (mode == "I" and format in ("PPM", "PNG")):
         return 0.0, 65535.0
-    usual = [top for top in ((1.0, 255.0) if mode == "F" else (255.0, 65535.0)) if high <= top]
+    tops = (1.0, 255.0) if mode == "F" else (255.0, 65535.0)
+    usual = [top for top in tops if high <= top]
     if usual and low >= 0:
         return 0.0, usual[0]
     return low, max(high, low + 1.0)
@@ -162,12 +163,19 @@ def _orientation(image: Pillow.Image) -> int:
     still be good).
     """
     try:
-        value = Pillow.Image.getexif(image).get(
-            ORIENTATION, 1
-        )  # the method of PNGs would decode all pixels first
+        # the method of PNGs would decode all pixels first
+        value = Pillow.Image.getexif(image).get(ORIENTATION, 1)
     except FAULTS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def on_grid(picture: Pillow.Image, multiple: int, min_pixels: int, max_pixels: int) -> np.ndarray:
+    """An RGB picture as uint8 (H, W, 3) at its `grid_size`; bicubic where it is not there yet."""
+    height, width = grid_size(picture.height, picture.width, multiple, min_pixels, max_pixels)
+    if (picture.height, picture.width) != (height, width):
+        picture = picture.resize((width, height), Pillow.Resampling.BICUBIC)
+    return np.array(picture, np.uint8)
 
 
 def grid_size(
@@ -177,24 +185,25 @@ def grid_size(
     ratio kept as well as that allows.
 
     The rounding of Qwen2-VL's `smart_resize`; beyond it the area never exceeds `max_pixels`,
-    however long the picture is.
+    however long the picture is. Raises ValueError where that is less than one cell.
     """
-    if max_pixels < multiple * multiple:
+    cell = multiple * multiple
+    if max_pixels < cell:
         raise ValueError(
             f"a budget of {max_pixels} pixels holds no cell of {multiple} x {multiple}"
         )
-    rows, columns = (max(1, round(side / multiple)) for side in (height, width))
-    area = multiple * multiple
-    if rows * columns * area > max_pixels:
+    rows = max(1, round(height / multiple))
+    columns = max(1, round(width / multiple))
+    if rows * columns * cell > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
-    elif rows * columns * area < min_pixels:
+        rows = max(1, math.floor(height / shrink / multiple))
+        columns = max(1, math.floor(width / shrink / multiple))
+    elif rows * columns * cell < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (max(1, math.ceil(side * grow / multiple)) for side in (height, width))
-    short = min(rows, columns, math.isqrt(max_pixels // area))
-    long = min(max(rows, columns), max_pixels // area // short)
-    return (
-        (short * multiple, long * multiple)
-        if rows <= columns
-        else (long * multiple, short * multiple)
-    )
+        rows = max(1, math.ceil(height * grow / multiple))
+        columns = max(1, math.ceil(width * grow / multiple))
+    budget = max_pixels // cell
+    short = min(rows, columns, math.isqrt(budget))
+    long = min(max(rows, columns), budget // short)
+    size = (short, long) if rows <= columns else (long, short)
+    return size[0] * multiple, size[1] * multiple

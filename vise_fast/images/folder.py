@@ -1,0 +1,266 @@
+"""A folder of photographs as a source: a seeded order per epoch, decoded some threads ahead.
+
+A file that cannot be used is skipped, with one line in bad_images.jsonl and a drawn substitute.
+Left out: finding the files (listing.py), decoding one (picture_file.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vise_fast.config.schema import Config
+from vise_fast.images import listing
+from vise_fast.images.image import Image
+from vise_fast.images.listing import Entry
+from vise_fast.images.picture_file import BadImage, decode, grid_size, header, on_grid
+from vise_fast.system import randomness
+from vise_fast.system.errors import ConfigError, DataError
+
+LOG = "bad_images.jsonl"
+
+
+class BadFiles:
+    """The files that cannot be used: {name: reason}, and one line each in a JSON-lines file.
+
+    A line that an earlier run wrote there is not repeated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reasons: dict[str, str] = {}
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        self._written = set(text.splitlines())
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes one file."""
+        self.reasons[name] = reason
+        line = json.dumps({"name": name, "reason": reason})
+        if line in self._written:
+            return
+        self._written.add(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def first(self) -> str:
+        """The first file and its reason, as printable text (names are bytes; some are no text)."""
+        name, reason = next(iter(self.reasons.items()))
+        return f"{name.encode('utf-8', 'backslashreplace').decode('utf-8')} {reason}"
+
+
+class Folder:
+    """Every picture under a directory. `train` and `held`: its usable files; `ignored`: how many
+    files are no pictures by their name.
+
+    Raises DataError when there is nothing to train on, or when more than `data.max_bad_share` of
+    the files cannot be used; ConfigError when `data.max_pixels` holds no cell of the grid.
+    """
+
+    def __init__(
+        self, dir: str | Path, config: Config, multiple: int, log: Path | None = None
+    ) -> None:
+        """multiple: of which every height and width is one; log: the file that gets a line per
+        unusable file (None: bad_images.jsonl in run.dir).
+        """
+        self.root = Path(dir).expanduser()
+        self.data = config.data
+        self.seed = config.train.seed
+        self.multiple = multiple
+        self._bad = BadFiles(Path(config.run.dir) / LOG if log is None else log)
+        self._ahead: dict[int, Future[Tensor]] = {}
+        self._orders: dict[int, np.ndarray] = {}
+        self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
+        # oddities of single files; the unusable ones are logged by name
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        self._scan()
+        self._prove_one_decodes()
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """{name: reason} of the files that cannot be used, as far as is known yet."""
+        return self._bad.reasons
+
+    def batch(self, step: int, n: int) -> list[Image]:
+        """The `n` images of step `step`, counted from 0. Raises DataError when too many files turn
+        out unusable.
+        """
+        first = step * n
+        self._decode_ahead(range(first, first + n))
+        images = [self._image(slot) for slot in range(first, first + n)]
+        self._decode_ahead(range(first + n, first + 2 * n))
+        return images
+
+    def held_out(self, limit: int = 128) -> list[Image]:
+        """The held-out photographs, at most `limit`; never part of a batch."""
+        images: list[Image] = []
+        for entry in self.held:
+            if len(images) == limit:
+                break
+            pixels = self._pixels(entry)
+            if pixels is not None:
+                images.append(Image(pixels, entry.name, entry.key))
+        return images
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) after the resize of every training image, from the headers alone."""
+        return [entry.size for entry in self.train]
+
+    def describe(self) -> str:
+        """What it is, in one line."""
+        counts = [f"{len(self.held)} held out"]
+        if self.bad:
+            counts.append(f"{len(self.bad)} unusable")
+        if self.ignored:
+            counts.append(f"{self.ignored} other files")
+        return f"{len(self.train)} photographs under {self.root} ({', '.join(counts)})"
+
+    def close(self) -> None:
+        """Ends the decode threads; what they hold is dropped."""
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # -- listing -----------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        """Lists the folder and reads every header; splits what is usable into `train` and `held`."""
+        listing.refuse_folder(self.root)
+        self.ignored = 0
+        names = {}
+        for path in listing.walk(self.root, self._skip_path):
+            if listing.irrelevant(path):
+                self.ignored += 1
+            else:
+                names[self._name(path)] = path
+        found = [self._entry(name, names[name]) for name in sorted(names, key=os.fsencode)]
+        entries = [entry for entry in found if entry is not None]
+        if not entries:
+            self._refuse_all()
+        self.total = len(entries) + len(self.bad)
+        parts = listing.split(entries, self.data.holdout)
+        self.held = parts.held
+        self.train = parts.train
+        self._refuse_share()
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _skip_path(self, path: Path, reason: str) -> None:
+        self._bad.add(self._name(path), reason)
+
+    def _entry(self, name: str, path: Path) -> Entry | None:
+        try:
+            head = header(path, self.data.max_header_pixels)
+        except BadImage as fault:
+            if path.suffix:
+                self._bad.add(name, str(fault))
+            else:
+                self.ignored += 1  # README, LICENSE, Makefile
+            return None
+        try:
+            size = grid_size(
+                head.height, head.width, self.multiple, self.data.min_pixels, self.data.max_pixels
+            )
+        except ValueError as fault:
+            raise ConfigError(
+                f"data.max_pixels is too small: {fault}; raise it to {self.multiple**2} or more"
+            ) from None
+        return Entry(name, path, listing.key_of(name), size)
+
+    def _prove_one_decodes(self) -> None:
+        """A header says little: decodes in the order of the first epoch until one picture comes out
+        whole.
+        """
+        for slot in range(len(self.train)):
+            if self._pixels(self._at(slot)) is not None:
+                return
+        self._refuse_all()
+
+    # -- drawing -----------------------------------------------------------------------------------
+
+    def _at(self, slot: int) -> Entry:
+        """The file at place `slot` of the endless sequence: one seeded permutation per epoch."""
+        epoch, place = divmod(slot, len(self.train))
+        if epoch not in self._orders:
+            for stale in [kept for kept in self._orders if kept < epoch - 1]:
+                del self._orders[stale]
+            rng = randomness.generator(self.seed, epoch, "order")
+            self._orders[epoch] = rng.permutation(len(self.train))
+        return self.train[self._orders[epoch][place]]
+
+    def _image(self, slot: int) -> Image:
+        entry = self._at(slot)
+        pixels = self._pixels(entry, self._ahead.pop(slot, None))
+        return self._substitute(slot) if pixels is None else Image(pixels, entry.name, entry.key)
+
+    def _substitute(self, slot: int) -> Image:
+        """Another file for an unusable one, drawn by its place, so that history does not matter."""
+        rng = randomness.generator(self.seed, slot, "substitute")
+        for index in rng.permutation(len(self.train)):
+            entry = self.train[index]
+            pixels = self._pixels(entry)
+            if pixels is not None:
+                return Image(pixels, entry.name, entry.key)
+        self._refuse_all()
+
+    def _decode_ahead(self, slots: range) -> None:
+        """Starts decoding what is not under way yet, and forgets what lies outside `slots`."""
+        if self._pool is None:
+            return
+        for stale in [slot for slot in self._ahead if slot not in slots]:
+            self._ahead.pop(stale).cancel()
+        for slot in slots:
+            entry = self._at(slot)
+            if slot not in self._ahead and entry.name not in self.bad:
+                self._ahead[slot] = self._pool.submit(self._decode, entry)
+
+    def _pixels(self, entry: Entry, ahead: Future[Tensor] | None = None) -> Tensor | None:
+        """uint8 (H, W, 3), from the thread that decodes it already or decoded here. None, with a
+        line in the log, when the file turns out unusable.
+        """
+        if entry.name in self.bad:
+            return None
+        try:
+            return self._decode(entry) if ahead is None else ahead.result()
+        except BadImage as fault:
+            self._bad.add(entry.name, str(fault))
+            self._refuse_share()
+            return None
+
+    def _decode(self, entry: Entry) -> Tensor:
+        """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
+        picture = decode(entry.path, self.data.max_header_pixels)
+        return torch.from_numpy(
+            on_grid(picture, self.multiple, self.data.min_pixels, self.data.max_pixels)
+        )
+
+    # -- refusals ----------------------------------------------------------------------------------
+
+    def _refuse_all(self) -> NoReturn:
+        if not self.bad:
+            others = f" ({self.ignored} other files there)" if self.ignored else ""
+            raise DataError(
+                f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM "
+                "files there or change --data.dir"
+            )
+        raise DataError(
+            f"none of the {len(self.bad)} images under {self.root} can be used: "
+            f"{self._bad.first()}; all reasons are in {self._bad.path}"
+        )
+
+    def _refuse_share(self) -> None:
+        if len(self.bad) > self.data.max_bad_share * self.total:
+            raise DataError(
+                f"{len(self.bad)} of {self.total} images under {self.root} cannot be used, more "
+                f"than data.max_bad_share {self.data.max_bad_share:g}: {self._bad.first()}; remove "
+                f"those listed in {self._bad.path} or raise --data.max_bad_share"
+            )
