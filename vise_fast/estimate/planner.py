@@ -22,7 +22,7 @@ from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.estimate.rehearsal import Lengths, Rehearsed, rehearse
 from vise_fast.images import picture_file as decode
-from vise_fast.images.sources import Folder, Source
+from vise_fast.images.sources import Source, open_source
 from vise_fast.model import load as model
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError, MemoryFloor
@@ -318,8 +318,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     config = origin.configuration(given)
     source = None
-    if config.data.dir is not None and Path(config.data.dir).is_dir():
-        source = Folder(config.data.dir, config, model.grid_multiple(config.model.path))
+    if config.data.dir is None or Path(config.data.dir).is_dir():
+        source = open_source(config, model.grid_multiple(config.model.path))
     found = plan(config, source)
     phases = [
         [name, *(f"{sum(parts.values()) / GIB:.3f}", f"{parts.get('weights', 0) / GIB:.3f}")]
