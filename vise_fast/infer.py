@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image as Pillow
 from PIL import ImageDraw
@@ -90,12 +89,8 @@ def read_image(path: Path, config: Config) -> tuple[Pillow.Image, Tensor]:
             f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or "
             "PPM file"
         ) from None
-    size = decode.grid_size(
-        picture.height, picture.width, multiple, config.data.min_pixels, config.data.max_pixels
-    )
-    return picture, torch.from_numpy(
-        np.array(picture.resize(size[::-1], Pillow.Resampling.BICUBIC))
-    )
+    pixels = decode.on_grid(picture, multiple, config.data.min_pixels, config.data.max_pixels)
+    return picture, torch.from_numpy(pixels)
 
 
 def draw(picture: Pillow.Image, box_1000: Tensor, path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,8 @@ from vise_fast.config.schema import Config
 from vise_fast.engine.fast import Engine
 from vise_fast.engine.stock import open_engine
 from vise_fast.estimate import planner as estimate
-from vise_fast.images.sources import Folder, Image, Scenes, Source
+from vise_fast.images.image import Image
+from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
 from vise_fast.method.experience import Draws, Played, Truth, attention_share, play
 from vise_fast.method.learner import Learner
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     config = origin.configuration(given)
     if "dry-run" in given.flags:
-        return dry_run(config, open_source, play_batch)
+        return dry_run(config, play_batch)
     return train(config)
 
 
@@ -57,7 +57,8 @@ def train(config: Config, truth: Truth | None = None) -> int:
     allocator.keep_freed_memory()
     torch.use_deterministic_algorithms(config.train.deterministic)
     run = Run.begin(config)
-    source = open_source(config, run.directory)
+    multiple = model.grid_multiple(config.model.path)
+    source = open_source(config, multiple, run.directory)
     if config.memory.budget_gb is not None:
         config, source = fitted(config, source, run)
     policy = model.load(config)
@@ -136,19 +137,8 @@ def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:
     if plan.config.data.max_pixels == config.data.max_pixels:
         return plan.config, source
     source.close()
-    return plan.config, open_source(plan.config, run.directory)
-
-
-def open_source(config: Config, directory: Path) -> Source:
-    """The user's folder, or the embedded scenes. Raises DataError before any model is loaded."""
-    if config.data.dir is None:
-        return Scenes(config, multiple=model.grid_multiple(config.model.path))
-    return Folder(
-        config.data.dir,
-        config,
-        model.grid_multiple(config.model.path),
-        directory / "bad_images.jsonl",
-    )
+    multiple = model.grid_multiple(config.model.path)
+    return plan.config, open_source(plan.config, multiple, run.directory)
 
 
 if __name__ == "__main__":

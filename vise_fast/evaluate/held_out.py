@@ -29,8 +29,9 @@ from vise_fast.evaluate import exam
 from vise_fast.evaluate.figures import Figures, Marks, difference, join
 from vise_fast.evaluate.titles import ENTRIES, title
 from vise_fast.images import geometry
+from vise_fast.images.image import Image
 from vise_fast.images.scenes import Scene
-from vise_fast.images.sources import Folder, Image, Scenes, Source
+from vise_fast.images.sources import Source, open_source
 from vise_fast.model.load import grid_multiple, load
 from vise_fast.system import randomness
 from vise_fast.system.console import Console
@@ -194,7 +195,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     limit = options.count("scenes")
     config = origin.configuration(options, [] if limit is None else [f"--eval.scenes={limit}"])
-    source = _source(config)
+    source = open_source(config, grid_multiple(config.model.path))
     policy = load(config, options["adapter"])
     console.say(
         f"evaluating {config.model.path}{' with and without ' + options['adapter'] if options['adapter'] else ''} on {source.describe()}"
@@ -214,14 +215,6 @@ def main(words: Sequence[str]) -> int:
     if options["json"]:
         _write(Path(options["json"]), evaluation)
     return 0
-
-
-def _source(config: Config) -> Source:
-    return (
-        Scenes(config)
-        if config.data.dir is None
-        else Folder(config.data.dir, config, grid_multiple(config.model.path))
-    )
 
 
 def _write(path: Path, evaluation: dict) -> None:

@@ -18,7 +18,7 @@ from vise_fast.config import settings
 from vise_fast.config.schema import Config
 from vise_fast.engine.stock import open_engine
 from vise_fast.estimate import planner as estimate
-from vise_fast.images.sources import Source
+from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
 from vise_fast.method.learner import Learner
 from vise_fast.model import export as adapter
@@ -28,14 +28,14 @@ from vise_fast.system.console import Console, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
 
 
-def dry_run(config: Config, open_source, play_batch) -> int:
+def dry_run(config: Config, play_batch) -> int:
     """Explain, then try. Returns the exit code: 0, or that of the first fault."""
     console = Console()
     rewards.resolve(config.reward)
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = _try(faults, lambda: open_source(config, Path(scratch)))
+        source = _try(faults, lambda: _open(config, Path(scratch)))
         if source is not None:
             console.say(f"data     {source.describe()}")
         plan = _try(faults, lambda: estimate.plan(config, source))
@@ -49,6 +49,10 @@ def dry_run(config: Config, open_source, play_batch) -> int:
     for fault in faults:
         console.error(fault)
     return faults[0].code if faults else 0
+
+
+def _open(config: Config, scratch: Path) -> Source:
+    return open_source(config, model.grid_multiple(config.model.path), scratch)
 
 
 def explain(console: Console, config: Config) -> None:
