@@ -1,13 +1,14 @@
 """Attention of new tokens over several banks of keys and values that rows share, with its
 log-sum-exp: a CPU's forward pass.
 
-    out[n, t] = softmax over all banks p and the tokens s that row n sees there of (q[n, t] .
-    keys_p[owner_p[n], s] * scale), times the values there
+    out[n, t] = softmax over all banks p and the tokens s that row n sees there of
+                (q[n, t] . keys_p[owner_p[n], s] * scale), times the values there
 
 The last bank may be causal: token t sees its first t + 1 tokens. The native path goes over all
 banks in one softmax and copies nothing: no folded queries, no keys repeated for the heads that
 share them, no parts to merge. Left out: gradients (the log-sum-exp is what a backward pass needs),
-other types than float32, GPUs (vise_fast/attention.py; one new token per row: decode_attention.py).
+other types than float32, GPUs (vise_fast/model/attention.py; one new token per row:
+decode_attention.py).
 
 Shapes: N rows, T new tokens, H query heads, KV key heads, D head dimension; bank p has M_p entries
 of S_p tokens.
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import native, threads_for, without_gradients
+from vise_kernels.dispatch import address, compiled, threads_for, without_gradients
 
 DIM_STEP = 16  # the native path takes head dimensions that are multiples of this
 
@@ -48,10 +49,14 @@ def attention(
     _check(q, banks)
     if q.shape[3] % DIM_STEP and path is None:
         path = "plain"
-    if without_gradients("attention", path, q, *(t for bank in banks for t in bank[:2])) == "plain":
+    keys = [bank.keys for bank in banks]
+    values = [bank.values for bank in banks]
+    if without_gradients("attention", path, q, *keys, *values) == "plain":
         return plain(q, banks, scale, causal)
+    owners = [bank.owner for bank in banks]
+    lengths = [bank.length for bank in banks]
     return torch.ops.vise_kernels.attention(
-        q, *([bank[i] for bank in banks] for i in range(4)), causal, scale
+        q, keys, values, owners, lengths, causal=causal, scale=scale
     )
 
 
@@ -59,25 +64,36 @@ def plain(q: Tensor, banks: list[Bank], scale: float, causal: bool) -> tuple[Ten
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks."""
     scores = []
     values = []
-    for index, bank in enumerate(banks, 1):
-        keys, value, length = (
-            x if x is None or bank.owner is None else x[bank.owner]
-            for x in (bank.keys, bank.values, bank.length)
-        )
-        keys, value = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, value))
-        score = torch.einsum("nthd,nhsd->nths", q, keys) * scale
-        if length is not None:
-            beyond = torch.arange(keys.shape[2], device=q.device) >= length[:, None]
-            score = score.masked_fill(beyond[:, None, None], -torch.inf)
-            value = value.masked_fill(beyond[:, None, :, None], 0)
-        if causal and index == len(banks):
-            later = torch.ones(q.shape[1], keys.shape[2], dtype=torch.bool, device=q.device).triu(1)
-            score = score.masked_fill(later[:, None], -torch.inf)
-        scores.append(score), values.append(value)
-    scores = torch.cat(scores, -1)
-    lse = scores.logsumexp(-1)
-    weights = scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0)
+    for bank in banks:
+        score, value = _scores(q, bank, scale)
+        scores.append(score)
+        values.append(value)
+    if causal:
+        size = (q.shape[1], banks[-1].keys.shape[2])
+        later = torch.ones(size, dtype=torch.bool, device=q.device).triu(1)
+        scores[-1] = scores[-1].masked_fill(later[:, None], -torch.inf)
+    every = torch.cat(scores, -1)
+    lse = every.logsumexp(-1)
+    weights = every.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0)
     return torch.einsum("nths,nhsd->nthd", weights, torch.cat(values, 2)), lse
+
+
+def _scores(q: Tensor, bank: Bank, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores (N,T,H,S) and values (N,H,S,D) of one bank; beyond a length -inf and zero."""
+    repeat = q.shape[2] // bank.keys.shape[1]
+    keys = _per_row(bank.keys, bank.owner).repeat_interleave(repeat, 1)
+    values = _per_row(bank.values, bank.owner).repeat_interleave(repeat, 1)
+    scores = torch.einsum("nthd,nhsd->nths", q, keys) * scale
+    if bank.length is None:
+        return scores, values
+    length = _per_row(bank.length, bank.owner)
+    beyond = torch.arange(keys.shape[2], device=q.device) >= length[:, None]
+    scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
+    return scores, values.masked_fill(beyond[:, None, :, None], 0)
+
+
+def _per_row(entries: Tensor, owner: Tensor | None) -> Tensor:
+    return entries if owner is None else entries[owner]
 
 
 def _native(
@@ -86,43 +102,25 @@ def _native(
     values: list[Tensor],
     owners: list[Tensor | None],
     lengths: list[Tensor | None],
+    *,
     causal: bool,
     scale: float,
-):
+) -> tuple[Tensor, Tensor]:
+    """`plain` in C++, which takes banks as they lie."""
+    _check_native(q, keys, values)
+    q = q.contiguous()
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3])
+    # held here: the numbers are addresses, which keep nothing alive
+    banks = [_ready(Bank(*bank)) for bank in zip(keys, values, owners, lengths, strict=True)]
+    # a product costs less than an element that is read and written
+    threads = threads_for(q.numel() * sum(bank.keys.shape[2] for bank in banks) // 32)
     rows, tokens, heads, dim = q.shape
-    if any(t.dtype != torch.float32 for t in (q, *keys, *values)):
-        raise ValueError("attention: path 'native' takes float32 on a CPU")
-    if dim % DIM_STEP:
-        raise ValueError(
-            f"attention: path 'native' takes head dimensions that are multiples of {DIM_STEP}, got "
-            f"{dim}"
-        )
-    q, out, lse = q.contiguous(), q.new_empty(q.shape), q.new_empty(q.shape[:3])
-    keys, values = (
-        [x if x.stride(3) == 1 else x.contiguous() for x in bank] for bank in (keys, values)
-    )
-    owners, lengths = (
-        [x if x is None else x.contiguous() for x in table] for table in (owners, lengths)
-    )
-    place = lambda x: 0 if x is None else x.data_ptr()
-    banks = [
-        (
-            place(k),
-            place(v),
-            place(owner),
-            place(length),
-            [k.shape[2], *k.stride()[:3], *v.stride()[:3], len(k)],
-        )
-        for k, v, owner, length in zip(keys, values, owners, lengths, strict=True)
-    ]
-    threads = threads_for(
-        q.numel() * sum(k.shape[2] for k in keys) // 32
-    )  # a product costs less than an element that is read and written
-    native().attention(
+    compiled().attention(
         q.data_ptr(),
         [rows, tokens, heads, keys[0].shape[1], dim],
         scale,
-        banks,
+        [_numbers(bank) for bank in banks],
         causal,
         out.data_ptr(),
         lse.data_ptr(),
@@ -131,36 +129,72 @@ def _native(
     return out, lse
 
 
+def _ready(bank: Bank) -> Bank:
+    """The bank with D and the tables contiguous."""
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in bank[:2])
+    owner, length = (None if table is None else table.contiguous() for table in bank[2:])
+    return Bank(keys, values, owner, length)
+
+
+def _numbers(bank: Bank) -> tuple[int, int, int, int, list[int]]:
+    """A bank as C++ takes it: addresses; tokens, strides of keys and of values, entries."""
+    strides = [*bank.keys.stride()[:3], *bank.values.stride()[:3]]
+    sizes = [bank.keys.shape[2], *strides, len(bank.keys)]
+    return (
+        address(bank.keys),
+        address(bank.values),
+        address(bank.owner),
+        address(bank.length),
+        sizes,
+    )
+
+
+def _check_native(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+    if any(t.dtype != torch.float32 for t in (q, *keys, *values)):
+        raise ValueError("attention: path 'native' takes float32 on a CPU")
+    if q.shape[3] % DIM_STEP:
+        raise ValueError(
+            f"attention: path 'native' takes head dimensions that are multiples of {DIM_STEP}, got "
+            f"{q.shape[3]}"
+        )
+
+
 def _check(q: Tensor, banks: list[Bank]) -> None:
     if q.dim() != 4 or not banks:
         raise ValueError(
             f"attention: q must be (N,T,H,D), got {tuple(q.shape)}, over at least one bank"
         )
-    for keys, values, owner, length in banks:
-        fits = (
-            keys.dim() == 4
-            and keys.shape == values.shape
-            and keys.shape[3] == q.shape[3]
-            and keys.shape[1] == banks[0].keys.shape[1]
-        )
-        if not fits or q.shape[2] % keys.shape[1] or (owner is None and len(keys) != len(q)):
+    for bank in banks:
+        if not _fits(q, bank, banks[0].keys.shape[1]):
             raise ValueError(
-                f"attention: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit "
-                f"q {tuple(q.shape)}"
+                f"attention: keys {tuple(bank.keys.shape)} and values {tuple(bank.values.shape)} "
+                f"do not fit q {tuple(q.shape)}"
             )
-        for name, table, size in (("owner", owner, len(q)), ("length", length, len(keys))):
-            if table is not None and (
-                table.shape != (size,) or table.dtype != torch.int64 or table.device != q.device
-            ):
-                raise ValueError(
-                    f"attention: {name} must be int64 ({size},) on {q.device}, got {table.dtype} "
-                    f"{tuple(table.shape)} on {table.device}"
-                )
+        _check_table("owner", bank.owner, len(q), q.device)
+        _check_table("length", bank.length, len(bank.keys), q.device)
+
+
+def _fits(q: Tensor, bank: Bank, kv_heads: int) -> bool:
+    keys = bank.keys
+    alike = keys.dim() == 4 and keys.shape == bank.values.shape
+    if not alike or keys.shape[1] != kv_heads or keys.shape[3] != q.shape[3]:
+        return False
+    return q.shape[2] % kv_heads == 0 and (bank.owner is not None or len(keys) == len(q))
+
+
+def _check_table(name: str, table: Tensor | None, size: int, device: torch.device) -> None:
+    if table is None:
+        return
+    if table.shape != (size,) or table.dtype != torch.int64 or table.device != device:
+        raise ValueError(
+            f"attention: {name} must be int64 ({size},) on {device}, got {table.dtype} "
+            f"{tuple(table.shape)} on {table.device}"
+        )
 
 
 _LIBRARY = torch.library.Library("vise_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] owners, Tensor?[] lengths, bool "
-    "causal, float scale) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] owners, Tensor?[] lengths, *, "
+    "bool causal, float scale) -> (Tensor, Tensor)"
 )
 _LIBRARY.impl("attention", _native, "CPU")

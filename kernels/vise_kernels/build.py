@@ -1,5 +1,6 @@
-"""Compiles the native module in place, for a plain checkout: `python -m vise_kernels.build
-[-DVISE_NATIVE_ARCH=ON]`.
+"""Compiles the native module in place, for a plain checkout.
+
+    python -m vise_kernels.build [-DVISE_NATIVE_ARCH=ON]
 
 Runs CMake on the checkout's CMakeLists.txt with this Python's nanobind and puts `_native*.so`
 beside this file; a second run compiles only what changed. Arguments are handed to CMake. An
@@ -26,32 +27,25 @@ def build(options: list[str]) -> None:
     the build failed.
     """
     cmake = find_tool("cmake")
-    ninja = find_tool("ninja")
     if cmake is None:
         raise RuntimeError(
             "no cmake; the native module is compiled with it; pip install cmake ninja nanobind"
         )
     if not (ROOT / "CMakeLists.txt").is_file():
         raise RuntimeError(f"no CMakeLists.txt in {ROOT}; only a checkout is built in place")
-    where = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [
-        cmake,
-        "-S",
-        str(ROOT),
-        "-B",
-        str(where),
-        *generator,
-        f"-DPython_EXECUTABLE={sys.executable}",
-        *options,
-    ]
+    where = str(ROOT / "build" / f"native-{sys.implementation.cache_tag}")
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    configure = [cmake, "-S", str(ROOT), "-B", where, *_ninja(), python, *options]
+    install = [cmake, "--install", where, "--prefix", str(PACKAGE.parent)]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", str(where)], check=True)
-    subprocess.run(
-        [cmake, "--install", str(where), "--prefix", str(PACKAGE.parent)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    subprocess.run([cmake, "--build", where], check=True)
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+
+
+def _ninja() -> list[str]:
+    """CMake's words for Ninja, where it is installed."""
+    ninja = find_tool("ninja")
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
 
 
 if __name__ == "__main__":

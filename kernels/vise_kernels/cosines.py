@@ -1,12 +1,15 @@
 """The taps of a truncated Gaussian, and the same taps as a short sum of cosines for the
 constant-time native blur.
 
-taps(d) = exp(-d^2 / 2 sigma^2) / sum, |d| <= radius        taps(d) ~ sum_k amplitude_k
-cos(frequency_k d)
+    taps(d) = exp(-d^2 / 2 sigma^2) / sum,  |d| <= radius
+    taps(d) ~ sum_k amplitude_k cos(frequency_k d)
 """
+
+from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,16 @@ STRETCHES = (1.3, 1.15, 1.0)
 MOST_CANCELLATION = 4.0
 
 
+class Fit(NamedTuple):
+    """A kernel as a sum of cosines: its radius in pixels; frequency (K,) in radians per pixel and
+    amplitude (K,), float64.
+    """
+
+    radius: int
+    frequency: np.ndarray
+    amplitude: np.ndarray
+
+
 def taps(sigma: float, radius: int) -> Tensor:
     """(2 radius + 1,) float64, summing to 1."""
     d = torch.arange(-radius, radius + 1, dtype=torch.float64)
@@ -30,18 +43,16 @@ def taps(sigma: float, radius: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def fit(sigma: float, radius: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """(radius, frequency (K,), amplitude (K,)) in radians per pixel; the fewest terms that keep
-    MOST_ERROR.
-    """
+def fit(sigma: float, radius: int) -> Fit:
+    """The fewest terms that keep MOST_ERROR."""
     radius = min(radius, math.ceil(6 * sigma))  # beyond, taps are below 2e-8 of the largest
     target = taps(sigma, radius).numpy()
     fits = [_fit(target, radius, stretch) for stretch in STRETCHES]
-    frequency, amplitude = min(
-        (found for found in fits if found is not None), key=lambda found: len(found[0])
-    )
-    frequency.flags.writeable = amplitude.flags.writeable = False
-    return radius, frequency, amplitude
+    kept = [found for found in fits if found is not None]
+    frequency, amplitude = min(kept, key=lambda found: len(found[0]))
+    frequency.flags.writeable = False
+    amplitude.flags.writeable = False
+    return Fit(radius, frequency, amplitude)
 
 
 def _fit(target: np.ndarray, radius: int, stretch: float) -> tuple[np.ndarray, np.ndarray] | None:

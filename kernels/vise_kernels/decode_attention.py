@@ -1,15 +1,15 @@
 """Attention of one new token per row over several banks of keys and values that rows share, at
 addresses and lengths read on the device.
 
-    out[n] = softmax over all banks p and tokens t < length[p, n] of (q[n] . keys_p[owner[p, n], t]
-    * scale), times the values there
+    out[n] = softmax over all banks p and tokens t < length[p, n] of
+             (q[n] . keys_p[owner[p, n], t] * scale), times the values there
 
 Everything that changes from one token, or one rollout, to the next (which entry of a bank a row
 sees, how many of its tokens, where the bank lies) is data in tensors, never an argument of the
 launch: a captured CUDA graph stays valid when banks move. A prefix that many rows share is never
 copied. The tokens of each row are split among programs and the parts merged by their log-sum-exp
 ("Flash-Decoding", Dao et al. 2023). Leaves out gradients and several new tokens per row
-(vise_fast/attention.py).
+(vise_fast/model/attention.py).
 
 Shapes: N rows, H query heads, KV key heads, D head dimension, P banks; bank p has M_p entries of
 S_p tokens.
@@ -56,10 +56,8 @@ def locate(keys: list[Tensor], values: list[Tensor]) -> Tensor:
                 f"decode_attention: banks must be contiguous, got {tuple(bank.shape)} with strides "
                 f"{bank.stride()}"
             )
-    return torch.tensor(
-        [[k.data_ptr(), v.data_ptr(), k.shape[2]] for k, v in zip(keys, values, strict=True)],
-        dtype=torch.int64,
-    )
+    rows = [[k.data_ptr(), v.data_ptr(), k.shape[2]] for k, v in zip(keys, values, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None = None) -> Tensor:
@@ -70,31 +68,23 @@ def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None 
     _check(q, banks)
     if choose("decode_attention", q.device, path).path == "plain":
         return plain(q, banks, scale)
-    return _attend(
-        *(x.contiguous() for x in (q, banks.owner, banks.length, banks.table)),
-        banks.keys[0].shape[1],
-        scale,
-    )
+    given = (x.contiguous() for x in (q, banks.owner, banks.length, banks.table))
+    return _attend(*given, banks.keys[0].shape[1], scale)
 
 
 def plain(q: Tensor, banks: Banks, scale: float) -> Tensor:
     """The formula in PyTorch: each row's keys copied out, one softmax over all banks, in fp32."""
     scores = []
     values = []
-    for keys, bank, owner, length in zip(
-        banks.keys, banks.values, banks.owner, banks.length, strict=True
-    ):
+    every = zip(banks.keys, banks.values, banks.owner, banks.length, strict=True)
+    for keys, bank, owner, length in every:
         repeat = q.shape[1] // keys.shape[1]
         k, v = (x[owner].float().repeat_interleave(repeat, 1) for x in (keys, bank))
         hidden = torch.arange(k.shape[2], device=q.device) >= length[:, None]
-        scores.append(
-            (torch.einsum("nhd,nhtd->nht", q.float(), k) * scale).masked_fill(
-                hidden[:, None], -torch.inf
-            )
-        )
-        values.append(
-            v.masked_fill(hidden[:, None, :, None], 0)
-        )  # what was never written may be nan
+        score = torch.einsum("nhd,nhtd->nht", q.float(), k) * scale
+        scores.append(score.masked_fill(hidden[:, None], -torch.inf))
+        # what was never written may be nan
+        values.append(v.masked_fill(hidden[:, None, :, None], 0))
     weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
     return torch.einsum("nht,nhtd->nhd", weights, torch.cat(values, 2)).to(q.dtype)
 
@@ -116,20 +106,12 @@ def _attend(
     wide = triton.next_power_of_2(dim)
     group = heads // kv_heads
     tile = max(TILE, triton.next_power_of_2(group))
-    sizes = dict(BANKS=len(table), GROUP=group, TILE=tile, DIM=dim, WIDE=max(wide, 16), BLOCK=BLOCK)
+    sizes = {"BANKS": len(table), "GROUP": group, "TILE": tile, "DIM": dim, "BLOCK": BLOCK}
     _partial_kernel[(rows, kv_heads, splits)](
-        q, owner, length, table, partial, lse, scale, **sizes, num_warps=4
+        q, owner, length, table, partial, lse, scale, **sizes, WIDE=max(wide, 16), num_warps=4
     )
-    _merge_kernel[(rows * heads,)](
-        partial,
-        lse,
-        out,
-        SPLITS=splits,
-        LANES=triton.next_power_of_2(splits),
-        DIM=dim,
-        WIDE=wide,
-        num_warps=1,
-    )
+    sizes = {"SPLITS": splits, "LANES": triton.next_power_of_2(splits), "DIM": dim, "WIDE": wide}
+    _merge_kernel[(rows * heads,)](partial, lse, out, **sizes, num_warps=1)
     return out
 
 
@@ -247,14 +229,14 @@ def _check(q: Tensor, banks: Banks) -> None:
                 f"{tuple(table.shape)}"
             )
     for keys, values in zip(banks.keys, banks.values, strict=True):
-        if (
-            keys.shape != values.shape
-            or keys.dim() != 4
-            or keys.shape[3] != q.shape[2]
-            or q.shape[1] % max(keys.shape[1], 1)
-            or keys.dtype != q.dtype
-        ):
+        if not _fits(q, keys, values):
             raise ValueError(
                 f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values "
                 f"{tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}"
             )
+
+
+def _fits(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    if keys.dim() != 4 or keys.shape != values.shape or keys.dtype != q.dtype:
+        return False
+    return keys.shape[3] == q.shape[2] and q.shape[1] % max(keys.shape[1], 1) == 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -83,6 +84,19 @@ def native() -> ModuleType | None:
     return importlib.import_module("vise_kernels._native")
 
 
+def compiled() -> ModuleType:
+    """The compiled module, for an op whose native path was chosen. RuntimeError: not built."""
+    module = native()
+    if module is None:
+        raise RuntimeError("the native module was not built (python -m vise_kernels.build)")
+    return module
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data begin, as the native ops take it; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
     """The path of `op` for tensors on `device`; `path` forces one.
 
@@ -99,7 +113,7 @@ def choose(op: str, device: torch.device, path: str | None = None) -> Choice:
 
 
 def without_gradients(
-    op: str, path: str | None, *operands: torch.Tensor | None, tables: tuple[torch.Tensor, ...] = ()
+    op: str, path: str | None, *operands: Tensor | None, tables: tuple[Tensor, ...] = ()
 ) -> str:
     """The path of an op whose fast paths record no gradients: native takes float32 and mostly
     bfloat16, one of them for all operands, Triton float16 too and any mixture. `tables` are float32
@@ -108,18 +122,14 @@ def without_gradients(
     Tensors without data (meta) stand for a GPU's: the op allocates what it would there and launches
     nothing.
     """
-    operands = [t for t in operands if t is not None]
-    if path is None and operands[0].is_meta:
-        gpu = (
-            op not in CPU_ONLY
-            and _PREFERRED.get() is None
-            and _no_gradients(op, "triton", operands, tables) is None
-        )
-        return "triton" if gpu else "plain"
-    chosen = choose(op, operands[0].device, path).path
+    given = [t for t in operands if t is not None]
+    if path is None and given[0].is_meta:
+        gpu = op not in CPU_ONLY and _PREFERRED.get() is None
+        return "triton" if gpu and not _no_gradients(op, "triton", given, tables) else "plain"
+    chosen = choose(op, given[0].device, path).path
     if chosen == "plain":
         return chosen
-    obstacle = _no_gradients(op, chosen, operands, tables)
+    obstacle = _no_gradients(op, chosen, given, tables)
     if obstacle is None:
         return chosen
     if path is None:
@@ -128,8 +138,9 @@ def without_gradients(
 
 
 def _no_gradients(
-    op: str, path: str, operands: list[torch.Tensor], tables: tuple[torch.Tensor, ...]
+    op: str, path: str, operands: list[Tensor], tables: tuple[Tensor, ...]
 ) -> str | None:
+    """Why such operands cannot take `path`, or None."""
     device = operands[0].device
     taken = (torch.float32,) if op in ONLY_FLOAT32 else FLOATS[path]
     mixed = path == "native" and any(t.dtype != operands[0].dtype for t in operands)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels.dispatch import native, without_gradients
+from vise_kernels.dispatch import address, compiled, without_gradients
 
 ROWS = range(3, 65)  # one and two: PyTorch streams the weight too; more: libraries are as quick
 LARGE = 2**18  # elements of a weight; smaller ones lie in the cache, arranged or not
@@ -46,51 +46,68 @@ def few_rows(
     `path` forces "plain" or "native"; ValueError where that cannot run: operands that do not fit,
     are not float32 on a CPU, or carry gradients.
     """
+    if (low is None) != (up is None):
+        raise ValueError("few_rows: low and up do not fit: one is there without the other")
     if path is None:
         path = "native" if gains(x, weight) else "plain"
     if without_gradients("few_rows", path, x, weight, bias, low, up) == "native":
         return torch.ops.vise_kernels.few_rows(x, weight, bias, low, up)
     y = F.linear(x, weight, bias)
-    return y if low is None else y + F.linear(low, up)
+    if low is None or up is None:
+        return y
+    return y + F.linear(low, up)
 
 
 def _native(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
 ) -> Tensor:
-    (rows, width) = x.shape
+    _check(x, weight, bias, low, up)
+    rows, width = x.shape
     outs = len(weight)
-    rank = 0 if low is None else low.shape[-1]
-    if any(t.dtype != torch.float32 for t in (x, weight, bias, low, up) if t is not None):
-        raise ValueError("few_rows: path 'native' takes float32 on a CPU")
-    fits = (
-        weight.shape == (outs, width)
-        and (bias is None or bias.shape == (outs,))
-        and (low is None) == (up is None)
-    )
-    if not fits or (low is not None and (low.shape != (rows, rank) or up.shape != (outs, rank))):
-        shapes = ", ".join(
-            f"{name} {None if t is None else tuple(t.shape)}"
-            for name, t in zip(_NAMES, (x, weight, bias, low, up), strict=True)
-        )
-        raise ValueError(f"few_rows: {shapes} do not fit")
+    rank = 0 if low is None else low.shape[1]
     y = x.new_empty(rows, outs)
-    x, weight, bias, low, up = (
-        None if t is None else t.contiguous() for t in (x, weight, bias, low, up)
-    )
-    place = lambda t: 0 if t is None else t.data_ptr()
-    native().few_rows(
-        place(x),
+    x = x.contiguous()
+    weight = weight.contiguous()
+    # held here: an address keeps nothing alive
+    bias, low, up = (None if t is None else t.contiguous() for t in (bias, low, up))
+    compiled().few_rows(
+        address(x),
         rows,
         width,
-        place(weight),
+        address(weight),
         outs,
-        place(bias),
-        place(low),
+        address(bias),
+        address(low),
         rank,
-        place(up),
-        place(y),
+        address(up),
+        address(y),
     )
     return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
+) -> None:
+    operands = (x, weight, bias, low, up)
+    if any(t.dtype != torch.float32 for t in operands if t is not None):
+        raise ValueError("few_rows: path 'native' takes float32 on a CPU")
+    fits = (
+        x.dim() == weight.dim() == 2
+        and weight.shape[1] == x.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and _low_rank_fits(x, weight, low, up)
+    )
+    if not fits:
+        shapes = [None if t is None else tuple(t.shape) for t in operands]
+        told = ", ".join(f"{name} {shape}" for name, shape in zip(_NAMES, shapes, strict=True))
+        raise ValueError(f"few_rows: {told} do not fit")
+
+
+def _low_rank_fits(x: Tensor, weight: Tensor, low: Tensor | None, up: Tensor | None) -> bool:
+    if low is None or up is None:
+        return low is up
+    rank = low.shape[-1:]
+    return low.shape == (*x.shape[:1], *rank) and up.shape == (*weight.shape[:1], *rank)
 
 
 _NAMES = ("x", "weight", "bias", "low", "up")

@@ -2,17 +2,15 @@
 else.
 
     blur      out = round(A_h X A_w^T) per channel, A[i, j] = sum over taps d with mirror(i + d) = j
-              of taps(d): a separable
-              Gaussian on the box alone, continued at the box's edges by reflection that does not
-              repeat the edge (101),
-              as often as the radius asks for; an axis of one pixel is left as it is
+              of taps(d): a separable Gaussian on the box alone, continued at the box's edges by
+              reflection that does not repeat the edge (101), as often as the radius asks for; an
+              axis of one pixel is left as it is
     mean      every pixel the rounded mean of the box
     pixelate  cells of sqrt(12) sigma a side, from the box's top left corner, each its rounded mean:
-              a uniform square
-              of that side spreads as far as the Gaussian does
+              a uniform square of that side spreads as far as the Gaussian does
     feather   out = round(x + a (ghost - x)), a = min(1, depth / feather), depth = distance of the
-              pixel's centre to the
-              box's nearest edge in pixels; edges on the image's border are not softened
+              pixel's centre to the box's nearest edge in pixels; edges on the image's border are
+              not softened
 
 region="outside" ghosts the whole image (its mean: of the pixels outside) and puts the box back.
 Pixels outside the region keep their bytes. Leaves out what to hide and how strongly: the caller
@@ -26,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from vise_kernels import cosines
-from vise_kernels.dispatch import choose, jit, native, tl
+from vise_kernels.dispatch import choose, compiled, jit, tl
 from vise_kernels.pixels import (
     Images,
     addresses,
@@ -57,7 +55,12 @@ class Plan:
     outside: bool
 
     def cell(self, n: int) -> int:
+        """Side of a cell of box n, in pixels."""
         return max(1, round(math.sqrt(12) * self.sigma[n]))
+
+    def kernels(self) -> list[tuple[float, int]]:
+        """(sigma, radius) of each box."""
+        return list(zip(self.sigma, self.radius, strict=True))
 
 
 def ghost(
@@ -81,19 +84,27 @@ def ghost(
     "native" or "triton". ValueError: what does not fit, or a path that cannot run.
     """
     images = checked("ghost", images)
-    plan = _plan(images, image_index, boxes_px, method, sigma, radius, feather, region)
-    if not plan.images:
-        return []
-    path = choose("ghost", images[0].device, path).path
-    return {"plain": plain, "native": _native, "triton": _triton}[path](images, plan)
-
-
-def _plan(images, image_index, boxes_px, method, sigma, radius, feather, region) -> Plan:
     if method not in METHODS or region not in REGIONS or not feather >= 0:
         raise ValueError(
             f"ghost: method {method!r} of {METHODS}, region {region!r} of {REGIONS}, feather "
             f"{feather} >= 0"
         )
+    index, boxes = _places(images, image_index, boxes_px)
+    sigmas, radii = _lengths(sigma, radius, len(index))
+    outside = region == "outside"
+    plan = Plan(index, boxes, sigmas, radii, method, float(feather), outside)
+    if not plan.images:
+        return []
+    if images[0].is_meta:  # shapes only: what a step would hold
+        return [torch.empty_like(images[i]) for i in plan.images]
+    chosen = choose("ghost", images[0].device, path).path
+    return {"plain": plain, "native": _native, "triton": _triton}[chosen](images, plan)
+
+
+def _places(
+    images: Images, image_index: Tensor | Sequence[int], boxes_px: Tensor
+) -> tuple[list[int], Tensor]:
+    """Which image each box lies in, and the boxes (N,4) clipped to them."""
     index = on_host("ghost", "image_index", torch.as_tensor(image_index, dtype=torch.int64))
     boxes = on_host("ghost", "boxes_px", boxes_px)
     if index.dim() != 1 or boxes.shape != (len(index), 4) or boxes.is_floating_point():
@@ -103,24 +114,22 @@ def _plan(images, image_index, boxes_px, method, sigma, radius, feather, region)
         )
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(images):
         raise ValueError(f"ghost: image_index must lie in 0..{len(images) - 1}")
-    sigmas = _per_box("sigma", sigma, len(index), torch.float64)
-    radii = (
-        (3 * sigmas).ceil().long()
-        if radius is None
-        else _per_box("radius", radius, len(index), torch.int64)
-    )
+    chosen = index.tolist()
+    return chosen, _clip(boxes.long(), [images[i] for i in chosen])
+
+
+def _lengths(
+    sigma: float | Tensor, radius: int | Tensor | None, count: int
+) -> tuple[list[float], list[int]]:
+    """Sigma and radius of each box, in pixels."""
+    sigmas = _per_box("sigma", sigma, count, torch.float64)
+    if radius is None:
+        radii = (3 * sigmas).ceil().long()
+    else:
+        radii = _per_box("radius", radius, count, torch.int64)
     if not bool((sigmas > 0).all() and sigmas.isfinite().all() and (radii >= 0).all()):
         raise ValueError("ghost: sigma must be finite and above 0, radius at least 0")
-    clipped = _clip(boxes.long(), [images[i] for i in index.tolist()])
-    return Plan(
-        index.tolist(),
-        clipped,
-        sigmas.tolist(),
-        radii.tolist(),
-        method,
-        float(feather),
-        region == "outside",
-    )
+    return sigmas.tolist(), radii.tolist()
 
 
 def _per_box(name: str, value: float | Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -208,9 +217,8 @@ def _soften(image: Tensor, ghosted: Tensor, box: tuple[int, int, int, int], plan
     across = _depth(box[0], box[2], width, plan.outside, image.device)
     down = _depth(box[1], box[3], height, plan.outside, image.device)
     depth = torch.minimum(across[None, :], down[:, None])
-    alpha = ((-depth if plan.outside else depth).clamp(min=0) / plan.feather).clamp(max=1)[
-        :, :, None
-    ]
+    into = (-depth if plan.outside else depth).clamp(min=0)
+    alpha = (into / plan.feather).clamp(max=1)[:, :, None]
     return to_bytes(image + alpha * (ghosted.float() - image))
 
 
@@ -219,10 +227,9 @@ def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) 
     image's border is no edge.
     """
     centre = torch.arange(size, dtype=torch.float32, device=device) + 0.5
-    from_low = torch.full_like(centre, torch.inf) if low == 0 and not outside else centre - low
-    from_high = (
-        torch.full_like(centre, torch.inf) if high == size and not outside else high - centre
-    )
+    nowhere = torch.full_like(centre, torch.inf)
+    from_low = nowhere if low == 0 and not outside else centre - low
+    from_high = nowhere if high == size and not outside else high - centre
     return torch.minimum(from_low, from_high)
 
 
@@ -232,12 +239,10 @@ def _depth(low: int, high: int, size: int, outside: bool, device: torch.device) 
 def _native(images: Images, plan: Plan) -> list[Tensor]:
     sources = [images[i] for i in plan.images]
     outs = [torch.empty_like(source) for source in sources]
-    keys = (
-        list(zip(plan.sigma, plan.radius)) if plan.method == "blur" else [(1.0, 0)] * len(sources)
-    )
+    keys = plan.kernels() if plan.method == "blur" else [(1.0, 0)] * len(sources)
     distinct = list(dict.fromkeys(keys))
     order = {key: k for k, key in enumerate(distinct)}
-    native().ghost(
+    compiled().ghost(
         sources,
         outs,
         plan.boxes.contiguous(),
@@ -460,6 +465,22 @@ def _cells_kernel(
             _put(row, x, y, 2, inside, blue_mean.to(tl.float32), feather, OUTSIDE)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """What the kernels' tables hold of each box, on the host."""
+
+    source: Tensor  # (N,) addresses
+    out: Tensor  # (N,) addresses
+    geometry: Tensor  # (N,10) width, height; box; region
+    extent: Tensor  # (N,2) width and height of the region
+    device: torch.device
+
+    def on_device(self, scratch: Tensor, taps: Tensor, radius: Tensor, cell: Tensor) -> Tensor:
+        """(N, COLUMNS) int64."""
+        columns = [self.source, self.out, scratch, taps, *self.geometry.unbind(1), radius, cell]
+        return torch.stack(columns, 1).to(self.device, non_blocking=True)
+
+
 def _triton(images: Images, plan: Plan) -> list[Tensor]:
     sources = [images[i] for i in plan.images]
     outs = copies(sources)
@@ -468,59 +489,42 @@ def _triton(images: Images, plan: Plan) -> list[Tensor]:
     extent = region[:, 2:] - region[:, :2]
     if int(extent.max()) == 0:
         return outs
+    geometry = torch.cat([size, plan.boxes, region], 1)
+    table = _Table(addresses(sources), addresses(outs), geometry, extent, sources[0].device)
     launch = _launch_blur if plan.method == "blur" else _launch_cells
-    launch(
-        addresses(sources),
-        addresses(outs),
-        torch.cat([size, plan.boxes, region], 1),
-        extent,
-        plan,
-        sources[0].device,
-    )
+    launch(table, plan)
     return outs
 
 
-def _launch_blur(
-    source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device
-) -> None:
-    keys = list(zip(plan.sigma, plan.radius))
+def _launch_blur(boxes: _Table, plan: Plan) -> None:
+    keys = plan.kernels()
     parts = {key: cosines.taps(*key).float() for key in keys}
-    begin = dict(zip(parts, _starts(torch.tensor([len(part) for part in parts.values()])).tolist()))
-    taps = torch.cat(list(parts.values())).to(device, non_blocking=True)
-    values = 3 * extent[:, 0] * extent[:, 1]
-    scratch = torch.empty(int(values.sum()), dtype=torch.float16, device=device)
-    scratch_at = scratch.data_ptr() + 2 * _starts(values)
+    starts = _starts(torch.tensor([len(part) for part in parts.values()])).tolist()
+    begin = dict(zip(parts, starts, strict=True))
+    taps = torch.cat(list(parts.values())).to(boxes.device, non_blocking=True)
     taps_at = taps.data_ptr() + 4 * torch.tensor([begin[key] for key in keys])
-    columns = [
-        source,
-        out,
-        scratch_at,
-        taps_at,
-        *geometry.unbind(1),
-        torch.tensor(plan.radius),
-        torch.ones_like(source),
-    ]
-    table = torch.stack(columns, 1).to(device, non_blocking=True)
-    tiles = (extent + TILE - 1) // TILE
+    values = 3 * boxes.extent[:, 0] * boxes.extent[:, 1]
+    scratch = torch.empty(int(values.sum()), dtype=torch.float16, device=boxes.device)
+    scratch_at = scratch.data_ptr() + 2 * _starts(values)
+    radius = torch.tensor(plan.radius)
+    table = boxes.on_device(scratch_at, taps_at, radius, torch.ones_like(radius))
+    tiles = (boxes.extent + TILE - 1) // TILE
     _across_kernel[(int(tiles.prod(1).max()), len(table))](table, COLUMNS, TILE, STRETCH)
-    tiles = (extent * torch.tensor([3, 1]) + TILE - 1) // TILE
+    tiles = (boxes.extent * torch.tensor([3, 1]) + TILE - 1) // TILE
     _down_kernel[(int(tiles.prod(1).max()), len(table))](
         table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside
     )
 
 
-def _launch_cells(
-    source: Tensor, out: Tensor, geometry: Tensor, extent: Tensor, plan: Plan, device: torch.device
-) -> None:
-    whole = extent.max(1).values.clamp(min=1)  # one cell, or the rounded root of 12 sigma a side
-    cell = (
-        whole if plan.method == "mean" else torch.tensor([plan.cell(n) for n in range(len(whole))])
-    )
-    none = torch.zeros_like(source)
-    table = torch.stack([source, out, none, none, *geometry.unbind(1), none, cell], 1).to(
-        device, non_blocking=True
-    )
-    tiles = (extent + cell[:, None] - 1) // cell[:, None]
+def _launch_cells(boxes: _Table, plan: Plan) -> None:
+    """One cell over the whole region, or the rounded root of 12 sigma a side."""
+    if plan.method == "mean":
+        cell = boxes.extent.max(1).values.clamp(min=1)
+    else:
+        cell = torch.tensor([plan.cell(n) for n in range(len(plan.images))])
+    none = torch.zeros_like(boxes.source)
+    table = boxes.on_device(none, none, none, cell)
+    tiles = (boxes.extent + cell[:, None] - 1) // cell[:, None]
     hole = plan.outside and plan.method == "mean"
     _cells_kernel[(int(tiles.prod(1).max()), len(table))](
         table, plan.feather, COLUMNS, PIXELS, hole, plan.outside

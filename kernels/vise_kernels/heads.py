@@ -1,10 +1,10 @@
 """Queries, keys and values out of one product: heads parted, queries and keys normed and rotated,
 in one pass; and the way back.
 
-    u = x · r · weight,  r = 1 / sqrt(mean(x²) + eps)  (RMS norm over each head)
-    (low, high) of u  ->  (low cos - high sin, high cos + low sin)  (rotary embedding, Su et al.
-    2021, halves paired as in GPT-NeoX)
+    u = x · r · weight,  r = 1 / sqrt(mean(x²) + eps)
+    (low, high) of u  ->  (low cos - high sin, high cos + low sin)
 
+RMS norm over each head, then the rotary embedding (Su et al. 2021), halves paired as in GPT-NeoX.
 The gradient is turned back by the same angle and goes through the norm as in rms_norm.py. Computed
 in float32 throughout, rounded once. Values stay where they are. Left out: gradients of weights and
 angles, models without these norms.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import jit, native, threads_for, tl, triton, without_gradients
+from vise_kernels.dispatch import compiled, jit, threads_for, tl, triton, without_gradients
 
 HEADS = 8  # of a Triton program
 
@@ -43,6 +43,15 @@ class Parts(NamedTuple):
     v: Tensor
 
 
+class Sizes(NamedTuple):
+    """n, H, KV and D / 2."""
+
+    rows: int
+    queries: int
+    keys: int
+    half: int
+
+
 def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> Parts:
     """qkv (n, (H + 2 KV) D) parted; `queries` is H. All in qkv's dtype.
 
@@ -58,62 +67,36 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
     turn = _contiguous(turn)
     q, k = (qkv.new_empty(rows, count, 2 * half) for count in (queries, keys))
     if chosen == "native":
-        native().heads(
-            sizes,
-            _places(turn[:4]),
-            turn.eps,
-            *_places([qkv, q, k]),
-            qkv.dtype == torch.bfloat16,
-            threads_for(qkv.numel()),
-        )
+        brain = qkv.dtype == torch.bfloat16
+        tensors = _places(qkv, q, k)
+        threads = threads_for(qkv.numel())
+        compiled().heads(sizes, _places(*turn[:4]), turn.eps, *tensors, brain, threads)
     elif qkv.numel() and not qkv.is_meta:
-        _kernel[_grid(sizes)](
-            qkv,
-            q,
-            k,
-            *turn[:4],
-            turn.eps,
-            queries,
-            keys,
-            HALF=half,
-            LANES=triton.next_power_of_2(half),
-            HEADS=HEADS,
-        )
+        _kernel[_grid(sizes)](qkv, q, k, *turn, queries, keys, **_constants(half))
     return Parts(q, k, qkv.view(rows, queries + 2 * keys, 2 * half)[:, queries + keys :])
 
 
 def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = None) -> Tensor:
-    """dL/dqkv (n, (H + 2 KV) D) from the gradients of the parts."""
+    """dL/dqkv (n, (H + 2 KV) D) from the gradients of the parts; paths, dtypes and errors as
+    `heads`.
+    """
     sizes = _sizes(qkv, turn, grads.q.shape[1])
     chosen = _path(path, qkv, turn, *grads)
     if chosen == "plain":
         return plain_backward(qkv, turn, grads)
-    _, queries, keys, half = sizes
     qkv = qkv.contiguous()
     turn = _contiguous(turn)
-    grads = [grad.contiguous() for grad in grads]
+    grads = Parts(*(grad.contiguous() for grad in grads))
     dqkv = torch.empty_like(qkv)
     if chosen == "native":
-        native().heads_backward(
-            sizes,
-            _places(turn[:4]),
-            turn.eps,
-            *_places([qkv, *grads, dqkv]),
-            qkv.dtype == torch.bfloat16,
-            threads_for(qkv.numel()),
-        )
+        brain = qkv.dtype == torch.bfloat16
+        tensors = _places(qkv, *grads, dqkv)
+        threads = threads_for(qkv.numel())
+        compiled().heads_backward(sizes, _places(*turn[:4]), turn.eps, *tensors, brain, threads)
     elif qkv.numel() and not qkv.is_meta:
+        counts = (sizes.queries, sizes.keys)
         _backward_kernel[_grid(sizes)](
-            qkv,
-            *grads,
-            *turn[:4],
-            dqkv,
-            turn.eps,
-            queries,
-            keys,
-            HALF=half,
-            LANES=triton.next_power_of_2(half),
-            HEADS=HEADS,
+            qkv, *grads, *turn[:4], dqkv, turn.eps, *counts, **_constants(sizes.half)
         )
     return dqkv
 
@@ -127,11 +110,8 @@ def plain(qkv: Tensor, turn: Turn, queries: int) -> Parts:
     low, high = (unit * _weights(turn, queries, keys)).chunk(2, -1)
     cos = turn.cos[:, None]
     sin = turn.sin[:, None]
-    q, k = (
-        torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
-        .to(qkv.dtype)
-        .split([queries, keys], 1)
-    )
+    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+    q, k = turned.to(qkv.dtype).split([queries, keys], 1)
     return Parts(q, k, v)
 
 
@@ -142,9 +122,8 @@ def plain_backward(qkv: Tensor, turn: Turn, grads: Parts) -> Tensor:
     low, high = _wide(torch.cat(grads[:2], 1)).chunk(2, -1)
     cos = turn.cos[:, None]
     sin = turn.sin[:, None]
-    g = torch.cat([low * cos + high * sin, high * cos - low * sin], -1) * _weights(
-        turn, queries, keys
-    )
+    turned = torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
+    g = turned * _weights(turn, queries, keys)
     x = _wide(qkv).view(len(qkv), queries + 2 * keys, g.shape[-1])[:, : queries + keys]
     inverse = (x.square().mean(-1, keepdim=True) + turn.eps).rsqrt()
     dx = inverse * (g - x * inverse.square() * (g * x).mean(-1, keepdim=True))
@@ -295,36 +274,39 @@ def _backward_kernel(
     )
 
 
-def _grid(sizes: list[int]) -> tuple[int, int]:
-    rows, queries, keys, _ = sizes
-    return rows, triton.cdiv(queries + 2 * keys, HEADS)
+def _grid(sizes: Sizes) -> tuple[int, int]:
+    return sizes.rows, triton.cdiv(sizes.queries + 2 * sizes.keys, HEADS)
+
+
+def _constants(half: int) -> dict[str, int]:
+    return {"HALF": half, "LANES": triton.next_power_of_2(half), "HEADS": HEADS}
 
 
 def _path(path: str | None, qkv: Tensor, turn: Turn, *grads: Tensor) -> str:
-    return without_gradients("heads", path, qkv, *turn[:2], *grads, tables=turn[2:4])
+    weights = (turn.q_weight, turn.k_weight)
+    return without_gradients("heads", path, qkv, *weights, *grads, tables=(turn.cos, turn.sin))
 
 
 def _contiguous(turn: Turn) -> Turn:
-    return Turn(*(table.contiguous() for table in turn[:4]), turn.eps)
+    q_weight, k_weight, cos, sin = (table.contiguous() for table in turn[:4])
+    return Turn(q_weight, k_weight, cos, sin, turn.eps)
 
 
-def _places(tensors) -> list[int]:
+def _places(*tensors: Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _sizes(qkv: Tensor, turn: Turn, queries: int) -> list[int]:
-    """n, H, KV and D / 2."""
+def _sizes(qkv: Tensor, turn: Turn, queries: int) -> Sizes:
+    """ValueError: shapes that do not fit."""
     half = turn.cos.shape[-1]
     keys, rest = divmod(qkv.shape[-1] - queries * 2 * half, 4 * half) if half else (0, 1)
-    tables = turn.cos.shape == turn.sin.shape == (
-        len(qkv),
-        half,
-    ) and turn.q_weight.shape == turn.k_weight.shape == (2 * half,)
-    if qkv.dim() != 2 or rest or keys < 1 or not tables:
-        shapes = ", ".join(
-            f"{name} {tuple(table.shape)}" for name, table in zip(Turn._fields, turn[:4])
-        )
+    angles = turn.cos.shape == turn.sin.shape == (len(qkv), half)
+    weights = turn.q_weight.shape == turn.k_weight.shape == (2 * half,)
+    if qkv.dim() != 2 or rest or keys < 1 or not angles or not weights:
+        shapes = [tuple(table.shape) for table in turn[:4]]
+        named = zip(Turn._fields[:4], shapes, strict=True)
+        told = ", ".join(f"{name} {shape}" for name, shape in named)
         raise ValueError(
-            f"heads: qkv {tuple(qkv.shape)} with {queries} query heads, {shapes} do not fit"
+            f"heads: qkv {tuple(qkv.shape)} with {queries} query heads, {told} do not fit"
         )
-    return [len(qkv), queries, keys, half]
+    return Sizes(len(qkv), queries, keys, half)

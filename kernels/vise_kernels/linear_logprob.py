@@ -1,8 +1,8 @@
 """Log-probability of chosen ids, and the exact KL against a reference, straight from hidden rows
 and a frozen LM head.
 
-    z = h W^T    logprob = z_id - lse(z)    KL(p || q) = sum_v p_v d_v - lse(z) + lse(z'),   d = z -
-    z', z' = h' W^T
+    z = h W^T,    logprob = z_id - lse(z)
+    KL(p || q) = sum_v p_v d_v - lse(z) + lse(z'),    d = z - z',    z' = h' W^T
 
 The (N,V) logits never exist: the head is walked in chunks of ids, and every sum is kept relative to
 a running maximum. The gradients are gathered in the same walk, because both are softmax averages of
@@ -27,6 +27,7 @@ the head and of the reference, and ready logits (`token_logprob.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +38,20 @@ CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32
 # hidden rows per walk over the head (policy and reference together): enough to keep a product
 # compute-bound
 BLOCK_ROWS = 2048
-MAX_CHUNK = (
-    2**15
-)  # ids per chunk at most: few rows must not make one program walk the whole vocabulary
+# ids per chunk at most: few rows must not make one program walk the whole vocabulary
+MAX_CHUNK = 2**15
 FLOOR = -1e30  # the running maximum before the first id: finite, so that differences never are nan
 BLOCK = 2048  # elements per step of a Triton program
+
+
+class LogprobKL(NamedTuple):
+    """Log-probs of the chosen ids under policy and reference, and the exact KL(policy ||
+    reference), in nat, each (N,).
+    """
+
+    logprob: Tensor
+    reference_logprob: Tensor
+    kl: Tensor
 
 
 def linear_logprob(
@@ -62,10 +72,8 @@ def linear_logprob(
     ValueError: shapes that do not fit, or a head that asks for a gradient.
     """
     _check("linear_logprob", hidden, head, ids, banned)
-    path = _path("linear_logprob", hidden, path)
-    return _LinearLogprob.apply(
-        hidden, None, head, ids, banned, chunk, path, _wants_gradient(hidden)
-    )[0]
+    walked = Head(head, banned, chunk, _path("linear_logprob", hidden, path))
+    return _LinearLogprob.apply(hidden, None, ids, walked, _wants_gradient(hidden))[0]
 
 
 def linear_logprob_kl(
@@ -77,12 +85,11 @@ def linear_logprob_kl(
     banned: Tensor | None = None,
     chunk: int | None = None,
     path: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_logprob`, for policy and reference rows (N,H) in one walk over the head: (logprob,
-    reference_logprob, kl).
+) -> LogprobKL:
+    """As `linear_logprob`, for policy and reference rows (N,H) in one walk over the head.
 
-    Each is (N,) in nat; kl is the exact KL(policy || reference) over the ids that are not banned.
-    logprob and kl are differentiable in `hidden`; the reference is a constant.
+    kl is over the ids that are not banned. logprob and kl are differentiable in `hidden`; the
+    reference is a constant.
     """
     _check("linear_logprob_kl", hidden, head, ids, banned)
     if reference_hidden.shape != hidden.shape or reference_hidden.dtype != hidden.dtype:
@@ -90,10 +97,9 @@ def linear_logprob_kl(
             f"linear_logprob_kl: reference_hidden {_describe(reference_hidden)} must match hidden "
             f"{_describe(hidden)}"
         )
-    path = _path("linear_logprob_kl", hidden, path)
-    return _LinearLogprob.apply(
-        hidden, reference_hidden, head, ids, banned, chunk, path, _wants_gradient(hidden)
-    )
+    walked = Head(head, banned, chunk, _path("linear_logprob_kl", hidden, path))
+    wants = _wants_gradient(hidden)
+    return LogprobKL(*_LinearLogprob.apply(hidden, reference_hidden, ids, walked, wants))
 
 
 def full_softmax(
@@ -102,7 +108,7 @@ def full_softmax(
     head: Tensor,
     ids: Tensor,
     banned: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LogprobKL:
     """`linear_logprob_kl` by its definition, with (N,V) tensors: the truth of the tests and the
     baseline of the bench.
     """
@@ -115,7 +121,23 @@ def full_softmax(
     if banned is not None:
         difference = torch.where(banned, 0, difference)
     kl = (policy.exp() * difference).sum(-1)
-    return policy.gather(1, ids[:, None])[:, 0], reference.gather(1, ids[:, None])[:, 0], kl
+    own, others = (rows.gather(1, ids[:, None])[:, 0] for rows in (policy, reference))
+    return LogprobKL(own, others, kl)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head and how it is walked."""
+
+    weight: Tensor  # (V,H)
+    banned: Tensor | None  # bool (V,)
+    chunk: int | None  # ids per step; None: from the number of rows
+    path: str
+
+    def pieces(self, kinds: int, rows: int) -> list[slice]:
+        """The ids of each step, for so many rows of so many distributions."""
+        wanted = self.chunk or CHUNK_LOGITS // (kinds * kinds * rows)
+        return _blocks(len(self.weight), _chunk_size(wanted, len(self.weight)))
 
 
 @dataclass
@@ -131,13 +153,10 @@ class Sums:
 
     @classmethod
     def start(cls, kinds: int, rows: int, like: Tensor) -> Sums:
-        options = {"device": like.device, "dtype": _wide(like.dtype)}
-        return cls(
-            torch.full((kinds, rows), FLOOR, **options),
-            torch.zeros((kinds, rows), **options),
-            torch.full((kinds, rows), torch.nan, **options),
-            torch.zeros(rows, **options),
-        )
+        """Before the first id, on the device of `like`."""
+        zeros = torch.zeros((kinds, rows), device=like.device, dtype=_wide(like.dtype))
+        unseen = torch.full_like(zeros, torch.nan)
+        return cls(torch.full_like(zeros, FLOOR), zeros, unseen, torch.zeros_like(zeros[0]))
 
     def results(self) -> Tensor:
         """(3,R): logprob, reference logprob, KL; the last two are 0 for K = 1."""
@@ -151,19 +170,17 @@ class Sums:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, reference, head, ids, banned, chunk, path, wants_gradient):
+    def forward(ctx, hidden, reference, ids, head, wants_gradient):
         kinds = 1 if reference is None else 2
         ids = ids.contiguous()
         slopes = hidden.new_empty((kinds, *hidden.shape)) if wants_gradient else None
         results = hidden.new_empty((3, len(hidden)), dtype=_wide(hidden.dtype))
         for block in _blocks(len(hidden), BLOCK_ROWS // kinds):
-            rows = (
-                hidden[block] if reference is None else torch.cat([hidden[block], reference[block]])
-            )
+            states = hidden[block][None]
+            if reference is not None:
+                states = torch.stack([hidden[block], reference[block]])
             slope = None if slopes is None else slopes[:, block]
-            results[:, block] = _walk(
-                rows.view(kinds, -1, rows.shape[1]), head, ids[block], banned, chunk, path, slope
-            )
+            results[:, block] = _walk(states, ids[block], head, slope)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         logprob, reference_logprob, kl = (result.clone() for result in results)
@@ -175,49 +192,71 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob, _grad_reference, grad_kl):
         (slopes,) = ctx.saved_tensors
         gradient = torch.empty_like(slopes[0])
-        for block in _blocks(
-            len(gradient), BLOCK_ROWS
-        ):  # in blocks: the float32 products stay small
+        # in blocks: the float32 products stay small
+        for block in _blocks(len(gradient), BLOCK_ROWS):
             rows = grad_logprob[block, None] * slopes[0, block]
             if len(slopes) == 2:
                 rows += grad_kl[block, None] * slopes[1, block]
             gradient[block] = rows
-        return (gradient, *[None] * 7)
+        return gradient, None, None, None, None
 
 
-def _walk(
-    states: Tensor,
-    head: Tensor,
-    ids: Tensor,
-    banned: Tensor | None,
-    chunk: int | None,
-    path: str,
-    slope: Tensor | None,
-) -> Tensor:
-    """One walk over the head (V,H) for `states` (K,R,H): the (3,R) of `Sums.results`; fills `slope`
-    (K,R,H) unless it is None.
+@dataclass
+class _Gathered:
+    """What becomes the gradients: weights of a chunk, flat; averages (K,R,H) of the head."""
+
+    weights: Tensor
+    averages: Tensor
+
+
+@dataclass
+class _Walk:
+    """One walk over the head for K distributions of R rows."""
+
+    states: Tensor  # (K,R,H)
+    ids: Tensor  # (R,)
+    head: Head
+    sums: Sums
+    logits: Tensor  # of a chunk, flat
+    gathered: _Gathered | None
+
+    def step(self, piece: slice) -> None:
+        """The ids of one piece."""
+        weight = self.head.weight[piece].to(self.states.dtype)
+        kinds, rows, _ = self.states.shape
+        z = self.logits[: kinds * rows * len(weight)].view(kinds, rows, -1)
+        _product(self.states.flatten(0, 1), weight.T, z.flatten(0, 1), add=False)
+        skip = None if self.head.banned is None else self.head.banned[piece]
+        merge = _merge_triton if self.head.path == "triton" else merge_plain
+        ids = self.ids - piece.start
+        if self.gathered is None:
+            merge(z, ids, skip, self.sums, None, None)
+            return
+        w = self.gathered.weights[: z.numel()].view_as(z)
+        averages = self.gathered.averages
+        merge(z, ids, skip, self.sums, w, averages if piece.start else None)
+        _product(w.flatten(0, 1), weight, averages.flatten(0, 1), add=piece.start > 0)
+
+
+def _walk(states: Tensor, ids: Tensor, head: Head, slope: Tensor | None) -> Tensor:
+    """One walk over the head for `states` (K,R,H) and `ids` (R,): the (3,R) of `Sums.results`;
+    fills `slope` (K,R,H) unless it is None.
     """
-    kinds, rows, width = states.shape
+    kinds, rows, _ = states.shape
     sums = Sums.start(kinds, rows, states)
-    merge, finish = (
-        (_merge_triton, _finish_triton) if path == "triton" else (merge_plain, _finish_plain)
-    )
-    states = states if path == "triton" else states.to(sums.top.dtype)
-    size = _chunk_size(chunk or CHUNK_LOGITS // (kinds * kinds * rows), len(head))
-    logits = sums.top.new_empty(kinds * rows * size)
-    weights = None if slope is None else states.new_empty(kinds * rows * size)
-    averages = None if slope is None else torch.empty_like(states, dtype=sums.top.dtype)
-    for first in range(0, len(head), size):
-        piece = head[first : first + size].to(states.dtype)
-        z = logits[: kinds * rows * len(piece)].view(kinds, rows, -1)
-        w = None if slope is None else weights[: z.numel()].view_as(z)
-        _product(states.flatten(0, 1), piece.T, z.flatten(0, 1), add=False)
-        skip = None if banned is None else banned[first : first + size]
-        merge(z, ids - first, skip, sums, w, averages if first else None)
-        if slope is not None:
-            _product(w.flatten(0, 1), piece, averages.flatten(0, 1), add=first > 0)
+    states = states if head.path == "triton" else states.to(sums.top.dtype)
+    pieces = head.pieces(kinds, rows)
+    size = kinds * rows * (pieces[0].stop - pieces[0].start)
+    gathered = None
     if slope is not None:
-        finish(sums, averages, head, ids, banned, slope)
+        averages = torch.empty_like(states, dtype=sums.top.dtype)
+        gathered = _Gathered(states.new_empty(size), averages)
+    walk = _Walk(states, ids, head, sums, sums.top.new_empty(size), gathered)
+    for piece in pieces:
+        walk.step(piece)
+    if slope is not None and gathered is not None:
+        finish = _finish_triton if head.path == "triton" else _finish_plain
+        finish(sums, gathered.averages, head.weight, ids, head.banned, slope)
     return sums.results()
 
 
@@ -410,23 +449,14 @@ def _merge_triton(
 ) -> None:
     kinds, rows, width = logits.shape
     factor = torch.empty_like(sums.drift)
-    state = sums.top, sums.total, sums.target, sums.drift, factor
-    _merge_kernel[(rows, kinds)](
-        logits,
-        weights,
-        ids,
-        _bytes(banned),
-        *state,
-        width,
-        PAIRED=kinds == 2,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    state = (sums.top, sums.total, sums.target, sums.drift, factor)
+    given = (logits, weights, ids, _bytes(banned))
+    options = {"BLOCK": BLOCK, "num_warps": 8}
+    _merge_kernel[(rows, kinds)](*given, *state, width, PAIRED=kinds == 2, **options)
     if averages is not None:
         width = averages.shape[2]
-        _rescale_kernel[(kinds * rows, triton.cdiv(width, BLOCK))](
-            averages, factor, rows, width, BLOCK=BLOCK, num_warps=8
-        )
+        grid = (kinds * rows, triton.cdiv(width, BLOCK))
+        _rescale_kernel[grid](averages, factor, rows, width, **options)
 
 
 def _finish_triton(
@@ -451,9 +481,10 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
         left = left.to(out.dtype)
         right = right.to(out.dtype)
     if left.dtype != out.dtype:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out) if add else torch.mm(
-            left, right, out_dtype=out.dtype, out=out
-        )
+        if add:
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
     elif add:
         out.addmm_(left, right)
     else:

@@ -1,15 +1,17 @@
 """uint8 images to rows of normalised patches, in the order Qwen3-VL's vision tower reads them.
 
-    value = (level / 255 - mean) / std;  row order: images, then squares of merge x merge patches
-    row by row, then the patches of
-    a square row by row;  within a row: channel, temporal tap, y, x. The taps of a still are the
-    same picture `temporal` times.
+    value = (level / 255 - mean) / std
+    rows: images, then squares of merge x merge patches row by row, then a square's patches
+    within a row: channel, temporal tap, y, x
 
-single_tap leaves out the repeats, half the bytes, for a patch embedding whose temporal taps were
-added up. matrices_px warps on the way: each value is read through its image's matrix, to the byte
-that `warp` would have written, and no warped image is. Leaves out resizing, and ghosts: a blurred
-box needs all its pixels before the first is known (docs/LOG.md has what fusing could save).
+The taps of a still are the same picture `temporal` times. single_tap leaves out the repeats, half
+the bytes, for a patch embedding whose temporal taps were added up. matrices_px warps on the way:
+each value is read through its image's matrix, to the byte that `warp` would have written, and no
+warped image is. Leaves out resizing, and ghosts: a blurred box needs all its pixels before the
+first is known (docs/LOG.md has what fusing could save).
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, jit, native, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, tl, triton
 from vise_kernels.pixels import Images, addresses, checked
 from vise_kernels.warp import inverted, sampled
 from vise_kernels.warp import plain as warp_plain
@@ -47,26 +49,14 @@ def patchify(
     cannot run.
     """
     images = checked("patchify", images)
-    if not images or dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and "
-            f"{dtype}"
-        )
-    side = patch * merge
-    for image in images:
-        if image.shape[0] % side or image.shape[1] % side:
-            raise ValueError(
-                f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch {patch} x "
-                f"merge {merge})"
-            )
-    taps = 1 if single_tap else temporal
+    layout = Layout(patch, merge, 1 if single_tap else temporal)
+    values = Values(tuple(mean), tuple(std), dtype)
+    _check(images, layout, values)
     inverses = None if matrices_px is None else inverted("patchify", images, matrices_px, fill)
     grid = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
-    path = choose("patchify", images[0].device, path).path
-    run = {"plain": plain, "native": _native, "triton": _triton}[path]
-    return run(
-        images, Layout(patch, merge, taps), Values(tuple(mean), tuple(std), dtype), inverses, fill
-    ), grid
+    chosen = choose("patchify", images[0].device, path).path
+    run = {"plain": plain, "native": _native, "triton": _triton}[chosen]
+    return run(images, layout, values, inverses, fill), grid
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,21 @@ class Values:
     dtype: torch.dtype
 
 
+def _check(images: Images, layout: Layout, values: Values) -> None:
+    if not images or values.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and "
+            f"{values.dtype}"
+        )
+    side = layout.patch * layout.merge
+    for image in images:
+        if image.shape[0] % side or image.shape[1] % side:
+            raise ValueError(
+                f"patchify: {tuple(image.shape[:2])} is not a multiple of {side} (patch "
+                f"{layout.patch} x merge {layout.merge})"
+            )
+
+
 def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(..., 3) grey levels to float32, rounded where transformers' image processors round: after
     the float64 product too.
@@ -105,22 +110,18 @@ def plain(
 ) -> Tensor:
     """A view of each image, warped where it is to be, in nine axes, permuted."""
     images = images if inverses is None else warp_plain(images, inverses, fill)
-    return torch.cat(
-        [
-            _patchify_one(normalise(image, values.mean, values.std).to(values.dtype), layout)
-            for image in images
-        ]
-    )
+    numbers = [normalise(image, values.mean, values.std).to(values.dtype) for image in images]
+    return torch.cat([_patchify_one(image, layout) for image in numbers])
 
 
 def _patchify_one(values: Tensor, layout: Layout) -> Tensor:
+    """(H,W,3) numbers to (patches, layout.row)."""
     patch = layout.patch
     merge = layout.merge
     rows, columns = (size // (patch * merge) for size in values.shape[:2])
     squares = values.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
-    return (
-        squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, layout.taps, -1, -1).reshape(-1, layout.row)
-    )
+    taps = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, layout.taps, -1, -1)
+    return taps.reshape(-1, layout.row)
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,12 +130,8 @@ def _levels(values: Values, device: torch.device) -> Tensor:
     instead of computing.
     """
     every = torch.arange(256)[:, None].expand(-1, 3)
-    return (
-        normalise(every, values.mean, values.std)
-        .to(values.dtype)
-        .T.contiguous()
-        .to(device, non_blocking=True)
-    )
+    table = normalise(every, values.mean, values.std).to(values.dtype).T.contiguous()
+    return table.to(device, non_blocking=True)
 
 
 def _native(
@@ -144,7 +141,7 @@ def _native(
     inverses = None if inverses is None else inverses.contiguous()
     table = _levels(values, out.device)
     threads = torch.get_num_threads()
-    native().patchify(
+    compiled().patchify(
         images, out, table, layout.patch, layout.merge, layout.taps, threads, inverses, float(fill)
     )
     return out
@@ -155,9 +152,8 @@ def _allocate(images: Images, layout: Layout, values: Values) -> Tensor:
     return torch.empty(tokens, layout.row, dtype=values.dtype, device=images[0].device)
 
 
-COLUMNS = (
-    4  # of the table: address of the image, first row of the output, width in patches, patches
-)
+# of the table: address of the image, first row of the output, width in patches, patches
+COLUMNS = 4
 VALUES = 1024  # per program
 PIXELS = 512  # per program, warped
 
@@ -248,23 +244,20 @@ def _triton(
     images: Images, layout: Layout, values: Values, inverses: Tensor | None, fill: int
 ) -> Tensor:
     out = _allocate(images, layout, values)
-    patch = layout.patch
+    area = layout.patch**2
     device = out.device
-    width = torch.tensor([image.shape[1] // patch for image in images])
-    patches = torch.tensor([image.shape[0] * image.shape[1] // patch**2 for image in images])
-    table = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1).to(
-        device, non_blocking=True
-    )
+    width = torch.tensor([image.shape[1] // layout.patch for image in images])
+    patches = torch.tensor([image.shape[0] * image.shape[1] // area for image in images])
+    rows = torch.stack([addresses(images), patches.cumsum(0) - patches, width, patches], 1)
+    table = rows.to(device, non_blocking=True)
     levels = _levels(values, device)
-    most = int(patches.max()) * patch**2
+    most = int(patches.max()) * area
+    shape = (layout.patch, layout.merge, layout.taps)
     if inverses is None:
-        _patchify_kernel[(triton.cdiv(3 * most, VALUES), len(images))](
-            table, levels, out, COLUMNS, VALUES, patch, layout.merge, layout.taps
-        )
-        return out
-    inverses = inverses.float().contiguous().to(device, non_blocking=True)
-    grid = (triton.cdiv(most, PIXELS), len(images))
-    _warped_kernel[grid](
-        table, levels, out, inverses, float(fill), COLUMNS, PIXELS, patch, layout.merge, layout.taps
-    )
+        grid = (triton.cdiv(3 * most, VALUES), len(images))
+        _patchify_kernel[grid](table, levels, out, COLUMNS, VALUES, *shape)
+    else:
+        turns = inverses.float().contiguous().to(device, non_blocking=True)
+        grid = (triton.cdiv(most, PIXELS), len(images))
+        _warped_kernel[grid](table, levels, out, turns, float(fill), COLUMNS, PIXELS, *shape)
     return out

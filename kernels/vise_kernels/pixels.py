@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Images = Sequence[Tensor]
+Size = tuple[int, int]  # height, width
 
 
 def checked(op: str, images: Images) -> list[Tensor]:
@@ -41,6 +42,12 @@ def on_host(op: str, name: str, values: Tensor) -> Tensor:
     return values
 
 
+def size_of(image: Tensor) -> Size:
+    """(height, width) of an image."""
+    height, width = image.shape[:2]
+    return height, width
+
+
 def along_height(matrix: Tensor, image: Tensor) -> Tensor:
     """matrix (K,H) applied to every column of image (H,W,C): (K,W,C)."""
     return (matrix @ image.reshape(image.shape[0], -1)).view(-1, *image.shape[1:])
@@ -66,14 +73,12 @@ def addresses(tensors: Images) -> Tensor:
 def copies(images: Images) -> list[Tensor]:
     """Each image again, side by side in one new allocation, by one copy."""
     flat = torch.cat([image.view(-1) for image in images])
-    return [
-        part.view_as(image)
-        for part, image in zip(flat.split([image.numel() for image in images]), images)
-    ]
+    parts = flat.split([image.numel() for image in images])
+    return [part.view_as(image) for part, image in zip(parts, images, strict=True)]
 
 
-def packed(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+def packed(sizes: Sequence[Size], device: torch.device) -> list[Tensor]:
     """Uninitialised uint8 images (H,W,3) of the given sizes, side by side in one allocation."""
     counts = [3 * height * width for height, width in sizes]
     flat = torch.empty(sum(counts), dtype=torch.uint8, device=device)
-    return [part.view(*size, 3) for part, size in zip(flat.split(counts), sizes)]
+    return [part.view(*size, 3) for part, size in zip(flat.split(counts), sizes, strict=True)]

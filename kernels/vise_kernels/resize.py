@@ -1,11 +1,10 @@
 """Antialiased bicubic resizing of uint8 images, as Pillow's `resize(size, BICUBIC)` does it.
 
     one axis   out[i] = clip(floor(sum_j w[i, j] in[j] + 1/2)),   w[i, j] ~ k((j + 1/2 - c_i) / s),
-    summing to 1 over j,
-               c_i = (i + 1/2) in/out, s = max(in/out, 1), k Keys' cubic with a = -1/2 (R. Keys,
-               "Cubic convolution
-               interpolation for digital image processing", 1981), over j whose centres lie within 2
-               s of c_i
+               summing to 1 over the j whose centres lie within 2 s of c_i,
+               c_i = (i + 1/2) in/out,  s = max(in/out, 1),  k Keys' cubic with a = -1/2
+
+(R. Keys, "Cubic convolution interpolation for digital image processing", 1981.)
 
 One axis after the other, rounded and clipped to bytes in between, so the order decides where
 overshoot is cut. It is Pillow 13's: along y first where the image loses height and more than twice
@@ -13,19 +12,20 @@ as many rows as columns, else along x first (Pillow 12 always goes along x first
 filters.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, jit, native, tl, triton
-from vise_kernels.pixels import Images, addresses, checked, packed
+from vise_kernels.dispatch import choose, compiled, jit, tl, triton
+from vise_kernels.pixels import Images, Size, addresses, checked, packed, size_of
 
 
-def resize(
-    images: Images, sizes: Sequence[tuple[int, int]], *, path: str | None = None
-) -> list[Tensor]:
+def resize(images: Images, sizes: Sequence[Size], *, path: str | None = None) -> list[Tensor]:
     """N uint8 (H,W,3) images at sizes [(height, width)], within one grey level of Pillow's BICUBIC.
 
     path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot
@@ -41,7 +41,7 @@ def resize(
     return {"plain": plain, "native": _native, "triton": _triton}[path](images, sizes)
 
 
-def down_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
+def down_first(old: Size, new: Size) -> bool:
     """Whether (height, width) `old` becomes `new` along y first: observed of Pillow 13.0, tested
     against it.
     """
@@ -61,13 +61,11 @@ def taps(size: int, out: int) -> tuple[Tensor, Tensor]:
     count = int((high - low).max())
     first = np.minimum(low, size - count)  # so that every row reads `count` samples that exist
     at = first[:, None] + np.arange(count)
-    weights = _cubic((at + 0.5 - centre[:, None]) / stretch) * (
-        (at >= low[:, None]) & (at < high[:, None])
-    )
+    within = (at >= low[:, None]) & (at < high[:, None])
+    weights = _cubic((at + 0.5 - centre[:, None]) / stretch) * within
     weights *= 1 / weights.sum(1, keepdims=True)
-    weights = (
-        np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22
-    )  # Pillow's whole numbers; exact in float32
+    # Pillow's whole numbers; exact in float32
+    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22
     return torch.from_numpy(first), torch.from_numpy(weights.astype(np.float32))
 
 
@@ -78,13 +76,13 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def plain(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def plain(images: Images, sizes: Sequence[Size]) -> list[Tensor]:
     """Tap by tap in whole numbers, which is exact."""
-    return [_resize_one(image, size) for image, size in zip(images, sizes)]
+    return [_resize_one(image, size) for image, size in zip(images, sizes, strict=True)]
 
 
-def _resize_one(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if down_first(image.shape[:2], size):
+def _resize_one(image: Tensor, size: Size) -> Tensor:
+    if down_first(size_of(image), size):
         return _across(_down(image, size[0]), size[1])
     return _down(_across(image, size[1]), size[0])
 
@@ -103,13 +101,22 @@ def _across(image: Tensor, width: int) -> Tensor:
     return _down(image.transpose(0, 1).contiguous(), width).transpose(0, 1).contiguous()
 
 
-def _native(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    outs = [image.new_empty(*size, 3) for image, size in zip(images, sizes)]
-    across = [taps(image.shape[1], width) for image, (_, width) in zip(images, sizes)]
-    down = [taps(image.shape[0], height) for image, (height, _) in zip(images, sizes)]
-    orders = [down_first(image.shape[:2], size) for image, size in zip(images, sizes)]
-    native().resize(images, outs, across, down, orders, torch.get_num_threads())
+def _native(images: Images, sizes: Sequence[Size]) -> list[Tensor]:
+    outs = []
+    across = []
+    down = []
+    for image, (height, width) in zip(images, sizes, strict=True):
+        outs.append(image.new_empty(height, width, 3))
+        across.append(taps(image.shape[1], width))
+        down.append(taps(image.shape[0], height))
+    orders = _orders(images, sizes)
+    compiled().resize(images, outs, across, down, orders, torch.get_num_threads())
     return outs
+
+
+def _orders(images: Images, sizes: Sequence[Size]) -> list[bool]:
+    """`down_first` of each image."""
+    return [down_first(size_of(image), size) for image, size in zip(images, sizes, strict=True)]
 
 
 # Of the table: addresses of input, output, first and weights; samples along the axis and of a step
@@ -148,12 +155,12 @@ def _axis_kernel(table, COLUMNS: tl.constexpr, VALUES: tl.constexpr):
     tl.store(out + p, level.to(tl.uint8), mask=inside)
 
 
-def _triton(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _triton(images: Images, sizes: Sequence[Size]) -> list[Tensor]:
     device = images[0].device
-    orders = [down_first(image.shape[:2], size) for image, size in zip(images, sizes)]
+    orders = _orders(images, sizes)
     between = [
         (size[0], image.shape[1]) if down else (image.shape[0], size[1])
-        for image, size, down in zip(images, sizes, orders)
+        for image, size, down in zip(images, sizes, orders, strict=True)
     ]
     halfway = packed(between, device)
     outs = packed(sizes, device)
@@ -162,36 +169,39 @@ def _triton(images: Images, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return outs
 
 
-def _axis(source: Tensor, out: Tensor, down: bool) -> tuple[Tensor, Tensor, list[int]]:
-    """first, weights, and the source as (outer, samples, inner) around the axis that changes."""
-    height, width = source.shape[:2]
-    if down:
-        return *taps(height, out.shape[0]), [1, height, 3 * width]
-    return *taps(width, out.shape[1]), [height, width, 3]
+@dataclass(frozen=True)
+class _Axis:
+    """The taps of an axis, and a source as (outer, samples, inner) around it."""
+
+    first: Tensor
+    weights: Tensor
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, source: Tensor, out: Tensor, down: bool) -> _Axis:
+        height, width = size_of(source)
+        if down:
+            return cls(*taps(height, out.shape[0]), (1, height, 3 * width))
+        return cls(*taps(width, out.shape[1]), (height, width, 3))
 
 
 def _launch(sources: Images, outs: Images, downs: list[bool]) -> None:
     """One axis of every image in one launch."""
     device = sources[0].device
-    axes = [_axis(*row) for row in zip(sources, outs, downs)]
-    distinct = {id(weights): (first, weights) for first, weights, _ in axes}
-    first = torch.cat([first for first, _ in distinct.values()]).to(device, non_blocking=True)
-    weights = torch.cat([weights.view(-1) for _, weights in distinct.values()]).to(
-        device, non_blocking=True
-    )
+    axes = [_Axis.of(*row) for row in zip(sources, outs, downs, strict=True)]
+    distinct = {id(axis.weights): axis for axis in axes}  # of the cache of `taps`
+    first = torch.cat([axis.first for axis in distinct.values()]).to(device, non_blocking=True)
+    every = torch.cat([axis.weights.view(-1) for axis in distinct.values()])
+    weights = every.to(device, non_blocking=True)
     places = {}
-    outputs_before = 0
-    weights_before = 0
-    for name, (_, part) in distinct.items():
-        places[name] = (
-            first.data_ptr() + 8 * outputs_before,
-            weights.data_ptr() + 4 * weights_before,
-        )
-        outputs_before = outputs_before + len(part)
-        weights_before = weights_before + part.numel()
-    rows = torch.tensor([[*places[id(part)], *shape, *part.shape] for _, part, shape in axes])
-    table = torch.cat([addresses(sources)[:, None], addresses(outs)[:, None], rows], 1).to(
-        device, non_blocking=True
-    )
+    first_at = first.data_ptr()
+    weights_at = weights.data_ptr()
+    for name, axis in distinct.items():
+        places[name] = (first_at, weights_at)
+        first_at += 8 * len(axis.first)
+        weights_at += 4 * axis.weights.numel()
+    rows = [[*places[id(axis.weights)], *axis.shape, *axis.weights.shape] for axis in axes]
+    ends = [addresses(sources)[:, None], addresses(outs)[:, None]]
+    table = torch.cat([*ends, torch.tensor(rows)], 1).to(device, non_blocking=True)
     grid = (triton.cdiv(max(out.numel() for out in outs), VALUES), len(outs))
     _axis_kernel[grid](table, COLUMNS, VALUES)

@@ -1,7 +1,7 @@
 """RMS norm of rows (Zhang & Sennrich 2019) with a frozen weight, and its gradient.
 
-    z = x · r · weight      r = 1 / sqrt(mean(x²) + eps)      dL/dx = r · (g - x · r² · mean(g ·
-    x)),  g = dL/dz · weight
+    z = x · r · weight                           r = 1 / sqrt(mean(x²) + eps)
+    dL/dx = r · (g - x · r² · mean(g · x))       g = dL/dz · weight
 
 The native path reads a row once from memory; PyTorch on a CPU makes five passes. On a GPU PyTorch's
 own kernel is used. Left out: a gradient of the weight.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels.dispatch import native, threads_for, without_gradients
+from vise_kernels.dispatch import compiled, threads_for, without_gradients
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) -> Tensor:
@@ -27,23 +27,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) 
     x = x.contiguous()
     weight = weight.contiguous()
     z = torch.empty_like(x)
-    native().rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        rows,
-        width,
-        eps,
-        z.data_ptr(),
-        x.dtype == torch.bfloat16,
-        threads_for(x.numel()),
-    )
+    given = (x.data_ptr(), weight.data_ptr(), rows, width, eps)
+    brain = x.dtype == torch.bfloat16
+    compiled().rms_norm(*given, z.data_ptr(), brain, threads_for(x.numel()))
     return z
 
 
 def rms_norm_backward(
     x: Tensor, weight: Tensor, dz: Tensor, eps: float, *, path: str | None = None
 ) -> Tensor:
-    """dL/dx (n, in) from dL/dz (n, in)."""
+    """dL/dx (n, in) from dL/dz (n, in); paths, dtypes and errors as `rms_norm`."""
     rows, width = _sizes(x, weight, dz)
     if without_gradients("rms_norm", path, x, weight, dz) == "plain":
         return plain_backward(x, weight, dz, eps)
@@ -51,17 +44,9 @@ def rms_norm_backward(
     weight = weight.contiguous()
     dz = dz.contiguous()
     dx = torch.empty_like(x)
-    native().rms_norm_backward(
-        x.data_ptr(),
-        weight.data_ptr(),
-        dz.data_ptr(),
-        rows,
-        width,
-        eps,
-        dx.data_ptr(),
-        x.dtype == torch.bfloat16,
-        threads_for(x.numel()),
-    )
+    given = (x.data_ptr(), weight.data_ptr(), dz.data_ptr(), rows, width, eps)
+    brain = x.dtype == torch.bfloat16
+    compiled().rms_norm_backward(*given, dx.data_ptr(), brain, threads_for(x.numel()))
     return dx
 
 
@@ -74,9 +59,11 @@ def plain_backward(x: Tensor, weight: Tensor, dz: Tensor, eps: float) -> Tensor:
 
 
 def _sizes(x: Tensor, weight: Tensor, dz: Tensor | None = None) -> tuple[int, int]:
+    """Rows and width."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or (dz is not None and dz.shape != x.shape):
         raise ValueError(
             f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and dz "
             f"{None if dz is None else tuple(dz.shape)} do not fit"
         )
-    return x.shape
+    rows, width = x.shape
+    return rows, width

@@ -1,8 +1,8 @@
 """Draw one id per row of logits by the Gumbel-max rule, with randomness that belongs to (seed,
 position, id) alone.
 
-    id = argmax_v  z_v / T + g_v,    g_v = -log(-log(1 - u_v)),    u_v = uniform from Philox(seed,
-    position, v)
+    id = argmax_v  z_v / T + g_v
+    g_v = -log(-log(1 - u_v)),    u_v = uniform from Philox(seed, position, v)
 
 so a row's draw depends on nothing but its own logits, seed and position: not on the batch, the
 row's place in it, the path or the device (two paths may differ where the best two scores agree to
@@ -13,17 +13,18 @@ passing BigCrush). Leaves out top-k and top-p: the update assumes samples of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, jit, native, tl
+from vise_kernels.dispatch import choose, compiled, jit, tl
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIER = 0xD256D193  # Philox2x32's multiplier and key increment, from the paper
 WEYL = 0x9E3779B9
 ROUNDS = 7
-LARGEST_U = (
-    1 - 2.0**-24
-)  # float32 rounds the topmost bits up to 1, whose noise would be minus infinity
+# float32 rounds the topmost bits up to 1, whose noise would be minus infinity
+LARGEST_U = 1 - 2.0**-24
 # of u: under it -log(1 - u) by series, above it by log; float32 loses 2^-24/u the latter way
 SERIES_BELOW = 0.125
 BLOCK = 1024  # logits per step of a Triton program
@@ -51,9 +52,8 @@ def sample(
     _check(logits, banned, seed)
     temperature = _per_row(temperature, seed, torch.float32)
     position = _per_row(position, seed, torch.int64)
-    draw = {"triton": _draw, "native": _draw_native, "plain": plain}[
-        _path(logits.device, logits.dtype, path)
-    ]
+    draws: dict[str, Callable] = {"triton": _draw, "native": _draw_native, "plain": plain}
+    draw = draws[_path(logits.device, logits.dtype, path)]
     return draw(logits.detach(), temperature, banned, seed, position)
 
 
@@ -113,15 +113,8 @@ def _draw_native(
     ids = z.new_empty(len(z), dtype=torch.int64)
     results = z.new_empty(3, len(z))
     threads = min(torch.get_num_threads(), 1 + z.numel() // LOGITS_PER_THREAD)
-    native().sample(
-        z,
-        temperature.contiguous(),
-        seed.contiguous(),
-        position.contiguous(),
-        ids,
-        *results,
-        threads,
-    )
+    per_row = (temperature.contiguous(), seed.contiguous(), position.contiguous())
+    compiled().sample(z, *per_row, ids, *results, threads)
     return ids, results[0]
 
 
@@ -139,32 +132,14 @@ def _draw(
     splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
     partials = logits.new_empty((3, rows, splits), dtype=torch.float32)
     best_ids = ids.new_empty((rows, splits), dtype=torch.int32)
-    barred = None if banned is None else banned.view(torch.uint8)
-    per_row = temperature.contiguous(), seed.contiguous(), position.contiguous()
-    stride = logits.stride(0)
+    given = (logits, None if banned is None else banned.view(torch.uint8))
+    per_row = (temperature.contiguous(), seed.contiguous(), position.contiguous())
+    sizes = (logits.stride(0), splits)
     _partial_kernel[(rows, splits)](
-        logits,
-        barred,
-        *per_row,
-        partials,
-        best_ids,
-        columns,
-        stride,
-        splits,
-        BLOCK=BLOCK,
-        num_warps=4,
+        *given, *per_row, partials, best_ids, columns, *sizes, BLOCK=BLOCK, num_warps=4
     )
     _merge_kernel[(rows,)](
-        partials,
-        best_ids,
-        logits,
-        barred,
-        ids,
-        logprob,
-        stride,
-        splits,
-        SPLITS=MAX_SPLITS,
-        num_warps=1,
+        partials, best_ids, *given, ids, logprob, *sizes, SPLITS=MAX_SPLITS, num_warps=1
     )
     return ids, logprob
 

@@ -1,7 +1,7 @@
 """SwiGLU (Shazeer 2020) of gate and up side by side, and its gradient.
 
-    z = silu(gate) · up      silu(g) = g s,  s = 1 / (1 + exp(-g))      dL/dgate = dz · up · s (1 +
-    g (1 - s))      dL/dup = dz · g s
+    z = silu(gate) · up                          silu(g) = g s,  s = 1 / (1 + exp(-g))
+    dL/dgate = dz · up · s (1 + g (1 - s))       dL/dup = dz · g s
 
 One pass over memory each way, computed in float32. Left out: other gates.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels.dispatch import jit, native, threads_for, tl, triton, without_gradients
+from vise_kernels.dispatch import compiled, jit, threads_for, tl, triton, without_gradients
 
 BLOCK = 1024  # columns of a Triton program
 
@@ -30,21 +30,16 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
     x = x.contiguous()
     z = x.new_empty(rows, width)
     if chosen == "native":
-        native().swiglu(
-            x.data_ptr(),
-            rows,
-            width,
-            z.data_ptr(),
-            x.dtype == torch.bfloat16,
-            threads_for(x.numel()),
-        )
+        brain = x.dtype == torch.bfloat16
+        threads = threads_for(x.numel())
+        compiled().swiglu(x.data_ptr(), rows, width, z.data_ptr(), brain, threads)
     elif z.numel() and not z.is_meta:
         _kernel[_grid(rows, width)](x, z, width, BLOCK=BLOCK)
     return z
 
 
 def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor:
-    """dL/dx (n, 2 w) from dL/dz (n, w)."""
+    """dL/dx (n, 2 w) from dL/dz (n, w); paths, dtypes and errors as `swiglu`."""
     rows, width = _sizes(x, dz)
     chosen = without_gradients("swiglu", path, x, dz)
     if chosen == "plain":
@@ -53,15 +48,8 @@ def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor
     dz = dz.contiguous()
     dx = torch.empty_like(x)
     if chosen == "native":
-        native().swiglu_backward(
-            x.data_ptr(),
-            dz.data_ptr(),
-            rows,
-            width,
-            dx.data_ptr(),
-            x.dtype == torch.bfloat16,
-            threads_for(x.numel()),
-        )
+        places = (x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr())
+        compiled().swiglu_backward(*places, x.dtype == torch.bfloat16, threads_for(x.numel()))
     elif dx.numel() and not dx.is_meta:
         _backward_kernel[_grid(rows, width)](x, dz, dx, width, BLOCK=BLOCK)
     return dx

@@ -1,14 +1,13 @@
 """Log-probability of chosen ids from ready logits, with the log-sum-exp and the entropy of each
 row.
 
-    logsumexp = log sum_v exp(z_v)        logprob = z_id - logsumexp        entropy = -sum_v p_v log
-    p_v
+    logsumexp = log sum_v exp(z_v)     logprob = z_id - logsumexp     entropy = -sum_v p_v log p_v
 
 Logits of minus infinity (banned ids) have probability zero and add nothing to the entropy. The fast
 paths read the logits once, keep sums relative to a running maximum `top`, and allocate O(N):
 
-    total = sum_v exp(z_v - top)    moment = sum_v exp(z_v - top) (z_v - top)    entropy = log total
-    - moment / total
+    total = sum_v exp(z_v - top)       moment = sum_v exp(z_v - top) (z_v - top)
+    entropy = log total - moment / total
 
 Their backward pass reads the logits once more and writes the gradient. Leaves out the product with
 the LM head (`linear_logprob.py`).
@@ -16,9 +15,11 @@ the LM head (`linear_logprob.py`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, jit, native, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, tl, triton
 
 DTYPES = {
     "native": (torch.float32, torch.bfloat16),
@@ -29,11 +30,17 @@ MAX_SPLITS = 64  # programs that share a row where there are too few rows to fil
 PROGRAMS = 1024  # about eight per multiprocessor of a large GPU
 
 
-def token_logprob(
-    logits: Tensor, ids: Tensor, *, path: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of `ids` (N,) int64 under softmax(`logits` (N,V), any float dtype): (logprob,
-    logsumexp, entropy) in nat.
+class Logprob(NamedTuple):
+    """What a row's softmax says, in nat, each (N,)."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+
+
+def token_logprob(logits: Tensor, ids: Tensor, *, path: str | None = None) -> Logprob:
+    """Log-prob of `ids` (N,) int64 under softmax(`logits` (N,V), any float dtype), with
+    log-sum-exp and entropy.
 
     Each is (N,) float32 (float64 for float64 logits), accumulated in that dtype; all three are
     differentiable in the logits. `path` forces "plain", "native" or "triton". ValueError: shapes
@@ -44,15 +51,15 @@ def token_logprob(
     chosen = _path(logits.device, logits.dtype, path)
     if chosen == "plain":
         return plain(logits, ids)
-    return _forward(logits, ids, chosen).unbind()
+    return Logprob(*_forward(logits, ids, chosen).unbind())
 
 
-def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(logits: Tensor, ids: Tensor) -> Logprob:
     """The formula in PyTorch: a few (N,V) temporaries, any number of derivatives."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_share = z.log_softmax(-1)
     entropy = -(log_share.exp() * log_share.masked_fill(log_share == -torch.inf, 0)).sum(-1)
-    return log_share.gather(1, ids[:, None])[:, 0], z.logsumexp(-1), entropy
+    return Logprob(log_share.gather(1, ids[:, None])[:, 0], z.logsumexp(-1), entropy)
 
 
 @torch.library.custom_op("vise_kernels::token_logprob", mutates_args=())
@@ -62,7 +69,8 @@ def _forward(logits: Tensor, ids: Tensor, path: str) -> Tensor:
     results = logits.new_empty((3, len(logits)), dtype=torch.float32)
     if results.numel() == 0:
         return results
-    (_forward_native if path == "native" else _forward_triton)(logits, ids.contiguous(), results)
+    run = _forward_native if path == "native" else _forward_triton
+    run(logits, ids.contiguous(), results)
     return results
 
 
@@ -78,9 +86,8 @@ def _backward(logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, path:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad.numel() == 0:
         return grad
-    (_backward_native if path == "native" else _backward_triton)(
-        logits, ids.contiguous(), results, grads.contiguous(), grad
-    )
+    run = _backward_native if path == "native" else _backward_triton
+    run(logits, ids.contiguous(), results, grads.contiguous(), grad)
     return grad
 
 
@@ -102,14 +109,14 @@ _forward.register_autograd(_apply_backward, setup_context=_save)
 
 
 def _forward_native(logits: Tensor, ids: Tensor, results: Tensor) -> None:
-    native().token_logprob_forward(logits.detach(), ids, *results, torch.get_num_threads())
+    compiled().token_logprob_forward(logits.detach(), ids, *results, torch.get_num_threads())
 
 
 def _backward_native(
     logits: Tensor, ids: Tensor, results: Tensor, grads: Tensor, grad: Tensor
 ) -> None:
     _, logsumexp, entropy = results
-    native().token_logprob_backward(
+    compiled().token_logprob_backward(
         logits.detach(), ids, logsumexp, entropy, *grads, grad, torch.get_num_threads()
     )
 
@@ -198,20 +205,9 @@ def _forward_triton(logits: Tensor, ids: Tensor, results: Tensor) -> None:
     rows, columns = logits.shape
     splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
     partials = results.new_empty((3, rows, splits))
-    _partial_kernel[(rows, splits)](
-        logits, partials, columns, logits.stride(0), splits, BLOCK=BLOCK, num_warps=8
-    )
-    _merge_kernel[(rows,)](
-        partials,
-        logits,
-        ids,
-        results,
-        columns,
-        logits.stride(0),
-        splits,
-        SPLITS=MAX_SPLITS,
-        num_warps=1,
-    )
+    sizes = (columns, logits.stride(0), splits)
+    _partial_kernel[(rows, splits)](logits, partials, *sizes, BLOCK=BLOCK, num_warps=8)
+    _merge_kernel[(rows,)](partials, logits, ids, results, *sizes, SPLITS=MAX_SPLITS, num_warps=1)
 
 
 def _backward_triton(

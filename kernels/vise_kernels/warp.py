@@ -1,8 +1,7 @@
 """Warps uint8 images by 3x3 matrices: rotations, crops, flips and any other view of the same size.
 
-    out(p) = round(sum over the 4 samples s around M^-1 p of weight(s) source(s)), bilinear; samples
-    outside the source have
-    the value `fill`
+    out(p) = round(sum over the 4 samples s around M^-1 p of weight(s) source(s)), bilinear;
+             samples outside the source have the value `fill`
 
 Pixel (i, j) covers [j, j+1) x [i, i+1) in continuous coordinates and its centre is at +0.5: output
 pixel (i, j) is sampled at M^-1 (j + 0.5, i + 0.5, 1), where M maps source to view. Leaves out
@@ -12,8 +11,16 @@ drawing the matrices, and antialiasing: views enlarge or shrink by little.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vise_kernels.dispatch import choose, jit, native, tl, triton
-from vise_kernels.pixels import Images, addresses, checked, on_host, packed, to_bytes
+from vise_kernels.dispatch import choose, compiled, jit, tl, triton
+from vise_kernels.pixels import (
+    Images,
+    addresses,
+    checked,
+    on_host,
+    packed,
+    size_of,
+    to_bytes,
+)
 
 
 def warp(
@@ -30,6 +37,8 @@ def warp(
     inverses = inverted("warp", images, matrices_px, fill)
     if not images:
         return []
+    if images[0].is_meta:  # shapes only: what a step would hold
+        return [torch.empty_like(image) for image in images]
     path = choose("warp", images[0].device, path).path
     return {"plain": plain, "native": _native, "triton": _triton}[path](images, inverses, fill)
 
@@ -58,7 +67,8 @@ def plain(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
     """PyTorch's grid_sample, which shares the convention; its border of zeros becomes `fill` by a
     shift of the levels.
     """
-    return [_warp_one(image, inverse, fill) for image, inverse in zip(images, inverses)]
+    pairs = zip(images, inverses, strict=True)
+    return [_warp_one(image, inverse, fill) for image, inverse in pairs]
 
 
 def _warp_one(image: Tensor, inverse: Tensor, fill: int) -> Tensor:
@@ -76,7 +86,7 @@ def _warp_one(image: Tensor, inverse: Tensor, fill: int) -> Tensor:
 
 def _native(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
     outs = [torch.empty_like(image) for image in images]
-    native().warp(images, outs, inverses.contiguous(), float(fill), torch.get_num_threads())
+    compiled().warp(images, outs, inverses.contiguous(), float(fill), torch.get_num_threads())
     return outs
 
 
@@ -144,7 +154,7 @@ def _warp_kernel(table, inverses, fill, COLUMNS: tl.constexpr, PIXELS: tl.conste
 
 def _triton(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
     device = images[0].device
-    outs = packed([image.shape[:2] for image in images], device)
+    outs = packed([size_of(image) for image in images], device)
     size = torch.tensor([[image.shape[1], image.shape[0]] for image in images])
     table = torch.cat([addresses(images)[:, None], addresses(outs)[:, None], size], 1).to(
         device, non_blocking=True

@@ -26,7 +26,7 @@ def ghost(module):
         yield "_cells_kernel", {**TABLE, "feather": "fp32"}, cells
 
 
-def views(module):
+def warp(module):
     yield (
         "_warp_kernel",
         {**TABLE, "inverses": "*fp32", "fill": "fp32"},
@@ -57,7 +57,7 @@ def patchify(module):
 
 
 if __name__ == "__main__":
-    for op in (ghost, views, resize, patchify):
+    for op in (ghost, warp, resize, patchify):
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for capability in (80, 90):
             for name, arguments, constants in op(module):
