@@ -15,7 +15,9 @@ import ctypes, resource, sys
 from vise_fast.system import allocator
 if sys.argv[1] == "kept": assert allocator.keep_freed_memory()
 c = ctypes.CDLL(None)
-c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.malloc.restype = ctypes.c_void_p
+c.malloc.argtypes = [ctypes.c_size_t]
+c.free.argtypes = [ctypes.c_void_p]
 def touch():
     blocks = [c.malloc(12_000_000) for _ in range(8)]
     for block in blocks: ctypes.memset(block, 1, 12_000_000)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from vise_fast.system import checkpoint
 from vise_fast.system.checkpoint import (
     Choice,
     Corrupt,
+    choose,
     latest,
     load,
     moments,
-    resolve,
     restore_moments,
     save,
 )
@@ -156,35 +157,35 @@ def test_a_future_that_a_resume_left_is_removed(tmp_path):
 
 
 def test_auto_without_a_checkpoint_starts_anew(tmp_path):
-    assert resolve("auto", tmp_path) == Choice(None, []) == resolve("auto", tmp_path / "absent")
+    assert choose("auto", tmp_path) == Choice(None, []) == choose("auto", tmp_path / "absent")
     assert latest(tmp_path) is None
 
 
 def test_a_run_directory_means_its_newest(tmp_path):
     path = saved(tmp_path / "run", 1, 2)
-    assert resolve(str(tmp_path / "run"), tmp_path / "elsewhere").path == path
+    assert choose(str(tmp_path / "run"), tmp_path / "elsewhere").path == path
 
 
 def test_a_path_is_taken_as_given(tmp_path):
     saved(tmp_path, 1, 2)
     wanted = tmp_path / "checkpoints" / "step_1"
-    assert resolve(str(wanted), tmp_path) == Choice(wanted, [])
+    assert choose(str(wanted), tmp_path) == Choice(wanted, [])
     moved = tmp_path / "best"
     shutil.copytree(wanted, moved)
-    assert whole(resolve(str(moved), tmp_path).path, 1)
+    assert whole(choose(str(moved), tmp_path).path, 1)
 
 
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_no_checkpoint_there(tmp_path, name):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="no checkpoint at") as caught:
-        resolve(str(tmp_path / name), tmp_path)
+        choose(str(tmp_path / name), tmp_path)
     assert caught.value.code == 2 and "--resume" in str(caught.value)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(Corrupt, match="no whole checkpoint"):
-        resolve(str(tmp_path), tmp_path)
+        choose(str(tmp_path), tmp_path)
 
 
 def test_strangers_in_the_folder_are_ignored(tmp_path):
@@ -192,7 +193,7 @@ def test_strangers_in_the_folder_are_ignored(tmp_path):
     for name in ("step_x", "step_", "best", "step_2.zip", "step_99 copy"):
         (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints" / "step_50").write_text("a file")
-    assert resolve("auto", tmp_path) == Choice(tmp_path / "checkpoints" / "step_1", [])
+    assert choose("auto", tmp_path) == Choice(tmp_path / "checkpoints" / "step_1", [])
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ DAMAGES = {
 def test_damage_is_noticed_and_passed_over(tmp_path, name):
     good, bad = saved(tmp_path, 1), saved(tmp_path, 2)
     DAMAGES[name](bad)
-    for attempt in (lambda: load(bad), lambda: resolve(str(bad), tmp_path)):
+    for attempt in (lambda: load(bad), lambda: choose(str(bad), tmp_path)):
         with pytest.raises(Corrupt) as caught:
             attempt()
         assert (
@@ -257,7 +258,7 @@ def test_damage_is_noticed_and_passed_over(tmp_path, name):
             and "\n" not in str(caught.value)
             and str(bad) in str(caught.value)
         )
-    choice = resolve("auto", tmp_path)
+    choice = choose("auto", tmp_path)
     assert (
         choice.path == good
         and len(choice.notes) == 1
@@ -270,7 +271,7 @@ def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
     for step in (1, 2):
         DAMAGES["a bit of a tensor"](saved(tmp_path, step))
     with pytest.raises(Corrupt, match="no checkpoint under .* is whole"):
-        resolve("auto", tmp_path)
+        choose("auto", tmp_path)
 
 
 def test_a_run_goes_on_after_a_damaged_checkpoint(tmp_path):
@@ -325,7 +326,7 @@ def test_a_refusing_disk_leaves_the_old_one(tmp_path, monkeypatch, owner, name, 
     assert (refused is not None) == (calls[0] > turn)
     if refused is not None:
         assert refused.code == 4 and os.strerror(code) in str(refused) and "\n" not in str(refused)
-    choice = resolve("auto", tmp_path)
+    choice = choose("auto", tmp_path)
     assert whole(choice.path, int(choice.path.name.split("_")[1])) and choice.notes == []
     saved(tmp_path, 3)  # the disk is well again
     assert (
@@ -401,8 +402,8 @@ def kill_everywhere(tmp_path: Path, prepare, work, acceptable: set[int]) -> int:
     for turn in range(1, 200):
         run = tmp_path / str(turn)
         prepare(run)
-        died = killed_at(turn, lambda: work(run))
-        choice = resolve("auto", run)
+        died = killed_at(turn, partial(work, run))
+        choice = choose("auto", run)
         step = int(choice.path.name.removesuffix(".replaced").split("_")[1])
         assert step in acceptable and choice.notes == [], (turn, choice)
         assert load(choice.path)[1]["step"] == step and whole(choice.path, step), turn
@@ -427,7 +428,7 @@ def test_a_kill_at_any_point_of_a_save(tmp_path):
 def test_a_kill_at_any_point_of_the_first_save(tmp_path):
     for turn in range(1, 40):
         run = tmp_path / str(turn)
-        died = killed_at(turn, lambda: saved(run, 1))
+        died = killed_at(turn, partial(saved, run, 1))
         path = latest(run)
         assert path is None or whole(path, 1)
         assert whole(saved(run, 1), 1) and present(run) == ["step_1"]

@@ -260,10 +260,10 @@ def test_progress_on_a_terminal_shows_figures():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_ends_cleanly_when_the_work_fails(terminal):
     screen = Screen(terminal)
-    with pytest.raises(NumericFault):
-        with Console(screen, screen, plain=not terminal).progress(3, "train") as advance:
-            advance({})
-            raise NumericFault("x")
+    console = Console(screen, screen, plain=not terminal)
+    with pytest.raises(NumericFault), console.progress(3, "train") as advance:
+        advance({})
+        raise NumericFault("x")
     assert "\x1b[?25h" in screen.getvalue() if terminal else True  # the cursor is back
 
 

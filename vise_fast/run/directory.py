@@ -67,7 +67,7 @@ class Run:
         wanted = Path(config.run.dir)
         if config.train.resume is None:
             return cls(config, _fresh(wanted), None)
-        choice = checkpoint.resolve(config.train.resume, wanted)
+        choice = checkpoint.choose(config.train.resume, wanted)
         directory = wanted if choice.path is None else choice.path.parent.parent
         run = cls(config, directory, choice.path)
         for note in choice.notes:

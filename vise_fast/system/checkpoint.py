@@ -1,7 +1,9 @@
-"""Checkpoints that survive a kill at any point: written aside, synced, hashed, renamed into place; verified before they are believed.
+"""Checkpoints that outlive a kill at any point: written aside, synced, hashed, renamed into place;
+verified before they are believed.
 
-`<run>/checkpoints/step_N/` holds one safetensors file per group of tensors, state.json, any extra files and manifest.json with the
-sha256 of each. Safetensors and JSON only. Left out: what is worth saving (train.py).
+`<run>/checkpoints/step_N/` holds one safetensors file per group of tensors, state.json, any extra
+files and manifest.json with the sha256 of each. Safetensors and JSON only. Left out: what is worth
+saving (method/learner.py, run/directory.py).
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from collections.abc import Iterator, Mapping
 
 import safetensors.torch
 import torch
@@ -49,9 +51,12 @@ def save(
     keep: int,
     files: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Writes step `step` durably, then removes all but the newest `keep` and any later step (a future that a resume left); returns its directory.
+    """Writes step `step` durably, then removes all but the newest `keep` and any later step (a
+    future that a resume left); returns its directory.
 
-    `state` is JSON; `files` {name in the checkpoint: source}. Raises EnvironmentFault when the disk refuses; what was there stays good.
+    tensors: {group: {name: tensor}}, on any device; state: anything JSON holds; files: {name in the
+    checkpoint: file to copy}. Raises EnvironmentFault when the disk refuses; what was there stays
+    good.
     """
     home = Path(run_dir) / "checkpoints"
     final = home / f"step_{step}"
@@ -73,7 +78,9 @@ def save(
 
 
 def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """({group: {name: tensor on the CPU}}, state) of a checkpoint whose every byte matches its manifest. Raises Corrupt."""
+    """({group: {name: tensor on the CPU}}, state) of a checkpoint whose every byte matches its
+    manifest. Raises Corrupt.
+    """
     path = Path(path)
     contents = dict(_verified(path))
     try:
@@ -90,8 +97,9 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     return groups, state
 
 
-def resolve(wanted: str, run_dir: str | Path) -> Choice:
-    """The checkpoint `wanted` means: 'auto' is the newest good one of the run (none yet: start anew), else a checkpoint or run directory.
+def choose(wanted: str, run_dir: str | Path) -> Choice:
+    """The checkpoint `wanted` means: 'auto' is the newest good one of the run (none yet: start
+    anew), else a checkpoint or run directory.
 
     Raises ConfigError when there is nothing at that path, Corrupt when nothing there is whole.
     """
@@ -104,8 +112,7 @@ def resolve(wanted: str, run_dir: str | Path) -> Choice:
         raise ConfigError(
             f"no checkpoint at {path}; give --resume an existing checkpoint directory, or auto"
         )
-    for _ in _verified(path):
-        pass
+    _verify(path)
     return Choice(path, [])
 
 
@@ -118,8 +125,7 @@ def _newest_good(run_dir: Path) -> Choice:
     notes: list[str] = []
     for path in _candidates(run_dir / "checkpoints"):
         try:
-            for _ in _verified(path):
-                pass
+            _verify(path)
         except Corrupt as fault:
             notes.append(str(fault).split(";")[0])
             continue
@@ -139,7 +145,7 @@ def _candidates(home: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removesuffix(".replaced").removeprefix("step_"))
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -149,13 +155,14 @@ def _write_all(
     aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any], files: Mapping[str, Path]
 ) -> None:
     """Everything, each file synced, the manifest last, then the directory itself."""
-    digests = {
-        f"{group}.safetensors": _write(aside / f"{group}.safetensors", _packed(named))
-        for group, named in tensors.items()
-    }
-    digests |= {name: _write(aside / name, source.read_bytes()) for name, source in files.items()}
-    digests["state.json"] = _write(aside / "state.json", _json({**state, "step": step}))
-    _write(aside / "manifest.json", _json({"format": FORMAT, "step": step, "files": digests}))
+    entries = {}
+    for group, named in tensors.items():
+        name = f"{group}.safetensors"
+        entries[name] = _write(aside / name, _packed(named))
+    for name, source in files.items():
+        entries[name] = _write(aside / name, source.read_bytes())
+    entries["state.json"] = _write(aside / "state.json", _json({**state, "step": step}))
+    _write(aside / "manifest.json", _json({"format": FORMAT, "step": step, "files": entries}))
     _sync(aside)
 
 
@@ -179,7 +186,9 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _put_in_place(aside: Path, final: Path) -> None:
-    """Renames into place. There is no moment without a good checkpoint: an old one of the same step steps aside first."""
+    """Renames into place. There is no moment without a good checkpoint: an old one of the same step
+    steps aside first.
+    """
     replaced = final.with_name(final.name + ".replaced")
     if final.exists() and replaced.exists():
         _remove(final)
@@ -201,19 +210,21 @@ def _sync(directory: Path) -> None:
 
 
 def _prune(home: Path, step: int, keep: int) -> None:
-    """After a durable save: what a kill left replaced, steps of an abandoned future, and all but the newest `keep`."""
+    """After a durable save: removes what a kill left replaced, steps of an abandoned future, and
+    all but the newest `keep`.
+    """
     found = _candidates(home)
-    spent = [
-        path
-        for path in found
-        if _step(path) > step or (path.suffix and path.with_suffix("") in found)
-    ]
-    for path in spent + [path for path in found if path not in spent][keep:]:
+    replaced = [path for path in found if path.suffix and path.with_suffix("") in found]
+    spent = [path for path in found if _step(path) > step or path in replaced]
+    rest = [path for path in found if path not in spent]
+    for path in spent + rest[keep:]:
         _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """In one rename a checkpoint stops being one; a removal cut short is finished by the next save."""
+    """In one rename a checkpoint stops being one; a removal cut short is finished by the next
+    save.
+    """
     gone = path.with_name(f".{path.name}.removed")
     os.rename(path, gone)
     shutil.rmtree(gone)
@@ -228,8 +239,17 @@ def _clear_leftovers(home: Path) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
+def _verify(path: Path) -> None:
+    """Raises Corrupt. One file at a time is in memory."""
+    for _ in _verified(path):
+        pass
+
+
 def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every file of the manifest, each checked by size and sha256. Raises Corrupt."""
+    """(name, content) of every file of the manifest, each checked by size and sha256.
+
+    Raises Corrupt.
+    """
     manifest = _manifest(path)
     for name, entry in manifest["files"].items():
         try:
@@ -248,34 +268,47 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of this format, with all its entries. Raises Corrupt."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        entries = {
-            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
-        }
-        known = manifest["format"] == FORMAT
-        whole = "state.json" in entries and isinstance(manifest["step"], int)
     except OSError as fault:
         raise Corrupt(
             f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to "
             "take the newest good one"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Corrupt(
-            f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to "
-            "take an older one"
-        ) from None
+    except ValueError:
+        raise _unreadable(path) from None
+    try:
+        known = manifest["format"] == FORMAT
+        whole = isinstance(manifest["step"], int) and _complete(manifest["files"])
+    except (KeyError, TypeError, AttributeError):
+        raise _unreadable(path) from None
     if not known:
         raise Corrupt(
             f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; "
             "resume with the version that wrote it"
         )
-    if not whole or any(Path(name).name != name for name in entries):
+    if not whole:
         raise Corrupt(
             f"the checkpoint {path} is damaged: manifest.json lists the wrong files; use --resume "
             "auto to take an older one"
         )
     return manifest
+
+
+def _complete(files: dict[str, dict[str, Any]]) -> bool:
+    """Whether every entry has what is checked and lies in the checkpoint itself, state.json among
+    them.
+    """
+    described = all({"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    return described and "state.json" in files and all(Path(n).name == n for n in files)
+
+
+def _unreadable(path: Path) -> Corrupt:
+    return Corrupt(
+        f"the checkpoint {path} is damaged: manifest.json cannot be read; use --resume auto to "
+        "take an older one"
+    )
 
 
 # -- optimizer state -------------------------------------------------------------------------------
@@ -284,14 +317,18 @@ def _manifest(path: Path) -> dict[str, Any]:
 def moments(
     optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state per parameter as ({'name/exp_avg': tensor}, {'name/step': number}), ready for `save`."""
-    entries = {
-        f"{name}/{key}": value
-        for name, parameter in named.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
-    return tensors, {name: value for name, value in entries.items() if name not in tensors}
+    """The optimizer's state per parameter as ({'name/exp_avg': tensor}, {'name/step': number}),
+    ready for `save`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in named.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                numbers[f"{name}/{key}"] = value
+    return tensors, numbers
 
 
 def restore_moments(
@@ -308,7 +345,6 @@ def restore_moments(
                 f"the checkpoint has optimizer state for {name}, which is not trained here; resume "
                 "with the configuration that wrote it"
             )
-        on_device = (
-            isinstance(value, torch.Tensor) and key != "step"
-        )  # AdamW keeps its counter on the CPU
+        # AdamW keeps its counter on the CPU
+        on_device = isinstance(value, torch.Tensor) and key != "step"
         optimizer.state[named[name]][key] = value.to(named[name].device) if on_device else value

@@ -15,10 +15,10 @@ import sys
 import time
 import traceback
 import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TextIO
 
 import rich.console
 import rich.table
@@ -51,32 +51,33 @@ class Console:
 
     def __init__(
         self, file: TextIO | None = None, errors: TextIO | None = None, plain: bool | None = None
-    ):
-        self._out, self._err = (
-            _rich(stream, plain) for stream in (file or sys.stdout, errors or sys.stderr)
-        )
+    ) -> None:
+        self._out = _rich(file or sys.stdout, plain)
+        self._err = _rich(errors or sys.stderr, plain)
         self.plain = not self._out.is_terminal
         if self._out.is_terminal and self._err.is_terminal:
             self._err = self._out  # one screen: a live bar must know of every line
-        self._alarms: dict[str, str] = {}
+        self._alarms: set[str] = set()
 
     def say(self, text: str = "") -> None:
+        """Text on standard output."""
         self._print(self._out, text)
 
     def warn(self, text: str) -> None:
+        """What a person should know of, on standard error."""
         self._print(self._err, f"warning: {text}", "yellow")
 
     def alarm(self, name: str, text: str | None) -> None:
         """Says that a figure left its healthy range (`text`), or is back in it (None); only changes
         are printed.
         """
-        if text is not None and name not in self._alarms:
-            self._print(self._err, f"alarm: {text}", "bold red")
-        if text is None and name in self._alarms:
+        if text is not None:
+            if name not in self._alarms:
+                self._print(self._err, f"alarm: {text}", "bold red")
+            self._alarms.add(name)
+        elif name in self._alarms:
             self._print(self._err, f"alarm over: {name}", "green")
-        self._alarms = {kept: said for kept, said in self._alarms.items() if kept != name} | (
-            {name: text} if text is not None else {}
-        )
+            self._alarms.remove(name)
 
     def error(self, fault: BaseException, debug: bool = False) -> None:
         """One line; the traceback only on request."""
@@ -89,7 +90,7 @@ class Console:
         title: str,
         columns: Sequence[str],
         rows: Sequence[Sequence[Any]],
-        align: str = "right",
+        align: Literal["left", "right"] = "right",
     ) -> None:
         """A table; the first column holds names on the left, the others are aligned as told and
         their numbers cut to four digits.
@@ -115,17 +116,7 @@ class Console:
         if self.plain:
             yield _Lines(self, total, label, done).advance
             return
-        columns = [
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        ]
-        with Progress(
-            *columns, TextColumn("{task.fields[figures]}", markup=False), console=self._out
-        ) as bar:
+        with _bar(self._out) as bar:
             task = bar.add_task(self._shown(label), total=total, completed=done, figures="")
             yield lambda figures: bar.update(task, advance=1, figures=self._shown(spread(figures)))
 
@@ -157,7 +148,7 @@ class _Lines:
         label: str,
         done: int,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
         self.console = console
         self.total = total
         self.label = label
@@ -168,15 +159,15 @@ class _Lines:
         self.said = -math.inf
 
     def advance(self, figures: Mapping[str, float]) -> None:
+        """One step is done."""
         self.done += 1
         now = self.clock()
         if self.done < self.total and now - self.said < PLAIN_SECONDS:
             return
         self.said = now
         left = (now - self.begun) / (self.done - self.first) * (self.total - self.done)
-        self.console.say(
-            f"{self.label} {self.done}/{self.total}  ETA {duration(left)}  {spread(figures)}".rstrip()
-        )
+        line = f"{self.label} {self.done}/{self.total}  ETA {duration(left)}  {spread(figures)}"
+        self.console.say(line.rstrip())
 
 
 class JsonLines:
@@ -187,12 +178,12 @@ class JsonLines:
     refuses.
     """
 
-    def __init__(self, path: str | Path, last_step: int | None = None):
+    def __init__(self, path: str | Path, last_step: int | None = None) -> None:
         self.path = Path(path)
         with self._refused():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self.path, last_step)
-            self._file = open(self.path, "a", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; numbers that JSON has no word for (NaN, infinity) become null."""
@@ -201,6 +192,7 @@ class JsonLines:
             self._file.flush()
 
     def close(self) -> None:
+        """Closes the file; what was written is in it already."""
         self._file.close()
 
     def __enter__(self) -> JsonLines:
@@ -224,11 +216,9 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The whole records of a JSON-lines file; [] where there is none."""
     if not Path(path).exists():
         return []
-    return [
-        record
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        if (record := _record(line)) is not None
-    ]
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    records = [_record(line) for line in lines]
+    return [record for record in records if record is not None]
 
 
 def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None = None) -> int:
@@ -268,6 +258,19 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _bar(screen: _Rich) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=screen,
+    )
 
 
 def _rich(stream: TextIO, plain: bool | None) -> _Rich:
@@ -315,6 +318,6 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _finite(inside) for key, inside in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_finite(inside) for inside in value]
     return value

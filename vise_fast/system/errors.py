@@ -13,20 +13,30 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
+    """A configuration, a command line or a file named there that cannot be meant."""
+
     code = 2
 
 
 class DataError(UserError):
+    """Images, or a run's own files, that cannot be used."""
+
     code = 3
 
 
 class EnvironmentFault(UserError):
+    """A machine that lacks what is needed: a device, a package, space on its disk."""
+
     code = 4
 
 
 class MemoryFloor(UserError):
+    """No configuration fits the memory."""
+
     code = 5
 
 
 class NumericFault(UserError):
+    """Numbers that are not finite where they must be."""
+
     code = 6

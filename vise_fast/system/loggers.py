@@ -6,9 +6,9 @@ A logger that fails is named once and dropped; the run goes on.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from collections.abc import Callable, Mapping, Sequence
 
 import huggingface_hub.constants
 
@@ -22,7 +22,9 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
+    """Event files in <run>/tensorboard."""
+
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
             str(run_dir / "tensorboard")
         )
@@ -36,7 +38,9 @@ class TensorBoard:
 
 
 class Trackio:
-    def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
+    """trackio's own database, by the name of the run."""
+
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         self.module = importlib.import_module("trackio")
         self.module.init(project="vise_fast", name=run_dir.name, config=dict(settings))
 
@@ -48,7 +52,9 @@ class Trackio:
 
 
 class WandB:
-    def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
+    """Weights & Biases; offline where the hub is."""
+
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         offline = {"mode": "offline"} if huggingface_hub.constants.HF_HUB_OFFLINE else {}
         self.run = importlib.import_module("wandb").init(
             project="vise_fast",
@@ -81,11 +87,11 @@ class Loggers:
         run_dir: str | Path,
         settings: Mapping[str, Any],
         complain: Callable[[str], None],
-    ):
+    ) -> None:
         self.complain = complain
-        self.alive = {}
+        self.alive: dict[str, Logger] = {}
         for name in names:
-            logger = self._guarded(name, lambda: KINDS[name](Path(run_dir), settings))
+            logger = self._guarded(name, KINDS[name], Path(run_dir), settings)
             if logger is not None:
                 self.alive[name] = logger
 
@@ -94,21 +100,21 @@ class Loggers:
         figures = {
             key: float(value)
             for key, value in record.items()
-            if isinstance(value, (int, float)) and key != "step"
+            if isinstance(value, int | float) and key != "step"
         }
         for name, logger in list(self.alive.items()):
-            self._guarded(name, lambda: logger.log(step, figures))
+            self._guarded(name, logger.log, step, figures)
 
     def close(self) -> None:
+        """Closes each; what a logger says then is its last word."""
         for name, logger in list(self.alive.items()):
             self._guarded(name, logger.close)
 
-    def _guarded(self, name: str, work: Callable[[], Any]) -> Any:
+    def _guarded(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        # a logger may fail in any way it likes; nothing of ours runs in here
         try:
-            return work()
-        except (
-            Exception
-        ) as fault:  # a logger may fail in any way it likes; nothing of ours runs in here
+            return call(*arguments)
+        except Exception as fault:
             self.alive.pop(name, None)
             self.complain(
                 f"logger {name} failed and is dropped: {type(fault).__name__}: "

@@ -17,7 +17,7 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM)
 class Interrupted(Exception):
     """Raised by `check`; `code` is the exit status to leave with."""
 
-    def __init__(self, code: int):
+    def __init__(self, code: int) -> None:
         super().__init__(f"stopped by signal {code - 128}")
         self.code = code
 
@@ -38,6 +38,7 @@ class Signals:
         return self.code != 0
 
     def check(self) -> None:
+        """Raises Interrupted where a signal has arrived."""
         if self.code:
             raise Interrupted(self.code)
 
@@ -51,7 +52,6 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.code:
-            os._exit(
-                128 + number
-            )  # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
+            # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
+            os._exit(128 + number)
         self.code = 128 + number
