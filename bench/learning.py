@@ -136,7 +136,7 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     import torch
 
     from vise_fast.config import schema as configuration
-    from vise_fast.engine.fast import Engine
+    from vise_fast.engine.fast import FastEngine
     from vise_fast.evaluate import held_out as evaluate
     from vise_fast.images.sources import Scenes
     from vise_fast.model import load as model
@@ -154,7 +154,7 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     ]
     config = configuration.load(None, words + (ROWS[row] or []) + extra)
     policy = model.load(config)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     source = Scenes(config)
     history = (
         trained(
@@ -207,8 +207,8 @@ def trained(policy, engine, source, config, path: Path) -> dict:
 
 
 def train(policy, engine, source, config) -> dict:
+    from vise_fast.method.experience import play_batch
     from vise_fast.method.learner import Learner
-    from vise_fast.train import play_batch
 
     learner = Learner(policy, engine, config)
     curve = []

@@ -31,13 +31,14 @@ from transformers import AutoConfig  # noqa: E402
 
 from vise_fast.config.places import SHAPES  # noqa: E402
 from vise_fast.config.schema import Config  # noqa: E402
-from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.estimate.live_bytes import Live  # noqa: E402
 from vise_fast.estimate.planner import Planner  # noqa: E402
-from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
+from vise_fast.estimate.rehearsal import rehearse  # noqa: E402
+from vise_fast.method.experience import play_batch  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
+from vise_fast.method.step_plan import Lengths  # noqa: E402
 from vise_fast.model import load as model  # noqa: E402
-from vise_fast.train import play_batch  # noqa: E402
 
 GB = 1e9
 MODELS = {
@@ -197,10 +198,10 @@ def lengths_of(tokens: subjects.Locked) -> Lengths:
     return Lengths(*map(len, sizes))
 
 
-def prepared(subject: subjects.Subject, config: Config) -> tuple[Engine, Learner]:
+def prepared(subject: subjects.Subject, config: Config) -> tuple[FastEngine, Learner]:
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     return engine, Learner(policy, engine, config)
 
 

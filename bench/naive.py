@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Counters, Rollout
+from vise_fast.engine.rollout import Counters, Rollout, owners
 from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as loading
@@ -140,9 +140,10 @@ class Texts:
 
 
 class NaiveEngine:
-    """NAIVE. The interface is `engine.Engine`'s; rows are texts."""
+    """NAIVE. The interface is `rollout.Engine`'s; rows are texts."""
 
     batched = False
+    keeps_keys = False
 
     def __init__(self, subject: Subject, config: Config, locked) -> None:
         self.tokens = Texts(locked)
@@ -196,10 +197,13 @@ class NaiveEngine:
     def _judge(self, adapters: bool):
         yield self.model if adapters else self.reference
 
+    def home(self, values: Tensor) -> Tensor:
+        return values.cpu()
+
     def encode(self, images: list[Tensor]) -> Pictures:
         return Pictures([Pillow.fromarray(image.numpy()) for image in images])
 
-    def prefill(self, features: Pictures, adapters: bool) -> Prefixes:
+    def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> Prefixes:
         return Prefixes(features, adapters)
 
     def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Prompts:
@@ -213,7 +217,7 @@ class NaiveEngine:
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
-        order = [r for r, count in enumerate(fan) for _ in range(count)]
+        order = owners(fan)
         images = [prompts.prefixes.pictures.images[prompts.owner[r]] for r in order]
         ids = self._answers(
             images, [prompts.rows[r] for r in order], limit, prompts.prefixes.adapters

@@ -14,7 +14,7 @@ weights are as good as real ones; prompts, views, ghosts, parsing, rewards and t
 code for everybody. Times come from interleaved whole steps; phases, FLOPs, launches and syncs from
 one further step each, because looking slows the step down. `floor` is what the phase's FLOPs and
 its decode steps' bytes would take at the matmul rate and copy bandwidth measured in the same run.
-"minimal" is perf.minimal_step for the prompts used here. Figures from a CPU are ratios and counts;
+"minimal" is profile.minimal.minimal_step for the prompts used here. Figures from a CPU are ratios and counts;
 its seconds (CPU time, one thread) are in the JSON only. Left out: real answers, image decoding.
 """
 
@@ -24,7 +24,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,20 +38,22 @@ from naive import NaiveEngine, NaiveLearner, NaivePlusEngine, NaivePolicy  # noq
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
 from vise_fast.config.schema import Config  # noqa: E402
-from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.engine.graphed import GraphedEngine  # noqa: E402
 from vise_fast.engine.stock import StockBackbone, StockEngine  # noqa: E402
 from vise_fast.images.sources import Image  # noqa: E402
+from vise_fast.method.experience import play_batch  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
+from vise_fast.method.step_plan import Lengths, StepPlan  # noqa: E402
 from vise_fast.model import load as model
 from vise_fast.profile import flops as perf  # noqa: E402
-from vise_fast.profile.flops import Plan, Shapes  # noqa: E402
 from vise_fast.profile.host_syncs import Work  # noqa: E402
+from vise_fast.profile.minimal import Shapes, minimal_step  # noqa: E402
+from vise_fast.profile.roofline import decode_bytes  # noqa: E402
 from vise_fast.system import allocator
 from vise_fast.system.clock import Clock, peak_memory  # noqa: E402
 from vise_fast.text.prompts import style_for  # noqa: E402
 from vise_fast.text.tokens import Tokens  # noqa: E402
-from vise_fast.train import play_batch  # noqa: E402
 
 ENGINES = ("fast", "graphed", "unshared", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}
@@ -62,7 +64,7 @@ class Contender:
     """One engine with its learner, ready to step."""
 
     name: str
-    engine: Engine
+    engine: FastEngine
     learner: Learner
     config: Config
     images: list[Image]
@@ -121,7 +123,9 @@ def contender(
     if name == "stock":
         engine = StockEngine(StockBackbone(policy.model), policy.tokens)
     else:
-        engine = (GraphedEngine if name == "graphed" else Engine)(policy.backbone, policy.tokens)
+        engine = (GraphedEngine if name == "graphed" else FastEngine)(
+            policy.backbone, policy.tokens
+        )
     return Contender(name, engine, Learner(policy, engine, config), config, images, [policy.model])
 
 
@@ -133,31 +137,25 @@ def _locked(subject: subjects.Subject) -> subjects.Locked:
     )
 
 
-def plan(c: Contender) -> Plan:
-    """What one image of the locked step consists of."""
+def plan(c: Contender) -> StepPlan:
+    """The locked step; the minimum is that of an update with a forward pass of its own."""
+    return replace(StepPlan.of(c.config), shares_forward=False)
+
+
+def lengths(c: Contender) -> Lengths:
+    """Tokens of the locked step's pieces."""
     tokens = c.engine.tokens
-    style = c.engine.tokens.style
-    image = c.images[0].pixels
+    style = tokens.style
     ids = getattr(tokens, "_locked", tokens)
     query = subjects.QUERIES[style.name]
-    config = c.config
-    kinds = (
-        1 + config.reward.controls * (config.reward.sem == "contrast") + config.reward.sufficiency
-    )
-    return Plan(
-        height=image.shape[0],
-        width=image.shape[1],
-        before=len(ids.head),
-        after=len(ids.tail),
-        ask=len(ids.row(style.ask())),
-        ground=len(ids.row(style.ground(query))),
-        verify=len(ids.verdict_row(style.verify(query))),
-        query=subjects.QUERY_TOKENS,
-        box=subjects.BOX_TOKENS,
-        samples=config.rollout.samples,
-        views=config.rollout.views,
-        ghosts=kinds * config.rollout.samples,
-        policy_judges=config.reward.judge == "policy",
+    return Lengths(
+        len(ids.head),
+        len(ids.tail),
+        len(ids.row(style.ask())),
+        len(ids.row(style.ground(query))),
+        len(ids.verdict_row(style.verify(query))),
+        subjects.QUERY_TOKENS,
+        subjects.BOX_TOKENS,
     )
 
 
@@ -169,9 +167,9 @@ def look(
 ) -> dict:
     """Phases, counts, FLOPs, launches, syncs and memory of single steps."""
     batch = len(c.images)
-    the_plan = plan(c)
+    size = c.images[0].pixels.shape[:2]
     found = {
-        "counts": _counts(c, the_plan),
+        "counts": _counts(c, plan(c)),
         "seconds": c.phases(Clock(now=lambda: measure.clock(device))),
     }
     with perf.executed_flops() as counter:
@@ -179,10 +177,10 @@ def look(
     with Work([p for module in c.modules for p in module.parameters()]) as work:
         found["launches"] = c.phases(Clock(now=lambda: work.ops))
     found["syncs"] = dict(work.syncs) | {"all": work.total}
-    minimal = batch * sum(perf.minimal_step(shapes, the_plan).values())
+    minimal = batch * sum(minimal_step(shapes, plan(c), lengths(c), size).values())
     found["executed_over_minimal"] = found["flops"]["step"] / minimal
     found["minimal_flops"] = minimal
-    found["floor_s"] = _floors(c, shapes, the_plan, found["flops"], ceilings, batch)
+    found["floor_s"] = _floors(c, shapes, found["flops"], ceilings)
     if memory:
         found["extra_bytes"] = measure.extra_bytes(c.step, device)
     if device.type == "cuda":
@@ -191,7 +189,7 @@ def look(
     return found
 
 
-def _counts(c: Contender, p: Plan) -> dict[str, float]:
+def _counts(c: Contender, p: StepPlan) -> dict[str, float]:
     """Work per distinct image in the rollout, and what the update adds."""
     c.engine.counters.take()
     slices = c.play()
@@ -211,33 +209,23 @@ def _counts(c: Contender, p: Plan) -> dict[str, float]:
 
 
 def _floors(
-    c: Contender,
-    s: Shapes,
-    p: Plan,
-    flops: dict[str, float],
-    ceilings: dict[str, float],
-    batch: int,
+    c: Contender, s: Shapes, flops: dict[str, float], ceilings: dict[str, float]
 ) -> dict[str, float]:
     """Seconds each phase would take at the ceilings: its FLOPs at the matmul rate, or its decode
     steps at the copy bandwidth.
     """
-    width = (
-        2
-        if c.config.model.dtype == "bfloat16"
-        or (c.config.model.dtype == "auto" and c.engine.device.type == "cuda")
-        else 4
-    )
-    rows = {"ask": batch, "ground": batch * (p.samples + p.views)}
+    dtype = c.config.model.dtype
+    half = dtype == "bfloat16" or (dtype == "auto" and c.engine.device.type == "cuda")
+    width = 2 if half else 4
+    batch = len(c.images)
+    rows = {"ask": batch, "ground": batch * plan(c).boxes}
+    pieces = lengths(c)
+    height, side = c.images[0].pixels.shape[:2]
+    prefix = pieces.head + height * side // (s.patch * s.merge) ** 2 + pieces.tail
     floors = {name: count / ceilings["matmul_flop_per_s"] for name, count in flops.items()}
     for name, steps in DECODED.items():
-        context = (
-            p.before
-            + p.height * p.width // (s.patch * s.merge) ** 2
-            + p.after
-            + getattr(p, name)
-            + steps
-        )
-        moved = steps * perf.decode_bytes(s, rows[name], context, width, width)
+        context = prefix + getattr(pieces, name) + steps
+        moved = steps * decode_bytes(s, rows[name], context, width, width)
         floors[name] = max(floors[name], moved / ceilings["copy_bytes_per_s"])
     return floors
 

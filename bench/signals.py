@@ -28,13 +28,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 from learning import SPLIT_SEED, truth_of  # noqa: E402
 
 from vise_fast.config import schema as configuration  # noqa: E402
-from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.images import geometry
 from vise_fast.images.sources import Scenes  # noqa: E402
 from vise_fast.method import rewards  # noqa: E402
-from vise_fast.method.experience import join  # noqa: E402
+from vise_fast.method.experience import (
+    join,  # noqa: E402
+    play_batch,  # noqa: E402
+)
 from vise_fast.model import load as model
-from vise_fast.train import play_batch  # noqa: E402
 
 
 def pieces(evidence: rewards.Evidence, config: rewards.RewardConfig) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ def measure(scenes: int, extra: list[str]) -> dict:
     torch.set_num_threads(1)
     config = configuration.load(None, ["--train.seed", str(SPLIT_SEED["validation"]), *extra])
     policy = model.load(config)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     source = Scenes(config)
     collected = []
     truth = truth_of(source)

@@ -42,11 +42,14 @@ import rollout  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from vise_kernels import linear_logprob_kl  # noqa: E402
 
-from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.fast import FastEngine  # noqa: E402
+from vise_fast.engine.rollout import Answered  # noqa: E402
 from vise_fast.method import roles  # noqa: E402
+from vise_fast.method.roles import Question, Sampling  # noqa: E402
 from vise_fast.model import load as model
 from vise_fast.model import lora_linear as linear  # noqa: E402
 from vise_fast.model import qwen3_vl
+from vise_fast.model.tree import Features  # noqa: E402
 from vise_fast.profile import flops as perf
 from vise_fast.system import allocator
 
@@ -57,40 +60,37 @@ GROUPS = (1, 2, 4, 8, 16)
 class Update:
     """One image, G locked answers, and the passes over them."""
 
-    engine: Engine
-    inputs: tuple
+    engine: FastEngine
+    features: Features
+    answered: Answered
 
     @classmethod
-    def of(cls, engine: Engine, size: tuple[int, int], group: int) -> Update:
+    def of(cls, engine: FastEngine, size: tuple[int, int], group: int) -> Update:
         features = engine.encode([image.pixels for image in subjects.pictures(*size, 1)])
         query = subjects.QUERIES[engine.tokens.style.name]
-        boxes = roles.ground(
-            engine,
-            engine.prefill(features, True),
-            [0],
-            [query],
-            [group],
-            list(range(group)),
-            subjects.BOX_TOKENS,
-        )
-        return cls(engine, (features, boxes.rows, boxes.answers, boxes.owner))
+        questions = [Question(0, query, list(range(group)))]
+        sampling = Sampling(subjects.BOX_TOKENS)
+        boxes = roles.ground(engine, engine.prefill(features, True), questions, sampling)
+        return cls(engine, features, Answered(boxes.rows, boxes.answers, boxes.owner))
 
     def shared(self, recompute: bool = False) -> None:
-        self._one(*self.inputs, recompute)
+        self._one(self.features, self.answered, recompute)
 
     def row_wise(self) -> None:
-        features, rows, answers, owner = self.inputs
-        group = len(owner)
-        self._one(features.select([0] * group), rows * group, answers, list(range(group)), False)
+        answered = self.answered
+        group = len(answered.owner)
+        alone = Answered(answered.rows * group, answered.answers, list(range(group)))
+        self._one(self.features.select([0] * group), alone)
 
     def plain(self) -> None:
         with plain_autograd():
-            self._one(*self.inputs, False)
+            self._one(self.features, self.answered)
 
-    def _one(self, features, rows, answers, owner, recompute: bool) -> None:
+    def _one(self, features: Features, answered: Answered, recompute: bool = False) -> None:
         with torch.no_grad():
-            reference = self.engine.score(features, rows, answers, owner, False)
-        hidden = self.engine.score(features, rows, answers, owner, True, recompute=recompute)
+            reference = self.engine.score(features, answered, False)
+        hidden = self.engine.score(features, answered, True, recompute=recompute)
+        answers = answered.answers
         ids = answers.ids[answers.mask().bool()]
         logprob, _, kl = linear_logprob_kl(
             hidden, reference, self.engine.backbone.head.weight, ids, banned=self.engine.banned
@@ -113,7 +113,7 @@ def plain_autograd():
 
 
 def group_scaling(
-    engine: Engine,
+    engine: FastEngine,
     size: tuple[int, int],
     groups: tuple[int, ...],
     device: torch.device,
@@ -142,7 +142,7 @@ def group_scaling(
 
 
 def tricks(
-    engine: Engine, size: tuple[int, int], group: int, device: torch.device, repeats: int
+    engine: FastEngine, size: tuple[int, int], group: int, device: torch.device, repeats: int
 ) -> dict:
     """The update pass as it is, in plain autograd, and with checkpointing: time and memory relative
     to the first.
@@ -195,13 +195,14 @@ def _flops(run: Callable) -> int:
 
 def _prefix(update: Update) -> int:
     """Tokens of prefix and question."""
-    b, features, rows = update.engine.backbone, *update.inputs[:2]
-    rows_, columns = features.grids[0]
+    rows, columns = update.features.grids[0]
+    image = rows * columns // update.engine.backbone.merge_size**2
     tokens = update.engine.tokens
-    return len(tokens.head) + rows_ * columns // b.merge_size**2 + len(tokens.tail) + len(rows[0])
+    question = update.answered.rows[0]
+    return len(tokens.head) + image + len(tokens.tail) + len(question)
 
 
-def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) -> Engine:
+def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) -> FastEngine:
     """An engine over random weights of a shape: nano's, one of memory.MODELS, or one of
     configs/models.
     """
@@ -213,7 +214,7 @@ def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) 
     config = subject.config("robust", 1, [*words, f"--data.max_pixels={size[0] * size[1]}"])
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
-    return Engine(policy.backbone, policy.tokens)
+    return FastEngine(policy.backbone, policy.tokens)
 
 
 def tell(scaling: list[dict], saved: dict, products: list[dict]) -> None:

@@ -4,8 +4,8 @@ import torch
 from tiny import TinyTokens, build
 from vise_kernels import patchify
 
-from vise_fast.engine.fast import Engine
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.engine.fast import FastEngine
+from vise_fast.model.qwen3_vl import Qwen3VL
 
 SIZES = [(16, 24), (8, 8), (24, 16), (16, 24)]
 ROWS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
@@ -13,7 +13,7 @@ ROWS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
 
 def engine_of(shape, adapters=True):
     model = build(shape, adapters=adapters)
-    return model, Engine(Backbone(model), TinyTokens())
+    return model, FastEngine(Qwen3VL(model), TinyTokens())
 
 
 def stock_inputs(engine, image, row):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vise_fast import infer
 from vise_fast.config import schema as config
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.images import scenes
 from vise_fast.method import roles
 from vise_fast.model import load as model
@@ -32,7 +32,7 @@ def shipped():
 
 def test_answers_are_those_of_the_roles(shipped, picture):
     settings, policy = shipped
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     _, pixels = infer.read_image(picture, settings)
     given = infer.answer(engine, pixels, settings, None, adapters=False)
     prefix = engine.prefill(engine.encode([pixels]), False)
@@ -49,7 +49,7 @@ def test_answers_are_those_of_the_roles(shipped, picture):
 
 def test_one_encode_and_one_prefix_serve_all_questions(shipped, picture):
     settings, policy = shipped
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     _, pixels = infer.read_image(picture, settings)
     given = infer.answer(engine, pixels, settings, "red circle", adapters=False)
     counted = engine.counters.take()
@@ -63,7 +63,7 @@ def test_a_box_without_area_hides_nothing(shipped, picture, monkeypatch):
     _, pixels = infer.read_image(picture, settings)
     monkeypatch.setattr(roles.prompts, "read_box", lambda text: (0.0, 0.0, 0.0, 0.0))
     given = infer.answer(
-        Engine(policy.backbone, policy.tokens), pixels, settings, "red circle", adapters=False
+        FastEngine(policy.backbone, policy.tokens), pixels, settings, "red circle", adapters=False
     )
     assert given.box_1000 is None and given.gone is None
 

@@ -7,10 +7,10 @@ from tiny import SHAPES, TinyTokens, build, images
 
 from vise_fast import merge
 from vise_fast.config import schema as config
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.model import export as adapter
 from vise_fast.model import load as model
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.system.errors import ConfigError
 
 
@@ -25,7 +25,9 @@ def shrunk(policy, size):
 @torch.no_grad()
 def test_merged_fp32_model_equals_base_with_adapter(shape):
     policy = build(shape)
-    inputs = stock_inputs(Engine(Backbone(build(shape)), TinyTokens()), images(SIZES)[0], ROWS[0])
+    inputs = stock_inputs(
+        FastEngine(Qwen3VL(build(shape)), TinyTokens()), images(SIZES)[0], ROWS[0]
+    )
     truth = policy(**inputs, use_cache=False).logits
     count = sum("lora_A" in name for name, _ in policy.named_parameters())
     loss = merge.merge(policy)
@@ -93,7 +95,7 @@ def test_the_command_makes_a_model_that_answers_like_the_adapter(trained, tmp_pa
         images([(128, 128)]),
         [policy.tokens.verdict_row(policy.tokens.style.verify("red circle"))],
     )
-    one, two = (Engine(p.backbone, p.tokens) for p in (policy, merged))
+    one, two = (FastEngine(p.backbone, p.tokens) for p in (policy, merged))
     a, b = (
         one.verdict_logits(one.encode(pictures), row, True),
         two.verdict_logits(two.encode(pictures), row, False),

@@ -23,10 +23,12 @@ from torch import Tensor
 from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.choose import open_engine
+from vise_fast.engine.rollout import Engine
 from vise_fast.images import geometry, views
 from vise_fast.images import picture_file as decode
 from vise_fast.method import roles
+from vise_fast.method.roles import Question, Sampling
 from vise_fast.model.load import grid_multiple, load
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
@@ -62,12 +64,11 @@ def answer(
     asked = (
         None
         if query
-        else roles.ask(engine, prefix, [0], [0], config.rollout.query_tokens, temperature=0.0)
+        else roles.ask(engine, prefix, [0], [0], Sampling(config.rollout.query_tokens, 0.0))
     )
     query = query or asked.texts[0]
-    found = roles.ground(
-        engine, prefix, [0], [query], [1], [0], config.rollout.box_tokens, temperature=0.0
-    )
+    sampling = Sampling(config.rollout.box_tokens, temperature=0.0)
+    found = roles.ground(engine, prefix, [Question(0, query)], sampling)
     seen = float(roles.verify_forked(engine, prefix, [0], [query])[0])
     box = found.box_1000[0] if bool(geometry.proper(found.box_1000)[0]) else None
     gone = None
@@ -147,7 +148,7 @@ def main(words: Sequence[str]) -> int:
     picture, pixels = read_image(Path(options["image"]), config)
     policy = load(config, options["adapter"])
     given = answer(
-        Engine(policy.backbone, policy.tokens),
+        open_engine(policy, config),
         pixels,
         config,
         options["query"],

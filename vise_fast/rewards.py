@@ -6,6 +6,7 @@ module keeps its place and its names whatever moves inside the package; the rewa
 in method/rewards.py.
 """
 
-from vise_fast.method.rewards import Evidence, Parts, Scores, agreement, register
+from vise_fast.method.evidence import Evidence
+from vise_fast.method.rewards import Parts, Scores, agreement, register
 
 __all__ = ["Evidence", "Parts", "Scores", "agreement", "register"]

@@ -17,13 +17,13 @@ import torch
 from vise_fast.config import origin, settings
 from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Engine
-from vise_fast.engine.stock import open_engine
+from vise_fast.engine.choose import open_engine
+from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
-from vise_fast.method.experience import Draws, Played, Truth, attention_share, play
+from vise_fast.method.experience import Played, Truth, attention_share, play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 from vise_fast.run.directory import Run
@@ -110,20 +110,6 @@ def one_step(
     """Play the batch and learn from it: (slices, metrics)."""
     slices = play_batch(engine, images, config, step, truth)
     return slices, learner.learn(slices, step) | attention_share(slices)
-
-
-def play_batch(
-    engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
-) -> list[Played]:
-    """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the
-    slices.
-    """
-    size = config.train.micro_batch or len(images)
-    cuts = range(0, len(images), size)
-    return [
-        play(engine, images[i : i + size], config, Draws(config.train.seed, step, i), truth)
-        for i in cuts
-    ]
 
 
 def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:

@@ -6,8 +6,8 @@ from small_engines import ROWS, SIZES, engine_of, sampled, stock_inputs
 from tiny import SHAPES, images
 
 from vise_fast.engine.attention_meter import image_share, log_sum_exp
-from vise_fast.engine.fast import Rollout
-from vise_fast.model.attention import Grid, Part
+from vise_fast.engine.rollout import Rollout
+from vise_fast.model.tree import Grid, Part
 
 
 def eager_share(model, engine, picture, question, answer):

@@ -7,7 +7,7 @@ import torch
 from small_engines import ROWS, SIZES, engine_of, relative, sampled, stock_inputs, stock_logits
 from tiny import PAD, SHAPES, images
 
-from vise_fast.engine.fast import Rollout
+from vise_fast.engine.rollout import Answered, Rollout
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,7 +79,7 @@ def test_scored_logprob_equals_the_samplers_own():
     owner = [i for i in range(4) for _ in range(3)]
     assert len(set(answers.lengths)) > 1, "the fixture should mix lengths"
     with torch.no_grad():
-        hidden = engine.score(features, ROWS, answers, owner, True)
+        hidden = engine.score(features, Answered(ROWS, answers, owner), True)
     logits = engine.backbone.logits(hidden).masked_fill(engine.banned, -torch.inf)
     flat = torch.tensor([t for row in answers.rows() for t in row])
     scored = logits.log_softmax(-1).gather(1, flat[:, None])[:, 0]
@@ -96,7 +96,7 @@ def test_shared_prefix_update_equals_row_by_row_stock(shape, recompute):
     names, leaves = zip(
         *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
     )
-    hidden = engine.score(features, ROWS, answers, owner, True, recompute=recompute)
+    hidden = engine.score(features, Answered(ROWS, answers, owner), True, recompute=recompute)
     weights = torch.linspace(-1, 1, len(hidden))
     flat = torch.tensor([t for row in answers.rows() for t in row])
     loss = (
@@ -120,9 +120,12 @@ def test_reference_scores_from_cached_prefixes():
     features, answers = sampled(engine, images(SIZES))
     owner = [i for i in range(4) for _ in range(3)]
     with torch.no_grad():
-        fresh = engine.score(features, ROWS, answers, owner, False)
+        fresh = engine.score(features, Answered(ROWS, answers, owner), False)
         cached = engine.score(
-            features, ROWS, answers, owner, False, prefixes=engine.prefill(features, False)
+            features,
+            Answered(ROWS, answers, owner),
+            False,
+            prefixes=engine.prefill(features, False),
         )
     assert relative(cached, fresh) < 1e-5
 
@@ -132,7 +135,7 @@ def test_single_token_answers_are_scored():
     features = engine.encode(images(SIZES[:2]))
     answers = Rollout(torch.tensor([[1], [1]]), torch.zeros(2, 1), [1, 1])
     with torch.no_grad():
-        hidden = engine.score(features, ROWS[:2], answers, [0, 1], True)
+        hidden = engine.score(features, Answered(ROWS[:2], answers, [0, 1]), True)
         assert (
             relative(
                 engine.backbone.logits(hidden), engine.verdict_logits(features, ROWS[:2], True)

@@ -11,10 +11,10 @@ import torch
 from tiny import SHAPES, TinyTokens, build, images
 
 from vise_fast.config.schema import load
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.choose import open_engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.graphed import GraphedEngine, bucket
-from vise_fast.engine.stock import open_engine
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.system.errors import EnvironmentFault
 
 SIZES = [(16, 24), (8, 8), (24, 16), (16, 24)]
@@ -28,8 +28,8 @@ class Brief(TinyTokens):
 
 
 def engines(shape, device="cpu", dtype=torch.float32):
-    backbone = Backbone(build(shape, dtype=dtype).to(device))
-    return Engine(backbone, Brief(), poll=4), GraphedEngine(backbone, Brief(), poll=4)
+    backbone = Qwen3VL(build(shape, dtype=dtype).to(device))
+    return FastEngine(backbone, Brief(), poll=4), GraphedEngine(backbone, Brief(), poll=4)
 
 
 def rollout(engine, pictures, adapters=True, fan=(3, 1, 2, 1), limit=11, temperature=1.0, seed=0):

@@ -10,15 +10,21 @@ from small_engines import ROWS, SIZES, engine_of, leaves, worst
 from tiny import SHAPES, images
 
 from vise_fast.config import schema as configuration
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered, owners
 from vise_fast.engine.stock import StockBackbone, StockEngine
 from vise_fast.images.sources import Scenes
 from vise_fast.method import learner as learning
-from vise_fast.method.experience import shares_forward
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
+from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import load as model
 from vise_fast.profile.flops import executed_flops
-from vise_fast.train import play_batch
+
+
+def shares_forward(engine, config):
+    return StepPlan.of(config, engine.keeps_keys).shares_forward
+
 
 WORDS = [
     "--train.batch=3",
@@ -38,8 +44,20 @@ FAN = [2, 1, 3, 1]
 
 
 def asked(engine, features, trained):
-    prefixes = engine.prefill(features, True, trained)
-    return prefixes, engine.prompt(prefixes, list(range(len(ROWS))), ROWS, trained)
+    """(prefixes, prompts, the first prompts with their graph) as the method makes them."""
+    every = list(range(len(ROWS)))
+    if not trained:
+        prefixes = engine.prefill(features, True)
+        return prefixes, engine.prompt(prefixes, every, ROWS), None
+    rooted = engine.prefill(features.select(every[:trained]), True, graph=True)
+    prefixes = rooted.detach()
+    kept = engine.prompt(rooted, every[:trained], ROWS[:trained])
+    if trained < len(ROWS):
+        prefixes = prefixes.stack(engine.prefill(features.select(every[trained:]), True))
+    prompts = kept.over(prefixes)
+    if trained < len(ROWS):
+        prompts = prompts.stack(engine.prompt(prefixes, every[trained:], ROWS[trained:]))
+    return prefixes, prompts, kept
 
 
 def generated(engine, prompts, limit=9):
@@ -51,20 +69,15 @@ def generated(engine, prompts, limit=9):
 def test_what_is_sampled_from_does_not_depend_on_what_is_kept(shape, trained):
     _, engine = engine_of(shape)
     features = engine.encode(images(SIZES))
-    (plain_prefixes, plain), (prefixes, prompts) = (
-        asked(engine, features, 0),
-        asked(engine, features, trained),
-    )
+    plain_prefixes, plain, _ = asked(engine, features, 0)
+    prefixes, prompts, kept = asked(engine, features, trained)
     assert (
         prefixes.following == plain_prefixes.following
         and prompts.following == plain.following
         and prompts.owner == plain.owner
     )
     assert torch.allclose(prompts.last, plain.last, atol=1e-5) and not prompts.last.requires_grad
-    assert (
-        prompts.trained.last.requires_grad
-        and len(prompts.trained) == len(prefixes.trained) == trained
-    )
+    assert kept.last.requires_grad and len(kept) == len(kept.prefixes) == trained
     truth, found = generated(engine, plain), generated(engine, prompts)
     assert truth.rows() == found.rows()
     assert torch.allclose(truth.logprob, found.logprob, atol=1e-5)
@@ -76,20 +89,14 @@ def test_what_is_sampled_from_does_not_depend_on_what_is_kept(shape, trained):
 def test_scores_and_gradients_equal_those_of_a_pass_from_the_images_on(shape, chosen, limit):
     net, engine = engine_of(shape)
     features = engine.encode(images(SIZES))
-    _, prompts = asked(engine, features, TRAINED)
-    answers, owners = (
-        generated(engine, prompts, limit),
-        [r for r, n in enumerate(FAN) for _ in range(n)],
-    )
-    rows = [n for n, owner in enumerate(owners) if owner in chosen]
-    args = (
-        features.select(chosen),
-        [ROWS[i] for i in chosen],
-        answers.select(rows),
-        [chosen.index(owners[n]) for n in rows],
-        True,
-    )
-    truth, found = engine.score(*args), engine.score(*args, prompts=prompts.trained.select(chosen))
+    _, prompts, kept = asked(engine, features, TRAINED)
+    answers = generated(engine, prompts, limit)
+    owner = owners(FAN)
+    rows = [n for n, image in enumerate(owner) if image in chosen]
+    questions = [ROWS[i] for i in chosen]
+    answered = Answered(questions, answers.select(rows), [chosen.index(owner[n]) for n in rows])
+    truth = engine.score(features.select(chosen), answered, True)
+    found = engine.score(features.select(chosen), answered, True, prompts=kept.select(chosen))
     assert torch.allclose(found, truth, atol=1e-5)
     weights = torch.linspace(0.5, 2, len(truth))
     gradients = [
@@ -99,13 +106,13 @@ def test_scores_and_gradients_equal_those_of_a_pass_from_the_images_on(shape, ch
     assert worst(*gradients) <= 1e-5
 
 
-def stepped(words, monkeypatch, engine_class=Engine):
+def stepped(words, monkeypatch, engine_class=FastEngine):
     """(gradient, metrics, update's FLOPs, config) of one step."""
     config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)
     engine = (
         engine_class(policy.backbone, policy.tokens)
-        if engine_class is Engine
+        if engine_class is FastEngine
         else engine_class(StockBackbone(policy.model), policy.tokens)
     )
     learn, kept = Learner(policy, engine, config), []
@@ -145,11 +152,13 @@ def test_a_step_has_the_same_gradient_either_way_and_costs_less(monkeypatch, wor
 
 def test_few_scored_images_are_computed_alone(monkeypatch):
     """A graph of three images for the sake of one would cost more than a new pass over that one."""
-    calls, real = [], Engine.score
+    calls, real = [], FastEngine.score
     monkeypatch.setattr(
-        Engine,
+        FastEngine,
         "score",
-        lambda self, *args, **named: calls.append("prompts" in named) or real(self, *args, **named),
+        lambda self, *args, **named: (
+            calls.append(named.get("prompts") is not None) or real(self, *args, **named)
+        ),
     )
     aims = learning.Learner._targets
 
@@ -175,7 +184,7 @@ def test_few_scored_images_are_computed_alone(monkeypatch):
 def test_where_memory_is_short_the_update_computes_all_again(words):
     config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)
-    assert not shares_forward(Engine(policy.backbone, policy.tokens), config)
+    assert not shares_forward(FastEngine(policy.backbone, policy.tokens), config)
 
 
 def test_the_stock_engine_keeps_nothing(monkeypatch):

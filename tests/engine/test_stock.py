@@ -6,16 +6,17 @@ from small_engines import ROWS, SIZES, relative, stock_inputs
 from tiny import IMAGE, SHAPES, VOCAB, TinyTokens, build, images
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered
 from vise_fast.engine.stock import StockBackbone, StockEngine
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.model.qwen3_vl import Qwen3VL
 
 OWNER = [0, 1, 2, 3]
 
 
 def both(shape):
     model = build(shape)
-    return Engine(Backbone(model), TinyTokens()), StockEngine(StockBackbone(model), TinyTokens())
+    return FastEngine(Qwen3VL(model), TinyTokens()), StockEngine(StockBackbone(model), TinyTokens())
 
 
 def played(engine, fan=(2, 1, 1, 2), limit=10, adapters=True, temperature=1.0):
@@ -48,8 +49,10 @@ def test_same_scores_and_gradients(shape, recompute):
     leaves = {name: p for name, p in stock.backbone.model.named_parameters() if p.requires_grad}
     features, answers = played(fast)
     owner = [0, 0, 1, 2, 3, 3]
-    a = fast.score(features, ROWS, answers, owner, True, recompute=recompute)
-    b = stock.score(stock.encode(images(SIZES)), ROWS, answers, owner, True, recompute=recompute)
+    a = fast.score(features, Answered(ROWS, answers, owner), True, recompute=recompute)
+    b = stock.score(
+        stock.encode(images(SIZES)), Answered(ROWS, answers, owner), True, recompute=recompute
+    )
     assert relative(a, b) < 1e-4
     weights = torch.linspace(-1, 1, a.numel()).view_as(a)
     fast_grads, stock_grads = (
@@ -63,7 +66,9 @@ def test_same_released_span():
     fast, stock = both("gqa2")
     features, answers = played(fast)
     (a, a_ids, a_lengths), (b, b_ids, b_lengths) = (
-        engine.score_released(engine.encode(images(SIZES)), ROWS, answers, [0, 0, 1, 2, 3, 3], True)
+        engine.score_released(
+            engine.encode(images(SIZES)), Answered(ROWS, answers, [0, 0, 1, 2, 3, 3]), True
+        )
         for engine in (fast, stock)
     )
     assert relative(a, b) < 1e-4

@@ -18,7 +18,8 @@ from memory import CONFIGURATIONS, MODELS, compare, shape_of  # noqa: E402
 from vise_fast.config.schema import Config  # noqa: E402
 from vise_fast.estimate import rehearsal  # noqa: E402
 from vise_fast.estimate.live_bytes import Live  # noqa: E402
-from vise_fast.estimate.rehearsal import Lengths, rehearse  # noqa: E402
+from vise_fast.estimate.rehearsal import rehearse  # noqa: E402
+from vise_fast.method.step_plan import Lengths  # noqa: E402
 
 BOUND = 0.05
 SAMPLED = [

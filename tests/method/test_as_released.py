@@ -6,7 +6,7 @@ import torch
 
 from vise_fast.config.schema import GhostConfig, ViewConfig, load
 from vise_fast.images import geometry
-from vise_fast.images.views import draw_view, ghost_settings
+from vise_fast.images.views import draw_view, ghost_lengths
 from vise_fast.method import as_released
 
 H, W = 480, 640
@@ -75,9 +75,9 @@ def test_empty_hulls_score_nothing():
 
 
 def test_the_ghost_is_cut_at_one_sigma():
-    released = ghost_settings(H, W, GhostConfig(radius_sigmas=1))
+    released = ghost_lengths(H, W, GhostConfig(radius_sigmas=1))
     assert (released.sigma, 2 * released.radius + 1) == (25, 51)
-    assert 2 * ghost_settings(H, W, GhostConfig()).radius + 1 == 151
+    assert 2 * ghost_lengths(H, W, GhostConfig()).radius + 1 == 151
     assert as_released.blur_spread_px() == pytest.approx(13.7, abs=0.05)
     assert as_released.blur_spread_px(radius=75) == pytest.approx(24.7, abs=0.1)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from vise_fast.config import schema as configuration
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.images.sources import Scenes
+from vise_fast.method.experience import play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
-from vise_fast.train import play_batch
 
 SMALL = [
     "--train.batch",
@@ -48,7 +48,7 @@ def played(*words, adapter=0.0, seed=0):
                 parameter.normal_(std=adapter)
     policy.backbone.refresh()
     (one,) = play_batch(
-        Engine(policy.backbone, policy.tokens), Scenes(config).batch(0, 3), config, 0
+        FastEngine(policy.backbone, policy.tokens), Scenes(config).batch(0, 3), config, 0
     )
     return one
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vise_fast.config import schema as configuration
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.images.sources import Scenes
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model
 from vise_fast.system.errors import NumericFault
-from vise_fast.train import play_batch
 
 SMALL = [
     "--train.batch",
@@ -40,7 +40,7 @@ SAMPLED_VIEWS = [
 def setup(*words):
     config = configuration.load(None, [*SMALL, *words])
     policy = model.load(config)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     return config, Learner(policy, engine, config), Scenes(config)
 
 
@@ -152,7 +152,7 @@ def test_every_estimator_takes_a_step(kl, advantage):
 def test_as_released_scores_image_tokens_too():
     config, learner, source = setup("--reward.preset", "as_released")
     (played,), metrics = step(config, learner, source)
-    *_, lengths = learner._logprobs(played, [0])
+    lengths = learner._logprobs(played, [0]).lengths
     assert lengths[0] > played.boxes.answers.lengths[0] + 50
     assert math.isfinite(metrics["grad_norm"])
 

@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vise_fast.config.schema import UpdateConfig
-from vise_fast.method.loss import Baseline, Beta, advantages, k1_penalised, reinforce, token_mean
+from vise_fast.method import loss as losses
+from vise_fast.method.loss import Baseline, Beta, Tokens, advantages, k1_penalised, token_mean
 from vise_fast.system.errors import NumericFault
+
+
+def reinforce(logprob, mask, advantage, kl, reference, beta, kind, denominator):
+    """The loss of these tables."""
+    tokens = Tokens(logprob, reference, kl, mask)
+    return losses.reinforce(tokens, advantage, beta, kind, denominator)
+
 
 # --- advantages
 # --------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from tiny import SHAPES, TinyTokens, build, images
 from torch.autograd.graph import saved_tensors_hooks
 from vise_kernels import patchify
 
-from vise_fast.engine.fast import Engine, Rollout
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered, Rollout
 from vise_fast.model.lora_linear import FusedLinear
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.profile.flops import executed_flops
 
 OWNER = [i for i in range(4) for _ in range(3)]
@@ -20,7 +21,7 @@ OWNER = [i for i in range(4) for _ in range(3)]
 def double_ready(backbone, pictures, dtype):
     """`encode` for any float dtype; patchify makes none wider than fp32."""
     patches, grids = patchify(pictures, patch=4, merge=2, single_tap=True)
-    return backbone.encode_patches(
+    return backbone.vision.encode_patches(
         patches.to(dtype), [tuple(grid) for grid in grids[:, 1:].tolist()]
     )
 
@@ -33,10 +34,12 @@ def test_a_group_of_eight_costs_a_fifth_of_row_by_row():
     prefix = 80 * 128 // 64 + 3
     assert prefix + 4 >= 20 * 8
     with executed_flops() as shared:
-        engine.score(features, question, answers, [0] * 8, True).sum().backward()
+        engine.score(features, Answered(question, answers, [0] * 8), True).sum().backward()
     with executed_flops() as rows:
         for n in range(8):
-            engine.score(features, question, answers.select([n]), [0], True).sum().backward()
+            engine.score(
+                features, Answered(question, answers.select([n]), [0]), True
+            ).sum().backward()
     ratio = shared.get_total_flops() / rows.get_total_flops()
     assert ratio <= 0.22, ratio
 
@@ -51,18 +54,20 @@ def test_loss_and_every_gradient_equal_row_by_row(shape):
         model = build(shape, dtype=dtype)
         for p in leaves(model):
             p.data = p.data.to(dtype)
-        engine = Engine(Backbone(model), TinyTokens())
+        engine = FastEngine(Qwen3VL(model), TinyTokens())
         engine.encode = lambda pictures, b=engine.backbone, dtype=dtype: double_ready(
             b, pictures, dtype
         )
         features, answers = sampled(engine, images(SIZES))
-        hidden = engine.score(features, ROWS, answers, OWNER, True)
+        hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
         weights = torch.linspace(-1, 1, len(hidden), dtype=dtype)
         shared = torch.autograd.grad((hidden.sum(1) * weights).sum(), leaves(model))
         alone, start = 0.0, 0
         for n, length in enumerate(answers.lengths):
             row = engine.score(
-                features.select([OWNER[n]]), [ROWS[OWNER[n]]], answers.select([n]), [0], True
+                features.select([OWNER[n]]),
+                Answered([ROWS[OWNER[n]]], answers.select([n]), [0]),
+                True,
             )
             alone = alone + (row.sum(1) * weights[start : start + length]).sum()
             start += length
@@ -77,7 +82,8 @@ def test_the_fused_node_equals_plain_autograd(monkeypatch):
 
     def gradients():
         return torch.autograd.grad(
-            engine.score(features, ROWS, answers, OWNER, True).square().sum(), leaves(model)
+            engine.score(features, Answered(ROWS, answers, OWNER), True).square().sum(),
+            leaves(model),
         )
 
     fused = gradients()
@@ -94,7 +100,7 @@ def saved(dtype, monkeypatch=None):
     counted.
     """
     model = build("gqa2", dtype=dtype)
-    engine = Engine(Backbone(model), TinyTokens())
+    engine = FastEngine(Qwen3VL(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     own |= {
@@ -111,7 +117,7 @@ def saved(dtype, monkeypatch=None):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = engine.score(features, ROWS, answers, OWNER, True)
+        hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
     return {
         d: sum(n for kind, n in found.values() if kind == d)
         for d in (torch.float32, torch.bfloat16)
@@ -146,7 +152,7 @@ def test_separate_factors_equal_block_diagonal_ones(monkeypatch, shape):
         model, engine = engine_of(shape)
         assert len(engine.backbone.layers[0].linears[0].cached.up) == (1 if limit else 3)
         features, answers = sampled(engine, images(SIZES))
-        hidden = engine.score(features, ROWS, answers, OWNER, True)
+        hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
         results.append(
             [hidden.detach(), *torch.autograd.grad(hidden.square().sum(), leaves(model))]
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from vise_kernels.dispatch import native
 
-from vise_fast.model.attention import Grid, Part, _in_one, attend, attend_plain
+from vise_fast.model.attention import _in_one, attend, attend_plain
+from vise_fast.model.tree import Grid, Part
 
 
 def bank(entries, kv, keys, dim, dtype=torch.float64):

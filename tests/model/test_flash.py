@@ -14,9 +14,11 @@ from small_engines import ROWS, SIZES, engine_of
 from tiny import SHAPES as SMALL_MODELS
 from tiny import images
 
+from vise_fast.engine.rollout import Answered
 from vise_fast.model import attention, flash
-from vise_fast.model.attention import Grid, Part, attend, attend_plain
+from vise_fast.model.attention import attend, attend_plain
 from vise_fast.model.load import Policy
+from vise_fast.model.tree import Grid, Part
 
 GPU = torch.cuda.is_available()
 CUDA = torch.device("cuda")
@@ -214,7 +216,7 @@ def played(model, engine):
     features = engine.encode(images(SIZES))
     prompts = engine.prompt(engine.prefill(features, True), [0, 1, 2, 3], ROWS)
     answers = engine.generate(prompts, [2] * 4, 4, list(range(8)), temperature=0.0)
-    hidden = engine.score(features, ROWS, answers, [0, 0, 1, 1, 2, 2, 3, 3], True)
+    hidden = engine.score(features, Answered(ROWS, answers, [0, 0, 1, 1, 2, 2, 3, 3]), True)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
     found = torch.autograd.grad((hidden * weight).sum(), leaves, allow_unused=True)

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered
 from vise_fast.estimate.live_bytes import Live
 from vise_fast.method.learner import make_optimizer
 from vise_fast.model import quantise
-from vise_fast.model.qwen3_vl import LORA_TARGETS, Backbone
+from vise_fast.model.qwen3_vl import LORA_TARGETS, Qwen3VL
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
@@ -95,7 +96,7 @@ def test_logits_equal_the_stock_modules(saved, kind, adapters):
     neighbours may change digits.
     """
     model = loaded(saved, kind)
-    engine = Engine(Backbone(model), TinyTokens())
+    engine = FastEngine(Qwen3VL(model), TinyTokens())
     for image, row in zip(images(SIZES), ROWS, strict=True):
         fast = engine.verdict_logits(engine.encode([image]), [row], adapters)[0]
         with torch.no_grad():
@@ -116,12 +117,14 @@ def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
     autograd over the dequantised base.
     """
     model = loaded(saved, kind)
-    engine = Engine(Backbone(model), TinyTokens())
+    engine = FastEngine(Qwen3VL(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
     owner = [i for i in range(4) for _ in range(3)]
     leaves = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(
-        engine.score(features, ROWS, answers, owner, True, recompute=recompute).square().sum(),
+        engine.score(features, Answered(ROWS, answers, owner), True, recompute=recompute)
+        .square()
+        .sum(),
         leaves,
     )
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
@@ -134,9 +137,9 @@ def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
                     quantise.dequantised(base, torch.float32), requires_grad=False
                 )
                 wrapper.base_layer = plain
-    truth_engine = Engine(Backbone(model), TinyTokens())
+    truth_engine = FastEngine(Qwen3VL(model), TinyTokens())
     truth = torch.autograd.grad(
-        truth_engine.score(features, ROWS, answers, owner, True).square().sum(), leaves
+        truth_engine.score(features, Answered(ROWS, answers, owner), True).square().sum(), leaves
     )
     for a, b in zip(grads, truth, strict=True):
         assert relative(a, b) < (1e-4 if "nf4" in kind else 0.1)
@@ -144,7 +147,7 @@ def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_single", "int8_no_outliers"])
 def test_a_row_does_not_depend_on_its_neighbours(saved, kind):
-    engine = Engine(Backbone(loaded(saved, kind)), TinyTokens())
+    engine = FastEngine(Qwen3VL(loaded(saved, kind)), TinyTokens())
     prefixes = engine.prefill(engine.encode(images(SIZES)), True)
     together = engine.prompt(prefixes, [0, 1, 2, 3], ROWS).last
     for i in range(4):

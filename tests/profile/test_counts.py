@@ -14,14 +14,15 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import _subjects as subjects  # noqa: E402
 
-from vise_fast.engine.fast import Engine  # noqa: E402
+from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.method import learner as learning  # noqa: E402
-from vise_fast.method.experience import Draws, play, shares_forward  # noqa: E402
+from vise_fast.method.experience import Draws, play  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
+from vise_fast.method.step_plan import Lengths, StepPlan  # noqa: E402
 from vise_fast.model import load as model
 from vise_fast.profile import flops as perf  # noqa: E402
-from vise_fast.profile.flops import Plan, Shapes  # noqa: E402
 from vise_fast.profile.host_syncs import Work  # noqa: E402
+from vise_fast.profile.minimal import Shapes, minimal_step  # noqa: E402
 
 GHOSTS = {"paper": 1, "robust": 3}
 
@@ -61,7 +62,7 @@ class Step:
         self.config = subjects.Subject("small", directory, True).config(preset, batch, list(words))
         self.policy = model.load(self.config, weights="random")
         self.policy.tokens = subjects.Locked(self.policy.tokens)
-        self.engine = Engine(self.policy.backbone, self.policy.tokens, poll=8)  # as on a GPU
+        self.engine = FastEngine(self.policy.backbone, self.policy.tokens, poll=8)  # as on a GPU
         self.learner = Learner(self.policy, self.engine, self.config)
         self.images = subjects.pictures(*size, batch)
 
@@ -77,24 +78,24 @@ class Step:
         self.update = self.engine.counters.take()
         return self
 
-    def plan(self, preset):
-        tokens, rollout = self.engine.tokens, self.config.rollout
+    def minimal(self, preset, directory):
+        """The closed form's terms."""
+        tokens = self.engine.tokens
+        rollout = self.config.rollout
         query = subjects.QUERIES[tokens.style.name]
         height, width = self.images[0].pixels.shape[:2]
-        return Plan(
-            height,
-            width,
+        lengths = Lengths(
             len(tokens.head),
             len(tokens.tail),
             len(tokens.row(tokens.style.ask())),
             len(tokens.row(tokens.style.ground(query))),
             len(tokens.verdict_row(tokens.style.verify(query))),
-            samples=rollout.samples,
-            views=rollout.views,
-            ghosts=GHOSTS[preset] * rollout.samples,
-            policy_judges=preset == "paper",
-            shares_forward=shares_forward(self.engine, self.config),
         )
+        plan = StepPlan.of(self.config)
+        assert plan.ghosts == GHOSTS[preset] * rollout.samples
+        assert plan.policy_judges == (preset == "paper")
+        shapes = Shapes.of(AutoConfig.from_pretrained(directory), 1)
+        return minimal_step(shapes, plan, lengths, (height, width))
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,7 @@ def test_executed_flops_are_the_minimal_ones(directory, preset, words):
     step = Step(directory, preset, 2, "--lora.r=1", *words)
     with perf.executed_flops() as counter:
         step.run()
-    shapes = Shapes.of(AutoConfig.from_pretrained(directory), 1)
-    minimal = 2 * sum(perf.minimal_step(shapes, step.plan(preset)).values())
+    minimal = 2 * sum(step.minimal(preset, directory).values())
     ratio = counter.get_total_flops() / minimal
     assert 0.9 < ratio <= 1.05, ratio
 
@@ -160,9 +160,7 @@ def test_a_group_is_scored_behind_one_prefix(directory):
     slices = step.play()
     with perf.executed_flops() as counter:
         step.learner.learn(slices, 1)
-    terms = perf.minimal_step(
-        Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("robust")
-    )
+    terms = step.minimal("robust", directory)
     assert counter.get_total_flops() <= 1.05 * (
         terms["update"] + terms["reference"] + terms["loss"] * 4 / 3
     )
@@ -222,9 +220,5 @@ def test_a_wasteful_step_would_be_seen(directory):
     with perf.executed_flops() as counter:
         step.engine.prefill(step.engine.encode([step.images[0].pixels] * 3), True)
         step.run()
-    minimal = sum(
-        perf.minimal_step(
-            Shapes.of(AutoConfig.from_pretrained(directory), 1), step.plan("paper")
-        ).values()
-    )
+    minimal = sum(step.minimal("paper", directory).values())
     assert counter.get_total_flops() / minimal > 1.05

@@ -7,18 +7,13 @@ import torch
 import torch.utils.checkpoint
 from tiny import build
 
+from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import flash
-from vise_fast.profile import flops as perf
-from vise_fast.profile.flops import (
-    Ceiling,
-    Plan,
-    Shapes,
-    decode_bytes,
-    encode_flops,
-    executed_flops,
-    minimal_step,
-)
+from vise_fast.profile import minimal
+from vise_fast.profile.flops import executed_flops
 from vise_fast.profile.host_syncs import Work
+from vise_fast.profile.minimal import Shapes, encode_flops, minimal_step
+from vise_fast.profile.roofline import Ceiling, decode_bytes
 
 QWEN_2B = Shapes(
     hidden=2048,
@@ -39,17 +34,17 @@ QWEN_2B = Shapes(
 
 
 def test_minimal_step_of_2b_is_11_5_tflop():
-    assert sum(minimal_step(QWEN_2B, Plan()).values()) == pytest.approx(11.5e12, rel=0.02)
+    assert sum(minimal_step(QWEN_2B, StepPlan()).values()) == pytest.approx(11.5e12, rel=0.02)
 
 
 def test_its_parts_are_the_known_ones():
     """GOALS: a vision encode 0.93 TFLOP with the mergers, a forward of 472 tokens 1.35 TFLOP."""
     bare = replace(QWEN_2B, rank=0)
-    assert encode_flops(bare, 480, 640) + perf.merge_flops(bare, 1200, False) == pytest.approx(
+    assert encode_flops(bare, 480, 640) + minimal.merge_flops(bare, 1200, False) == pytest.approx(
         0.93e12, rel=0.005
     )
-    assert perf.forward_flops(bare, 472, 0, False) == pytest.approx(1.35e12, rel=0.005)
-    assert perf.attention_flops(bare, 472 * 473 / 2) / perf.forward_flops(
+    assert minimal.forward_flops(bare, 472, 0, False) == pytest.approx(1.35e12, rel=0.005)
+    assert minimal.attention_flops(bare, 472 * 473 / 2) / minimal.forward_flops(
         bare, 472, 0, False
     ) == pytest.approx(0.02, abs=0.002)
 
@@ -74,12 +69,13 @@ def test_a_shared_prefix_is_read_once():
 
 
 def test_minimal_step_grows_with_what_it_is_told():
-    base = minimal_step(QWEN_2B, Plan())
-    more = minimal_step(QWEN_2B, Plan(samples=8))
+    plan = StepPlan(judges_ghosts=False)  # every box has ghosts of its own
+    base = minimal_step(QWEN_2B, plan)
+    more = minimal_step(QWEN_2B, replace(plan, samples=8))
     assert more["encode"] == base["encode"] and more["prefix"] == base["prefix"]
     # one shared question forward and backward, eight times the answers only
     assert more["update"] < 1.6 * base["update"]
-    judged = minimal_step(QWEN_2B, Plan(policy_judges=False))
+    judged = minimal_step(QWEN_2B, replace(plan, policy_judges=False))
     assert judged["reference"] < 0.4 * base["reference"], "the judge's prefix serves the reference"
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from vise_fast.config import schema as configuration
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.fast import FastEngine
 from vise_fast.images.sources import Scenes
 from vise_fast.method import experience, learner
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 from vise_fast.model.lora_linear import FusedLinear
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.run.out_of_memory import CPU_ALLOCATOR, Halving, exhausted
 from vise_fast.system.errors import MemoryFloor
-from vise_fast.train import play_batch
 
 SMALL = [
     "--train.batch=4",
@@ -26,14 +26,14 @@ SMALL = [
     "--train.lr=1e-3",
 ]
 PHASES = {
-    "vision encode": (Backbone, "encode", 1),
-    "ghost encode": (Backbone, "encode", 2),
-    "prefill": (Engine, "prefill", 1),
-    "prompt": (Engine, "prompt", 2),
-    "decode": (Backbone, "decode", 5),
-    "ghost verdicts": (Engine, "verdict_logits", 1),
-    "scores": (Engine, "score", 1),
-    "second slice": (Engine, "score", 4),
+    "vision encode": (Qwen3VL, "encode", 1),
+    "ghost encode": (Qwen3VL, "encode", 2),
+    "prefill": (FastEngine, "prefill", 1),
+    "prompt": (FastEngine, "prompt", 2),
+    "decode": (Qwen3VL, "decode", 5),
+    "ghost verdicts": (FastEngine, "verdict_logits", 1),
+    "scores": (FastEngine, "score", 1),
+    "second slice": (FastEngine, "score", 4),
     "head": (learner, "linear_logprob_kl", 1),
     "backward": (FusedLinear, "_input_gradient", 3),
     "room for the optimizer": (Learner, "_make_room", 1),
@@ -52,7 +52,7 @@ def run(steps=1, micro=0, prepare=lambda halving: None, words=()):
     """(adapter after `steps` steps, metrics of each, halving)."""
     config = configuration.load(None, [*SMALL, f"--train.micro_batch={micro}", *words])
     policy = model.load(config)
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     learn = Learner(policy, engine, config)
     halving, source, seen = Halving(config, engine, learn), Scenes(config), []
 
@@ -105,7 +105,7 @@ def test_a_halved_step_is_the_step_of_the_smaller_micro_batch(monkeypatch, undis
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_kind_of_exhaustion_is_recognised(monkeypatch, undisturbed, fault):
-    failing(monkeypatch, Engine, "prefill", 1, FAULTS[fault])
+    failing(monkeypatch, FastEngine, "prefill", 1, FAULTS[fault])
     adapter, _, halving = run()
     assert halving.halvings == 1 and exhausted(FAULTS[fault])
 
@@ -141,7 +141,7 @@ def test_it_halves_again_and_stays_there(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(engine, images, *rest)
 
-    monkeypatch.setattr("vise_fast.train.play", greedy)
+    monkeypatch.setattr("vise_fast.method.experience.play", greedy)
     adapter, _, halving = run(steps=2)
     assert halving.halvings == 2
     assert all(torch.equal(adapter[name], truth[name]) for name in adapter)
@@ -151,7 +151,7 @@ def test_the_floor_is_one_image(monkeypatch):
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr("vise_fast.train.play", never)
+    monkeypatch.setattr("vise_fast.method.experience.play", never)
     with pytest.raises(
         MemoryFloor,
         match=r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4",
@@ -179,6 +179,6 @@ def test_a_fault_inside_the_optimizer_is_not_done_again(monkeypatch):
 
 
 def test_other_faults_pass(monkeypatch):
-    failing(monkeypatch, Engine, "prefill", 1, RuntimeError("shape mismatch"))
+    failing(monkeypatch, FastEngine, "prefill", 1, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run()

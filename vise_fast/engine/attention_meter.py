@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vise_fast.engine.fast import Engine, Prefixes, Rollout
-from vise_fast.model.attention import Grid, Part
-from vise_fast.model.qwen3_vl import Level, Ragged
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Prefixes, Rollout
+from vise_fast.model.tree import Grid, Level, Parent, Part
 
 
 @torch.no_grad()
 def image_share(
-    engine: Engine,
+    engine: FastEngine,
     prefixes: Prefixes,
     owner: list[int],
     questions: list[list[int]],
@@ -27,41 +27,21 @@ def image_share(
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
     are the tokens that predicted its tokens.
     """
-    backbone = engine.backbone
-    device = engine.device
-    rows = [
-        question + answer[:-1] for question, answer in zip(questions, answers.rows(), strict=True)
-    ]
-    level = _level(engine, prefixes, owner, rows)
-    asks = _generating(questions, rows).to(device)
-    cos, sin = backbone.rope(level.positions)
-    shares = []
-    x = level.embeds
-    for index, layer in enumerate(backbone.layers):
-        packs = [backbone._pack(linear, prefixes.adapters) for linear in layer.linears]
-        q, k, _ = backbone._qkv(layer, x, cos, sin, packs[0])
+    pairs = zip(questions, answers.rows(), strict=True)
+    rows = [question + answer[:-1] for question, answer in pairs]
+    starts = [prefixes.following[i] for i in owner]
+    grid = Grid(owner, len(prefixes), engine.device)
+    level = engine.text_level(rows, starts, [Parent(prefixes.segment, grid)])
+    level.read = "none"
+    asks = _generating(questions, rows).to(engine.device)
+    shares: list[Tensor] = []
+
+    def observe(index: int, q: Tensor, k: Tensor) -> None:
         share = _share(engine, level, index, level.rag.pad(q), level.rag.pad(k))
         shares.append((share * asks).sum(1) / asks.sum(1))
-        x, *_ = backbone._layer(index, x, cos, sin, [level], packs)
+
+    engine.backbone.forward([level], prefixes.adapters, keep=False, observe=observe)
     return torch.stack(shares).cpu()
-
-
-def _level(engine: Engine, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Level:
-    """Question and answer of each row as one stretch behind its image."""
-    device = engine.device
-    starts = [prefixes.following[i] for i in owner]
-    ids = torch.tensor([token for row in rows for token in row], device=device)
-    positions = torch.tensor(
-        [start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))],
-        device=device,
-    )
-    parents = [(prefixes.segment, Grid(owner, len(prefixes), device))]
-    return Level(
-        engine.backbone.embed(ids),
-        positions.expand(3, -1),
-        Ragged([len(row) for row in rows], device),
-        parents,
-    )
 
 
 def _generating(questions: list[list[int]], rows: list[list[int]]) -> Tensor:
@@ -69,26 +49,25 @@ def _generating(questions: list[list[int]], rows: list[list[int]]) -> Tensor:
     answer's all but last.
     """
     steps = torch.arange(max(map(len, rows)))
-    first, end = (torch.tensor([len(row) for row in group])[:, None] for group in (questions, rows))
+    first = torch.tensor([len(row) for row in questions])[:, None]
+    end = torch.tensor([len(row) for row in rows])[:, None]
     return ((steps >= first - 1) & (steps < end)).float()
 
 
-def _share(engine: Engine, level: Level, index: int, q: Tensor, k: Tensor) -> Tensor:
+def _share(engine: FastEngine, level: Level, index: int, q: Tensor, k: Tensor) -> Tensor:
     """Image share (N, T), mean over heads, of queries q (N, T, H, D) with own keys k (N, T, KV, D)
     in layer `index`.
     """
     scale = engine.backbone.scale
-    (segment, grid) = level.parents[0]
+    segment, grid = level.parents[0]
+    assert not isinstance(segment, int)
     head = len(engine.tokens.head)
     tail = len(engine.tokens.tail)
     prefix = segment.part(index, grid)
-    lengths = (
-        prefix.lengths
-        if prefix.lengths is not None
-        else torch.full((prefix.keys.shape[0],), prefix.keys.shape[2], device=q.device)
-    )
-    image = Part(prefix.keys[:, :, head:], prefix.values[:, :, head:], lengths - head - tail, grid)
-    own = Part(k.transpose(1, 2), k.transpose(1, 2), level.rag.valid, None, causal=True)
+    lengths = segment.counts() - head - tail
+    image = Part(prefix.keys[:, :, head:], prefix.values[:, :, head:], lengths, grid)
+    bank = k.transpose(1, 2)
+    own = Part(bank, bank, level.rag.valid, None, causal=True)
     total = torch.logaddexp(log_sum_exp(q, prefix, scale), log_sum_exp(q, own, scale))
     return (log_sum_exp(q, image, scale) - total).exp().mean(-1)
 

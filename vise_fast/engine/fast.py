@@ -1,151 +1,114 @@
-"""The rollout engine: encode each image once, prefill its prefix once, fork it for every question, decode all answers together.
+"""The fast engine: encode each image once, prefill its prefix once, fork it for every question,
+decode all answers together.
 
-Images become `Features` (adapters play no part in them), features become `Prefixes` (keys and values of one adapter state), questions
-fork a prefix into `Prompts`, prompts fork into sampled rows: a `Rollout`. `score` runs the same tree in one pass, with gradients, for the
-update. Ids in, ids out: what is asked and how answers are read is none of its business. Sampling is counter-based per row, so batching,
-compaction of finished rows and micro-batches do not change what is sampled.
+Images become `Features` (adapters play no part in them), features become `Prefixes` (keys and values
+of one adapter state), questions fork a prefix into `Prompts`, prompts fork into sampled rows: a
+`Rollout`. `score` runs the same tree in one pass, with gradients, for the update. Sampling is
+counter-based per row, so batching, compaction of finished rows and micro-batches do not change what
+is sampled. Knows no model family: it asks a `Backbone` (model/tree.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 from vise_kernels import sample
 
-from vise_fast.model.attention import Grid
-from vise_fast.model.qwen3_vl import Backbone, Features, Level, Ragged, Segment
+from vise_fast.engine.rollout import (
+    Answered,
+    Counters,
+    Prefixes,
+    Prompts,
+    ReleasedSpan,
+    Rollout,
+    owners,
+)
+from vise_fast.model.tree import Backbone, Features, Grid, Level, Parent, Ragged, Segment
 from vise_fast.system.clock import Clock
 from vise_fast.text.tokens import Tokens
 
-
-@dataclass
-class Counters:
-    """Work done since the last `take`: a regression in work done twice shows here on any machine."""
-
-    images_encoded: int = 0
-    prefixes: int = 0
-    forwards: int = 0
-    decode_steps: int = 0
-    verdicts: int = 0
-    tokens_decoded: int = 0
-    host_reads: int = 0
-
-    def take(self) -> dict[str, int]:
-        values = asdict(self)
-        self.__init__()
-        return values
+# fewer rows alive than this share: finished ones are dropped, so that they stop costing
+COMPACT_BELOW = 0.75
 
 
 @dataclass
-class Prefixes:
-    """Image prefixes under one adapter state: their keys and values and the rope position that comes next, per image.
-
-    trained: the first images once more, with the graph of their forward pass.
-    """
-
-    segment: Segment
-    following: list[int]
-    adapters: bool
-    trained: Prefixes | None = None
-
-    def __len__(self) -> int:
-        return len(self.following)
-
-    def select(self, images: list[int]) -> Prefixes:
-        """The prefixes of some images, in that order."""
-        if images == list(range(len(self))):
-            return self
-        return Prefixes(
-            self.segment.select(images), [self.following[i] for i in images], self.adapters
-        )
-
-
-@dataclass
-class Prompts:
-    """Questions forked from prefixes: owner[r] is the prefix of row r; last (R, E) the hidden state that predicts the first token.
-
-    trained: the first rows once more, with the graph of their forward pass.
-    """
-
-    prefixes: Prefixes
-    owner: list[int]
-    segment: Segment
-    following: list[int]
-    last: Tensor
-    trained: Prompts | None = None
-
-    def __len__(self) -> int:
-        return len(self.following)
-
-    def select(self, rows: list[int]) -> Prompts:
-        """The questions in some rows, each of an image of its own, in that order."""
-        if rows == list(range(len(self))):
-            return self
-        prefixes = self.prefixes.select([self.owner[r] for r in rows])
-        return Prompts(
-            prefixes,
-            list(range(len(rows))),
-            self.segment.select(rows),
-            [self.following[r] for r in rows],
-            self.last[rows],
-        )
-
-
-@dataclass
-class Rollout:
-    """Sampled answers: ids (N, T) padded, logprob (N, T) under the sampling distribution, lengths including the end token.
-
-    home: the padded ids as lists, where they came to the host together with the lengths.
-    """
+class Sheet:
+    """Answers as they are written: ids and log-probs (N, limit), and where each row ended (N,)."""
 
     ids: Tensor
     logprob: Tensor
-    lengths: list[int]
-    home: list[list[int]] | None = None
+    done_at: Tensor
+    eos: Tensor
+    pad: int
 
-    def mask(self) -> Tensor:
-        """fp32 (N, T): 1 on sampled tokens."""
-        steps = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (steps < torch.tensor(self.lengths, device=self.ids.device)[:, None]).float()
+    @classmethod
+    def blank(cls, rows: int, limit: int, tokens: Tokens, device: torch.device) -> Sheet:
+        return cls(
+            torch.full((rows, limit), tokens.pad, device=device),
+            torch.zeros(rows, limit, device=device),
+            torch.full((rows,), limit, device=device),
+            torch.tensor(tokens.eos, device=device),
+            tokens.pad,
+        )
 
-    def rows(self) -> list[list[int]]:
-        return [
-            row[:n]
-            for row, n in zip(
-                self.ids.tolist() if self.home is None else self.home, self.lengths, strict=True
-            )
-        ]
+    def write(self, step: int, where: Tensor, token: Tensor, score: Tensor) -> None:
+        """Token `step` of the rows `where`; a row that has ended gets padding."""
+        done_at = self.done_at[where]
+        fresh = done_at > step
+        self.ids[where, step] = torch.where(fresh, token, self.pad)
+        self.logprob[where, step] = torch.where(fresh, score, 0.0)
+        ended = fresh & torch.isin(token, self.eos)
+        self.done_at[where] = torch.where(ended, step + 1, done_at)
 
-    def packed(self) -> Tensor:
-        """The sampled ids (sum of lengths,), row by row; no host sync."""
-        width = self.ids.shape[1]
-        places = [row * width + t for row, length in enumerate(self.lengths) for t in range(length)]
-        return self.ids.flatten()[torch.tensor(places, device=self.ids.device)]
+    def joined(self) -> Tensor:
+        """(N, limit + 1): ids and, last, the length: what comes home together."""
+        return torch.cat([self.ids, self.done_at[:, None]], 1)
 
-    def select(self, rows: list[int]) -> Rollout:
-        home = None if self.home is None else [self.home[r] for r in rows]
-        return Rollout(self.ids[rows], self.logprob[rows], [self.lengths[r] for r in rows], home)
+    def rollout(self, home: list[list[int]]) -> Rollout:
+        """The answers, `home` being `joined` on the host."""
+        lengths = [row[-1] for row in home]
+        longest = max(lengths)
+        return Rollout(
+            self.ids[:, :longest],
+            self.logprob[:, :longest],
+            lengths,
+            [row[:longest] for row in home],
+        )
 
 
 @dataclass
-class _Active:
+class Active:
     """The rows still being decoded. `start`: where in the buffer the first new token goes."""
 
     rows: list[int]
-    owner_prefix: list[int]
-    owner_prompt: list[int]
-    ids: Tensor
+    owner: list[int]
+    """prompt of each row"""
+    where: Tensor
     positions: Tensor
     seeds: Tensor
     buffer: Segment
-    start: int = 0
-    parents: list[tuple[Segment, Grid]] = field(default_factory=list)
+    start: int
+    parents: list[Parent] = field(default_factory=list)
+
+    def select(self, alive: list[bool], keep: Tensor) -> None:
+        """Drop the rows that are not alive (`keep`: places of those that are)."""
+        self.rows = [row for row, lives in zip(self.rows, alive, strict=True) if lives]
+        self.owner = [prompt for prompt, lives in zip(self.owner, alive, strict=True) if lives]
+        self.where = self.where[keep]
+        self.positions = self.positions[keep]
+        self.seeds = self.seeds[keep]
+        self.buffer = self.buffer.select(keep)
 
 
-class Engine:
-    """Fast generation and scoring with one backbone; stateless between calls but for its counters."""
+class FastEngine:
+    """See `rollout.Engine`. `poll`: look for finished rows every so many tokens; `chunk`: verdicts
+    judged together at most.
+    """
+
+    keeps_keys = True
 
     def __init__(
         self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64
@@ -162,140 +125,106 @@ class Engine:
         self.clock = Clock(self.device)
 
     def forget(self) -> None:
-        """Drop what is kept between calls, when memory runs out: nothing here."""
+        """Nothing is kept between calls."""
+
+    def home(self, values: Tensor) -> Tensor:
+        """Values on the CPU: a host sync, counted."""
+        self.counters.host_reads += 1
+        return values.cpu()
 
     # ---- images and prefixes ---------------------------------------------------------------------
 
     def encode(self, images: list[Tensor]) -> Features:
+        """uint8 (H, W, 3) images on the model's grid."""
         self.counters.images_encoded += len(images)
         return self.backbone.encode(images)
+
+    def prefill(self, features: Features, adapters: bool, *, graph: bool = False) -> Prefixes:
+        """Head, image and tail of every image in one pass. graph: with gradients."""
+        with torch.set_grad_enabled(graph):
+            level, following = self.prefix_level(features, adapters)
+            _, (segment,) = self._forward([level], adapters)
+        return Prefixes(segment, following, adapters)
 
     def prefix_level(self, features: Features, adapters: bool) -> tuple[Level, list[int]]:
         """The level of head + image + tail per image, and each image's next rope position."""
         merged, deep = self.backbone.merge(features, adapters)
-        merge = self.backbone.merge_size
-        head = self.tokens.head
-        tail = self.tokens.tail
-        ids = []
-        rows = []
-        positions = []
-        lengths = []
-        following = []
-        start = 0
-        known = {
-            grid: _prefix_positions(len(head), grid[0] // merge, grid[1] // merge, len(tail))
-            for grid in set(features.grids)
-        }
-        for grid in features.grids:
-            places = grid[0] // merge * (grid[1] // merge)
-            ids += head + [self.tokens.image_token] * places + tail
-            rows.append(torch.arange(places) + start + len(head))
-            position, after = known[grid]
-            positions.append(position), following.append(after)
-            lengths.append(position.shape[1])
-            start += lengths[-1]
-        image_rows = torch.cat(rows).to(self.device)
-        embeds = self.backbone.embed(torch.tensor(ids, device=self.device)).index_copy(
-            0, image_rows, merged.to(self.backbone.dtype)
-        )
+        rows = [self._prefix_ids(grid) for grid in features.grids]
+        image_rows = self._image_rows(rows).to(self.device)
+        known = {grid: self._span(grid) for grid in set(features.grids)}
+        spans = [known[grid] for grid in features.grids]
+        embeds = self.backbone.embed(torch.tensor(_flat(rows), device=self.device))
+        embeds = embeds.index_copy(0, image_rows, merged.to(self.backbone.dtype))
         self.counters.prefixes += len(features)
-        positions = torch.cat(positions, 1).to(self.device)
-        return Level(
-            embeds,
-            positions,
-            Ragged(lengths, self.device),
-            deep_rows=image_rows,
-            deep=deep,
-            read="none",
-        ), following
+        positions = torch.cat([position for position, _ in spans], 1).to(self.device)
+        rag = Ragged([len(row) for row in rows], self.device)
+        level = Level(embeds, positions, rag, deep_rows=image_rows, deep=deep, read="none")
+        return level, [following for _, following in spans]
 
-    def prefill(self, features: Features, adapters: bool, trained: int = 0) -> Prefixes:
-        """trained: so many images, the first, keep the graph of this pass (`Prefixes.trained`), for `score`."""
-        if not trained:
-            with torch.no_grad():
-                return self._prefill(features, adapters)
-        with torch.enable_grad():
-            first = self._prefill(features.select(list(range(trained))), adapters)
-        if trained == len(features):
-            return Prefixes(first.segment.detach(), first.following, adapters, first)
-        rest = self.prefill(features.select(list(range(trained, len(features)))), adapters)
-        return Prefixes(
-            first.segment.stack(rest.segment), first.following + rest.following, adapters, first
-        )
+    def _prefix_ids(self, grid: tuple[int, int]) -> list[int]:
+        merge = self.backbone.merge_size
+        places = (grid[0] // merge) * (grid[1] // merge)
+        return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail
 
-    def _prefill(self, features: Features, adapters: bool) -> Prefixes:
-        level, following = self.prefix_level(features, adapters)
-        _, (segment,) = self._forward([level], adapters)
-        return Prefixes(segment, following, adapters)
+    def _image_rows(self, rows: list[list[int]]) -> Tensor:
+        """Where the image tokens lie among the packed tokens of all prefixes."""
+        head = len(self.tokens.head)
+        tail = len(self.tokens.tail)
+        runs = []
+        start = 0
+        for row in rows:
+            runs.append(torch.arange(start + head, start + len(row) - tail))
+            start += len(row)
+        return torch.cat(runs)
+
+    def _span(self, grid: tuple[int, int]) -> tuple[Tensor, int]:
+        """Rope positions of a prefix, and the next free one."""
+        merge = self.backbone.merge_size
+        sides = grid[0] // merge, grid[1] // merge
+        return _prefix_positions(len(self.tokens.head), sides, len(self.tokens.tail))
 
     def _forward(
         self, levels: list[Level], adapters: bool, recompute: bool = False, keep: bool = True
     ) -> tuple[list[Tensor], list[Segment]]:
         self.counters.forwards += 1
-        return self.backbone.forward(levels, adapters, recompute, keep)
+        return self.backbone.forward(levels, adapters, recompute=recompute, keep=keep)
 
-    def _text_level(
-        self, rows: list[list[int]], starts: list[int], parents: list, read: str = "last"
-    ) -> Level:
-        """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …"""
-        ids = torch.tensor([token for row in rows for token in row], device=self.device)
-        positions = torch.tensor(
-            [start + t for row, start in zip(rows, starts, strict=True) for t in range(len(row))],
-            device=self.device,
-        )
-        return Level(
-            self.backbone.embed(ids),
-            positions.expand(3, -1),
-            Ragged([len(row) for row in rows], self.device),
-            parents,
-            read=read,
-        )
+    def text_level(self, rows: list[list[int]], starts: list[int], parents: list[Parent]) -> Level:
+        """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …; the last
+        of each is read.
+        """
+        places: list[int] = []
+        for row, start in zip(rows, starts, strict=True):
+            places += range(start, start + len(row))
+        ids = torch.tensor(_flat(rows), device=self.device)
+        positions = torch.tensor(places, device=self.device).expand(3, -1)
+        rag = Ragged([len(row) for row in rows], self.device)
+        return Level(self.backbone.embed(ids), positions, rag, parents, read="last")
 
     # ---- questions -------------------------------------------------------------------------------
 
-    def prompt(
-        self, prefixes: Prefixes, owner: list[int], rows: list[list[int]], trained: int = 0
-    ) -> Prompts:
-        """Fork prefixes: row r of question ids continues prefix owner[r].
-
-        trained: so many rows, the first, keep the graph of this pass (`Prompts.trained`); their prefixes must have.
+    def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
+        """Fork prefixes: question ids rows[r] continue prefix owner[r]; with gradients where the
+        prefixes carry them.
         """
-        if not trained:
-            with torch.no_grad():
-                return self._prompt(prefixes, owner, rows)
-        with torch.enable_grad():
-            first = self._prompt(prefixes.trained, owner[:trained], rows[:trained])
-        if trained == len(rows):
-            return Prompts(
-                prefixes, owner, first.segment.detach(), first.following, first.last.detach(), first
-            )
-        rest = self.prompt(prefixes, owner[trained:], rows[trained:])
-        last = torch.cat([first.last.detach(), rest.last])
-        return Prompts(
-            prefixes,
-            owner,
-            first.segment.stack(rest.segment),
-            first.following + rest.following,
-            last,
-            first,
-        )
-
-    def _prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
         starts = [prefixes.following[i] for i in owner]
-        level = self._text_level(
-            rows, starts, [(prefixes.segment, Grid(owner, len(prefixes), self.device))]
-        )
-        (hidden,), (segment,) = self._forward([level], prefixes.adapters)
+        parents = [Parent(prefixes.segment, Grid(owner, len(prefixes), self.device))]
+        with torch.set_grad_enabled(prefixes.segment.keys[0].requires_grad):
+            level = self.text_level(rows, starts, parents)
+            (hidden,), (segment,) = self._forward([level], prefixes.adapters)
         following = [start + len(row) for start, row in zip(starts, rows, strict=True)]
         return Prompts(prefixes, owner, segment, following, hidden)
 
     @torch.no_grad()
     def verdict_logits(self, features: Features, rows: list[list[int]], adapters: bool) -> Tensor:
-        """Next-token logits (R, V) of one opened question per image; prefix and question in one pass, nothing kept."""
+        """Next-token logits (R, V) of one opened question per image; prefix and question in one
+        pass, nothing kept.
+        """
         outs = []
         for start in range(0, len(features), self.chunk):
             chosen = list(range(start, min(start + self.chunk, len(features))))
-            levels, _ = self._tree(features.select(chosen), [rows[i] for i in chosen], adapters)
+            some = [rows[i] for i in chosen]
+            levels, _ = self._tree(features.select(chosen), some, adapters)
             (_, hidden), _ = self._forward(levels, adapters, keep=False)
             outs.append(self.backbone.logits(hidden))
         self.counters.verdicts += len(features)
@@ -312,9 +241,11 @@ class Engine:
     def _tree(
         self, features: Features, rows: list[list[int]], adapters: bool
     ) -> tuple[list[Level], list[int]]:
-        """[prefix level, question level], one question per image, and each image's rope position after its prefix."""
+        """[prefix level, question level], one question per image, and each image's rope position
+        after its prefix.
+        """
         prefix, following = self.prefix_level(features, adapters)
-        return [prefix, self._text_level(rows, following, [(0, None)])], following
+        return [prefix, self.text_level(rows, following, [Parent(0, None)])], following
 
     # ---- sampling --------------------------------------------------------------------------------
 
@@ -327,27 +258,12 @@ class Engine:
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
-        """fan[r] answers to prompt r, at most `limit` tokens each; seeds per answer; temperature 0 is greedy."""
-        owner_prompt = [r for r, count in enumerate(fan) for _ in range(count)]
-        rows = len(owner_prompt)
-        device = self.device
-        ids = torch.full((rows, limit), self.tokens.pad, device=device)
-        logprob = torch.zeros(rows, limit, device=device)
-        done_at = torch.full((rows,), limit, device=device)
-        eos = torch.tensor(self.tokens.eos, device=device)
-        index = torch.tensor(owner_prompt, device=device)
-        logits = self.backbone.logits(prompts.last)[index]
-        positions = torch.tensor(prompts.following, device=device)[index]
-        active = _Active(
-            list(range(rows)),
-            [prompts.owner[p] for p in owner_prompt],
-            owner_prompt,
-            index,
-            positions,
-            torch.tensor(seeds, device=device),
-            *self._continuation(prompts, fan, limit),
-        )
-        self._attach(active, prompts)
+        """fan[r] answers to prompt r, at most `limit` tokens each; a seed per answer; temperature 0
+        is greedy.
+        """
+        active = self._start(prompts, fan, limit, seeds)
+        sheet = Sheet.blank(len(seeds), limit, self.tokens, self.device)
+        logits = self.backbone.logits(prompts.last)[torch.tensor(active.owner, device=self.device)]
         for step in range(limit):
             token, score = sample(
                 logits,
@@ -356,200 +272,202 @@ class Engine:
                 seed=active.seeds,
                 position=step,
             )
-            where = torch.tensor(active.rows, device=device)
-            fresh = done_at[where] > step
-            ids[where, step] = torch.where(fresh, token, self.tokens.pad)
-            logprob[where, step] = torch.where(fresh, score, 0.0)
-            ended = fresh & torch.isin(token, eos)
-            done_at[where] = torch.where(ended, step + 1, done_at[where])
+            sheet.write(step, active.where, token, score)
             if step + 1 == limit or self._polls(step + 1):
                 self.interrupted()
-                home = torch.cat(
-                    [ids, done_at[:, None]], 1
-                ).tolist()  # the one host sync: answers and lengths together
-                self.counters.host_reads += 1
+                home = self.home(sheet.joined()).tolist()  # the one host sync
                 alive = [home[row][-1] > step + 1 for row in active.rows]
                 if step + 1 == limit or not any(alive):
                     break
-                if sum(alive) <= 0.75 * len(alive):
-                    token = token[self._compact(active, alive, prompts)]
-            see = self.backbone.growing(active.parents, active.buffer, active.start + step)
-            hidden = self.backbone.decode(
-                token, active.positions + step, see, prompts.prefixes.adapters
-            )
-            self.counters.decode_steps += 1
-            self.counters.tokens_decoded += len(active.rows)
-            logits = self.backbone.logits(hidden)
-        lengths = [row[-1] for row in home]
-        longest = max(lengths)
-        return Rollout(
-            ids[:, :longest], logprob[:, :longest], lengths, [row[:longest] for row in home]
-        )
+                token = self._compact(active, alive, prompts, token)
+            logits = self._next(active, token, step, prompts.prefixes.adapters)
+        return sheet.rollout(home)
+
+    def _start(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int]) -> Active:
+        """All rows, before their first token."""
+        owner = owners(fan)
+        following = torch.tensor([prompts.following[p] for p in owner], device=self.device)
+        where = torch.arange(len(owner), device=self.device)
+        seed = torch.tensor(seeds, device=self.device)
+        buffer, start = self._continuation(prompts, fan, limit)
+        active = Active(list(range(len(owner))), owner, where, following, seed, buffer, start)
+        self._attach(active, prompts)
+        return active
+
+    def _next(self, active: Active, token: Tensor, step: int, adapters: bool) -> Tensor:
+        """Logits (rows, V) after one more token per row, the `step`-th."""
+        see = self.backbone.growing(active.parents, active.buffer, active.start + step)
+        hidden = self.backbone.decode(token, active.positions + step, see, adapters)
+        self.counters.decode_steps += 1
+        self.counters.tokens_decoded += len(active.rows)
+        return self.backbone.logits(hidden)
 
     def _polls(self, written: int) -> bool:
-        """Whether to look for finished rows after this many tokens: every `poll`, and not before two of them, as answers are rarely shorter."""
+        """Whether to look for finished rows after this many tokens: every `poll`, and not before two
+        of them, as answers are rarely shorter.
+        """
         return written % self.poll == 0 and (self.poll == 1 or written >= 2 * self.poll)
 
     def _continuation(self, prompts: Prompts, fan: list[int], limit: int) -> tuple[Segment, int]:
         """The buffer for new keys, and where in it they start.
 
-        On a CPU, where a step costs calls rather than bytes, rows that share nothing get prefix, question and answer in one bank.
+        On a CPU, where a step costs calls rather than bytes, rows that share nothing get prefix,
+        question and answer in one bank.
         """
         if not self.joins or set(fan) != {1}:
             return self.backbone.buffer(sum(fan), limit), 0
         owner = torch.tensor(prompts.owner, device=self.device)
         bank = prompts.prefixes.segment.join(owner, prompts.segment, limit)
-        return bank, bank.keys[0].shape[2] - limit
+        return bank, bank.tokens - limit
 
-    def _attach(self, active: _Active, prompts: Prompts) -> None:
+    def _attach(self, active: Active, prompts: Prompts) -> None:
+        """Let the rows see their prefix and question, unless their buffer holds them."""
         if active.start:
             return
-        prefix_grid = Grid(active.owner_prefix, len(prompts.prefixes), self.device)
-        prompt_grid = Grid(active.owner_prompt, len(prompts.owner), self.device)
-        active.parents = [(prompts.prefixes.segment, prefix_grid), (prompts.segment, prompt_grid)]
+        images = [prompts.owner[p] for p in active.owner]
+        prefix = Grid(images, len(prompts.prefixes), self.device)
+        question = Grid(active.owner, len(prompts), self.device)
+        active.parents = [
+            Parent(prompts.prefixes.segment, prefix),
+            Parent(prompts.segment, question),
+        ]
 
-    def _compact(self, active: _Active, alive: list[bool], prompts: Prompts) -> Tensor:
-        """Drop finished rows, so that they stop costing; the keys written so far move to a smaller buffer. Returns the places kept."""
-        keep = torch.tensor([i for i, lives in enumerate(alive) if lives], device=self.device)
-        pick = lambda items: [item for item, lives in zip(items, alive, strict=True) if lives]
-        active.rows = pick(active.rows)
-        active.owner_prefix = pick(active.owner_prefix)
-        active.owner_prompt = pick(active.owner_prompt)
-        active.positions = active.positions[keep]
-        active.seeds = active.seeds[keep]
-        active.buffer = active.buffer.select(keep)
+    def _compact(
+        self, active: Active, alive: list[bool], prompts: Prompts, token: Tensor
+    ) -> Tensor:
+        """The last tokens (rows,) of the rows that go on; finished ones are dropped when they are
+        many, and the keys written so far move to a smaller buffer.
+        """
+        if sum(alive) > COMPACT_BELOW * len(alive):
+            return token
+        places = [place for place, lives in enumerate(alive) if lives]
+        keep = torch.tensor(places, device=self.device)
+        active.select(alive, keep)
         self._attach(active, prompts)
-        return keep
+        return token[keep]
 
     # ---- scoring ---------------------------------------------------------------------------------
 
     def score(
         self,
         features: Features,
-        rows: list[list[int]],
-        answers: Rollout,
-        owner: list[int],
+        answered: Answered,
         adapters: bool,
+        *,
         prefixes: Prefixes | None = None,
         recompute: bool = False,
         prompts: Prompts | None = None,
     ) -> Tensor:
         """Hidden states (sum of lengths, E) that predict each sampled token, packed row by row.
 
-        One question per image (rows[i] about image i); answer n belongs to image owner[n]. Each prefix and question is computed once for
-        all its answers. `prefixes`: cached ones of this adapter state, for passes without gradient. `prompts`: these very questions as
-        they were asked under this adapter state, with their graph (`Prompts.trained`): then only the answers are computed.
+        Each prefix and question is computed once for all its answers. `prefixes`: cached ones of this
+        adapter state, for passes without gradient. `prompts`: these very questions as they were
+        asked under this adapter state, with their graph: then only the answers are computed.
         """
-        if prompts is None:
-            hidden = self._score_tree(features, rows, answers, owner, adapters, prefixes, recompute)
+        if prompts is not None:
+            hidden = self._score_answers(prompts, answered, recompute)
         else:
-            hidden = self._score_answers(prompts, answers, owner, recompute)
-        return torch.cat(hidden)[_scored_rows(owner, answers.lengths, len(rows)).to(self.device)]
+            levels, following = self._questions(features, answered.rows, adapters, prefixes)
+            self._add_answers(levels, following, answered, prefixes)
+            hidden, _ = self._forward(levels, adapters, recompute, keep=False)
+        lengths = answered.answers.lengths
+        places = _scored_rows(answered.owner, lengths, len(answered.rows))
+        return torch.cat(hidden)[places.to(self.device)]
 
     def score_released(
+        self, features: Features, answered: Answered, adapters: bool
+    ) -> ReleasedSpan:
+        """The released code's span, for `as_released`: everything after the prompt's length before
+        image tokens were expanded.
+        """
+        levels, following = self._questions(features, answered.rows, adapters, None)
+        for level in levels:
+            level.read = "all"
+        self._add_answers(levels, following, answered, None)
+        hidden, _ = self._forward(levels, adapters, keep=False)
+        prefixes = [self._prefix_ids(grid) for grid in features.grids]
+        return self._released(hidden, prefixes, answered)
+
+    def _released(
+        self, hidden: list[Tensor], prefixes: list[list[int]], answered: Answered
+    ) -> ReleasedSpan:
+        """The span of each answer, cut from the levels' hidden states (all tokens)."""
+        answers = answered.answers.rows()
+        image = hidden[0].split([len(ids) for ids in prefixes])
+        question = hidden[1].split([len(row) for row in answered.rows])
+        empty = hidden[0][:0]
+        written = hidden[2] if len(hidden) > 2 else empty
+        answer = written.split([len(ids) - 1 for ids in answers])
+        states: list[Tensor] = []
+        scored: list[Tensor] = []
+        for n, i in enumerate(answered.owner):
+            row = answered.rows[i]
+            start = len(self.tokens.head) + 1 + len(self.tokens.tail) + len(row)
+            states.append(torch.cat([image[i], question[i], answer[n]])[start - 1 :])
+            ids = (prefixes[i] + row + answers[n])[start:]
+            scored.append(torch.tensor(ids, device=self.device))
+        return ReleasedSpan(torch.cat(states), torch.cat(scored), [len(ids) for ids in scored])
+
+    def _questions(
         self,
         features: Features,
         rows: list[list[int]],
-        answers: Rollout,
-        owner: list[int],
-        adapters: bool,
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """The released code's span, for `as_released`: everything after the prompt's length before image tokens were expanded.
-
-        Hidden states (tokens, E) and the ids (tokens,) they are scored on, packed; tokens per answer. Image tokens are among them.
-        """
-        hidden = self._score_tree(
-            features, rows, answers, owner, adapters, None, False, read_all=True
-        )
-        hidden += [hidden[0][:0]] * (3 - len(hidden))
-        tokens = self.tokens
-        merge = self.backbone.merge_size
-        prefixes = [
-            tokens.head + [tokens.image_token] * (r // merge * (c // merge)) + tokens.tail
-            for r, c in features.grids
-        ]
-        cuts = [
-            part.split(sizes)
-            for part, sizes in zip(
-                hidden,
-                (
-                    [len(p) for p in prefixes],
-                    [len(r) for r in rows],
-                    [n - 1 for n in answers.lengths],
-                ),
-                strict=True,
-            )
-        ]
-        states = []
-        ids = []
-        lengths = []
-        for n, (image, answer) in enumerate(zip(owner, answers.rows(), strict=True)):
-            start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
-            states.append(torch.cat([cuts[0][image], cuts[1][image], cuts[2][n]])[start - 1 :])
-            ids.append(
-                torch.tensor((prefixes[image] + rows[image] + answer)[start:], device=self.device)
-            )
-            lengths.append(len(ids[-1]))
-        return torch.cat(states), torch.cat(ids), lengths
-
-    def _score_tree(
-        self,
-        features,
-        rows,
-        answers: Rollout,
-        owner,
         adapters: bool,
         prefixes: Prefixes | None,
-        recompute: bool,
-        read_all: bool = False,
-    ) -> list[Tensor]:
-        """Hidden states of the levels: [prefix], question (its last tokens) and, where any answer has more than one token, answers."""
+    ) -> tuple[list[Level], list[int]]:
+        """[prefix,] question levels, and each image's rope position after its prefix."""
         if prefixes is None:
-            levels, following = self._tree(features, rows, adapters)
-        else:
-            levels = [self._text_level(rows, prefixes.following, [(prefixes.segment, None)])]
-            following = prefixes.following
-        question = len(levels) - 1
-        starts = [start + len(row) for start, row in zip(following, rows, strict=True)]
-        if max(answers.lengths) > 1:
-            inputs = [row[:-1] for row in answers.rows()]
-            levels.append(self._answer_level(inputs, owner, starts, question, prefixes))
-        for level in levels[: question + 1] if read_all else []:
-            level.read = "all"
-        hidden, _ = self._forward(levels, adapters, recompute, keep=False)
-        return hidden
+            return self._tree(features, rows, adapters)
+        parents = [Parent(prefixes.segment, None)]
+        return [self.text_level(rows, prefixes.following, parents)], prefixes.following
 
-    def _score_answers(
-        self, prompts: Prompts, answers: Rollout, owner: list[int], recompute: bool
-    ) -> list[Tensor]:
-        """What `_score_tree` gives, where prefix and question have been computed."""
-        if max(answers.lengths) == 1:
+    def _add_answers(
+        self,
+        levels: list[Level],
+        following: list[int],
+        answered: Answered,
+        prefixes: Prefixes | None,
+    ) -> None:
+        """The level of the answers, where any has more than one token."""
+        if max(answered.answers.lengths) == 1:
+            return
+        starts = [start + len(row) for start, row in zip(following, answered.rows, strict=True)]
+        grid = Grid(answered.owner, len(starts), self.device)
+        prefix = 0 if prefixes is None else prefixes.segment
+        parents = [Parent(prefix, grid), Parent(len(levels) - 1, grid)]
+        levels.append(self._answer_level(answered, starts, parents))
+
+    def _answer_level(self, answered: Answered, starts: list[int], parents: list[Parent]) -> Level:
+        """All answers without their last token; all of it is read."""
+        inputs = [row[:-1] for row in answered.answers.rows()]
+        level = self.text_level(inputs, [starts[i] for i in answered.owner], parents)
+        level.read = "all"
+        return level
+
+    def _score_answers(self, prompts: Prompts, answered: Answered, recompute: bool) -> list[Tensor]:
+        """Hidden states of questions and answers, where prefix and question have been computed."""
+        if max(answered.answers.lengths) == 1:
             return [prompts.last]
-        grid = Grid(owner, len(prompts), self.device)
-        starts = [prompts.following[i] for i in owner]
-        parents = [(prompts.prefixes.segment, grid), (prompts.segment, grid)]
-        level = self._text_level([row[:-1] for row in answers.rows()], starts, parents, read="all")
+        grid = Grid(answered.owner, len(prompts), self.device)
+        parents = [Parent(prompts.prefixes.segment, grid), Parent(prompts.segment, grid)]
+        level = self._answer_level(answered, prompts.following, parents)
         hidden, _ = self._forward([level], prompts.prefixes.adapters, recompute, keep=False)
         return [prompts.last, *hidden]
 
-    def _answer_level(
-        self, inputs, owner, starts, question: int, prefixes: Prefixes | None
-    ) -> Level:
-        grid = Grid(owner, len(starts), self.device)
-        prefix = 0 if prefixes is None else prefixes.segment
-        return self._text_level(
-            inputs, [starts[i] for i in owner], [(prefix, grid), (question, grid)], read="all"
-        )
+
+def _flat(rows: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(rows))
 
 
-def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Tensor, int]:
-    """Rope positions (3, head + height·width + tail) of an image prefix and the next free one (Qwen3-VL's rule for stills)."""
+def _prefix_positions(head: int, sides: tuple[int, int], tail: int) -> tuple[Tensor, int]:
+    """Rope positions (3, head + height·width + tail) of an image prefix and the next free one
+    (Qwen3-VL's rule for stills).
+    """
+    height, width = sides
     before = torch.arange(head).expand(3, -1)
     r, c = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    image = (
-        torch.stack([torch.zeros(height * width, dtype=torch.long), r.flatten(), c.flatten()])
-        + head
-    )
+    still = torch.zeros(height * width, dtype=torch.long)
+    image = torch.stack([still, r.flatten(), c.flatten()]) + head
     start = head + max(height, width)
     after = (torch.arange(tail) + start).expand(3, -1)
     return torch.cat([before, image, after], 1), start + tail
@@ -557,10 +475,9 @@ def _prefix_positions(head: int, height: int, width: int, tail: int) -> tuple[Te
 
 def _scored_rows(owner: list[int], lengths: list[int], questions: int) -> Tensor:
     """For each sampled token, the row of cat([questions' last, answer inputs]) that predicts it."""
-    picks = []
+    picks: list[int] = []
     start = questions
     for image, length in zip(owner, lengths, strict=True):
-        picks.append(torch.tensor([image]))
-        picks.append(torch.arange(start, start + length - 1))
+        picks += [image, *range(start, start + length - 1)]
         start += length - 1
-    return torch.cat(picks)
+    return torch.tensor(picks)

@@ -13,26 +13,38 @@ Run: `pytest tests/engine/test_graphed.py`; with a GPU `pytest -m gpu tests/engi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from vise_kernels import decode_attention, sample
 from vise_kernels.decode_attention import Banks, locate
 
-from vise_fast.engine.fast import Engine, Prompts, Rollout
-from vise_fast.model.qwen3_vl import Backbone
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Prompts, Rollout, owners
+from vise_fast.model.tree import Backbone, Segment
 from vise_fast.text.tokens import Tokens
 
 PREFIX, PROMPT, OWN = range(3)
 WARM_UPS = 2  # runs before a capture: libraries choose their kernels, Triton compiles
 
 
-class GraphedEngine(Engine):
+class Shape(NamedTuple):
+    """What a decoder was made for: answers at most, tokens of each at most, how they are drawn."""
+
+    rows: int
+    limit: int
+    adapters: bool
+    temperature: float
+
+
+class GraphedEngine(FastEngine):
     """The engine with graphed decoding; without a GPU the same step runs by hand."""
 
     def __init__(self, backbone: Backbone, tokens: Tokens, **options) -> None:
         super().__init__(backbone, tokens, **options)
         self.captures = self.device.type == "cuda"
-        self.decoders: dict[tuple, Decoder] = {}
+        self.decoders: dict[Shape, Decoder] = {}
 
     @torch.no_grad()
     def generate(
@@ -43,37 +55,34 @@ class GraphedEngine(Engine):
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
-        """As `Engine.generate`."""
-        owner = [r for r, count in enumerate(fan) for _ in range(count)]
-        decoder = self._decoder(bucket(len(owner)), limit, prompts.prefixes.adapters, temperature)
+        """As `FastEngine.generate`."""
+        owner = owners(fan)
+        shape = Shape(bucket(len(owner)), limit, prompts.prefixes.adapters, temperature)
+        decoder = self._decoder(shape)
         decoder.start(prompts, owner, seeds)
         for written in range(1, limit + 1):
             if written == limit or self._polls(written):
                 self.interrupted()
-                home = decoder.home(len(owner))
-                self.counters.host_reads += 1
+                home = self.home(decoder.joined(len(owner))).tolist()
                 if all(row[-1] <= written for row in home):
                     break
             decoder.replay()
             self.counters.decode_steps += 1
             self.counters.tokens_decoded += len(owner)
         decoder.let_go()
-        lengths = [row[-1] for row in home]
-        longest = max(lengths)
-        ids, logprob = (x[: len(owner), :longest].clone() for x in (decoder.ids, decoder.logprob))
-        return Rollout(ids, logprob, lengths, [row[:longest] for row in home])
+        return decoder.rollout(home)
 
     def forget(self) -> None:
         """Drop all graphs and their buffers; the next rollout captures anew."""
         self.decoders.clear()
 
-    def _decoder(self, rows: int, limit: int, adapters: bool, temperature: float) -> Decoder:
-        key = rows, limit, adapters, temperature
-        if key not in self.decoders:
-            self.decoders[key] = Decoder(
-                self.backbone, self.tokens, self.banned, *key, captures=self.captures
-            )
-        return self.decoders[key]
+    def _decoder(self, shape: Shape) -> Decoder:
+        if shape not in self.decoders:
+            decoder = Decoder(self.backbone, self.tokens, self.banned, shape)
+            if self.captures:
+                decoder.capture()
+            self.decoders[shape] = decoder
+        return self.decoders[shape]
 
 
 class Decoder:
@@ -81,74 +90,70 @@ class Decoder:
     address from here on.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        tokens: Tokens,
-        banned: Tensor,
-        rows: int,
-        limit: int,
-        adapters: bool,
-        temperature: float,
-        captures: bool,
-    ) -> None:
+    def __init__(self, backbone: Backbone, tokens: Tokens, banned: Tensor, shape: Shape) -> None:
         self.backbone = backbone
         self.banned = banned
         self.pad = tokens.pad
-        self.rows = rows
-        self.limit = limit
-        self.adapters = adapters
-        self.temperature = temperature
-        device = backbone.device
-        whole = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
-        self.eos = torch.tensor(tokens.eos, device=device)
-        self.step = whole(1)
-        self.token = whole(rows)
-        self.first = whole(rows)
-        self.seeds = whole(rows)
-        self.ids = whole(rows, limit)
-        self.done_at = whole(rows)
-        self.logprob = torch.zeros(rows, limit, device=device)
-        self.logits = torch.zeros(rows, len(banned), device=device)
-        self.owner = whole(3, rows)
-        self.length = whole(3, rows)
-        self.owner[OWN] = torch.arange(rows, device=device)
+        self.shape = shape
+        self.eos = torch.tensor(tokens.eos, device=backbone.device)
+        rows, limit, *_ = shape
+        self.step = self._whole(1)
+        self.token = self._whole(rows)
+        self.first = self._whole(rows)
+        self.seeds = self._whole(rows)
+        self.ids = self._whole(rows, limit)
+        self.done_at = self._whole(rows)
+        self.logprob = torch.zeros(rows, limit, device=backbone.device)
+        self.logits = torch.zeros(rows, len(banned), device=backbone.device)
         self.buffer = backbone.buffer(rows, limit)
-        own = zip(self.buffer.keys, self.buffer.values, strict=True)
-        self.tables = whole(len(self.buffer.keys), 3, 3)
+        self._make_banks()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _whole(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.backbone.device)
+
+    def _make_banks(self) -> None:
+        """Per layer, the three banks a row sees: prefix, question, its own tokens."""
+        rows = self.shape.rows
+        self.owner = self._whole(3, rows)
+        self.length = self._whole(3, rows)
+        self.owner[OWN] = torch.arange(rows, device=self.owner.device)
+        self.tables = self._whole(len(self.buffer.keys), 3, 3)
         self.banks = [
             Banks([k] * 3, [v] * 3, self.owner, self.length, table)
-            for (k, v), table in zip(own, self.tables, strict=True)
+            for k, v, table in zip(self.buffer.keys, self.buffer.values, self.tables, strict=True)
         ]
         self._locate()
-        self.graph = self._capture() if captures and limit > 1 else None
 
     def start(self, prompts: Prompts, owner: list[int], seeds: list[int]) -> None:
         """Take the prompts, answer r continuing prompt owner[r], and draw the first tokens."""
         n = len(owner)
         device = self.backbone.device
         index = torch.tensor(owner, device=device)
-        entries = torch.tensor([prompts.owner[p] for p in owner], device=device), index
-        for place, (segment, entry) in enumerate(
-            zip((prompts.prefixes.segment, prompts.segment), entries, strict=True)
-        ):
-            self.owner[place, :n] = entry
-            self.length[place, :n] = (
-                segment.keys[0].shape[2] if segment.lengths is None else segment.lengths[entry]
-            )
-            self.owner[place, n:], self.length[place, n:] = (
-                0,
-                0,
-            )  # rows nobody asked for see nothing but themselves
-            for bank, keys, values in zip(self.banks, segment.keys, segment.values, strict=True):
-                bank.keys[place], bank.values[place] = keys, values
+        images = torch.tensor([prompts.owner[p] for p in owner], device=device)
+        self._place(PREFIX, prompts.prefixes.segment, images)
+        self._place(PROMPT, prompts.segment, index)
         self._locate()
         self.first[:n] = torch.tensor(prompts.following, device=device)[index]
         self.seeds[:n] = torch.tensor(seeds, device=device)
         self.logits[:n] = self.backbone.logits(prompts.last)[index]
-        self.step.zero_(), self.ids.fill_(self.pad), self.logprob.zero_()
-        self.done_at[:n], self.done_at[n:] = self.limit, 0
+        self.step.zero_()
+        self.ids.fill_(self.pad)
+        self.logprob.zero_()
+        self.done_at[:n] = self.shape.limit
+        self.done_at[n:] = 0
         self._draw()
+
+    def _place(self, place: int, segment: Segment, entry: Tensor) -> None:
+        """Let row r see entry[r] of a segment; rows nobody asked for see nothing but themselves."""
+        n = len(entry)
+        self.owner[place, :n] = entry
+        self.length[place, :n] = segment.counts()[entry]
+        self.owner[place, n:] = 0
+        self.length[place, n:] = 0
+        for bank, keys, values in zip(self.banks, segment.keys, segment.values, strict=True):
+            bank.keys[place] = keys
+            bank.values[place] = values
 
     def replay(self) -> None:
         """One more token of every row."""
@@ -164,16 +169,27 @@ class Decoder:
         for bank, keys, values in zip(
             self.banks, self.buffer.keys, self.buffer.values, strict=True
         ):
-            bank.keys[:], bank.values[:] = [keys] * 3, [values] * 3
+            bank.keys[:] = [keys] * 3
+            bank.values[:] = [values] * 3
 
-    def home(self, rows: int) -> list[list[int]]:
-        """ids and length of each answer, on the host: a sync."""
-        return torch.cat([self.ids, self.done_at[:, None]], 1)[:rows].tolist()
+    def joined(self, rows: int) -> Tensor:
+        """(rows, limit + 1): ids and length of each answer, on the device."""
+        return torch.cat([self.ids, self.done_at[:, None]], 1)[:rows]
+
+    def rollout(self, home: list[list[int]]) -> Rollout:
+        """Copies of the answers, `home` being `joined` on the host."""
+        lengths = [row[-1] for row in home]
+        longest = max(lengths)
+        ids = self.ids[: len(home), :longest].clone()
+        logprob = self.logprob[: len(home), :longest].clone()
+        return Rollout(ids, logprob, lengths, [row[:longest] for row in home])
 
     def _advance(self) -> None:
         """The last tokens through the model, and the next ones drawn."""
         self.length[OWN] = self.step + 1
-        hidden = self.backbone.decode(self.token, self.first + self.step, self._see, self.adapters)
+        hidden = self.backbone.decode(
+            self.token, self.first + self.step, self._see, self.shape.adapters
+        )
         self.logits.copy_(self.backbone.logits(hidden))
         self.step += 1
         self._draw()
@@ -185,10 +201,10 @@ class Decoder:
 
     def _draw(self) -> None:
         """Sample from the logits; a row that has ended writes padding."""
-        place = self.step.expand(self.rows)
+        place = self.step.expand(self.shape.rows)
         token, score = sample(
             self.logits,
-            temperature=self.temperature,
+            temperature=self.shape.temperature,
             banned=self.banned,
             seed=self.seeds,
             position=place,
@@ -203,7 +219,10 @@ class Decoder:
     def _locate(self) -> None:
         self.tables.copy_(torch.stack([locate(bank.keys, bank.values) for bank in self.banks]))
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self) -> None:
+        """Record one step as a CUDA graph; an answer of one token has none."""
+        if self.shape.limit == 1:
+            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -217,7 +236,7 @@ class Decoder:
             graph, capture_error_mode="thread_local"
         ):  # images may be on their way to the GPU in another thread
             self._advance()
-        return graph
+        self.graph = graph
 
 
 def bucket(rows: int) -> int:

@@ -13,8 +13,9 @@ counters say so. Left out: batching (rows would need padding), quick answers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify, sample
 
-from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Counters, Engine, Rollout
-from vise_fast.engine.graphed import GraphedEngine
-from vise_fast.model.load import Policy
+from vise_fast.engine.rollout import Answered, Counters, ReleasedSpan, Rollout, owners
 from vise_fast.system.clock import Clock
-from vise_fast.system.errors import EnvironmentFault
 from vise_fast.text.tokens import Tokens
 
 
@@ -114,8 +111,17 @@ class StockPrompts:
     rows: list[list[int]]
 
 
+class Answer(NamedTuple):
+    """One answer as it is sampled: its ids, and the log-prob of each (0-d)."""
+
+    ids: list[int]
+    scores: list[Tensor]
+
+
 class StockEngine:
-    """See `engine.Engine`; the arguments and results are the same."""
+    """See `rollout.Engine`; the arguments and results are the same."""
+
+    keeps_keys = False
 
     def __init__(self, backbone: StockBackbone, tokens: Tokens) -> None:
         self.backbone = backbone
@@ -123,15 +129,19 @@ class StockEngine:
         self.counters = Counters()
         self.device = backbone.device
         self.banned = tokens.banned().to(self.device)
-        self.interrupted = lambda: None
+        self.interrupted: Callable[[], None] = lambda: None
         self.clock = Clock(self.device)
 
     def forget(self) -> None:
         """Nothing is kept between calls."""
 
+    def home(self, values: Tensor) -> Tensor:
+        """Values on the CPU: a host sync, counted."""
+        self.counters.host_reads += 1
+        return values.cpu()
+
     def encode(self, images: list[Tensor]) -> Pictures:
         b = self.backbone
-        grids = []
         patches, grid = patchify(
             images,
             patch=b.patch,
@@ -142,11 +152,12 @@ class StockEngine:
             dtype=b.dtype,
         )
         grids = [(rows, columns) for _, rows, columns in grid.tolist()]
-        return Pictures(
-            list(patches.to(self.device).split([rows * columns for rows, columns in grids])), grids
-        )
+        sizes = [rows * columns for rows, columns in grids]
+        return Pictures(list(patches.to(self.device).split(sizes)), grids)
 
-    def prefill(self, features: Pictures, adapters: bool) -> StockPrefixes:
+    def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> StockPrefixes:
+        if graph:
+            raise ValueError("the stock engine keeps no graph between calls")
         return StockPrefixes(features, adapters)
 
     def prompt(
@@ -181,127 +192,98 @@ class StockEngine:
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
-        order = [r for r, count in enumerate(fan) for _ in range(count)]
         with self.backbone.adapters(prompts.prefixes.adapters):
             answers = [
                 self._answer(prompts, r, limit, seed, temperature)
-                for r, seed in zip(order, seeds, strict=True)
+                for r, seed in zip(owners(fan), seeds, strict=True)
             ]
-        lengths = [len(ids) for ids, _ in answers]
-        ids = torch.full((len(order), max(lengths)), self.tokens.pad, device=self.device)
+        lengths = [len(answer.ids) for answer in answers]
+        ids = torch.full((len(answers), max(lengths)), self.tokens.pad, device=self.device)
         logprob = torch.zeros(ids.shape, device=self.device)
-        for n, (row, scores) in enumerate(answers):
-            ids[n, : lengths[n]], logprob[n, : lengths[n]] = (
-                torch.tensor(row, device=self.device),
-                torch.stack(scores),
-            )
+        for n, answer in enumerate(answers):
+            ids[n, : lengths[n]] = torch.tensor(answer.ids, device=self.device)
+            logprob[n, : lengths[n]] = torch.stack(answer.scores)
         return Rollout(ids, logprob, lengths)
 
     def score(
         self,
         features: Pictures,
-        rows: list[list[int]],
-        answers: Rollout,
-        owner: list[int],
+        answered: Answered,
         adapters: bool,
+        *,
         prefixes: StockPrefixes | None = None,
         recompute: bool = False,
+        prompts: StockPrompts | None = None,
     ) -> Tensor:
         """Hidden states (sum of lengths, E), each answer from its own full sequence; `prefixes` is
         ignored.
         """
-        whole = self._sequences(features, rows, answers, owner, adapters, recompute)
-        return torch.cat(
-            [states[-length:] for states, length in zip(whole, answers.lengths, strict=True)]
-        )
+        whole = self._sequences(features, answered, adapters, recompute)
+        pairs = zip(whole, answered.answers.lengths, strict=True)
+        return torch.cat([states[-length:] for states, length in pairs])
 
     def score_released(
-        self,
-        features: Pictures,
-        rows: list[list[int]],
-        answers: Rollout,
-        owner: list[int],
-        adapters: bool,
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Hidden states, ids and tokens per answer over the released code's span; see
-        `engine.Engine.score_released`.
-        """
-        states = []
-        ids = []
-        lengths = []
+        self, features: Pictures, answered: Answered, adapters: bool
+    ) -> ReleasedSpan:
+        """The released code's span; see `fast.FastEngine.score_released`."""
         tokens = self.tokens
-        for image, answer, whole in zip(
-            owner,
-            answers.rows(),
-            self._sequences(features, rows, answers, owner, adapters),
-            strict=True,
-        ):
-            start = len(tokens.head) + 1 + len(tokens.tail) + len(rows[image])
-            states.append(whole[start - 1 :])
-            ids.append(
-                torch.tensor(
-                    (self._prefix_ids(features, image) + rows[image] + answer)[start:],
-                    device=self.device,
-                )
-            )
-            lengths.append(len(ids[-1]))
-        return torch.cat(states), torch.cat(ids), lengths
+        states: list[Tensor] = []
+        scored: list[Tensor] = []
+        whole = self._sequences(features, answered, adapters)
+        answers = zip(answered.owner, answered.answers.rows(), whole, strict=True)
+        for image, answer, hidden in answers:
+            row = answered.rows[image]
+            start = len(tokens.head) + 1 + len(tokens.tail) + len(row)
+            ids = (self._prefix_ids(features, image) + row + answer)[start:]
+            states.append(hidden[start - 1 :])
+            scored.append(torch.tensor(ids, device=self.device))
+        return ReleasedSpan(torch.cat(states), torch.cat(scored), [len(ids) for ids in scored])
 
     def _sequences(
-        self,
-        features: Pictures,
-        rows,
-        answers: Rollout,
-        owner: list[int],
-        adapters: bool,
-        recompute: bool = False,
+        self, features: Pictures, answered: Answered, adapters: bool, recompute: bool = False
     ) -> list[Tensor]:
         """Hidden states (T, E) of each answer's sequence without its last token."""
-        places = [
-            (features, image, rows[image] + ids[:-1])
-            for image, ids in zip(owner, answers.rows(), strict=True)
-        ]
+        outs = []
         with self.backbone.adapters(adapters):
-            outs = [
-                checkpoint(self._forward, *place, use_reentrant=False)
-                if recompute
-                else self._forward(*place)
-                for place in places
-            ]
+            for image, ids in zip(answered.owner, answered.answers.rows(), strict=True):
+                place = (features, image, answered.rows[image] + ids[:-1])
+                if recompute:
+                    outs.append(checkpoint(self._forward, *place, use_reentrant=False))
+                else:
+                    outs.append(self._forward(*place))
         return [out.last_hidden_state[0] for out in outs]
 
     def _answer(
         self, prompts: StockPrompts, r: int, limit: int, seed: int, temperature: float
-    ) -> tuple[list[int], list[Tensor]]:
-        """One sampled answer: ids and their log-probs."""
-        out = self._forward(
-            prompts.prefixes.pictures, prompts.owner[r], prompts.rows[r], cached=True
-        )
-        ids = []
-        scores = []
-        seed = torch.tensor([seed], device=self.device)
+    ) -> Answer:
+        """One sampled answer."""
+        row = prompts.rows[r]
+        out = self._forward(prompts.prefixes.pictures, prompts.owner[r], row, cached=True)
+        answer = Answer([], [])
+        seeds = torch.tensor([seed], device=self.device)
         for step in range(limit):
             logits = self.backbone.logits(out.last_hidden_state[:, -1])
             token, score = sample(
-                logits, temperature=temperature, banned=self.banned, seed=seed, position=step
+                logits, temperature=temperature, banned=self.banned, seed=seeds, position=step
             )
-            ids.append(int(token)), scores.append(score[0])
+            answer.ids.append(int(token))
+            answer.scores.append(score[0])
             self.interrupted()
-            if ids[-1] in self.tokens.eos or step + 1 == limit:
+            if answer.ids[-1] in self.tokens.eos or step + 1 == limit:
                 break
             # The rope offset of this row is module state, set by the forward above.
             out = self.backbone.core.model(
                 input_ids=token[None], past_key_values=out.past_key_values, use_cache=True
             )
-            self.counters.decode_steps = self.counters.decode_steps + 1
-            self.counters.tokens_decoded = self.counters.tokens_decoded + 1
-        return ids, scores
+            self.counters.decode_steps += 1
+            self.counters.tokens_decoded += 1
+        return answer
 
     def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False):
         """The stock forward of head + image + tail + row."""
         ids = torch.tensor([self._prefix_ids(pictures, image) + row], device=self.device)
-        self.counters.images_encoded = self.counters.images_encoded + 1
-        self.counters.prefixes = self.counters.prefixes + 1
+        self.counters.images_encoded += 1
+        self.counters.prefixes += 1
         self.counters.forwards += 1
         return self.backbone.core.model(
             input_ids=ids,
@@ -315,20 +297,3 @@ class StockEngine:
         rows, columns = pictures.grids[image]
         places = rows * columns // self.backbone.merge_size**2
         return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail
-
-
-def open_engine(policy: Policy, config: Config) -> Engine | StockEngine:
-    """The engine that `model.engine` and `model.graphs` ask for.
-
-    Raises EnvironmentFault for graphs without a GPU.
-    """
-    if config.model.engine == "stock":
-        return StockEngine(StockBackbone(policy.model), policy.tokens)
-    if config.model.graphs:
-        if policy.device.type != "cuda":
-            raise EnvironmentFault(
-                f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; "
-                "leave it false, or use a GPU"
-            )
-        return GraphedEngine(policy.backbone, policy.tokens)
-    return Engine(policy.backbone, policy.tokens)

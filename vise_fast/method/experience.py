@@ -1,13 +1,17 @@
-"""One batch of images played through the method: queries, boxes, boxes in the views, verdicts. What the rewards and the update need.
+"""One batch of images played through the method: queries, boxes, boxes in the views, verdicts. What
+the rewards and the update need.
 
-Follows METHOD section 1, steps 1-7. Every draw is named by (seed, step, purpose, index in the batch), so playing a batch in slices
-gives the same experience as playing it at once.
+Follows METHOD section 1, steps 1-7, in four parts: draw the views; ask and box; judge; pack the
+evidence. Each part returns what the next ones need, and what it held besides is freed when it ends.
+Every draw is named by (seed, step, purpose, index in the batch), so playing a batch in slices gives
+the same experience as playing it at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,41 +19,22 @@ from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.attention_meter import image_share
-from vise_fast.engine.fast import Engine, Features, Prefixes
+from vise_fast.engine.rollout import Engine, Held
 from vise_fast.images import geometry, views
 from vise_fast.images.sources import Image
 from vise_fast.method import roles
-from vise_fast.method.rewards import Evidence
+from vise_fast.method.evidence import Evidence
+from vise_fast.method.roles import Question, Sampling
+from vise_fast.method.step_plan import GhostKind, StepPlan
 from vise_fast.system import randomness
 from vise_fast.text import sides
 
 Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
 """The true box of a query on an image: for the oracle study only; training never has one."""
-WITHOUT_GHOSTS = ("oracle", "random", "area_only")
-"""Rewards that read no verdict about ghosts: none is asked for."""
 
 GHOSTS_AT_ONCE = 8
-"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the micro-batch does everything else's."""
-
-
-@dataclass
-class Played:
-    """A slice of the batch after its rollouts: the evidence, and what scoring the sampled boxes needs again.
-
-    `boxes` holds the G answers of each image, then (if they were sampled in one batch) one answer per view; `features` the images, then (if asked for) the views.
-    """
-
-    images: list[Image]
-    views: list[list[views.View]]
-    queries: roles.Queries
-    boxes: roles.Boxes
-    evidence: Evidence
-    features: Features
-    reference: Prefixes | None
-    attention: Tensor | None = None
-    """(images,) share of attention on the image while the first box was written, mean over layers; on steps that measure it"""
-    rewards: Tensor | None = None
-    """(samples,) of this slice, once the learner has scored the batch."""
+"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the micro-batch
+does everything else's."""
 
 
 @dataclass(frozen=True)
@@ -61,197 +46,299 @@ class Draws:
     first: int = 0
 
     def keys(self, purpose: str, count: int, per_image: int = 1) -> list[int]:
-        return [
-            randomness.key(self.seed, self.step, purpose, self.first * per_image + i)
-            for i in range(count)
-        ]
+        """Seeds of `count` draws, `per_image` of each image."""
+        start = self.first * per_image
+        return [randomness.key(self.seed, self.step, purpose, start + i) for i in range(count)]
 
     def generator(self, purpose: str, index: int, per_image: int = 1) -> np.random.Generator:
-        return randomness.generator(self.seed, self.step, purpose, self.first * per_image + index)
+        """The generator of draw `index` of the slice."""
+        place = self.first * per_image + index
+        return randomness.generator(self.seed, self.step, purpose, place)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The images of the batch that are played together, uint8 (H, W, 3) on the engine's device, and
+    how.
+    """
+
+    engine: Engine
+    config: Config
+    plan: StepPlan
+    draws: Draws
+    pixels: list[Tensor]
+
+    @property
+    def originals(self) -> list[int]:
+        return list(range(len(self.pixels)))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the policy's boxes are drawn."""
+        rollout = self.config.rollout
+        return Sampling(rollout.box_tokens, rollout.temperature)
+
+
+@dataclass
+class Played:
+    """A slice of the batch after its rollouts: the evidence, and what scoring the sampled boxes
+    needs again.
+
+    `boxes` holds the G answers of each image, then (if they were sampled in one batch) one answer
+    per view; `features` the images, then (if asked for) the views.
+    """
+
+    images: list[Image]
+    views: list[list[views.View]]
+    queries: roles.Queries
+    boxes: roles.Boxes
+    evidence: Evidence
+    features: Held
+    reference: Held | None
+    attention: Tensor | None = None
+    """(images,) share of attention on the image while the first box was written, mean over layers;
+    on steps that measure it
+    """
+    rewards: Tensor | None = None
+    """(samples,) of this slice, once the learner has scored the batch."""
 
 
 def play(
     engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None
 ) -> Played:
     """Ask, ground on images and views in one batch, then verify images and ghosts."""
-    count = len(images)
-    samples = config.rollout.samples
-    many = config.rollout.views
-    limits = config.rollout
+    plan = StepPlan.of(config, engine.keeps_keys)
     pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
-    originals = list(range(len(images)))
-    phase = engine.clock.phase
-    with phase("views"):
-        drawn = [
-            [
-                views.draw_view(
-                    draws.generator("view", i * many + k, many), *image.shape[:2], config.view
-                )
-                for k in range(many)
-            ]
-            for i, image in enumerate(pixels)
-        ]
-        moved = views.apply(
-            [image for image in pixels for _ in range(many)],
-            [view for group in drawn for view in group],
-        )
-    with phase("encode"):
-        features = engine.encode(pixels + moved)
-    with phase("prefill"):
-        prefixes, elsewhere = prefixes_of(engine, features, count, config)
-    with phase("ask"):
-        asked = (
-            prefixes
-            if limits.asker == "policy"
-            else engine.prefill(features.select(originals), adapters=False)
-        )
-        queries = roles.ask(
-            engine,
-            asked,
-            originals,
-            draws.keys("ask", count),
-            limits.query_tokens,
-            limits.temperature,
-        )
-    texts = [
-        sides.query_for(text, view, config.view)
-        for text, group in zip(queries.texts, drawn, strict=True)
-        for view in group
-    ]
-    with phase("ground"):
-        boxes, view_boxes = _ground(
-            engine, prefixes, elsewhere, queries.texts, texts, config, draws
-        )
-    attention = (
-        _attention(engine, prefixes, boxes, originals, samples)
-        if _measures_attention(engine, config, draws.step)
-        else None
-    )
-    kept = features if config.update.views_too else features.select(originals)
-    judges = (
-        prefixes
-        if config.reward.judge == "policy"
-        else asked
-        if limits.asker == "reference"
-        else None
-    )
-    del (
-        features,
-        prefixes,
-        elsewhere,
-        asked,
-        moved,
-    )  # from here on nothing lies about that the verdicts do not need
-    with phase("verify"):
-        judges = judges or engine.prefill(kept.select(originals), adapters=False)
-        seen = roles.verify_forked(engine, judges, originals, queries.texts)
-    # A batch that had to be cut into slices has no room for the prefixes of all: the update
-    # computes them again.
-    reference = (
-        judges
-        if config.reward.judge == "reference"
-        and config.train.micro_batch in (0, config.train.batch)
-        else None
-    )
-    del judges
-    known = _before_ghosts(pixels, drawn, queries, boxes, view_boxes, seen, config)
-    with phase("verify"):
-        ghosts = _judge_ghosts(engine, pixels, queries.texts, known, config, draws)
-    truths = None if truth is None else _truths(truth, images, queries.texts, samples)
+    part = Slice(engine, config, plan, draws, pixels)
+    drawn = draw_views(part)
+    answers = ask_and_box(part, drawn)
+    verdicts = judge(part, answers)
+    truths = None if truth is None else [truth(i, q) for i, q in _named(images, answers)]
+    evidence = pack(part, drawn, answers, verdicts, truths)
     return Played(
         images,
         drawn,
-        queries,
-        boxes,
-        Evidence(**known, **ghosts, truth_1000=truths),
-        kept,
-        reference,
-        attention,
+        answers.queries,
+        answers.boxes,
+        evidence,
+        answers.features,
+        answers.reference,
+        answers.attention,
     )
 
 
-def prefixes_of(
-    engine: Engine, features: Features, count: int, config: Config
-) -> tuple[Prefixes, Prefixes]:
-    """Of the images under the policy, and of images and views, or of the views alone, under whoever boxes the views."""
-    kept = (
-        {"trained": len(features) if config.update.views_too else count}
-        if shares_forward(engine, config)
-        else {}
-    )
-    if config.rollout.regrounder == "policy":
-        everything = engine.prefill(features, adapters=True, **kept)
-        return everything, everything
-    originals = list(range(count))
-    moved = list(range(count, len(features)))
-    return engine.prefill(features.select(originals), adapters=True, **kept), engine.prefill(
-        features.select(moved), adapters=False
-    )
-
-
-def shares_forward(engine: Engine, config: Config) -> bool:
-    """Whether the update goes on from the rollout's forward pass over prefixes and questions.
-
-    Not where memory is short: their activations live until the update, those of a batch in slices all at once.
+def play_batch(
+    engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
+) -> list[Played]:
+    """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the
+    slices.
     """
-    train = config.train
-    room = train.share_forward and not train.checkpointing and train.micro_batch in (0, train.batch)
-    return room and config.reward.preset != "as_released" and isinstance(engine, Engine)
+    size = config.train.micro_batch or len(images)
+    played = []
+    for first in range(0, len(images), size):
+        draws = Draws(config.train.seed, step, first)
+        played.append(play(engine, images[first : first + size], config, draws, truth))
+    return played
+
+
+# ---- the views -----------------------------------------------------------------------------------
+
+
+def draw_views(part: Slice) -> list[list[views.View]]:
+    """K transforms of each image, before any box exists."""
+    many = part.plan.views
+    drawn = []
+    for i, image in enumerate(part.pixels):
+        rngs = [part.draws.generator("view", i * many + k, many) for k in range(many)]
+        height, width = image.shape[:2]
+        drawn.append([views.draw_view(rng, height, width, part.config.view) for rng in rngs])
+    return drawn
+
+
+def _encode(part: Slice, drawn: list[list[views.View]]) -> Held:
+    """Features of the images, then of their views."""
+    with part.engine.clock.phase("views"):
+        sources = [image for image in part.pixels for _ in range(part.plan.views)]
+        moved = views.apply(sources, [view for group in drawn for view in group])
+    with part.engine.clock.phase("encode"):
+        return part.engine.encode(part.pixels + moved)
+
+
+# ---- ask and box ---------------------------------------------------------------------------------
+
+
+class ViewBoxes(NamedTuple):
+    """One answer per view, image-major: box_1000 (views, 4), readable (views,)."""
+
+    box_1000: Tensor
+    readable: Tensor
+
+
+@dataclass
+class Answers:
+    """What was asked, where it is, and whether the judge sees it: p(visible) (images,) on the CPU.
+
+    features: what the update encodes again; reference: the judge's prefixes, where it is the
+    reference and the update has use for them.
+    """
+
+    queries: roles.Queries
+    boxes: roles.Boxes
+    view_boxes: ViewBoxes
+    seen: Tensor
+    features: Held
+    reference: Held | None
+    attention: Tensor | None
+
+
+@dataclass
+class Prefixes:
+    """images: those of the images (and behind them, perhaps, of the views) under the policy; views:
+    those that end with the views', under whoever boxes them; rooted: the images' with the graph of
+    their forward pass, where the update goes on from it.
+    """
+
+    images: Held
+    views: Held
+    rooted: Held | None
+
+
+@dataclass
+class _Boxed:
+    """After the boxes: as `Answers`, before anybody was asked what is visible."""
+
+    queries: roles.Queries
+    boxes: roles.Boxes
+    view_boxes: ViewBoxes
+    features: Held
+    judges: Held | None
+    attention: Tensor | None
+
+
+def ask_and_box(part: Slice, drawn: list[list[views.View]]) -> Answers:
+    """Everything that is asked about the images and their views themselves."""
+    engine = part.engine
+    boxed = _boxes(part, drawn)  # from here on no view's prefix or pixels lie about
+    with engine.clock.phase("verify"):
+        judges = boxed.judges
+        if judges is None:
+            judges = engine.prefill(boxed.features.select(part.originals), adapters=False)
+        seen = roles.verify_forked(engine, judges, part.originals, boxed.queries.texts)
+    return Answers(
+        boxed.queries,
+        boxed.boxes,
+        boxed.view_boxes,
+        seen,
+        boxed.features,
+        judges if part.plan.keeps_reference else None,
+        boxed.attention,
+    )
+
+
+def _boxes(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
+    engine = part.engine
+    plan = part.plan
+    features = _encode(part, drawn)
+    originals = features.select(part.originals)
+    with engine.clock.phase("prefill"):
+        prefixes = prefill(part, features)
+    with engine.clock.phase("ask"):
+        asked = prefixes.images
+        if not plan.policy_asks:
+            asked = engine.prefill(originals, adapters=False)
+        queries = _ask(part, asked)
+    with engine.clock.phase("ground"):
+        boxes, view_boxes = _ground(part, prefixes, queries, drawn)
+    attention = _attention(part, prefixes.images, boxes)
+    kept = features if plan.trains_views else originals
+    base = None if plan.policy_asks else asked
+    judges = prefixes.images if plan.policy_judges else base
+    return _Boxed(queries, boxes, view_boxes, kept, judges, attention)
+
+
+def prefill(part: Slice, features: Held) -> Prefixes:
+    """The prefixes of images and views. `rooted` and its copy without a graph share their keys."""
+    engine = part.engine
+    plan = part.plan
+    count = len(part.pixels)
+    total = len(features)
+    first = count * plan.trained if plan.shares_forward else 0
+    rooted = None
+    if first:
+        some = features.select(list(range(first)))
+        rooted = engine.prefill(some, adapters=True, graph=True)
+    # the policy's: of everything where it boxes the views too
+    own = total if plan.policy_boxes_views else count
+    images = None if rooted is None else rooted.detach()
+    if first < own:
+        rest = engine.prefill(features.select(list(range(first, own))), adapters=True)
+        images = rest if images is None else images.stack(rest)
+    if plan.policy_boxes_views:
+        return Prefixes(images, images, rooted)
+    moved = engine.prefill(features.select(list(range(count, total))), adapters=False)
+    return Prefixes(images, moved, rooted)
+
+
+def _ask(part: Slice, prefixes: Held) -> roles.Queries:
+    rollout = part.config.rollout
+    sampling = Sampling(rollout.query_tokens, rollout.temperature)
+    seeds = part.draws.keys("ask", len(part.pixels))
+    return roles.ask(part.engine, prefixes, part.originals, seeds, sampling)
 
 
 def _ground(
-    engine: Engine,
-    prefixes: Prefixes,
-    elsewhere: Prefixes,
-    queries: list[str],
-    view_queries: list[str],
-    config: Config,
-    draws: Draws,
-) -> tuple[roles.Boxes, tuple[Tensor, Tensor]]:
-    """The boxes that were sampled, and those in the views: (views, 4), readable (views,).
+    part: Slice, prefixes: Prefixes, queries: roles.Queries, drawn: list[list[views.View]]
+) -> tuple[roles.Boxes, ViewBoxes]:
+    """The boxes that were sampled, and those in the views.
 
     One batch where one player samples both alike; the views' answers then follow the samples'.
     """
-    limits = config.rollout
-    count = len(queries)
-    total = len(queries) + len(view_queries)
-    fan = [limits.samples] * count
-    seeds = draws.keys("ground", count * limits.samples, limits.samples)
-    there = [1] * len(view_queries)
-    view_seeds = draws.keys("reground", len(view_queries), limits.views)
-    rows = count * limits.samples
-    tokens = limits.box_tokens
-    trained = len(prefixes.trained) if shares_forward(engine, config) else 0
-    if elsewhere is prefixes and limits.view_temperature == limits.temperature:
-        texts = queries + view_queries
-        boxes = roles.ground(
-            engine,
-            prefixes,
-            list(range(total)),
-            texts,
-            fan + there,
-            seeds + view_seeds,
-            tokens,
-            limits.temperature,
-            trained,
-        )
-        return boxes, (boxes.box_1000[rows:], boxes.readable[rows:])
-    boxes = roles.ground(
-        engine,
-        prefixes,
-        list(range(count)),
-        queries,
-        fan,
-        seeds,
-        tokens,
-        limits.temperature,
-        trained,
-    )
-    places = list(range(len(elsewhere) - len(view_queries), len(elsewhere)))
-    found = roles.ground(
-        engine, elsewhere, places, view_queries, there, view_seeds, tokens, limits.view_temperature
-    )
-    return boxes, (found.box_1000, found.readable)
+    engine = part.engine
+    rollout = part.config.rollout
+    asked = _questions(part, queries)
+    there = _view_questions(part, queries, drawn, len(prefixes.views))
+    rows = len(asked) * part.plan.samples
+    if part.plan.one_batch:
+        boxes = roles.ground(engine, prefixes.images, asked + there, part.sampling, prefixes.rooted)
+        return boxes, ViewBoxes(boxes.box_1000[rows:], boxes.readable[rows:])
+    boxes = roles.ground(engine, prefixes.images, asked, part.sampling, prefixes.rooted)
+    sampling = Sampling(rollout.box_tokens, rollout.view_temperature)
+    found = roles.ground(engine, prefixes.views, there, sampling)
+    return boxes, ViewBoxes(found.box_1000, found.readable)
+
+
+def _questions(part: Slice, queries: roles.Queries) -> list[Question]:
+    """One about each image, G seeds each."""
+    samples = part.plan.samples
+    seeds = part.draws.keys("ground", len(queries.texts) * samples, samples)
+    groups = [seeds[i : i + samples] for i in range(0, len(seeds), samples)]
+    return [Question(i, q, s) for i, (q, s) in enumerate(zip(queries.texts, groups, strict=True))]
+
+
+def _view_questions(
+    part: Slice, queries: roles.Queries, drawn: list[list[views.View]], prefixes: int
+) -> list[Question]:
+    """One about each view, whose prefixes are the last of so many."""
+    pairs = [(q, view) for q, group in zip(queries.texts, drawn, strict=True) for view in group]
+    seeds = part.draws.keys("reground", len(pairs), part.plan.views)
+    first = prefixes - len(pairs)
+    found = []
+    for n, (query, view) in enumerate(pairs):
+        text = sides.query_for(query, view, part.config.view)
+        found.append(Question(first + n, text, [seeds[n]]))
+    return found
+
+
+def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None:
+    """Share of attention on the image (images,) while the first box was written; None on steps that
+    do not measure it.
+    """
+    every = part.config.train.attention_every
+    if not (every > 0 and part.draws.step % every == 0 and part.engine.keeps_keys):
+        return None
+    first = boxes.answers.select([i * part.plan.samples for i in part.originals])
+    rows = boxes.rows[: len(part.pixels)]
+    return image_share(part.engine, prefixes, part.originals, rows, first).mean(0)  # type: ignore[arg-type]
 
 
 def attention_share(slices: list[Played]) -> dict[str, float]:
@@ -260,179 +347,174 @@ def attention_share(slices: list[Played]) -> dict[str, float]:
     return {"attention_share": float(torch.cat(measured).mean())} if measured else {}
 
 
-def _measures_attention(engine: Engine, config: Config, step: int) -> bool:
-    """The stock engine keeps no keys to measure."""
-    return (
-        config.train.attention_every > 0
-        and step % config.train.attention_every == 0
-        and isinstance(engine, Engine)
+# ---- judge ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The distinct (image, box) pairs whose ghosts are judged, and the rows that share them.
+
+    rows: rows of the slice's boxes that are judged; slot: the pair of each; image, box_1000 (pairs,
+    4) and first (the row whose draw places the pair's control) per pair.
+    """
+
+    rows: list[int]
+    slot: list[int]
+    image: list[int]
+    box_1000: Tensor
+    first: list[int]
+
+
+@dataclass
+class Verdicts:
+    """p(visible) of each box's ghosts by kind, (N,) float64, zeros where `judged` (N,) is False."""
+
+    judged: Tensor
+    p: dict[str, Tensor]
+
+
+def judge(part: Slice, answers: Answers) -> Verdicts:
+    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict per
+    distinct (image, box).
+
+    Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that
+    do not read the answer: zeros.
+    """
+    hidden = _hidden(part, answers)
+    count = len(part.pixels) * part.plan.samples
+    judged = torch.zeros(count, dtype=torch.bool)
+    judged[hidden.rows] = True
+    table = torch.zeros(len(part.plan.kinds), count, dtype=torch.float64)
+    if hidden.rows:
+        with part.engine.clock.phase("verify"):
+            p = _verdicts(part, hidden, answers.queries.texts)
+        table[:, hidden.rows] = p.view(len(part.plan.kinds), -1)[:, hidden.slot]
+    return Verdicts(judged, dict(zip((kind.name for kind in part.plan.kinds), table, strict=True)))
+
+
+def _hidden(part: Slice, answers: Answers) -> Hidden:
+    """What there is to judge."""
+    samples = part.plan.samples
+    count = len(part.pixels) * samples
+    box_1000 = answers.boxes.box_1000[:count]
+    seen = answers.seen >= part.config.reward.gate
+    worth = seen & torch.tensor(answers.queries.readable)
+    judged = answers.boxes.readable[:count] & geometry.proper(box_1000)
+    judged = judged & worth.repeat_interleave(samples)
+    rows = judged.nonzero()[:, 0].tolist() if part.plan.judges_ghosts else []
+    slots: dict[tuple, int] = {}
+    slot = []
+    first = []
+    for row in rows:
+        pair = (row // samples, *box_1000[row].tolist())
+        if pair not in slots:
+            slots[pair] = len(slots)
+            first.append(row)
+        slot.append(slots[pair])
+    return Hidden(rows, slot, [row // samples for row in first], box_1000[first], first)
+
+
+def _verdicts(part: Slice, hidden: Hidden, queries: list[str]) -> Tensor:
+    """p(visible) (kinds · pairs,) of every ghost, so many in memory at a time."""
+    engine = part.engine
+    ghosts: list[Tensor] = []
+    for kind in part.plan.kinds:
+        ghosts += _ghosts(part, hidden, kind)
+    texts = [queries[i] for i in hidden.image] * len(part.plan.kinds)
+    at_once = GHOSTS_AT_ONCE * len(part.pixels)
+    found = []
+    for start in range(0, len(ghosts), at_once):
+        cut = slice(start, start + at_once)
+        features = engine.encode(ghosts[cut])
+        policy = part.plan.policy_judges
+        found.append(roles.verify(engine, features, texts[cut], policy, stay=True))
+    return engine.home(torch.cat(found))
+
+
+def _ghosts(part: Slice, hidden: Hidden, kind: GhostKind) -> list[Tensor]:
+    """The images with each pair's box, its control, or all but its box hidden."""
+    boxes = hidden.box_1000
+    if kind.control is not None:
+        boxes = _control_boxes(part, hidden, f"control{kind.control}")
+    owner = torch.tensor(hidden.image)
+    view = part.config.view
+    return views.ghost(
+        part.pixels, owner, boxes, part.config.ghost, kind.region, literal=view.literal_pixels
     )
 
 
-def _attention(
-    engine: Engine, prefixes: Prefixes, boxes: roles.Boxes, images: list[int], samples: int
-) -> Tensor:
-    return image_share(
-        engine,
-        prefixes,
-        images,
-        boxes.rows[: len(images)],
-        boxes.answers.select([i * samples for i in images]),
-    ).mean(0)
+def _control_boxes(part: Slice, hidden: Hidden, purpose: str) -> Tensor:
+    """A box of the same size elsewhere for each pair, (pairs, 4)."""
+    placed = []
+    for row, box in zip(hidden.first, hidden.box_1000, strict=True):
+        rng = part.draws.generator(purpose, row, part.plan.samples)
+        placed.append(views.control_box(rng, box)[0])
+    return torch.tensor(placed, dtype=torch.float64)
 
 
-def join(slices: list[Played]) -> Evidence:
-    """The evidence of the whole batch."""
-    parts = [played.evidence for played in slices]
-    whole = {
-        f.name: [getattr(part, f.name) for part in parts]
-        for f in fields(Evidence)
-        if f.name != "group_size"
-    }
-    return Evidence(
-        **{name: torch.cat(v) if v[0] is not None else None for name, v in whole.items()},
-        group_size=parts[0].group_size,
-    )
+# ---- the evidence --------------------------------------------------------------------------------
 
 
-def _before_ghosts(
-    pixels: list[Tensor],
-    drawn,
-    queries: roles.Queries,
-    boxes: roles.Boxes,
-    view_boxes: tuple[Tensor, Tensor],
-    seen: Tensor,
-    config: Config,
-) -> dict:
-    """Evidence known before the ghosts, one row per sampled box, image-major."""
-    count = len(pixels)
-    samples = config.rollout.samples
-    many = config.rollout.views
+def pack(
+    part: Slice,
+    drawn: list[list[views.View]],
+    answers: Answers,
+    verdicts: Verdicts,
+    truths: Sequence[tuple | None] | None,
+) -> Evidence:
+    """One row per sampled box, image-major."""
+    samples = part.plan.samples
+    count = len(part.pixels)
     rows = count * samples
-    spread = lambda x: x.repeat_interleave(samples, 0)
-    sizes = torch.tensor([image.shape[:2] for image in pixels])
-    known = dict(
-        box_1000=boxes.box_1000[:rows],
-        readable=boxes.readable[:rows],
-        group_size=samples,
-        view_box_1000=spread(view_boxes[0].view(count, many, 4)),
-        view_readable=spread(view_boxes[1].view(count, many)),
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(samples, 0)
+
+    sizes = torch.tensor([image.shape[:2] for image in part.pixels])
+    box_1000 = answers.boxes.box_1000[:rows]
+    per_image = (count, part.plan.views)
+    return Evidence(
+        box_1000=box_1000,
+        readable=answers.boxes.readable[:rows],
+        view_box_1000=spread(answers.view_boxes.box_1000.view(*per_image, 4)),
+        view_readable=spread(answers.view_boxes.readable.view(*per_image)),
+        view_usable=_usable(part, drawn, answers, box_1000),
         matrix_px=spread(views.stack(drawn)),
         height=spread(sizes[:, 0]),
         width=spread(sizes[:, 1]),
-        seen=spread(seen),
-        query_readable=spread(torch.tensor(queries.readable)),
+        seen=spread(answers.seen),
+        gone=verdicts.p["gone"],
+        query_readable=spread(torch.tensor(answers.queries.readable)),
+        group_size=samples,
+        control=_controls(verdicts),
+        keep=verdicts.p.get("keep"),
+        judged=verdicts.judged,
+        truth_1000=None if truths is None else spread(_table(truths)),
     )
-    rows_of = lambda items: [item for item in items for _ in range(samples)]
-    usable = views.usable(
-        rows_of(drawn),
-        known["box_1000"],
-        spread(sides.named_in(queries.texts)),
-        known["height"],
-        known["width"],
-        config.view,
-    )
-    return known | {"view_usable": usable}
 
 
-def _truths(truth: Truth, images: list[Image], queries: list[str], samples: int) -> Tensor:
-    boxes = [
-        truth(image, query) or (0.0,) * 4 for image, query in zip(images, queries, strict=True)
-    ]
-    return torch.tensor(boxes, dtype=torch.float64).repeat_interleave(samples, 0)
-
-
-def _judge_ghosts(
-    engine: Engine,
-    pixels: list[Tensor],
-    queries: list[str],
-    known: dict,
-    config: Config,
-    draws: Draws,
-) -> dict:
-    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict per distinct (image, box).
-
-    Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that do not read the answer: zeros.
-    """
-    reward = config.reward
-    samples = known["group_size"]
-    judged = (
-        known["readable"]
-        & geometry.proper(known["box_1000"])
-        & (known["seen"] >= reward.gate)
-        & known["query_readable"]
-    )
-    rows = (
-        judged.nonzero()[:, 0].tolist()
-        if reward.w_sem > 0 and reward.name not in WITHOUT_GHOSTS
-        else []
-    )
-    slots: dict[tuple, int] = {}
-    where = [
-        slots.setdefault((row // samples, *known["box_1000"][row].tolist()), len(slots))
-        for row in rows
-    ]
-    jobs = _ghost_jobs(
-        list(slots), [rows[where.index(slot)] for slot in range(len(slots))], config, draws, samples
-    )
-    owners = [image for image, *_ in slots]
-    hide = lambda boxes, region: views.ghost(
-        pixels,
-        torch.tensor(owners),
-        boxes,
-        config.ghost,
-        region,
-        literal=config.view.literal_pixels,
-    )
-    ghosts = [ghost for _, boxes, region in jobs for ghost in hide(boxes, region)] if rows else []
-    questions = [queries[i] for i in owners] * len(jobs)
-    p = (
-        _verdicts(engine, ghosts, questions, reward.judge == "policy", GHOSTS_AT_ONCE * len(pixels))
-        if rows
-        else torch.zeros(0, dtype=torch.float64)
-    )
-    found = {}
-    for (name, *_), values in zip(jobs, p.view(len(jobs), len(slots)), strict=True):
-        found[name] = torch.zeros(len(known["seen"]), dtype=torch.float64)
-        found[name][rows] = values[where]
-    controls = [found.pop(name) for name in sorted(found) if name.startswith("control")]
-    asked = torch.zeros(len(known["seen"]), dtype=torch.bool).index_fill(
-        0, torch.tensor(rows, dtype=torch.long), True
-    )
-    return found | {"judged": asked} | ({"control": torch.stack(controls, 1)} if controls else {})
-
-
-def _verdicts(
-    engine: Engine, images: list[Tensor], queries: list[str], adapters: bool, at_once: int
+def _usable(
+    part: Slice, drawn: list[list[views.View]], answers: Answers, box_1000: Tensor
 ) -> Tensor:
-    """p(visible) of query n on image n, `at_once` images in memory at a time."""
-    cuts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
-    return roles.home(
-        engine,
-        torch.cat(
-            [
-                roles.verify(engine, engine.encode(images[cut]), queries[cut], adapters, stay=True)
-                for cut in cuts
-            ]
-        ),
-    )
+    """(N, K) bool: views that enter a row's reward."""
+    samples = part.plan.samples
+    rows = [group for group in drawn for _ in range(samples)]
+    sided = sides.named_in(answers.queries.texts).repeat_interleave(samples)
+    sizes = torch.tensor([image.shape[:2] for image in part.pixels])
+    height, width = sizes.repeat_interleave(samples, 0).unbind(1)
+    return views.usable(rows, box_1000, sided, height, width, part.config.view)
 
 
-def _ghost_jobs(
-    slots: list[tuple], first: list[int], config: Config, draws: Draws, samples: int
-) -> list[tuple[str, Tensor, str]]:
-    """(name, boxes, region) for each kind of ghost the reward reads. `first`: the sample whose draw places a slot's control."""
-    boxes = torch.tensor([box for _, *box in slots], dtype=torch.float64).view(-1, 4)
-    jobs = [("gone", boxes, "inside")]
-    if config.reward.sem == "contrast":
-        for c in range(config.reward.controls):
-            placed = [
-                views.control_box(draws.generator(f"control{c}", row, samples), box)[0]
-                for row, box in zip(first, boxes, strict=True)
-            ]
-            jobs.append(
-                (f"control{c}", torch.tensor(placed, dtype=torch.float64).view(-1, 4), "inside")
-            )
-    if config.reward.sufficiency:
-        jobs.append(("keep", boxes, "outside"))
-    return jobs
+def _controls(verdicts: Verdicts) -> Tensor | None:
+    """(N, C), or None where the reward has none."""
+    columns = [p for name, p in verdicts.p.items() if name.startswith("control")]
+    return torch.stack(columns, 1) if columns else None
+
+
+def _named(images: list[Image], answers: Answers) -> zip:
+    return zip(images, answers.queries.texts, strict=True)
+
+
+def _table(truths: Sequence[tuple | None]) -> Tensor:
+    """(images, 4); zeros where there is no truth."""
+    return torch.tensor([box or (0.0,) * 4 for box in truths], dtype=torch.float64)

@@ -183,34 +183,40 @@ def _kl_tokens(kind: KLKind, logprob: Tensor, reference: Tensor, exact: Tensor |
     raise ValueError(f"kl {kind!r}; known: exact, k2, k3, k1_loss, k1_reward")
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the sampled tokens, (N, T) each; rows are answers, `mask` is False on padding.
+
+    logprob with gradient; reference without; kl: the exact KL of each position, with gradient (None
+    where the estimator is another).
+    """
+
+    logprob: Tensor
+    reference: Tensor
+    kl: Tensor | None
+    mask: Tensor
+
+
 def reinforce(
-    logprob: Tensor,
-    mask: Tensor,
-    advantage: Tensor,
-    kl: Tensor | None,
-    reference_logprob: Tensor,
-    beta: float,
-    kind: KLKind,
-    denominator: int,
+    tokens: Tokens, advantage: Tensor, beta: float, kind: KLKind, denominator: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KL-regularised REINFORCE: minus the mean of advantage times log-prob, plus beta times the KL;
     a scalar to minimise.
 
-    logprob (N, T) with gradient, mask (N, T) bool, advantage (N,), kl (N, T) with gradient (for
-    `exact`, else None), reference_logprob (N, T). denominator: samples of the whole batch, rows
-    left out included; losses and metrics of micro-batches then simply add up. k1_loss has zero
-    expected gradient (the paper's; for parity), k1_reward acts through `k1_penalised` and adds no
-    term here. Metrics are detached 0-d tensors (reading them is the caller's host sync):
-    policy_loss, kl (of this estimator), kl_loss.
+    advantage (N,). denominator: samples of the whole batch, rows left out included; losses and
+    metrics of micro-batches then simply add up. k1_loss has zero expected gradient (the paper's; for
+    parity), k1_reward acts through `k1_penalised` and adds no term here. Metrics are detached 0-d
+    tensors (reading them is the caller's host sync): policy_loss, kl (of this estimator), kl_loss.
     """
     if denominator <= 0:
         raise ValueError(f"denominator {denominator}: the whole batch has at least one sample")
-    filled = logprob.float().masked_fill(
-        ~mask, 0
-    )  # before any arithmetic: the gradient of a masked NaN would be NaN
-    reference = reference_logprob.detach().float().masked_fill(~mask, 0)
+    mask = tokens.mask
+    # before any arithmetic: the gradient of a masked NaN would be NaN
+    filled = tokens.logprob.float().masked_fill(~mask, 0)
+    reference = tokens.reference.detach().float().masked_fill(~mask, 0)
     policy_loss = -(advantage.detach().to(filled) * token_mean(filled, mask)).sum() / denominator
-    mean_kl = token_mean(_kl_tokens(kind, filled, reference, kl), mask).sum() / denominator
+    per_token = _kl_tokens(kind, filled, reference, tokens.kl)
+    mean_kl = token_mean(per_token, mask).sum() / denominator
     kl_loss = torch.zeros_like(mean_kl) if kind == "k1_reward" else beta * mean_kl
     metrics = {
         "policy_loss": policy_loss.detach(),

@@ -40,86 +40,10 @@ from torch import Tensor
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method import as_released
+from vise_fast.method.evidence import VISIBLE, Evidence, beaf_cells, r_geo
 from vise_fast.system.errors import ConfigError, NumericFault
 
 LARGE_AREA = 0.8
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is known about N = images * G sampled boxes. Probabilities are p(visible) of the row's
-    query, 0..1.
-
-    Raises ValueError when rows do not fill whole groups or a tensor has another number of rows,
-    NumericFault for a probability that is not a number in 0..1 on a row it was asked for: `seen`
-    where query and box could be read, the others where `judged` (elsewhere anything may stand, NaN
-    too).
-    """
-
-    box_1000: Tensor
-    """(N, 4), any numbers: cleaned here"""
-    readable: Tensor
-    """(N,) bool: the sampled answer was a box"""
-    view_box_1000: Tensor
-    """(N, K, 4) answers on the views"""
-    view_readable: Tensor
-    """(N, K) bool"""
-    view_usable: Tensor
-    """(N, K) bool: False where the view is dropped (too little of the box is left, side words under
-    a flip)
-    """
-    matrix_px: Tensor
-    """(N, K, 3, 3) source to view"""
-    height: Tensor
-    """(N,) pixels"""
-    width: Tensor
-    """(N,) pixels"""
-    seen: Tensor
-    """(N,) p on the image"""
-    gone: Tensor
-    """(N,) p with the box ghosted"""
-    query_readable: Tensor
-    """(N,) bool"""
-    group_size: int
-    """G"""
-    control: Tensor | None = None
-    """(N, C) p with a box of the same size ghosted elsewhere; needed by `sem: contrast`"""
-    keep: Tensor | None = None
-    """(N,) p with everything but the box ghosted; needed by `sufficiency`"""
-    judged: Tensor | None = None
-    """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box
-    has area. The others have R_sem = 0
-    """
-    truth_1000: Tensor | None = None
-    """(N, 4) for the oracle only; a box without area: no truth"""
-
-    def __post_init__(self):
-        rows = self.box_1000.shape[0]
-        if rows == 0 or rows % self.group_size:
-            raise ValueError(f"{rows} rows are not groups of {self.group_size}")
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value.shape[0] != rows:
-                raise ValueError(f"{name} has {value.shape[0]} rows, box_1000 has {rows}")
-        self._check_probabilities()
-
-    def _check_probabilities(self):
-        for name in ("seen", "gone", "control", "keep"):
-            p = getattr(self, name)
-            asked = self.readable & self.query_readable if name == "seen" else _judged(self)
-            if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
-                raise NumericFault(
-                    f"p({name}) is not within 0..1; the judge's logits are not finite; lower the "
-                    "learning rate or use float32"
-                )
-
-    def group_mean(self, values: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether
-        there was any. Two (N,).
-        """
-        chosen = of.view(-1, self.group_size).to(values.dtype)
-        count = chosen.sum(1, keepdim=True)
-        mean = (values.view_as(chosen) * chosen).sum(1, keepdim=True) / count.clamp_min(1)
-        return mean.expand_as(chosen).reshape(-1), (count > 0).expand_as(chosen).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -235,24 +159,13 @@ def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
         expected = geometry.project_1000(
             boxes, e.matrix_px, e.height[:, None], e.width[:, None], config.projection
         )
-        value = (geometry.giou(expected, answers) + 1) / 2
+        value = r_geo(expected, answers)
     judged = (
         (e.readable & geometry.proper(boxes[:, 0]))[:, None]
         & e.view_readable
         & geometry.proper(answers)
     )
     return value * judged
-
-
-def _placed(evidence: Evidence) -> Tensor:
-    """Rows whose answer is a box with area. (N,) bool."""
-    return evidence.readable & geometry.proper(evidence.box_1000)
-
-
-def _judged(evidence: Evidence) -> Tensor:
-    """Rows with verdicts on their ghosts. (N,) bool."""
-    placed = _placed(evidence) & evidence.query_readable
-    return placed if evidence.judged is None else placed & evidence.judged
 
 
 def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +176,7 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
     usable = evidence.view_usable
     count = usable.sum(1)
     mean = (agreements * usable).sum(1) / count.clamp_min(1)
-    placed = _placed(evidence)
+    placed = evidence.placed
     viewed = count > 0
     neutral, any_measured = evidence.group_mean(mean, of=placed & viewed)
     return torch.where(placed & ~viewed, neutral, mean), ~placed | viewed | any_measured
@@ -288,7 +201,7 @@ def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
         ).clamp_min(0)
     if config.sufficiency:
         value = value * p(_given(e.keep, "keep"))
-    return torch.where(_judged(e), value, torch.zeros_like(value))
+    return torch.where(e.has_verdicts, value, torch.zeros_like(value))
 
 
 def _given(values: Tensor | None, name: str) -> Tensor:
@@ -402,7 +315,7 @@ def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tupl
     """
     reward = config.w_geo * parts.agreement - config.w_area * _size(evidence.view_box_1000)
     reward = torch.where(evidence.view_readable, reward, torch.full_like(reward, lowest(config)))
-    judged = ~evidence.view_readable | (evidence.view_usable & _placed(evidence)[:, None])
+    judged = ~evidence.view_readable | (evidence.view_usable & evidence.placed[:, None])
     return reward, judged & parts.open[:, None] & (config.name == "vise")
 
 
@@ -435,20 +348,8 @@ def _mean(values: Tensor, of: Tensor) -> float:
 
 
 def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
-    """Shares of (visible, visible after ghost) among the chosen rows, verdicts at one half: TU
-    yes-no, IG no-yes, SB yes-yes, ID no-no.
-
-    The names are BEAF's (arXiv 2407.13442) for the cells of this table; its own ID counts answers
-    that an edit *elsewhere* changes, which is the figure `changed_elsewhere` here.
-    """
-    before = seen >= 0.5
-    after = gone >= 0.5
-    cells = {
-        "TU": before & ~after,
-        "IG": ~before & after,
-        "SB": before & after,
-        "ID": ~before & ~after,
-    }
+    """Share of each cell of the 2x2 verdict table among the chosen rows, verdicts at one half."""
+    cells = beaf_cells(seen >= VISIBLE, gone >= VISIBLE)
     return {name: _mean(cell, of) for name, cell in cells.items()}
 
 
@@ -459,8 +360,8 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
     """
     e = evidence
     asked = evidence.query_readable
-    placed = _placed(evidence)
-    judged = _judged(evidence)
+    placed = evidence.placed
+    judged = evidence.has_verdicts
     boxes = e.readable & asked
     area = geometry.area_share(e.box_1000)
     views = boxes[:, None].expand_as(e.view_usable)

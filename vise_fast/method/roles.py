@@ -1,22 +1,40 @@
 """The three questions a model asks itself: ask (name an object), ground (box it), verify (is it
 visible). Texts in, answers out.
 
-ask and ground sample from the policy; verify reads one pair of next-token probabilities and decodes
-nothing (METHOD sections 1 and 4).
+ask and ground sample; verify reads one pair of next-token probabilities and decodes nothing (METHOD
+sections 1 and 4).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vise_fast.engine.fast import Engine, Features, Prefixes, Prompts, Rollout
+from vise_fast.engine.rollout import Engine, Held, Rollout, owners
 from vise_fast.images import geometry
 from vise_fast.text import prompts
 
 UNREADABLE_QUERY = "object"
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn: new tokens at most, temperature (0: greedy)."""
+
+    limit: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where is `text` on image `image`? One box is sampled per seed."""
+
+    image: int
+    text: str
+    seeds: Sequence[int] = (0,)
 
 
 @dataclass
@@ -36,8 +54,8 @@ class Boxes:
     """One box per answer: box_1000 (N, 4) float64, sorted and clamped, zeros where `readable` (N,)
     is False.
 
-    asked: the first questions with the graph of their forward pass, where the update will go on
-    from it.
+    rows: the ids of each question; owner: the question of each box; asked: the first questions with
+    the graph of their forward pass, where the update will go on from it.
     """
 
     box_1000: Tensor
@@ -46,102 +64,85 @@ class Boxes:
     answers: Rollout
     rows: list[list[int]]
     owner: list[int]
-    asked: Prompts | None = None
+    asked: Held | None = None
 
 
 def ask(
-    engine: Engine,
-    prefixes: Prefixes,
-    owner: list[int],
-    seeds: list[int],
-    limit: int,
-    temperature: float = 1.0,
+    engine: Engine, prefixes: Held, owner: list[int], seeds: list[int], sampling: Sampling
 ) -> Queries:
     """One query for each image in `owner`."""
     tokens = engine.tokens
-    prompted = engine.prompt(prefixes, owner, [tokens.row(tokens.style.ask())] * len(owner))
-    answers = engine.generate(prompted, [1] * len(owner), limit, seeds, temperature)
+    rows = [tokens.row(tokens.style.ask())] * len(owner)
+    prompted = engine.prompt(prefixes, owner, rows)
+    answers = engine.generate(prompted, [1] * len(owner), *_order(sampling, seeds))
     written = [tokens.text(ids) for ids in answers.rows()]
     queries = [prompts.read_query(text) for text in written]
-    return Queries(
-        [q or UNREADABLE_QUERY for q in queries],
-        [q is not None for q in queries],
-        written,
-        answers.lengths,
-    )
+    texts = [query or UNREADABLE_QUERY for query in queries]
+    return Queries(texts, [query is not None for query in queries], written, answers.lengths)
 
 
 def ground(
     engine: Engine,
-    prefixes: Prefixes,
-    owner: list[int],
-    queries: list[str],
-    fan: list[int],
-    seeds: list[int],
-    limit: int,
-    temperature: float = 1.0,
-    trained: int = 0,
+    prefixes: Held,
+    questions: list[Question],
+    sampling: Sampling,
+    rooted: Held | None = None,
 ) -> Boxes:
-    """fan[r] boxes for query r about image owner[r]; seeds per box. `Boxes.owner` is the query each
-    box belongs to.
+    """Boxes for every question about the images behind `prefixes`.
 
-    trained: so many questions, the first, keep their graph (`Boxes.asked`).
+    rooted: the first of these prefixes with their graph; the first questions, one about each, are
+    then asked on them, and keep theirs (`Boxes.asked`).
     """
     tokens = engine.tokens
-    rows = [tokens.row(tokens.style.ground(query)) for query in queries]
-    prompted = (
-        engine.prompt(prefixes, owner, rows, trained)
-        if trained
-        else engine.prompt(prefixes, owner, rows)
-    )
-    answers = engine.generate(prompted, fan, limit, seeds, temperature)
-    written = [tokens.text(ids) for ids in answers.rows()]
+    rows = [tokens.row(tokens.style.ground(question.text)) for question in questions]
+    images = [question.image for question in questions]
+    asked = None
+    if rooted is None:
+        prompted = engine.prompt(prefixes, images, rows)
+    else:
+        count = len(rooted)
+        asked = engine.prompt(rooted, images[:count], rows[:count])
+        prompted = asked.over(prefixes)
+        if count < len(rows):
+            prompted = prompted.stack(engine.prompt(prefixes, images[count:], rows[count:]))
+    fan = [len(question.seeds) for question in questions]
+    seeds = [seed for question in questions for seed in question.seeds]
+    answers = engine.generate(prompted, fan, *_order(sampling, seeds))
+    return _read(engine, answers, rows, owners(fan), asked)
+
+
+def _order(sampling: Sampling, seeds: list[int]) -> tuple[int, list[int], float]:
+    """What `generate` takes after the fan."""
+    return sampling.limit, seeds, sampling.temperature
+
+
+def _read(
+    engine: Engine, answers: Rollout, rows: list[list[int]], owner: list[int], asked: Held | None
+) -> Boxes:
+    """Answers as boxes."""
+    written = [engine.tokens.text(ids) for ids in answers.rows()]
     boxes = [prompts.read_box(text) for text in written]
     readable = torch.tensor([box is not None for box in boxes])
-    box_1000 = geometry.clean_1000(
-        torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64)
-    )
-    asked = prompted.trained if trained else None
-    return Boxes(
-        box_1000,
-        readable,
-        written,
-        answers,
-        rows,
-        [r for r, count in enumerate(fan) for _ in range(count)],
-        asked,
-    )
+    table = torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64)
+    return Boxes(geometry.clean_1000(table), readable, written, answers, rows, owner, asked)
 
 
 def verify(
-    engine: Engine, features: Features, queries: list[str], adapters: bool, stay: bool = False
+    engine: Engine, features: Held, queries: list[str], adapters: bool, *, stay: bool = False
 ) -> Tensor:
     """p(visible) (N,) of query n on image n, judged with adapters on (policy) or off (reference).
 
-    stay: leave it on the device.
+    stay: leave it on the engine's device.
     """
-    p = _probability(
-        engine, engine.verdict_logits(features, _verdict_rows(engine, queries), adapters)
-    )
-    return p if stay else home(engine, p)
+    rows = _verdict_rows(engine, queries)
+    p = _probability(engine, engine.verdict_logits(features, rows, adapters))
+    return p if stay else engine.home(p)
 
 
-def verify_forked(
-    engine: Engine, prefixes: Prefixes, owner: list[int], queries: list[str]
-) -> Tensor:
-    """The same where the images' prefixes are at hand."""
-    return home(
-        engine,
-        _probability(
-            engine, engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))
-        ),
-    )
-
-
-def home(engine: Engine, p: Tensor) -> Tensor:
-    """Verdicts on the CPU: a host sync."""
-    engine.counters.host_reads += 1
-    return p.cpu()
+def verify_forked(engine: Engine, prefixes: Held, owner: list[int], queries: list[str]) -> Tensor:
+    """The same where the images' prefixes are at hand; on the CPU."""
+    logits = engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))
+    return engine.home(_probability(engine, logits))
 
 
 def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
@@ -153,5 +154,6 @@ def _probability(engine: Engine, logits: Tensor) -> Tensor:
     """P(yes) / (P(yes) + P(no)) from next-token logits (N, V), all one-token spellings counted
     (METHOD section 4).
     """
-    yes, no = (logits[:, ids].logsumexp(-1) for ids in (engine.tokens.yes, engine.tokens.no))
+    yes = logits[:, engine.tokens.yes].logsumexp(-1)
+    no = logits[:, engine.tokens.no].logsumexp(-1)
     return torch.sigmoid(yes - no).double()

@@ -16,88 +16,14 @@ KV key heads, D head dimension. `attend` is the fast path (torch's fused kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from vise_kernels import attention
 from vise_kernels.attention import DIM_STEP, Bank
 from vise_kernels.dispatch import choose as choose_kernel
 
-from vise_fast.model.flash import BIAS_ROW, choose, kernel
-
-
-class Grid:
-    """Which entry each row sees, as a (M, F) table of rows. `uniform`: rows are entry-major with F
-    rows each, so views suffice.
-    """
-
-    def __init__(self, owner: list[int], entries: int, device: torch.device | str = "cpu") -> None:
-        counts = [0] * entries
-        slots = []
-        for entry in owner:
-            slots.append((entry, counts[entry]))
-            counts[entry] += 1
-        self.rows = len(owner)
-        self.entries = entries
-        self.fan = max(counts)
-        self.uniform = (
-            all(entry * self.fan + rank == row for row, (entry, rank) in enumerate(slots))
-            and self.rows == entries * self.fan
-        )
-        self.slot = (
-            None
-            if self.uniform
-            else torch.tensor([entry * self.fan + rank for entry, rank in slots], device=device)
-        )
-        self.owner = torch.tensor(owner, device=device)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(N, ...) rows to (M, F, ...); slots without a row are zero."""
-        if not self.uniform:
-            table = x.new_zeros(self.entries * self.fan, *x.shape[1:])
-            x = table.index_copy_(0, self.slot, x)
-        return x.view(self.entries, self.fan, *x.shape[1:])
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(M, F, ...) back to rows (N, ...)."""
-        x = x.reshape(self.entries * self.fan, *x.shape[2:])
-        return x if self.uniform else x.index_select(0, self.slot)
-
-
-@dataclass
-class Part:
-    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry,
-    None: all S.
-
-    bias: additive (M, at least S) in the keys' dtype instead, for banks whose padding is not all at
-    the end.
-    """
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor | None = None
-    grid: Grid | None = None
-    causal: bool = False
-    bias: Tensor | None = None
-
-    def key_bias(self) -> Tensor | None:
-        """Additive (M, S): -inf on padding; None when there is none.
-
-        Rows start where GPU kernels want them.
-        """
-        size = self.keys.shape[2]
-        if self.bias is not None:
-            return self.bias[:, :size]
-        if self.lengths is None:
-            return None
-        beyond = (
-            torch.arange(-(-size // BIAS_ROW) * BIAS_ROW, device=self.keys.device)
-            >= self.lengths[:, None]
-        )
-        return torch.zeros(
-            beyond.shape, dtype=self.keys.dtype, device=self.keys.device
-        ).masked_fill_(beyond, -torch.inf)[:, :size]
+from vise_fast.model.flash import choose, kernel
+from vise_fast.model.tree import Part
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:

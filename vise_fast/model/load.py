@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import vise_kernels
@@ -30,12 +31,20 @@ from vise_fast.config.schema import Config
 from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
 from vise_fast.model.flash import choose
-from vise_fast.model.qwen3_vl import LORA_TARGETS, Backbone
+from vise_fast.model.qwen3_vl import LORA_TARGETS, Qwen3VL
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
-FAMILIES = {"qwen3_vl": (Backbone, LORA_TARGETS)}
+
+class Family(NamedTuple):
+    """What the fast engine needs of a model family: its forward, and where LoRA goes (full match)."""
+
+    backbone: Callable[[nn.Module], Qwen3VL]
+    lora_targets: str
+
+
+FAMILIES = {"qwen3_vl": Family(Qwen3VL, LORA_TARGETS)}
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Policy:
 
     model: PeftModel
     tokens: Tokens
-    backbone: Backbone
+    backbone: Qwen3VL
     source: str
 
     @property
@@ -176,8 +185,7 @@ def load(config: Config, adapter: str | None = None, weights: str | None = None)
     style = style_for(model_config)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = Tokens(tokenizer, style, base.lm_head.weight.shape[0], model_config.image_token_id)
-    family, _ = FAMILIES[model_config.model_type]
-    backbone = family(model)
+    backbone = FAMILIES[model_config.model_type].backbone(model)
     if config.model.attention == "plain":
         backbone.attend = attend_plain
     vise_kernels.prefer("plain" if config.model.kernels == "plain" else None)
@@ -213,7 +221,7 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
     """
     if adapter is not None:
         return _load_adapter(base, config, adapter)
-    _, targets = FAMILIES[base.config.model_type]
+    targets = FAMILIES[base.config.model_type].lora_targets
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,

@@ -50,6 +50,9 @@ class Pack(NamedTuple):
     down: Tensor
     up: tuple[Tensor, ...]
 
+    def factors(self) -> list[Tensor]:
+        return [self.down, *self.up]
+
     def raise_(self, y: Tensor, low: Tensor) -> Tensor:
         """y (n, sum of outs) += low (n, k·r) · upᵀ."""
         if len(self.up) == 1:
@@ -110,8 +113,20 @@ class FusedLinear:
         self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
         self.stacked = all(type(base) is nn.Linear for base in self.bases)
         self.adapted = isinstance(modules[0], LoraLayer)
+        self.cached: Pack | None = None
+        """The factors in the compute dtype, as of the last `refresh`."""
         if self.stacked:
             self.weight, self.bias = _stack(self.bases)
+
+    @torch.no_grad()
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Take over changed masters; in place, once there is a pack."""
+        fresh = self.pack(dtype)
+        if self.cached is None or fresh is None:
+            self.cached = fresh
+            return
+        for held, new in zip(self.cached.factors(), fresh.factors(), strict=True):
+            held.copy_(new)
 
     def pack(self, dtype: torch.dtype) -> Pack | None:
         """The LoRA factors in `dtype`; differentiable in the masters; None without adapters."""

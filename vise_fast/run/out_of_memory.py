@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Engine
+from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
-from vise_fast.method.experience import shares_forward
 from vise_fast.method.learner import Learner
+from vise_fast.method.step_plan import StepPlan
 from vise_fast.system.errors import MemoryFloor, UserError
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Halving:
                 f"out of memory inside the optimizer step ({reason}); the adapter may be half "
                 "moved; resume from the last checkpoint with --optim.name adamw8bit"
             )
-        if size == 1 and shares_forward(self.engine, self.config):
+        if size == 1 and StepPlan.of(self.config, self.engine.keeps_keys).shares_forward:
             self.config.train.share_forward = False
             self.halvings += 1
             return
