@@ -1,11 +1,11 @@
 """The fast engine: encode each image once, prefill its prefix once, fork it for every question,
 decode all answers together.
 
-Images become `Features` (adapters play no part in them), features become `Prefixes` (keys and values
-of one adapter state), questions fork a prefix into `Prompts`, prompts fork into sampled rows: a
-`Rollout`. `score` runs the same tree in one pass, with gradients, for the update. Sampling is
-counter-based per row, so batching, compaction of finished rows and micro-batches do not change what
-is sampled. Knows no model family: it asks a `Backbone` (model/tree.py).
+Images become `Features` (adapters play no part in them), features become `Prefixes` (keys and
+values of one adapter state), questions fork a prefix into `Prompts`, prompts fork into sampled
+rows: a `Rollout`. `score` runs the same tree in one pass, with gradients, for the update. Sampling
+is counter-based per row, so batching, compaction of finished rows and micro-batches do not change
+what is sampled. Knows no model family: it asks a `Backbone` (model/tree.py).
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class FastEngine:
         return self.backbone.forward(levels, adapters, recompute=recompute, keep=keep)
 
     def text_level(self, rows: list[list[int]], starts: list[int], parents: list[Parent]) -> Level:
-        """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …; the last
-        of each is read.
+        """A level of plain token rows, row r at rope positions starts[r], starts[r] + 1, …; the
+        last of each is read.
         """
         places: list[int] = []
         for row, start in zip(rows, starts, strict=True):
@@ -303,8 +303,8 @@ class FastEngine:
         return self.backbone.logits(hidden)
 
     def _polls(self, written: int) -> bool:
-        """Whether to look for finished rows after this many tokens: every `poll`, and not before two
-        of them, as answers are rarely shorter.
+        """Whether to look for finished rows after this many tokens: every `poll`, and not before
+        two of them, as answers are rarely shorter.
         """
         return written % self.poll == 0 and (self.poll == 1 or written >= 2 * self.poll)
 
@@ -360,9 +360,9 @@ class FastEngine:
     ) -> Tensor:
         """Hidden states (sum of lengths, E) that predict each sampled token, packed row by row.
 
-        Each prefix and question is computed once for all its answers. `prefixes`: cached ones of this
-        adapter state, for passes without gradient. `prompts`: these very questions as they were
-        asked under this adapter state, with their graph: then only the answers are computed.
+        Each prefix and question is computed once for all its answers. `prefixes`: cached ones of
+        this adapter state, for passes without gradient. `prompts`: these very questions as they
+        were asked under this adapter state, with their graph: then only the answers are computed.
         """
         if prompts is not None:
             hidden = self._score_answers(prompts, answered, recompute)

@@ -22,8 +22,9 @@ from vise_fast.system.clock import Clock
 from vise_fast.text.tokens import Tokens
 
 Held = Any
-"""What an engine keeps of images, prefixes or prompts: only this engine looks inside; others may take
-`len` and `select(rows)`."""
+"""What an engine keeps of images, prefixes or prompts: only this engine looks inside; others may
+take `len` and `select(rows)`.
+"""
 
 
 def owners(fan: Sequence[int]) -> list[int]:
@@ -56,8 +57,9 @@ class Counters:
 
 @dataclass
 class Prefixes:
-    """Image prefixes under one adapter state: their keys and values and the rope position that comes
-    next, per image. They carry the graph of their forward pass where `prefill` was asked for it.
+    """Image prefixes under one adapter state: their keys and values and the rope position that
+    comes next, per image. They carry the graph of their forward pass where `prefill` was asked for
+    it.
     """
 
     segment: Segment
@@ -109,7 +111,9 @@ class Prompts:
         return Prompts(prefixes, list(range(len(rows))), segment, following, self.last[rows])
 
     def over(self, prefixes: Prefixes) -> Prompts:
-        """The same questions without their graph; `prefixes` begin with the ones they were asked on."""
+        """The same questions without their graph; `prefixes` begin with the ones they were asked
+        on.
+        """
         return Prompts(
             prefixes, self.owner, self.segment.detach(), self.following, self.last.detach()
         )
@@ -161,8 +165,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Answered:
-    """Questions with their answers, to be scored: rows[i] are the ids of the question about image i,
-    answer n belongs to question owner[n].
+    """Questions with their answers, to be scored: rows[i] are the ids of the question about image
+    i, answer n belongs to question owner[n].
     """
 
     rows: list[list[int]]

@@ -1,8 +1,9 @@
-"""A run's model and its learner as shapes only: everything on torch's meta device, nothing computed.
+"""A run's model and its learner as shapes only: everything on torch's meta device, nothing
+computed.
 
-Sampling is replaced by its last step, which is when it needs most; answers are as long as the limits
-allow, can be read, and differ from each other, so that every box is judged and scored. Left out: what
-lies below torch (allocator rounding, workspaces of libraries, CUDA context).
+Sampling is replaced by its last step, which is when it needs most; answers are as long as the
+limits allow, can be read, and differ from each other, so that every box is judged and scored. Left
+out: what lies below torch (allocator rounding, workspaces of libraries, CUDA context).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vise_fast.estimate.stages import Stages
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model import quantise
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.qwen3_vl_vision import ENCODE_AT_ONCE
 from vise_fast.model.tree import Features
 
@@ -186,7 +188,9 @@ class MetaTokens:
 class MetaEngine(FastEngine):
     """The fast engine, every call a stage of its own."""
 
-    def __init__(self, backbone, tokens: MetaTokens, stages: Stages, device: str) -> None:
+    backbone: Qwen3VL
+
+    def __init__(self, backbone: Qwen3VL, tokens: MetaTokens, stages: Stages, device: str) -> None:
         super().__init__(backbone, tokens)  # type: ignore[arg-type]
         self.clock = stages  # type: ignore[assignment]
         self.joins = device == "cpu"
@@ -276,7 +280,7 @@ class MetaOptimizer:
         self.accumulates = False
 
     def step(self) -> None:
-        grads = [p.grad for p in self.parameters]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         self.live.relabel(grads, "LoRA gradients")
         scratch = grads if self.name == "adamw" else []
         held = [torch.empty_like(grad) for grad in scratch]

@@ -1,5 +1,5 @@
-"""One step with shapes only: the real code of a step (method/) run on the meta device. No weights, no
-GPU, seconds.
+"""One step with shapes only: the real code of a step (method/) run on the meta device. No weights,
+no GPU, seconds.
 
 Every live byte is counted as in a real step (live_bytes.py), with answers as long as the limits
 allow: the most a step can need. Left out: what lies below torch (allocator rounding, workspaces of

@@ -1,8 +1,8 @@
 """What is known about the sampled boxes of a batch before anything is rewarded: boxes, boxes in the
 views, matrices, verdicts. Tensors on the CPU, no model, no image.
 
-Rows are in group-major order: the G samples of image 0, then of image 1, ...; K views and C controls
-per row. Left out: how it came about (experience.py), what it is worth (rewards.py).
+Rows are in group-major order: the G samples of image 0, then of image 1, ...; K views and C
+controls per row. Left out: how it came about (experience.py), what it is worth (rewards.py).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def join(parts: Sequence[Evidence]) -> Evidence:
 
 
 def r_geo(expected_1000: Tensor, found_1000: Tensor) -> Tensor:
-    """(GIoU + 1) / 2 of projected boxes and the boxes found in a view (METHOD section 1.5), (..., 4)
-    each; 0 where the found box has no area.
+    """(GIoU + 1) / 2 of projected boxes and the boxes found in a view (METHOD section 1.5), (...,
+    4) each; 0 where the found box has no area.
     """
     value = (geometry.giou(expected_1000, found_1000) + 1) / 2
     return torch.where(geometry.proper(found_1000), value, 0.0)

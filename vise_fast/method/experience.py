@@ -33,8 +33,9 @@ Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
 """The true box of a query on an image: for the oracle study only; training never has one."""
 
 GHOSTS_AT_ONCE = 8
-"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the micro-batch
-does everything else's."""
+"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the
+micro-batch does everything else's.
+"""
 
 
 @dataclass(frozen=True)
@@ -374,8 +375,8 @@ class Verdicts:
 
 
 def judge(part: Slice, answers: Answers) -> Verdicts:
-    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict per
-    distinct (image, box).
+    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict
+    per distinct (image, box).
 
     Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that
     do not read the answer: zeros.

@@ -2,8 +2,8 @@
 optimizer step.
 
 Owns the optimizer, the moving baseline, the adaptive KL weight and the learning-rate schedule;
-`state` and `load` carry them through a checkpoint. Micro-batches (the slices of the batch) add up to
-the same gradient because every mean has the whole batch's denominator.
+`state` and `load` carry them through a checkpoint. Micro-batches (the slices of the batch) add up
+to the same gradient because every mean has the whole batch's denominator.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Targets:
 
 @dataclass
 class TokenScores:
-    """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens per
-    answer.
+    """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
+    per answer.
     """
 
     logprob: Tensor
@@ -82,8 +82,8 @@ class Learner:
         """The adapter is being changed: a step that fails now cannot be done again."""
 
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
-        """One update from the whole batch. Raises NumericFault after several non-finite gradients in
-        a row.
+        """One update from the whole batch. Raises NumericFault after several non-finite gradients
+        in a row.
         """
         scores = self._score(slices, step)
         targets, metrics = self._targets(slices, scores)

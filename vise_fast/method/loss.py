@@ -185,7 +185,8 @@ def _kl_tokens(kind: KLKind, logprob: Tensor, reference: Tensor, exact: Tensor |
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of the sampled tokens, (N, T) each; rows are answers, `mask` is False on padding.
+    """What is known of the sampled tokens, (N, T) each; rows are answers, `mask` is False on
+    padding.
 
     logprob with gradient; reference without; kl: the exact KL of each position, with gradient (None
     where the estimator is another).
@@ -204,9 +205,10 @@ def reinforce(
     a scalar to minimise.
 
     advantage (N,). denominator: samples of the whole batch, rows left out included; losses and
-    metrics of micro-batches then simply add up. k1_loss has zero expected gradient (the paper's; for
-    parity), k1_reward acts through `k1_penalised` and adds no term here. Metrics are detached 0-d
-    tensors (reading them is the caller's host sync): policy_loss, kl (of this estimator), kl_loss.
+    metrics of micro-batches then simply add up. k1_loss has zero expected gradient (the paper's;
+    for parity), k1_reward acts through `k1_penalised` and adds no term here. Metrics are detached
+    0-d tensors (reading them is the caller's host sync): policy_loss, kl (of this estimator),
+    kl_loss.
     """
     if denominator <= 0:
         raise ValueError(f"denominator {denominator}: the whole batch has at least one sample")

@@ -17,8 +17,8 @@ WITHOUT_GHOSTS = ("oracle", "random", "area_only")
 
 
 class GhostKind(NamedTuple):
-    """One of the ghosts a box gets. `name` is the evidence's field; `control` numbers those that hide
-    a box of the same size elsewhere (METHOD section 5).
+    """One of the ghosts a box gets. `name` is the evidence's field; `control` numbers those that
+    hide a box of the same size elsewhere (METHOD section 5).
     """
 
     name: str
@@ -117,8 +117,8 @@ def _kinds(config: Config) -> tuple[GhostKind, ...]:
 
 
 def _whole(config: Config) -> bool:
-    """The batch is played at once. One that had to be cut into slices has no room for the prefixes of
-    all: the update computes them again.
+    """The batch is played at once. One that had to be cut into slices has no room for the prefixes
+    of all: the update computes them again.
     """
     return config.train.micro_batch in (0, config.train.batch)
 

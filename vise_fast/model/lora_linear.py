@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -108,7 +108,7 @@ class FusedLinear:
     input, outputs side by side.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
         self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
         self.stacked = all(type(base) is nn.Linear for base in self.bases)
@@ -270,10 +270,11 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return _gradient(ctx.function, *ctx.saved_tensors, grad), None
+        (x,) = ctx.saved_tensors
+        return _gradient(ctx.function, x, grad), None
 
 
-def _stack(bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _stack(bases: list[Any]) -> tuple[Tensor, Tensor | None]:
     """Stack weights and biases; the modules' own parameters become views of the stack."""
     if len(bases) == 1:
         return bases[0].weight, bases[0].bias

@@ -1,9 +1,12 @@
-"""Two products where something beats torch's own on a CPU in fp32, without gradients: few rows against a large weight, and linear + GELU.
+"""Two products where something beats torch's own on a CPU in fp32, without gradients: few rows
+against a large weight, and linear + GELU.
 
-MKL packs the weight before it multiplies; with a few rows that takes longer than the product. On one thread our kernel reads it once, at nearly
-the memory's speed, and adds the low-rank term in passing; on several oneDNN is as quick and starts no threads.
-And oneDNN applies the tanh form of GELU while the product is in the cache, where torch's own kernel is slow.
-The plain versions are F.linear and F.gelu; they run wherever an operator is absent, elsewhere than on a CPU, and under autograd.
+MKL packs the weight before it multiplies; with a few rows that takes longer than the product. On
+one thread our kernel reads it once, at nearly the memory's speed, and adds the low-rank term in
+passing; on several oneDNN is as quick and starts no threads. And oneDNN applies the tanh form of
+GELU while the product is in the cache, where torch's own kernel is slow. The plain versions are
+F.linear and F.gelu; they run wherever an operator is absent, elsewhere than on a CPU, and under
+autograd.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ heads, KV key heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from vise_fast.model.lora_linear import FusedLinear, Norm, Pack, Swiglu, recompu
 from vise_fast.model.products import linear as product
 from vise_fast.model.qwen3_vl_vision import VisionTower
 from vise_fast.model.tree import (
+    Attend,
     Features,
     KeysValues,
     Level,
@@ -67,12 +68,12 @@ class Packs(NamedTuple):
 class Qwen3VL:
     """The fast forward of one Qwen3-VL model; a `Backbone`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         text = core.config.text_config
         self.config = core.config
         self.head: nn.Linear = core.lm_head
-        self.attend = attend
+        self.attend: Attend = attend
         self.kv_heads: int = text.num_key_value_heads
         self.heads: int = text.num_attention_heads
         self.head_dim: int = text.head_dim
@@ -193,8 +194,8 @@ class Qwen3VL:
     def layer(
         self, index: int, x: Tensor, parts: Parts, levels: list[Level], packs: Packs
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Decoder layer `index` behind its queries, keys and values: hidden states of all tokens (in
-        the last layer of those that are read) and the keys and values of each level.
+        """Decoder layer `index` behind its queries, keys and values: hidden states of all tokens
+        (in the last layer of those that are read) and the keys and values of each level.
         """
         layer = self.layers[index]
         final = index + 1 == len(self.layers)
@@ -289,7 +290,7 @@ class Qwen3VL:
 class _Layer:
     """One decoder layer's tensors."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         attn = layer.self_attn
         mlp = layer.mlp
         eps = attn.config.rms_norm_eps
@@ -306,7 +307,7 @@ class _Layer:
 class _Merger:
     """A patch merger: norm (before or after the 2x2 shuffle), two linears with GELU between."""
 
-    def __init__(self, merger: nn.Module) -> None:
+    def __init__(self, merger: Any) -> None:
         self.norm = merger.norm
         self.width: int = merger.hidden_size
         self.postshuffle: bool = merger.use_postshuffle_norm
@@ -352,4 +353,5 @@ class _Parted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-        return heads_backward(*ctx.saved_tensors, ctx.turn, Parts(dq, dk, dv)), None, None
+        (qkv,) = ctx.saved_tensors
+        return heads_backward(qkv, ctx.turn, Parts(dq, dk, dv)), None, None

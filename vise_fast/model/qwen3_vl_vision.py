@@ -1,8 +1,8 @@
 """Qwen3-VL's frozen vision tower over transformers' own tensors: images to features, up to but not
 including the mergers.
 
-A still image shows the same pixels at every temporal tap, so the patch embedding is one product with
-the taps folded. Each image attends to itself only; neighbours of equal size share a batched
+A still image shows the same pixels at every temporal tap, so the patch embedding is one product
+with the taps folded. Each image attends to itself only; neighbours of equal size share a batched
 attention. Position tables are made once per grid. Left out: video, gradients, the mergers, which
 may carry LoRA (qwen3_vl.py).
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from vise_kernels import patchify
 
@@ -52,7 +52,7 @@ class Run:
 class VisionTower:
     """The tower of one model. `at_once`: patches that go through it together, None: all."""
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: Any) -> None:
         vision = visual.config
         self.visual = visual
         self.patch: int = vision.patch_size
@@ -100,13 +100,13 @@ class VisionTower:
                 taps.append(x)
         return Features(x, taps, grids)
 
-    def _attention(self, attn: nn.Module, x: Tensor, places: Places, runs: list[Run]) -> Tensor:
+    def _attention(self, attn: Any, x: Tensor, places: Places, runs: list[Run]) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
         qk = _rotate(qkv[:, :2], places.cos[:, None, None], places.sin[:, None, None])
         outs = [_attend(qk, qkv[:, 2], run) for run in runs]
         return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
 
-    def _mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+    def _mlp(self, mlp: Any, x: Tensor) -> Tensor:
         first = mlp.linear_fc1
         if self.tanh_gelu:
             return mlp.linear_fc2(linear_gelu_tanh(x, first.weight, first.bias))
@@ -203,8 +203,8 @@ def _merge_order(
 
 
 def _bilinear(table: Tensor, grid: tuple[int, int], rows: Tensor, columns: Tensor) -> Tensor:
-    """The learned square position table (side², C) sampled at a rows×columns grid (corners aligned),
-    for the given patches.
+    """The learned square position table (side², C) sampled at a rows×columns grid (corners
+    aligned), for the given patches.
     """
     side = int(table.shape[0] ** 0.5)
     y = torch.linspace(0, side - 1, grid[0], device=table.device)[rows]

@@ -135,8 +135,8 @@ class Features:
 
 @dataclass
 class Segment:
-    """Keys and values of one stretch of tokens: per layer (N, KV, T, D); lengths (N,) where rows are
-    ragged, else None.
+    """Keys and values of one stretch of tokens: per layer (N, KV, T, D); lengths (N,) where rows
+    are ragged, else None.
 
     bias: additive (N, T) instead of lengths where the padding is not all at the end (`join`).
     """
@@ -234,7 +234,9 @@ def _joined(first: Tensor, second: Tensor, room: int) -> Tensor:
 
 
 class Ragged:
-    """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain views."""
+    """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain
+    views.
+    """
 
     def __init__(self, lengths: list[int], device: torch.device | str) -> None:
         self.device = device
@@ -270,8 +272,8 @@ class Ragged:
 
 
 class Parent(NamedTuple):
-    """What rows see besides themselves: a cached segment or the index of an earlier level, and which
-    entry of it each row sees (None: row r sees entry r).
+    """What rows see besides themselves: a cached segment or the index of an earlier level, and
+    which entry of it each row sees (None: row r sees entry r).
     """
 
     source: Segment | int
@@ -300,6 +302,12 @@ class Level:
         return {"all": self.rag.count, "last": len(self.rag.lengths), "none": 0}[self.read]
 
 
+class Attend(Protocol):
+    """Attention of q (N, T, H, D) over all parts together."""
+
+    def __call__(self, q: Tensor, parts: list[Part], scale: float) -> Tensor: ...
+
+
 class Backbone(Protocol):
     """One model as the engine sees it: a forward pass over weights that transformers and PEFT own.
 
@@ -313,7 +321,7 @@ class Backbone(Protocol):
     scale: float
     """of the attention scores"""
     dtype: torch.dtype
-    attend: Callable[[Tensor, list[Part], float], Tensor]
+    attend: Attend
 
     @property
     def device(self) -> torch.device: ...
@@ -329,7 +337,9 @@ class Backbone(Protocol):
         """uint8 (H, W, 3) images, sides multiples of patch times merge_size; no adapters inside."""
 
     def merge(self, features: Features, adapters: bool) -> tuple[Tensor, list[Tensor]]:
-        """Image embeddings (tokens, E), and what early decoder layers add to them, each (tokens, E)."""
+        """Image embeddings (tokens, E), and what early decoder layers add to them, each (tokens,
+        E).
+        """
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to (n, E)."""

@@ -116,7 +116,7 @@ FORMULAS = {
     aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,
 }
 for formula in FORMULAS.values():
-    formula._get_raw = True
+    formula._get_raw = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
