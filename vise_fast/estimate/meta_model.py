@@ -124,14 +124,20 @@ class Packed(nn.Module):
         )
 
     def product(self, x: Tensor) -> Tensor:
+        """Empty (n, out) in x's dtype."""
+        rows, width = x.shape
         if self.int8:
-            scratch = x.new_empty(
-                x.shape[0], 3 * x.shape[1] + 4 * self.out_features * self.inside, dtype=torch.uint8
-            )
+            half = x.new_empty(
+                rows, 2 * width, dtype=torch.uint8
+            )  # the fp16 copy that is quantised
+            held = x.new_empty(rows, width + 4, dtype=torch.uint8)
+            del half
+            sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
         else:
-            scratch = self.dequantised(x.dtype) if self.inside else None
-        out = x.new_empty(x.shape[0], self.out_features)
-        del scratch
+            held = self.dequantised(x.dtype) if self.inside else x
+            sums = held
+        out = x.new_empty(rows, self.out_features)
+        del held, sums
         return out
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
