@@ -200,15 +200,15 @@ def test_half_the_image_has_one_place_left():
 
 def test_ghost_lengths_scale_with_the_short_side():
     config = GhostConfig(feather_px=10)
-    assert views.ghost_settings(480, 640, config) == views.GhostLengths(25, 75, 10)
-    assert views.ghost_settings(640, 480, config) == views.GhostLengths(25, 75, 10)
-    small = views.ghost_settings(128, 128, config)
+    assert views.ghost_lengths(480, 640, config) == views.GhostLengths(25, 75, 10)
+    assert views.ghost_lengths(640, 480, config) == views.GhostLengths(25, 75, 10)
+    small = views.ghost_lengths(128, 128, config)
     assert (
         small.sigma == pytest.approx(25 * 128 / 480)
         and small.radius == 20
         and small.feather == pytest.approx(10 * 128 / 480)
     )
-    assert views.ghost_settings(128, 128, config, literal=True) == views.GhostLengths(25, 75, 10)
+    assert views.ghost_lengths(128, 128, config, literal=True) == views.GhostLengths(25, 75, 10)
 
 
 @pytest.mark.parametrize("size", ODD + [(H, W)])

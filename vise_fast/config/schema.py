@@ -23,6 +23,8 @@ from vise_fast.system.errors import ConfigError
 
 
 class Section(BaseModel):
+    """A part of the configuration; what is assigned to a field is checked as what is read."""
+
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
@@ -359,9 +361,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        for holds, complaint in _rules(self):
-            if not holds:
-                raise ValueError(complaint)
+        complaint = next(_contradictions(self), None)
+        if complaint is not None:
+            raise ValueError(complaint)
         return self
 
 
@@ -418,15 +420,12 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
-    embedded = (
-        settings.read(NANO, Config)
-        if stated.get("model.path", "nano") == "nano" and NANO.exists()
-        else {}
-    )
-    preset = PRESETS.get(
-        str(stated.get("reward.preset", embedded.get("reward.preset", "robust"))), {}
-    )
-    merged = _shortened(_shortened(embedded | preset, written), typed)
+    embedded = {}
+    if stated.get("model.path", "nano") == "nano" and NANO.exists():
+        embedded = settings.read(NANO, Config)
+    preset = stated.get("reward.preset", embedded.get("reward.preset", "robust"))
+    below = embedded | PRESETS.get(str(preset), {})
+    merged = _shortened(_shortened(below, written), typed)
     try:
         return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
@@ -449,82 +448,77 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _rules(c: Config) -> Iterator[tuple[bool, str]]:
-    """What no single field can say: (holds, complaint)."""
-    grouped = c.update.advantage != "ema"
-    yield (
-        not grouped or c.rollout.samples >= 2,
-        (
-            f"update.advantage {c.update.advantage} compares samples of one image; set "
+def _contradictions(config: Config) -> Iterator[str]:
+    """What no single field can say: values that cannot be meant together, one complaint each."""
+    yield from _contradicting_choices(config)
+    yield from _exceeded_limits(config)
+    yield from _empty_ranges(config)
+    reward = config.reward
+    if reward.w_geo + reward.w_sem + reward.w_area <= 0:
+        yield "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them"
+    budget = config.memory.budget_gb
+    if isinstance(budget, float) and budget <= 0:
+        yield f"memory.budget_gb {budget} must be positive; give GB, auto or null"
+
+
+def _contradicting_choices(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    update = config.update
+    model = config.model
+    if update.advantage != "ema" and rollout.samples < 2:
+        yield (
+            f"update.advantage {update.advantage} compares samples of one image; set "
             "rollout.samples to 2 or more, or update.advantage to ema"
-        ),
-    )
-    alike = c.rollout.regrounder == "policy" and c.rollout.view_temperature == c.rollout.temperature
-    yield (
-        alike or not c.update.views_too,
-        (
+        )
+    alike = rollout.regrounder == "policy" and rollout.view_temperature == rollout.temperature
+    if update.views_too and not alike:
+        yield (
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
-        ),
-    )
-    graphable = c.model.engine == "fast" and c.model.quant == "none"
-    yield (
-        graphable or not c.model.graphs,
-        (
-            f"model.graphs needs engine fast and quant none, not {c.model.engine} and "
-            f"{c.model.quant}; change them or leave model.graphs false"
-        ),
-    )
-    yield (
-        c.update.beta_min <= c.update.beta_max,
-        (
-            f"update.beta_min {c.update.beta_min:g} exceeds update.beta_max {c.update.beta_max:g}; "
+        )
+    if model.graphs and (model.engine != "fast" or model.quant != "none"):
+        yield (
+            f"model.graphs needs engine fast and quant none, not {model.engine} and "
+            f"{model.quant}; change them or leave model.graphs false"
+        )
+
+
+def _exceeded_limits(config: Config) -> Iterator[str]:
+    update = config.update
+    data = config.data
+    train = config.train
+    if update.beta_min > update.beta_max:
+        yield (
+            f"update.beta_min {update.beta_min:g} exceeds update.beta_max {update.beta_max:g}; "
             "swap them"
-        ),
-    )
-    yield (
-        c.update.beta <= c.update.beta_max,
-        (
-            f"update.beta {c.update.beta:g} exceeds update.beta_max {c.update.beta_max:g}; lower "
+        )
+    if update.beta > update.beta_max:
+        yield (
+            f"update.beta {update.beta:g} exceeds update.beta_max {update.beta_max:g}; lower "
             "update.beta"
-        ),
-    )
-    yield (
-        c.data.min_pixels <= c.data.max_pixels,
-        (
-            f"data.min_pixels {c.data.min_pixels} exceeds data.max_pixels {c.data.max_pixels}; "
-            "lower data.min_pixels"
-        ),
-    )
-    yield (
-        c.train.micro_batch <= c.train.batch,
-        (
-            f"train.micro_batch {c.train.micro_batch} exceeds train.batch {c.train.batch}; lower "
-            "it or set 0"
-        ),
-    )
-    yield (
-        c.train.warmup <= c.train.steps,
-        f"train.warmup {c.train.warmup} exceeds train.steps {c.train.steps}; lower it",
-    )
-    yield (
-        0 < c.view.scale[0] <= c.view.scale[1],
-        f"view.scale {c.view.scale} is no range of positive numbers; write the smaller one first",
-    )
-    yield (
-        0 < c.view.crop[0] <= c.view.crop[1] <= 1,
-        f"view.crop {c.view.crop} is no range within (0, 1]; write the smaller one first",
-    )
-    yield (
-        all(0 <= b < 1 for b in c.optim.betas),
-        f"optim.betas {c.optim.betas} must lie in [0, 1); usual are 0.9 and 0.999",
-    )
-    yield (
-        c.reward.w_geo + c.reward.w_sem + c.reward.w_area > 0,
-        "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them",
-    )
-    budget = c.memory.budget_gb
-    yield (
-        not isinstance(budget, float) or budget > 0,
-        f"memory.budget_gb {budget} must be positive; give GB, auto or null",
-    )
+        )
+    if data.min_pixels > data.max_pixels:
+        yield (
+            f"data.min_pixels {data.min_pixels} exceeds data.max_pixels {data.max_pixels}; lower "
+            "data.min_pixels"
+        )
+    if train.micro_batch > train.batch:
+        yield (
+            f"train.micro_batch {train.micro_batch} exceeds train.batch {train.batch}; lower it "
+            "or set 0"
+        )
+    if train.warmup > train.steps:
+        yield f"train.warmup {train.warmup} exceeds train.steps {train.steps}; lower it"
+
+
+def _empty_ranges(config: Config) -> Iterator[str]:
+    view = config.view
+    betas = config.optim.betas
+    if not 0 < view.scale[0] <= view.scale[1]:
+        yield (
+            f"view.scale {view.scale} is no range of positive numbers; write the smaller one first"
+        )
+    if not 0 < view.crop[0] <= view.crop[1] <= 1:
+        yield f"view.crop {view.crop} is no range within (0, 1]; write the smaller one first"
+    if not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas {betas} must lie in [0, 1); usual are 0.9 and 0.999"

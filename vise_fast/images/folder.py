@@ -132,7 +132,7 @@ class Folder:
     # -- listing -----------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """Lists the folder and reads every header; splits what is usable into `train` and `held`."""
+        """Lists the folder, reads every header, splits what is usable into `train` and `held`."""
         listing.refuse_folder(self.root)
         self.ignored = 0
         names = {}

@@ -12,7 +12,8 @@ Run the golden numbers: `pytest tests/images/test_geometry.py`.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from torch import Tensor
 Box = tuple[float, float, float, float]
 Projection = Literal["ellipse", "corners"]
 Length = float | int | Tensor
+Boxes = Tensor | Sequence[Any]
+"""(..., 4): a tensor of any dtype, or numbers."""
 
 
-def _double(value) -> Tensor:
+def _double(value: Boxes | Length) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
@@ -39,11 +42,11 @@ def _area(boxes: Tensor) -> Tensor:
 
 def _size(height: Length, width: Length, device: torch.device) -> Tensor:
     """Numbers or tensors (...) -> (..., 4): width, height, width, height."""
-    height, width = torch.broadcast_tensors(_double(height), _double(width))
-    return torch.stack([width, height, width, height], dim=-1).to(device)
+    high, wide = torch.broadcast_tensors(_double(height), _double(width))
+    return torch.stack([wide, high, wide, high], dim=-1).to(device)
 
 
-def clean_1000(boxes_1000) -> Tensor:
+def clean_1000(boxes_1000: Boxes) -> Tensor:
     """Sort x1/x2 and y1/y2, clamp to 0..1000; a box with any non-finite number becomes (0, 0, 0,
     0). (..., 4) -> (..., 4).
     """
@@ -53,23 +56,23 @@ def clean_1000(boxes_1000) -> Tensor:
     return _hull(boxes[..., :2], boxes[..., 2:])
 
 
-def proper(boxes_1000) -> Tensor:
+def proper(boxes_1000: Boxes) -> Tensor:
     """Whether a box is finite and has area inside the image. (..., 4) -> bool (...)."""
     return _area(clean_1000(boxes_1000)) > 0
 
 
-def area_share(boxes_1000) -> Tensor:
+def area_share(boxes_1000: Boxes) -> Tensor:
     """Area of the cleaned box as a share 0..1 of the image. (..., 4) -> (...)."""
     return _area(clean_1000(boxes_1000)) / 1e6
 
 
-def to_px(boxes_1000, height: Length, width: Length) -> Tensor:
+def to_px(boxes_1000: Boxes, height: Length, width: Length) -> Tensor:
     """0..1000 -> pixels; height and width broadcast with the boxes' leading dimensions."""
     boxes = _double(boxes_1000)
     return boxes * _size(height, width, boxes.device) / 1000
 
 
-def to_1000(boxes_px, height: Length, width: Length) -> Tensor:
+def to_1000(boxes_px: Boxes, height: Length, width: Length) -> Tensor:
     """Pixels -> 0..1000; height and width broadcast with the boxes' leading dimensions."""
     boxes = _double(boxes_px)
     return boxes * 1000 / _size(height, width, boxes.device)
@@ -77,10 +80,9 @@ def to_1000(boxes_px, height: Length, width: Length) -> Tensor:
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and union areas of sorted boxes."""
-    inside = torch.cat(
-        [torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1
-    )
-    shared = _area(inside)
+    low = torch.maximum(a[..., :2], b[..., :2])
+    high = torch.minimum(a[..., 2:], b[..., 2:])
+    shared = _area(torch.cat([low, high], dim=-1))
     return shared, _area(a) + _area(b) - shared
 
 
@@ -93,7 +95,7 @@ def _ratio(part: Tensor, whole: Tensor, empty: float) -> Tensor:
     )
 
 
-def iou(a, b) -> Tensor:
+def iou(a: Boxes, b: Boxes) -> Tensor:
     """Intersection over union of sorted boxes in the same units; 0 when both are empty.
 
     (..., 4) x2 -> (...).
@@ -102,18 +104,16 @@ def iou(a, b) -> Tensor:
     return _ratio(shared, union, empty=0.0)
 
 
-def giou(a, b) -> Tensor:
+def giou(a: Boxes, b: Boxes) -> Tensor:
     """Generalised IoU, -1..1 (Rezatofighi et al., arXiv 1902.09630); -1 when the common hull is
     empty. (..., 4) x2 -> (...).
     """
-    a = _double(a)
-    b = _double(b)
-    shared, union = _overlap(a, b)
-    hull = _area(
-        torch.cat(
-            [torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1
-        )
-    )
+    first = _double(a)
+    second = _double(b)
+    shared, union = _overlap(first, second)
+    low = torch.minimum(first[..., :2], second[..., :2])
+    high = torch.maximum(first[..., 2:], second[..., 2:])
+    hull = _area(torch.cat([low, high], dim=-1))
     return _ratio(shared, union, empty=0.0) - _ratio(hull - union, hull, empty=1.0)
 
 
@@ -160,7 +160,7 @@ def _reach(half: Tensor, matrix: Tensor, mode: Projection) -> Tensor:
 
 
 def project_1000(
-    boxes_1000,
+    boxes_1000: Boxes,
     matrix_px: Tensor,
     height: Length,
     width: Length,
@@ -184,7 +184,7 @@ def project_1000(
     return boxes.clamp(0, 1000) if clamp else boxes
 
 
-def kept_share(boxes_1000, matrix_px: Tensor, height: Length, width: Length) -> Tensor:
+def kept_share(boxes_1000: Boxes, matrix_px: Tensor, height: Length, width: Length) -> Tensor:
     """Share of the projected (corner) hull's area that lies inside the view; 1 for a box without
     area. Broadcasts like project_1000.
     """

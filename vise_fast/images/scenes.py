@@ -8,7 +8,9 @@ generator and its settings: `draw(generator(seed, step, "scene"))`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,11 +31,9 @@ RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
 MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
 DISTRACTOR = 0.3  # how often a further object shares colour or shape with an earlier one
 LOOKALIKE = 0.7  # how often an absent name shares colour or shape with a present one
-RIM = (
-    2.5 / 128
-    # width of the dark outline as a share of the side: without it, blurring a square within its
-    # exact box changes nothing
-)
+# width of the dark outline as a share of the side: without it, blurring a square within its exact
+# box changes nothing
+RIM = 2.5 / 128
 RIM_SHADE = 0.55  # how much darker the outline is
 TRIES = 24  # places tried for one object before it is left out
 
@@ -66,6 +66,15 @@ class Scene:
         return [thing.name for thing in self.objects]
 
 
+class _Place(NamedTuple):
+    """Where an object goes: the part of the canvas around it, and the signed distance in pixels of
+    each pixel there to its edge, negative inside.
+    """
+
+    window: tuple[slice, slice]
+    distance: np.ndarray
+
+
 def draw(
     rng: np.random.Generator, size: int = 128, max_objects: int = 4, min_objects: int = 1
 ) -> Scene:
@@ -79,28 +88,27 @@ def draw(
     full: list[int] = []
     for _ in range(int(rng.integers(min_objects, max_objects + 1))):
         name = _new_name(rng, names)
-        window, distance = _place(rng, name.split()[1], owner, full)
-        if distance is None:
+        color, shape = name.split()
+        place = _place(rng, shape, owner, full)
+        if place is None:
             continue
-        _paint(rng, canvas[window], distance, name.split()[0], RIM * size)
-        mask = distance < 0
-        owner[window][mask] = len(names)
+        _paint(rng, canvas[place.window], place.distance, color, RIM * size)
+        mask = place.distance < 0
+        owner[place.window][mask] = len(names)
         names.append(name)
         full.append(int(mask.sum()))
     canvas += rng.integers(-5, 6, canvas.shape, dtype=np.int8)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
-    things = [
-        _thing(name, owner == index, count) for index, (name, count) in enumerate(zip(names, full))
-    ]
+    things = [_thing(names[i], owner == i, full[i]) for i in range(len(names))]
     return Scene(pixels, things, owner)
 
 
-def absent_name(rng: np.random.Generator, present: list[str]) -> str:
+def absent_name(rng: np.random.Generator, present: Sequence[str]) -> str:
     """A name that is not in `present`; in 70 % of the draws it shares its colour or its shape with
     one that is.
     """
     absent = [name for name in NAMES if name not in present]
-    words = {word for name in present for word in name.split()}
+    words = set(" ".join(present).split())
     similar = [name for name in absent if words & set(name.split())]
     pool = similar if similar and rng.random() < LOOKALIKE else absent
     return pool[int(rng.integers(len(pool)))]
@@ -155,24 +163,29 @@ def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
     return (ramp[:, :, None] + base).astype(np.float32)
 
 
-def _place(rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[int]):
-    """(window, distance) of a place that leaves every earlier object at least 1 - MAX_HIDDEN of
-    itself; distance None: none was found.
+def _place(
+    rng: np.random.Generator, shape: str, owner: np.ndarray, full: list[int]
+) -> _Place | None:
+    """A place that leaves every earlier object at least 1 - MAX_HIDDEN of itself; None: none was
+    found.
     """
     size = owner.shape[0]
     seen = np.bincount(owner.ravel() + 1, minlength=len(full) + 1)[1:]
     for _ in range(TRIES):
         radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random() ** 1.3)
         x, y = rng.uniform(radius, size - radius, 2)
-        window = tuple(
-            slice(max(int(c - radius) - 1, 0), min(int(c + radius) + 2, size)) for c in (y, x)
-        )
+        window = (_reach(y, radius, size), _reach(x, radius, size))
         distance = _distance_in(window, shape, radius, x, y)
         covered = owner[window][distance < 0]
         lost = np.bincount(covered + 1, minlength=len(full) + 1)[1:]
         if np.all(seen - lost >= (1 - MAX_HIDDEN) * np.array(full)):
-            return window, distance
-    return window, None
+            return _Place(window, distance)
+    return None
+
+
+def _reach(centre: float, radius: float, size: int) -> slice:
+    """Pixels along one side that a shape may touch, with one to spare at either end."""
+    return slice(max(int(centre - radius) - 1, 0), min(int(centre + radius) + 2, size))
 
 
 def _distance_in(

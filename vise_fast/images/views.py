@@ -66,9 +66,14 @@ def draw_view(rng: np.random.Generator, height: int, width: int, settings: ViewC
     return View(kind, geometry.affine_px(angle, scale, dx, dy, width, height))
 
 
+def matrices(views: Sequence[View]) -> Tensor:
+    """K views -> float64 (K, 3, 3)."""
+    return torch.stack([view.matrix_px for view in views])
+
+
 def stack(views: Sequence[Sequence[View]]) -> Tensor:
-    """N rows of K views -> matrices (N, K, 3, 3)."""
-    return torch.stack([torch.stack([view.matrix_px for view in row]) for row in views])
+    """N rows of K views -> their matrices, float64 (N, K, 3, 3)."""
+    return torch.stack([matrices(row) for row in views])
 
 
 def apply(
@@ -78,9 +83,7 @@ def apply(
 
     N uint8 (H, W, 3) -> N uint8 (H, W, 3).
     """
-    return vise_kernels.warp(
-        images, torch.stack([view.matrix_px for view in views]), fill=BORDER, path=path
-    )
+    return vise_kernels.warp(images, matrices(views), fill=BORDER, path=path)
 
 
 def usable(
@@ -98,15 +101,18 @@ def usable(
     that names a side when `side_words` is "drop". A box without area loses no view by the
     first rule (its reward is 0 in any case).
     """
-    sizes = (torch.as_tensor(side, dtype=torch.float64)[:, None] for side in (height, width))
-    kept = (
-        geometry.kept_share(torch.as_tensor(boxes_1000).cpu()[:, None], stack(views), *sizes)
-        >= settings.min_kept
-    )
+    heights = torch.as_tensor(height, dtype=torch.float64)[:, None]
+    widths = torch.as_tensor(width, dtype=torch.float64)[:, None]
+    boxes = torch.as_tensor(boxes_1000).cpu()[:, None]
+    kept = geometry.kept_share(boxes, stack(views), heights, widths) >= settings.min_kept
     if settings.side_words != "drop":
         return kept
-    flipped = torch.stack([torch.tensor([view.kind == "flip" for view in row]) for row in views])
+    flipped = torch.stack([_flips(row) for row in views])
     return kept & ~(sided[:, None] & flipped)
+
+
+def _flips(views: Sequence[View]) -> Tensor:
+    return torch.tensor([view.kind == "flip" for view in views])
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class GhostLengths:
     feather: float
 
 
-def ghost_settings(
+def ghost_lengths(
     height: int, width: int, settings: GhostConfig, literal: bool = False
 ) -> GhostLengths:
     """The settings' lengths for an image of this size; the radius is `radius_sigmas` times the
@@ -158,13 +164,13 @@ def ghost(
     images: any number, of any sizes; image_index (N,) says which one row n copies; boxes (N, 4),
     cleaned here. A box without area hides nothing inside.
     """
-    sizes = [images[i].shape[:2] for i in image_index.tolist()]
-    boxes_px = whole_pixels(boxes_1000.cpu(), *torch.tensor(sizes).unbind(1)).int()
-    lengths = [ghost_settings(*size, settings, literal) for size in sizes]
-    result: list[Tensor | None] = [None] * len(sizes)
-    for feather in {
-        length.feather for length in lengths
-    }:  # the kernel takes one feather per call; sizes rarely differ
+    shapes = torch.tensor([images[i].shape for i in image_index.tolist()])
+    height, width, _ = shapes.unbind(1)
+    boxes_px = whole_pixels(boxes_1000.cpu(), height, width).int()
+    lengths = [ghost_lengths(h, w, settings, literal) for h, w, _ in shapes.tolist()]
+    result: dict[int, Tensor] = {}
+    # the kernel takes one feather per call; sizes rarely differ
+    for feather in {length.feather for length in lengths}:
         chosen = [n for n, length in enumerate(lengths) if length.feather == feather]
         hidden = vise_kernels.ghost(
             images,
@@ -177,9 +183,8 @@ def ghost(
             region=region,
             path=path,
         )
-        for n, image in zip(chosen, hidden):
-            result[n] = image
-    return result
+        result.update(zip(chosen, hidden, strict=True))
+    return [result[n] for n in range(len(lengths))]
 
 
 def _free_spots(box: Box) -> list[tuple[float, float, float, float]]:
@@ -210,17 +215,13 @@ def control_box(
     measure (a box of exactly half the width has one spot left) is taken only when there is no
     other.
     """
-    box = tuple(geometry.clean_1000(box_1000).tolist())
-    w = box[2] - box[0]
-    h = box[3] - box[1]
-    free = _free_spots(box)
+    x1, y1, x2, y2 = geometry.clean_1000(box_1000).tolist()
+    w = x2 - x1
+    h = y2 - y1
+    free = _free_spots((x1, y1, x2, y2))
     spots = free or [(0.0, 1000 - w, 0.0, 1000 - h)]
-    weights = np.array(
-        [
-            (x_high - x_low + 1e-9) * (y_high - y_low + 1e-9)
-            for x_low, x_high, y_low, y_high in spots
-        ]
-    )
+    corners = np.array(spots)
+    weights = (corners[:, 1] - corners[:, 0] + 1e-9) * (corners[:, 3] - corners[:, 2] + 1e-9)
     x_low, x_high, y_low, y_high = spots[rng.choice(len(spots), p=weights / weights.sum())]
     x = rng.uniform(x_low, x_high)
     y = rng.uniform(y_low, y_high)

@@ -41,12 +41,15 @@ class Style:
     no: tuple[str, ...] = ("no", "No", "NO")
 
     def ask(self) -> str:
+        """The question for an object's name."""
         return self.ask_text
 
     def ground(self, query: str) -> str:
+        """The question for an object's box."""
         return self.ground_text.replace("{query}", query)
 
     def verify(self, query: str) -> str:
+        """The question whether an object is visible."""
         return self.verify_text.replace("{query}", query)
 
     def write_query(self, query: str) -> str:
@@ -121,10 +124,8 @@ _QUERY_END = re.compile(r"<\s*/\s*query\s*>", re.IGNORECASE)
 
 def _without_tags(text: str) -> str:
     """Drop `<...>` until none is left, so that removing one cannot assemble another."""
-    shorter = _TAG.sub(" ", text)
-    while shorter != text:
-        text = shorter
-        shorter = _TAG.sub(" ", shorter)
+    while _TAG.search(text):
+        text = _TAG.sub(" ", text)
     return text
 
 
@@ -151,9 +152,8 @@ def read_query(text: str) -> str | None:
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _COMMA = r"(?:\s*[,;，、]\s*|\s+)"
 _RUN = re.compile(rf"(?<![\w.%+-]){_NUMBER}(?:{_COMMA}{_NUMBER})*+(?![\w]|\.[0-9]|\s*%)")
-_PAIR = re.compile(
-    rf"[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]\s*[,;，、]?\s*[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]"
-)
+_CORNER = rf"[(\[]\s*({_NUMBER})\s*[,;，、]\s*({_NUMBER})\s*[)\]]"
+_CORNERS = re.compile(rf"{_CORNER}\s*[,;，、]?\s*{_CORNER}")
 _SPACED_DIGITS = re.compile(r"(?<![0-9.])[0-9](?: [0-9])+(?![0-9.])")
 _BOX_TAG = re.compile(r"<\s*\|?\s*box(?:_start)?\s*\|?\s*>", re.IGNORECASE)
 _BOX_KEY = re.compile(r"[\"']?\b(?:bbox(?:_2d)?|box)\b[\"']?\s*[:=]\s*", re.IGNORECASE)
@@ -161,14 +161,17 @@ _BOX_KEY = re.compile(r"[\"']?\b(?:bbox(?:_2d)?|box)\b[\"']?\s*[:=]\s*", re.IGNO
 
 def _numbers(run: str) -> Box | None:
     """Exactly four sane numbers, or None."""
-    values = tuple(float(number) for number in re.findall(_NUMBER, run))
-    sane = len(values) == 4 and all(math.isfinite(v) and abs(v) <= LARGEST_NUMBER for v in values)
-    return values if sane else None
+    values = [float(number) for number in re.findall(_NUMBER, run)]
+    sane = all(math.isfinite(value) and abs(value) <= LARGEST_NUMBER for value in values)
+    if len(values) != 4 or not sane:
+        return None
+    x1, y1, x2, y2 = values
+    return x1, y1, x2, y2
 
 
 def _first_four(text: str) -> Box | None:
     """The first run of exactly four numbers; `(a, b), (c, d)` counts as one run."""
-    text = _PAIR.sub(r"\1,\2,\3,\4", text)
+    text = _CORNERS.sub(r"\1,\2,\3,\4", text)
     for run in _RUN.finditer(text):
         if len(re.findall(_NUMBER, run.group())) == 4:
             return _numbers(run.group())

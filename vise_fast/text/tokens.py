@@ -44,6 +44,7 @@ class Tokens:
         self.no = self._verdict_words(style.no)
 
     def ids(self, text: str) -> list[int]:
+        """The ids of a text, without anything added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def row(self, text: str) -> list[int]:
