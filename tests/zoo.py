@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-HEIGHT, WIDTH = 40, 56
+HEIGHT = 40
+WIDTH = 56
 
 
 def gradient(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -21,20 +22,24 @@ def gradient(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def grey(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """The gradient's first channel, uint8 (H, W)."""
     return gradient(height, width)[:, :, 0]
 
 
 def encoded(picture: Image.Image, format: str, **options) -> bytes:
+    """A picture as a file of this format."""
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def rgb(format: str = "PNG", size: tuple[int, int] = (HEIGHT, WIDTH), **options) -> bytes:
+    """The gradient as a file."""
     return encoded(Image.fromarray(gradient(*size)), format, **options)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG chunk with its length and check sum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -63,10 +68,12 @@ def png16(channels: int) -> bytes:
 
 
 def png_bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A header that promises 3.6 gigapixels over a kilobyte of pixels."""
     return png(width, height, 8, 2, b"\0" * 1000)
 
 
 def bmp_bomb() -> bytes:
+    """A header that promises 2.5 gigapixels over nothing."""
     return (
         b"BM"
         + struct.pack("<IHHI", 54, 0, 0, 54)
@@ -75,6 +82,7 @@ def bmp_bomb() -> bytes:
 
 
 def gif_bomb() -> bytes:
+    """A header that promises 4.3 gigapixels over one block."""
     return (
         b"GIF89a"
         + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
@@ -101,22 +109,15 @@ def palette_transparent(as_bytes: bool) -> bytes:
 
 
 def with_orientation(format: str, value: int) -> bytes:
+    """The gradient, its pixels as they are, with an EXIF orientation (1..8)."""
     exif = Image.Exif()
     exif[0x0112] = value
-    return rgb(
-        format,
-        exif=exif,
-        **(
-            {"quality": 95, "subsampling": 0}
-            if format == "JPEG"
-            else {"lossless": True}
-            if format == "WEBP"
-            else {}
-        ),
-    )
+    faithful = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    return rgb(format, exif=exif, **faithful.get(format, {}))
 
 
 def with_damaged_exif() -> bytes:
+    """A sound JPEG whose EXIF block leads nowhere."""
     return rgb(
         "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 40
     )
@@ -124,7 +125,8 @@ def with_damaged_exif() -> bytes:
 
 def animated(format: str) -> bytes:
     """The gradient, then black."""
-    first, second = Image.fromarray(gradient()), Image.new("RGB", (WIDTH, HEIGHT))
+    first = Image.fromarray(gradient())
+    second = Image.new("RGB", (WIDTH, HEIGHT))
     return encoded(
         first,
         format,
@@ -135,6 +137,7 @@ def animated(format: str) -> bytes:
 
 
 def tiff(array: np.ndarray, mode: str | None = None, **options) -> bytes:
+    """An array as a TIFF, of the mode its type gives or the one stated."""
     return encoded(
         Image.fromarray(array, mode) if mode else Image.fromarray(array), "TIFF", **options
     )
@@ -142,7 +145,8 @@ def tiff(array: np.ndarray, mode: str | None = None, **options) -> bytes:
 
 def flipped_bits(data: bytes, seed: int, count: int = 40) -> bytes:
     """The file with `count` bytes after its first 60 replaced."""
-    rng, damaged = np.random.default_rng(seed), bytearray(data)
+    rng = np.random.default_rng(seed)
+    damaged = bytearray(data)
     for place in rng.integers(min(60, len(data) - 1), len(data), count):
         damaged[place] = rng.integers(256)
     return bytes(damaged)

@@ -1,5 +1,7 @@
 """The embedded scenes as a source."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +13,23 @@ from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError
 
 
+def keys(source, steps, count):
+    """The keys of the batches of steps 0, 1, …"""
+    batches = [source.batch(step, count) for step in range(steps)]
+    return {image.key for image in chain.from_iterable(batches)}
+
+
 def test_scenes_are_a_function_of_seed_and_step():
-    first, second, other = Scenes(load()), Scenes(load()), Scenes(load(), seed=1)
+    first = Scenes(load())
+    second = Scenes(load())
+    other = Scenes(load(), seed=1)
     assert all(
         torch.equal(a.pixels, b.pixels) and a.key == b.key
         for a, b in zip(first.batch(5, 4), second.batch(5, 4), strict=True)
     )
     assert not torch.equal(first.batch(5, 1)[0].pixels, other.batch(5, 1)[0].pixels)
     assert not torch.equal(first.batch(5, 1)[0].pixels, first.batch(6, 1)[0].pixels)
-    assert len({image.key for step in range(20) for image in first.batch(step, 8)}) == 160
+    assert len(keys(first, 20, 8)) == 160
 
 
 def test_the_truth_of_a_scene_is_found_by_its_key():
@@ -39,17 +49,14 @@ def test_held_out_scenes_are_never_trained_on():
     source = Scenes(load(None, ["--eval.scenes", "40"]))
     held = {image.key for image in source.held_out()}
     assert len(held) == 40 and len(source.held_out(limit=7)) == 7
-    assert not held & {image.key for step in range(200) for image in [*source.batch(step, 1)]}
+    assert not held & keys(source, 200, 1)
 
 
 @pytest.mark.parametrize("size", [64, 128, 160])
 def test_scene_size(size):
     source = Scenes(load(None, ["--scenes.size", str(size)]))
-    assert source.sizes() == [(size, size)] and source.batch(0, 1)[0].pixels.shape == (
-        size,
-        size,
-        3,
-    )
+    assert source.sizes() == [(size, size)]
+    assert source.batch(0, 1)[0].pixels.shape == (size, size, 3)
     assert str(size) in source.describe()
     source.close()
 

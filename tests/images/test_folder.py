@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,8 @@ def refusal(tmp_path: Path, folder: Path, *words: str) -> str:
 
 def test_an_epoch_shows_every_training_image_once(tmp_path):
     source = opened(tmp_path, fill(tmp_path / "p", 30))
-    train, held = set(names(source.batch(0, 29))), set(names(source.held_out()))
+    train = set(names(source.batch(0, 29)))
+    held = set(names(source.held_out()))
     assert len(train) == 29 and len(held) == 1 and not train & held
     assert names(source.batch(0, 29)) != names(source.batch(1, 29))
     assert set(names(source.batch(1, 29))) == train
@@ -87,28 +89,26 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
     for step in (11, 3, 7, 0, 4, 4):  # any order, as after a resume
         again = second.batch(step, 5)
         assert names(again) == names(steps[step])
-        assert all(
-            torch.equal(a.pixels, b.pixels) and a.key == b.key for a, b in zip(again, steps[step])
-        )
+        for a, b in zip(again, steps[step], strict=True):
+            assert torch.equal(a.pixels, b.pixels) and a.key == b.key
     assert names(other.batch(0, 5) + other.batch(1, 5)) != names(steps[0] + steps[1])
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "3"])
 def test_threads_change_nothing(tmp_path, workers):
     folder = fill(tmp_path / "p", 17)
-    plain, threaded = (
-        opened(tmp_path, folder, "--data.workers", "0"),
-        opened(tmp_path, folder, "--data.workers", workers),
-    )
+    plain = opened(tmp_path, folder, "--data.workers", "0")
+    threaded = opened(tmp_path, folder, "--data.workers", workers)
     for step in range(6):
-        for a, b in zip(plain.batch(step, 4), threaded.batch(step, 4)):
+        for a, b in zip(plain.batch(step, 4), threaded.batch(step, 4), strict=True):
             assert a.name == b.name and torch.equal(a.pixels, b.pixels)
     threaded.close()
 
 
 def test_decoding_runs_ahead(tmp_path, monkeypatch):
     source = opened(tmp_path, fill(tmp_path / "p", 40), "--data.workers", "2")
-    decoded, real = [], module.decode
+    decoded = []
+    real = module.decode
 
     def noting(path, cap):
         decoded.append((path.name, threading.current_thread() is threading.main_thread()))
@@ -416,7 +416,7 @@ def test_late_faults_get_a_drawn_substitute(tmp_path):
         folder, settings(tmp_path, *words, "--data.workers", "0"), 16, log=tmp_path / "second.jsonl"
     )
     steps = [names(first.batch(step, 5)) for step in range(9)]
-    assert not any(name.startswith("x") for step in steps for name in step)
+    assert not any(name.startswith("x") for name in chain.from_iterable(steps))
     assert [names(second.batch(step, 5)) for step in reversed(range(9))] == steps[::-1]
     assert set(lines(tmp_path)) == {"x1.png", "x2.png", "x3.png"} == set(first.bad)
 

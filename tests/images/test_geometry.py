@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vise_fast.images import geometry as geo
 
-H, W = 480, 640
+H = 480
+W = 640
 COORDINATE = st.floats(-200, 1200, allow_nan=False)
 BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
 
@@ -53,7 +54,8 @@ def test_empty_boxes_compare_as_nothing():
 
 @given(a=BOX, b=BOX)
 def test_giou_is_bounded_symmetric_and_below_iou(a, b):
-    a, b = geo.clean_1000(a), geo.clean_1000(b)
+    a = geo.clean_1000(a)
+    b = geo.clean_1000(b)
     value = geo.giou(a, b)
     assert -1 <= value <= geo.iou(a, b) + 1e-12 <= 1 + 2e-12
     close(geo.giou(b, a), value.item())
@@ -64,9 +66,10 @@ def test_iou_counts_cells(a, b):
     """IoU of integer boxes on a 25-step grid equals counting cells."""
     a, b = ((geo.clean_1000(box) / 40).round() for box in (a, b))
     cells = torch.zeros(2, 25, 25, dtype=torch.bool)
-    for mask, (x1, y1, x2, y2) in zip(cells, (a.int().tolist(), b.int().tolist())):
+    for mask, (x1, y1, x2, y2) in zip(cells, (a.int().tolist(), b.int().tolist()), strict=True):
         mask[y1:y2, x1:x2] = True
-    shared, union = (cells[0] & cells[1]).sum(), (cells[0] | cells[1]).sum()
+    shared = (cells[0] & cells[1]).sum()
+    union = (cells[0] | cells[1]).sum()
     close(geo.iou(a, b), float(shared / union) if union else 0.0, atol=1e-6)
 
 
@@ -205,7 +208,8 @@ def random_affine(rng):
 
 def random_crop(rng):
     ratio = rng.uniform(0.8, 1)
-    cw, ch = W * ratio, H * ratio
+    cw = W * ratio
+    ch = H * ratio
     return geo.crop_px(rng.uniform(0, W - cw), rng.uniform(0, H - ch), cw, ch, W, H)
 
 
@@ -253,7 +257,8 @@ def test_perfect_grounder_of_round_objects_under_affine(mode, mean):
     """Round: an ellipse with axes along the image's, so that the inscribed-ellipse hull is the
     truth; everything clamped to the view.
     """
-    matrices, boxes = views("affine"), random_boxes(np.random.default_rng(1), 4000)
+    matrices = views("affine")
+    boxes = random_boxes(np.random.default_rng(1), 4000)
     answer = geo.project_1000(boxes, matrices, H, W, "ellipse")
     value = r_geo(geo.project_1000(boxes, matrices, H, W, mode), answer).mean().item()
     assert value == pytest.approx(mean, abs=0.003)

@@ -1,4 +1,6 @@
-"""One file at a time: each format and mode gives the pixels it should, each broken file its reason."""
+"""One file at a time: each format and mode gives the pixels it should, each broken file its
+reason.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from vise_fast.images import picture_file as module
 from vise_fast.images.picture_file import BadImage, decode, grid_size, header
 
 CAP = 50_000_000
-GRADIENT, GREY = zoo.gradient(), np.repeat(zoo.grey()[:, :, None], 3, 2)
+GRADIENT = zoo.gradient()
+GREY = np.repeat(zoo.grey()[:, :, None], 3, 2)
 HALF = zoo.WIDTH // 2
 LUMA = np.repeat(np.asarray(Image.fromarray(GRADIENT).convert("L"))[:, :, None], 3, 2)
 
@@ -368,7 +371,8 @@ def test_damage_never_escapes_as_another_error(tmp_path, kind):
     for seed in range(30):
         path.write_bytes(zoo.flipped_bits(WHOLE[kind], seed))
         try:
-            promised, picture = header(path, CAP), decode(path, CAP)
+            promised = header(path, CAP)
+            picture = decode(path, CAP)
         except BadImage:
             continue
         assert (picture.height, picture.width) == (
@@ -424,7 +428,9 @@ def test_a_bomb_is_a_reason_where_warnings_are_errors(tmp_path):
 
 
 def test_a_late_orientation_is_applied_to_the_pixels(tmp_path):
-    """A PNG may carry its EXIF block after the pixels: the header cannot know, the picture must be upright."""
+    """A PNG may carry its EXIF block after the pixels: the header cannot know, the picture must be
+    upright.
+    """
     data = zoo.with_orientation("PNG", 6)
     place = data.index(b"eXIf") - 4
     block = data[place : place + 12 + struct.unpack(">I", data[place : place + 4])[0]]

@@ -14,7 +14,8 @@ from vise_fast.images import geometry as geo
 from vise_fast.images import views
 from vise_fast.images.views import View
 
-H, W = 480, 640
+H = 480
+W = 640
 ODD = [(97, 131), (131, 97), (64, 64), (33, 210)]
 
 
@@ -34,8 +35,7 @@ def drawn(kind, count=2000, height=H, width=W, **changes):
     )
 
 
-# --- drawing
-# --------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 def test_kinds_are_drawn_uniformly_and_only_from_the_list():
@@ -99,12 +99,12 @@ def test_crops_are_one_ratio_at_a_random_place_inside():
     assert abs(free.mean() - 0.5) < 0.03
 
 
-# --- which views count
-# --------------------------------------------------------------------------------------------------
+# -- which views count -----------------------------------------------------------------------------
 
 FLIP = View("flip", geo.flip_px(W))
 HALF_AWAY = View("affine", geo.affine_px(0, 1, W / 2, 0, W, H))
-LEFT_BOX, RIGHT_BOX = (0.0, 0, 400, 1000), (600.0, 0, 1000, 1000)
+LEFT_BOX = (0.0, 0, 400, 1000)
+RIGHT_BOX = (600.0, 0, 1000, 1000)
 
 
 def usable(rows, boxes, sided, **changes):
@@ -148,8 +148,7 @@ def test_a_flip_is_dropped_where_the_query_names_a_side():
         assert usable(rows, boxes, [True, False], side_words=choice) == [[True, True]] * 2
 
 
-# --- control boxes
-# --------------------------------------------------------------------------------------------------
+# -- control boxes ---------------------------------------------------------------------------------
 
 BOXES = st.tuples(*[st.floats(0, 1000, allow_nan=False)] * 4).map(lambda box: geo.clean_1000(box))
 
@@ -194,8 +193,7 @@ def test_half_the_image_has_one_place_left():
     assert views.control_box(rng(), (0, 0, 500, 1000)) == ((500, 0, 1000, 1000), "far")
 
 
-# --- ghost lengths and pixel boxes
-# --------------------------------------------------------------------------------------------------
+# -- ghost lengths and pixel boxes -----------------------------------------------------------------
 
 
 def test_ghost_lengths_scale_with_the_short_side():
@@ -219,8 +217,10 @@ def test_pixel_boxes_cover_the_box_and_are_tight(size):
         - 100
     )
     boxes = boxes[geo.proper(boxes)]
-    exact, whole = geo.to_px(boxes, h, w), views.whole_pixels(boxes, h, w)
-    inside, outside = whole[:, :2] - exact[:, :2], whole[:, 2:] - exact[:, 2:]
+    exact = geo.to_px(boxes, h, w)
+    whole = views.whole_pixels(boxes, h, w)
+    inside = whole[:, :2] - exact[:, :2]
+    outside = whole[:, 2:] - exact[:, 2:]
     assert (
         (inside <= 1e-6).all()
         and (inside > -1).all()
@@ -238,8 +238,7 @@ def test_pixel_boxes_on_the_grid_do_not_grow():
     ).tolist() == [[0, 0, W, H], [0] * 4, [0] * 4]
 
 
-# --- pixels
-# --------------------------------------------------------------------------------------------------
+# -- pixels ----------------------------------------------------------------------------------------
 
 
 def blob(height, width, x, y, spread=2.5):
@@ -250,7 +249,9 @@ def blob(height, width, x, y, spread=2.5):
 
 
 def centre_of(image):
-    """Centre of mass of what is brighter than the border could be, in continuous pixel coordinates."""
+    """Centre of mass of what is brighter than the border could be, in continuous pixel
+    coordinates.
+    """
     weight = (image[..., 0].double() - 140).clamp_min(0)
     yy, xx = torch.meshgrid(
         torch.arange(image.shape[0]) + 0.5, torch.arange(image.shape[1]) + 0.5, indexing="ij"
@@ -282,7 +283,7 @@ def test_a_flip_is_exact(size):
 def test_the_border_is_grey_and_sizes_may_differ():
     white = [torch.full((*size, 3), 255, dtype=torch.uint8) for size in ODD]
     away = [View("affine", geo.affine_px(0, 1, 2 * w, 0, w, h)) for h, w in ODD]
-    for image, moved in zip(white, views.apply(white, away)):
+    for image, moved in zip(white, views.apply(white, away), strict=True):
         assert moved.shape == image.shape and (moved == 128).all()
 
 
@@ -295,7 +296,8 @@ def noise(height, width, seed=0):
 @pytest.mark.parametrize("method", ["blur", "mean", "pixelate"])
 @pytest.mark.parametrize("size", ODD)
 def test_a_ghost_changes_its_region_only(method, size):
-    image, box = noise(*size), torch.tensor([(200.0, 300, 700, 800)])
+    image = noise(*size)
+    box = torch.tensor([(200.0, 300, 700, 800)])
     x1, y1, x2, y2 = views.whole_pixels(box, *size)[0].tolist()
     inside = torch.zeros(size, dtype=torch.bool)
     inside[y1:y2, x1:x2] = True
@@ -321,7 +323,7 @@ def test_ghosts_of_many_rows_keep_their_images_and_sizes():
     )
     for config in (GhostConfig(), GhostConfig(feather_px=20)):
         together = views.ghost(images, index, boxes, config)
-        for n, (i, box) in enumerate(zip(index.tolist(), boxes)):
+        for n, (i, box) in enumerate(zip(index.tolist(), boxes, strict=True)):
             assert together[n].shape == images[i].shape
             alone = views.ghost([images[i]], torch.tensor([0]), box[None], config)[0]
             assert torch.equal(together[n], alone)
@@ -329,7 +331,8 @@ def test_ghosts_of_many_rows_keep_their_images_and_sizes():
 
 
 def test_literal_lengths_blur_more_on_a_small_image():
-    image, box = noise(96, 128), torch.tensor([(100.0, 100, 900, 900)])
+    image = noise(96, 128)
+    box = torch.tensor([(100.0, 100, 900, 900)])
     scaled, literal = (
         views.ghost([image], torch.tensor([0]), box, GhostConfig(), literal=flag)[0][20:76, 20:108]
         for flag in (False, True)

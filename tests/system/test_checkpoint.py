@@ -61,12 +61,13 @@ def saved(run: Path, *steps: int, keep: int = 9) -> Path:
 
 def whole(path: Path, step: int) -> bool:
     got, loop = load(path)
-    same = all(
-        torch.equal(got[group][name], tensor)
-        for group, named in tensors(step).items()
-        for name, tensor in named.items()
+    return loop == state(step) | {"step": step} and all(
+        alike(got[group], named) for group, named in tensors(step).items()
     )
-    return same and loop == state(step) | {"step": step}
+
+
+def alike(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
 def present(run: Path) -> list[str]:
@@ -248,7 +249,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_noticed_and_passed_over(tmp_path, name):
-    good, bad = saved(tmp_path, 1), saved(tmp_path, 2)
+    good = saved(tmp_path, 1)
+    bad = saved(tmp_path, 2)
     DAMAGES[name](bad)
     for attempt in (lambda: load(bad), lambda: choose(str(bad), tmp_path)):
         with pytest.raises(Corrupt) as caught:
@@ -297,7 +299,8 @@ def refusing(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, turn: int, fault: BaseException
 ) -> list[int]:
     """From its `turn`-th call on, `owner.name` raises `fault`; returns a counter of calls."""
-    real, calls = getattr(owner, name), [0]
+    real = getattr(owner, name)
+    calls = [0]
 
     def call(*args, **options):
         calls[0] += 1

@@ -32,7 +32,8 @@ class Screen(io.StringIO):
 
     def __init__(self, terminal: bool = False, encoding: str = "utf-8"):
         super().__init__()
-        self.terminal, self.letters = terminal, encoding
+        self.terminal = terminal
+        self.letters = encoding
 
     def isatty(self) -> bool:
         return self.terminal
@@ -99,7 +100,8 @@ def test_long_lines_are_not_folded():
 
 
 def test_complaints_go_to_standard_error():
-    out, err = Screen(), Screen()
+    out = Screen()
+    err = Screen()
     console = Console(out, err)
     console.warn("careful")
     console.error(DataError("no images; why; what to do"))
@@ -208,7 +210,8 @@ def test_durations(seconds, text):
 
 
 def test_plain_progress_speaks_at_first_at_last_and_in_between():
-    screen, now = Screen(), [0.0]
+    screen = Screen()
+    now = [0.0]
     console = Console(screen, screen)
     lines = module._Lines(console, total=100, label="train", done=0, clock=lambda: now[0])
     for step in range(1, 101):
@@ -221,7 +224,8 @@ def test_plain_progress_speaks_at_first_at_last_and_in_between():
 
 
 def test_the_eta_of_a_resumed_run_counts_its_own_steps():
-    screen, now = Screen(), [0.0]
+    screen = Screen()
+    now = [0.0]
     lines = module._Lines(
         Console(screen, screen), total=100, label="train", done=90, clock=lambda: now[0]
     )
@@ -457,7 +461,9 @@ class Fake:
     """A logger that works, or fails at one of its three calls."""
 
     def __init__(self, fails: str = "", kind: type[BaseException] = RuntimeError):
-        self.fails, self.kind, self.seen = fails, kind, []
+        self.fails = fails
+        self.kind = kind
+        self.seen = []
 
     def __call__(self, run_dir: Path, settings: dict) -> Fake:
         self.act("open")
@@ -481,7 +487,9 @@ class Fake:
 )
 @pytest.mark.parametrize("fails", ["open", "log", "close"])
 def test_a_failing_logger_is_dropped_and_the_others_go_on(monkeypatch, tmp_path, fails, kind):
-    bad, good, said = Fake(fails, kind), Fake(), []
+    bad = Fake(fails, kind)
+    good = Fake()
+    said = []
     monkeypatch.setitem(KINDS, "wandb", bad)
     monkeypatch.setitem(KINDS, "trackio", good)
     loggers = Loggers(["wandb", "trackio"], tmp_path, {}, said.append)

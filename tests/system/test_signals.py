@@ -50,7 +50,8 @@ def test_two_in_a_row_are_independent():
 
 
 def test_other_threads_may_poll_but_not_install():
-    seen, fault = [], []
+    seen = []
+    fault = []
 
     def poll(stop: Signals) -> None:
         while not stop.asked:

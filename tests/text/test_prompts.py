@@ -112,7 +112,9 @@ def test_unreadable_box(text):
 
 @given(st.text(alphabet="<>/box(),.[]{}\"': 0123456789eE+-nanifvisqury|_%\n", max_size=80))
 def test_parsers_never_raise_and_boxes_are_sane(text):
-    box, query, verdict = read_box(text), read_query(text), read_verdict(text)
+    box = read_box(text)
+    query = read_query(text)
+    verdict = read_verdict(text)
     assert box is None or (len(box) == 4 and all(abs(v) <= 1e6 for v in box))
     assert query is None or (query == query.strip() and 0 < len(query) <= prompts.QUERY_CHARS)
     assert verdict in (None, True, False)

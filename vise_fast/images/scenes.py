@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ COLORS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+NAMES = tuple(f"{color} {shape}" for color, shape in product(COLORS, SHAPES))
 
 RADIUS = (12 / 128, 36 / 128)  # of a shape, as a share of the scene's side
 MAX_HIDDEN = 0.55  # no later object may hide more of an earlier one
@@ -63,6 +64,7 @@ class Scene:
 
     @property
     def names(self) -> list[str]:
+        """The objects' names, back to front."""
         return [thing.name for thing in self.objects]
 
 

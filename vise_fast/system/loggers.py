@@ -16,9 +16,11 @@ import huggingface_hub.constants
 class Logger(Protocol):
     """What is asked of a logger."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of one step, by name."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes out what is still held."""
 
 
 class TensorBoard:
