@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vise_fast.config.schema import Config, load
 from vise_fast.images import scenes
-from vise_fast.images.sources import Image
+from vise_fast.images.image import Image
 from vise_fast.model import load as model
 from vise_fast.nano.blank import CHAT_TEMPLATE
 from vise_fast.text.prompts import NATURAL

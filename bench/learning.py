@@ -138,7 +138,7 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     from vise_fast.config import schema as configuration
     from vise_fast.engine.fast import FastEngine
     from vise_fast.evaluate import held_out as evaluate
-    from vise_fast.images.sources import Scenes
+    from vise_fast.images.drawn import Scenes
     from vise_fast.model import load as model
 
     torch.set_num_threads(1)

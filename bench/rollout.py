@@ -41,7 +41,7 @@ from vise_fast.config.schema import Config  # noqa: E402
 from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.engine.graphed import GraphedEngine  # noqa: E402
 from vise_fast.engine.stock import StockBackbone, StockEngine  # noqa: E402
-from vise_fast.images.sources import Image  # noqa: E402
+from vise_fast.images.image import Image  # noqa: E402
 from vise_fast.method.experience import play_batch  # noqa: E402
 from vise_fast.method.learner import Learner  # noqa: E402
 from vise_fast.method.step_plan import Lengths, StepPlan  # noqa: E402

@@ -30,7 +30,7 @@ from learning import SPLIT_SEED, truth_of  # noqa: E402
 from vise_fast.config import schema as configuration  # noqa: E402
 from vise_fast.engine.fast import FastEngine  # noqa: E402
 from vise_fast.images import geometry
-from vise_fast.images.sources import Scenes  # noqa: E402
+from vise_fast.images.drawn import Scenes  # noqa: E402
 from vise_fast.method import rewards  # noqa: E402
 from vise_fast.method.experience import (
     join,  # noqa: E402

@@ -13,7 +13,7 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Answered, owners
 from vise_fast.engine.stock import StockBackbone, StockEngine
-from vise_fast.images.sources import Scenes
+from vise_fast.images.drawn import Scenes
 from vise_fast.method import learner as learning
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner

@@ -16,7 +16,8 @@ from vise_fast.evaluate import exam
 from vise_fast.evaluate import held_out as evaluate
 from vise_fast.evaluate import titles as glossary
 from vise_fast.images import geometry
-from vise_fast.images.sources import Folder, Scenes
+from vise_fast.images.drawn import Scenes
+from vise_fast.images.folder import Folder
 from vise_fast.method import roles
 from vise_fast.method.rewards import LARGE_AREA
 from vise_fast.model import load as model

@@ -7,7 +7,7 @@ import torch
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
-from vise_fast.images.sources import Scenes
+from vise_fast.images.drawn import Scenes
 from vise_fast.method.experience import play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError

@@ -9,7 +9,7 @@ import torch
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
-from vise_fast.images.sources import Scenes
+from vise_fast.images.drawn import Scenes
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model

@@ -25,7 +25,7 @@ from vise_fast.estimate.meta_model import (
     meta_policy,
 )
 from vise_fast.estimate.stages import Stages
-from vise_fast.images.sources import Image
+from vise_fast.images.image import Image
 from vise_fast.method.experience import Draws, play
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths, StepPlan

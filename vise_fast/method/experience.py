@@ -21,7 +21,7 @@ from vise_fast.config.schema import Config
 from vise_fast.engine.attention_meter import image_share
 from vise_fast.engine.rollout import Engine, Held
 from vise_fast.images import geometry, views
-from vise_fast.images.sources import Image
+from vise_fast.images.image import Image
 from vise_fast.method import roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
