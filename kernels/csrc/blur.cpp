@@ -1,9 +1,13 @@
-// A truncated Gaussian is a sum of a few cosines (the caller fits them and bounds the error), and a sliding sum weighted by a
-// cosine of frequency w follows a recurrence: with z(x) = sum_|d|<=R a cos(w d) f(x + d),
-//   z(x+1) = 2 cos(w) z(x) - z(x-1) + a cos(w R) [f(x+R+1) + f(x-R-1)] - a cos(w (R+1)) [f(x+R) + f(x-R)]
-// (sliding DCT; K. Sugimoto, S. Kamata, "Efficient constant-time Gaussian filtering with sliding DCT/DST-5 and dual-domain
-// error minimization", 2015). It is advanced as a step v and a position z, z += v, v += push - 4 sin^2(w/2) z, which keeps
-// float32 rounding from growing with the length.
+// A truncated Gaussian is a sum of a few cosines (the caller fits them and bounds the error), and a
+// sliding sum weighted by a cosine of frequency w follows a recurrence:
+//
+//   z(x) = sum_|d|<=R a cos(w d) f(x + d)
+//   z(x+1) = 2 cos(w) z(x) - z(x-1) + a cos(w R) [f(x+R+1) + f(x-R-1)]
+//                                   - a cos(w (R+1)) [f(x+R) + f(x-R)]
+//
+// (sliding DCT; K. Sugimoto, S. Kamata, "Efficient constant-time Gaussian filtering with sliding
+// DCT/DST-5 and dual-domain error minimization", 2015). It is advanced as a step v and a position
+// z, z += v, v += push - 4 sin^2(w/2) z, which keeps float32 rounding from growing with the length.
 #include "blur.h"
 
 #include <algorithm>
@@ -26,7 +30,8 @@ struct Factors {
 // One group of cosines; unused ones are zero. The constant belongs to the first group.
 struct Terms {
     Factors factors;
-    std::vector<float> first;  // (reach, 1 + kTerms): weights of each sample in the first output: count, cosines
+    // (reach, 1 + kTerms): weights of each sample in the first output: count, cosines
+    std::vector<float> first;
 };
 
 int reflect_101(int t, int n) {
@@ -42,18 +47,22 @@ void set_cosine(Terms& terms, int k, double frequency, double amplitude, int rad
     terms.factors.outer[k] = static_cast<float>(amplitude * std::cos(frequency * radius));
     terms.factors.inner[k] = static_cast<float>(amplitude * std::cos(frequency * (radius + 1)));
     for (int d = -radius; d <= radius; ++d)
-        terms.first[reflect_101(d, n) * (1 + kTerms) + 1 + k] += static_cast<float>(amplitude * std::cos(frequency * d));
+        terms.first[reflect_101(d, n) * (1 + kTerms) + 1 + k] +=
+            static_cast<float>(amplitude * std::cos(frequency * d));
 }
 
 // The groups of a kernel on a signal of n samples.
 std::vector<Terms> make_terms(const Cosines& kernel, int n) {
     const int cosines = static_cast<int>(kernel.frequency.size()) - 1;
     std::vector<Terms> groups(std::max(1, (cosines + kTerms - 1) / kTerms));
-    for (Terms& terms : groups) terms.first.assign(std::min(n, kernel.radius + 1) * (1 + kTerms), 0.0f);
+    for (Terms& terms : groups)
+        terms.first.assign(std::min(n, kernel.radius + 1) * (1 + kTerms), 0.0f);
     groups[0].factors.constant = static_cast<float>(kernel.amplitude[0]);
-    for (int d = -kernel.radius; d <= kernel.radius; ++d) groups[0].first[reflect_101(d, n) * (1 + kTerms)] += 1;
+    for (int d = -kernel.radius; d <= kernel.radius; ++d)
+        groups[0].first[reflect_101(d, n) * (1 + kTerms)] += 1;
     for (int c = 0; c < cosines; ++c)
-        set_cosine(groups[c / kTerms], c % kTerms, kernel.frequency[c + 1], kernel.amplitude[c + 1], kernel.radius, n);
+        set_cosine(groups[c / kTerms], c % kTerms, kernel.frequency[c + 1], kernel.amplitude[c + 1],
+                   kernel.radius, n);
     return groups;
 }
 
@@ -86,11 +95,15 @@ struct Sliding {
         }
     }
 
-    // From sample x to sample x + 1. The signal is symmetric about its first sample, so the first step is half a push.
-    VISE_INLINE void advance(const Block* strip, const Sweep& sweep, const Factors& factors, int part, int x, bool first) {
+    // From sample x to sample x + 1. The signal is symmetric about its first sample, so the first
+    // step is half a push.
+    VISE_INLINE void advance(const Block* strip, const Sweep& sweep, const Factors& factors,
+                             int part, int x, bool first) {
         const int* mirror = sweep.mirror + x;
-        const Vector<W> before = get<W>(strip[mirror[0]], part), left = get<W>(strip[mirror[1]], part);
-        const Vector<W> right = get<W>(strip[mirror[2 * sweep.radius + 1]], part), after = get<W>(strip[mirror[2 * sweep.radius + 2]], part);
+        const Vector<W> before = get<W>(strip[mirror[0]], part);
+        const Vector<W> left = get<W>(strip[mirror[1]], part);
+        const Vector<W> right = get<W>(strip[mirror[2 * sweep.radius + 1]], part);
+        const Vector<W> after = get<W>(strip[mirror[2 * sweep.radius + 2]], part);
         const Vector<W> outer = after + before, inner = right + left;
         box += after - left;
         for (int k = 0; k < kTerms; ++k) {
@@ -112,7 +125,8 @@ struct Sliding {
 // Sixteen signals: sum = or += one group's share of the blurred strip.
 struct Slide {
     template <int W>
-    VISE_INLINE void operator()(const Block* strip, const Sweep* sweep, const Terms* group, bool add, Block* sum) const {
+    VISE_INLINE void operator()(const Block* strip, const Sweep* sweep, const Terms* group,
+                                bool add, Block* sum) const {
         const Factors factors = group->factors;  // a copy, so that stores to `sum` cannot change it
         for (int part = 0; part < kLanes / W; ++part) {
             Sliding<W> sliding;
@@ -128,11 +142,13 @@ struct Slide {
 };
 
 void slide_all(const Block* strip, const Sweep& sweep, Block* sum) {
-    for (const Terms& terms : sweep.groups) widest(Slide{}, strip, &sweep, &terms, &terms != &sweep.groups[0], sum);
+    for (const Terms& terms : sweep.groups)
+        widest(Slide{}, strip, &sweep, &terms, &terms != &sweep.groups[0], sum);
 }
 
 // bytes (16 count) = byte j of sixteen rows, for j < count; rows beyond the last are zero.
-VISE_INLINE void turn_tile(const uint8_t* source, std::ptrdiff_t stride, int rows, int count, uint8_t* bytes) {
+VISE_INLINE void turn_tile(const uint8_t* source, std::ptrdiff_t stride, int rows, int count,
+                           uint8_t* bytes) {
     Bytes16 tile[16] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r)
@@ -144,26 +160,32 @@ VISE_INLINE void turn_tile(const uint8_t* source, std::ptrdiff_t stride, int row
 // strip[j] = byte j of sixteen rows, for j < count.
 struct GatherRows {
     template <int W>
-    VISE_INLINE void operator()(const uint8_t* source, std::ptrdiff_t stride, int rows, int count, uint8_t* bytes, Block* strip) const {
+    VISE_INLINE void operator()(const uint8_t* source, std::ptrdiff_t stride, int rows, int count,
+                                uint8_t* bytes, Block* strip) const {
         int j = 0;
         if (rows == kLanes)
-            for (; j + kLanes <= count; j += kLanes) turn_tile(source + j, stride, kLanes, kLanes, bytes + j * kLanes);
-        for (; j < count; j += kLanes) turn_tile(source + j, stride, rows, std::min(kLanes, count - j), bytes + j * kLanes);
+            for (; j + kLanes <= count; j += kLanes)
+                turn_tile(source + j, stride, kLanes, kLanes, bytes + j * kLanes);
+        for (; j < count; j += kLanes)
+            turn_tile(source + j, stride, rows, std::min(kLanes, count - j), bytes + j * kLanes);
         to_floats(bytes, static_cast<std::ptrdiff_t>(count) * kLanes, strip->lane);
     }
 };
 
-// Strip s of `turned`, sixteen columns of `height` blocks, gets its next sixteen samples from columns 16 s ... of `sum`.
+// Strip s of `turned`, sixteen columns of `height` blocks, gets its next sixteen samples from
+// columns 16 s ... of `sum`.
 struct Turn {
     template <int W>
-    VISE_INLINE void operator()(const Block* sum, int strips, std::ptrdiff_t height, Block* turned) const {
+    VISE_INLINE void operator()(const Block* sum, int strips, std::ptrdiff_t height,
+                                Block* turned) const {
         for (int s = 0; s < strips; ++s) transpose_blocks(sum + s * kLanes, turned + s * height);
     }
 };
 
 struct PutColumns {
     template <int W>
-    VISE_INLINE void operator()(const Block* sum, int rows, int count, uint8_t* bytes, std::ptrdiff_t stride, uint8_t* out) const {
+    VISE_INLINE void operator()(const Block* sum, int rows, int count, uint8_t* bytes,
+                                std::ptrdiff_t stride, uint8_t* out) const {
         to_bytes(sum->lane, static_cast<std::ptrdiff_t>(rows) * kLanes, bytes);
         for (int y = 0; y < rows; ++y) {
             if (count == kLanes) std::memcpy(out + y * stride, bytes + y * kLanes, kLanes);
@@ -178,7 +200,8 @@ int round_up(int value) { return (value + kLanes - 1) / kLanes * kLanes; }
 
 void blur(const Rectangle& rectangle, const Cosines& kernel, BlurScratch& scratch) {
     const int columns = 3 * rectangle.width, strips = round_up(columns) / kLanes;
-    const std::ptrdiff_t height = round_up(rectangle.height), most = std::max<std::ptrdiff_t>(round_up(columns), height);
+    const std::ptrdiff_t height = round_up(rectangle.height);
+    const std::ptrdiff_t most = std::max<std::ptrdiff_t>(round_up(columns), height);
     Block *strip = scratch.strip.at_least(most), *sum = scratch.sum.at_least(most);
     Block* turned = scratch.turned.at_least(strips * height);
     uint8_t* bytes = scratch.bytes.at_least(most * kLanes);
@@ -187,14 +210,16 @@ void blur(const Rectangle& rectangle, const Cosines& kernel, BlurScratch& scratc
     const Sweep across = make_sweep(kernel, rectangle.width, 3, scratch.mirror);
     for (int y = 0; y < rectangle.height; y += kLanes) {
         const int rows = std::min(kLanes, rectangle.height - y);
-        widest(GatherRows{}, rectangle.source + y * rectangle.stride, rectangle.stride, rows, columns, bytes, strip);
+        widest(GatherRows{}, rectangle.source + y * rectangle.stride, rectangle.stride, rows,
+               columns, bytes, strip);
         for (int c = 0; c < 3; ++c) slide_all(strip + c, across, sum + c);
         widest(Turn{}, sum, strips, height, turned + y);
     }
     const Sweep down = make_sweep(kernel, rectangle.height, 1, scratch.mirror);
     for (int s = 0; s < strips; ++s) {
         slide_all(turned + s * height, down, sum);
-        widest(PutColumns{}, sum, rectangle.height, std::min(kLanes, columns - s * kLanes), bytes, rectangle.stride, rectangle.out + s * kLanes);
+        widest(PutColumns{}, sum, rectangle.height, std::min(kLanes, columns - s * kLanes), bytes,
+               rectangle.stride, rectangle.out + s * kLanes);
     }
 }
 

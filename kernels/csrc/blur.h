@@ -9,7 +9,8 @@
 
 namespace vise {
 
-// A symmetric kernel of 2 radius + 1 taps: g(d) = sum_k amplitude[k] cos(frequency[k] d), with frequency[0] = 0.
+// A symmetric kernel of 2 radius + 1 taps: g(d) = sum_k amplitude[k] cos(frequency[k] d), with
+// frequency[0] = 0.
 struct Cosines {
     int radius;
     std::vector<double> frequency;
@@ -31,8 +32,8 @@ struct Rectangle {
     int height, width;
 };
 
-// out = source blurred along both axes, each continued at the rectangle's edges by reflection that does not repeat the edge
-// (101), rounded to the nearest grey level.
+// out = source blurred along both axes, each continued at the rectangle's edges by reflection that
+// does not repeat the edge (101), rounded to the nearest grey level.
 void blur(const Rectangle& rectangle, const Cosines& kernel, BlurScratch& scratch);
 
 }  // namespace vise

@@ -11,10 +11,12 @@ namespace vise {
 // z cut off at -87, below which exp(z) is subnormal; nan stays nan.
 VISE_INLINE float cut(float z) { return z < -87.0f ? -87.0f : z; }
 
-// exp of -87 <= z <= 0; nan for nan. 2^n exp(r), n the nearest integer to z / ln 2, exp(r) a polynomial fitted on
-// [-ln 2 / 2, ln 2 / 2] for the smallest relative error (2e-9). The error of n ln 2 in one float grows with n, as exp(-n) falls.
+// exp of -87 <= z <= 0; nan for nan. 2^n exp(r), n the nearest integer to z / ln 2, exp(r) a
+// polynomial fitted on +-ln 2 / 2 for the smallest relative error (2e-9). The error of n ln 2 in
+// one float grows with n, as exp(-n) falls.
 VISE_INLINE float exp_negative(float z) {
-    const float shifted = z * 1.44269504088896341f + 12583039.0f;  // 1.5 * 2^23 + 127: the low bits are n + 127
+    // 1.5 * 2^23 + 127: the low bits are n + 127
+    const float shifted = z * 1.44269504088896341f + 12583039.0f;
     const float r = z - (shifted - 12583039.0f) * 0.693147180559945309f;
     float p = r * 1.3843653e-3f + 8.374155317e-3f;
     p = p * r + 4.1668002036e-2f;

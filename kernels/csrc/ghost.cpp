@@ -26,7 +26,8 @@ struct Total {
 
     Byte3 mean() const {  // the nearest whole number, halves up
         Byte3 mean;
-        for (int c = 0; c < 3; ++c) mean.channel[c] = static_cast<uint8_t>((2 * sum[c] + count) / (2 * count));
+        for (int c = 0; c < 3; ++c)
+            mean.channel[c] = static_cast<uint8_t>((2 * sum[c] + count) / (2 * count));
         return mean;
     }
 };
@@ -35,12 +36,15 @@ void fill_row(uint8_t* row, int begin, int end, const Byte3& value) {
     for (int x = begin; x < end; ++x) std::memcpy(row + 3 * x, &value, 3);
 }
 
-// The rectangle that is ghosted: the box, or for `outside` the whole image, whose box is put back afterwards.
+// The rectangle that is ghosted: the box, or for `outside` the whole image, whose box is put back
+// afterwards.
 struct Region {
     int x1, y1, x2, y2;
 };
 
-std::ptrdiff_t row_of(const GhostJob& job, int y) { return 3 * static_cast<std::ptrdiff_t>(y) * job.width; }
+std::ptrdiff_t row_of(const GhostJob& job, int y) {
+    return 3 * static_cast<std::ptrdiff_t>(y) * job.width;
+}
 
 // Within `hole` nothing counts.
 void fill_mean(const GhostJob& job, const Region& region, const Region& hole) {
@@ -51,20 +55,24 @@ void fill_mean(const GhostJob& job, const Region& region, const Region& hole) {
         if (crossed) total.add_row(job.source + row_of(job, y), hole.x2, region.x2);
     }
     if (total.count == 0) return;
-    for (int y = region.y1; y < region.y2; ++y) fill_row(job.out + row_of(job, y), region.x1, region.x2, total.mean());
+    for (int y = region.y1; y < region.y2; ++y)
+        fill_row(job.out + row_of(job, y), region.x1, region.x2, total.mean());
 }
 
 void fill_cells(const GhostJob& job, const Region& region) {
     for (int top = region.y1; top < region.y2; top += job.cell)
         for (int left = region.x1; left < region.x2; left += job.cell) {
-            const int bottom = std::min(top + job.cell, region.y2), right = std::min(left + job.cell, region.x2);
+            const int bottom = std::min(top + job.cell, region.y2);
+            const int right = std::min(left + job.cell, region.x2);
             fill_mean(job, {left, top, right, bottom}, {});
         }
 }
 
 void fill_blur(const GhostJob& job, const Region& region, BlurScratch& scratch) {
     const std::ptrdiff_t corner = row_of(job, region.y1) + 3 * region.x1;
-    blur({job.source + corner, job.out + corner, row_of(job, 1), region.y2 - region.y1, region.x2 - region.x1}, *job.kernel, scratch);
+    const int height = region.y2 - region.y1, width = region.x2 - region.x1;
+    blur({job.source + corner, job.out + corner, row_of(job, 1), height, width}, *job.kernel,
+         scratch);
 }
 
 void restore_box(const GhostJob& job) {
@@ -74,7 +82,8 @@ void restore_box(const GhostJob& job) {
     }
 }
 
-// How deep the centre of pixel (x, y) lies inside the box, in pixels; edges on the image's border do not count for `inside`.
+// How deep the centre of pixel (x, y) lies inside the box, in pixels; edges on the image's border
+// do not count for `inside`.
 float depth(const GhostJob& job, int x, int y, bool outside) {
     const float far = 1e9f;
     const float left = !outside && job.x1 == 0 ? far : x + 0.5f - job.x1;
@@ -111,7 +120,8 @@ void run(const GhostJob& job, Ghosting method, float feather, bool outside, Blur
 
 }  // namespace
 
-void ghost(const std::vector<GhostJob>& jobs, Ghosting method, float feather, bool outside, int threads) {
+void ghost(const std::vector<GhostJob>& jobs, Ghosting method, float feather, bool outside,
+           int threads) {
     for_each_parallel<BlurScratch>(jobs.size(), threads, [&](std::size_t i, BlurScratch& scratch) {
         run(jobs[i], method, feather, outside, scratch);
     });

@@ -1,4 +1,4 @@
-// Ghosting on the CPU: a rectangle's ghost (blur, mean, pixelate), blended into a copy of the image.
+// Ghosting on the CPU: a rectangle's ghost (blur, mean, pixelate), blended into an image's copy.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,9 @@ struct GhostJob {
     const Cosines* kernel;  // blur
 };
 
-// `feather`: width of the soft edge in pixels, 0 for a hard one. `outside`: ghost everything but the box.
-void ghost(const std::vector<GhostJob>& jobs, Ghosting method, float feather, bool outside, int threads);
+// `feather`: width of the soft edge in pixels, 0 for a hard one. `outside`: ghost everything but
+// the box.
+void ghost(const std::vector<GhostJob>& jobs, Ghosting method, float feather, bool outside,
+           int threads);
 
 }  // namespace vise

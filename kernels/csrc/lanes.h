@@ -1,8 +1,9 @@
 // Sixteen float signals side by side in memory, computed on in vectors as wide as the machine's.
 //
-// Bodies are written once, as a struct with `template <int W> void operator()(...)`, W floats per vector; `widest(body, ...)`
-// runs the copy compiled for this machine: 16 (AVX-512), 8 (AVX2), 4 (SSE2, NEON); VISE_LANES=8 or 4 in the environment keeps a wide
-// machine to a narrower copy, for tests. Vector types are GCC's and Clang's.
+// Bodies are written once, as a struct with `template <int W> void operator()(...)`, W floats per
+// vector; `widest(body, ...)` runs the copy compiled for this machine: 16 (AVX-512), 8 (AVX2), 4
+// (SSE2, NEON); VISE_LANES=8 or 4 in the environment keeps a wide machine to a narrower copy, for
+// tests. Vector types are GCC's and Clang's.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,8 @@ namespace vise {
 
 #define VISE_INLINE inline __attribute__((always_inline))
 
-// For a body whose vectors need no choice of width: one copy of the function per x86 level, chosen when the module loads.
+// For a body whose vectors need no choice of width: one copy of the function per x86 level, chosen
+// when the module loads.
 #if defined(__x86_64__) && !defined(VISE_NATIVE_ARCH) && !defined(__clang__) && __GNUC__ >= 12
 #define VISE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -50,19 +52,23 @@ struct alignas(64) Block {
 template <int W>
 VISE_INLINE Vector<W> get(const Block& block, int part) {
     Vector<W> value;
-    std::memcpy(&value, __builtin_assume_aligned(block.lane + part * W, sizeof value), sizeof value);
+    std::memcpy(&value, __builtin_assume_aligned(block.lane + part * W, sizeof value),
+                sizeof value);
     return value;
 }
 
 template <int W>
 VISE_INLINE void put(Block& block, int part, const Vector<W>& value) {
-    std::memcpy(__builtin_assume_aligned(block.lane + part * W, sizeof value), &value, sizeof value);
+    std::memcpy(__builtin_assume_aligned(block.lane + part * W, sizeof value), &value,
+                sizeof value);
 }
 
 #if defined(__x86_64__) && !defined(VISE_NATIVE_ARCH)
 
+#define VISE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+
 template <class Body, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_16(const Body& body, Args... args) {
+VISE_AVX512 void run_16(const Body& body, Args... args) {
     body.template operator()<16>(args...);
 }
 
@@ -79,11 +85,18 @@ inline int allowed_lanes() {
     return lanes;
 }
 
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw");
+}
+
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
 template <class Body, class... Args>
 void widest(const Body& body, Args... args) {
     const int lanes = allowed_lanes();
-    if (lanes >= 16 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) run_16(body, args...);
-    else if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run_8(body, args...);
+    if (lanes >= 16 && has_avx512()) run_16(body, args...);
+    else if (lanes >= 8 && has_avx2()) run_8(body, args...);
     else body.template operator()<4>(args...);
 }
 
@@ -103,25 +116,30 @@ void widest(const Body& body, Args... args) {
 #endif
 
 // Plain loops, which compilers turn into vector conversions; inlined into bodies for their machine.
-VISE_INLINE void to_floats(const uint8_t* __restrict from, std::ptrdiff_t count, float* __restrict to) {
+VISE_INLINE void to_floats(const uint8_t* __restrict from, std::ptrdiff_t count,
+                           float* __restrict to) {
     for (std::ptrdiff_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 // The nearest whole numbers (halves up) within 0..255.
-VISE_INLINE void to_bytes(const float* __restrict from, std::ptrdiff_t count, uint8_t* __restrict to) {
+VISE_INLINE void to_bytes(const float* __restrict from, std::ptrdiff_t count,
+                          uint8_t* __restrict to) {
     for (std::ptrdiff_t i = 0; i < count; ++i) {
         const float low = from[i] > 0 ? from[i] : 0;
         to[i] = static_cast<uint8_t>(static_cast<int>((low < 255 ? low : 255) + 0.5f));
     }
 }
 
-// Pixels of three bytes to pixels of four (the fourth is anything) and back. Four bytes move at a time; the last pixel's three.
-VISE_INLINE void widen_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step, uint8_t* __restrict to) {
+// Pixels of three bytes to pixels of four (the fourth is anything) and back. Four bytes move at a
+// time; the last pixel's three.
+VISE_INLINE void widen_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step,
+                              uint8_t* __restrict to) {
     for (int x = 0; x < count - 1; ++x) std::memcpy(to + x * step, from + 3 * x, 4);
     std::memcpy(to + (count - 1) * step, from + 3 * (count - 1), 3);
 }
 
-VISE_INLINE void narrow_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step, uint8_t* __restrict to) {
+VISE_INLINE void narrow_pixels(const uint8_t* __restrict from, int count, std::ptrdiff_t step,
+                               uint8_t* __restrict to) {
     for (int x = 0; x < count - 1; ++x) std::memcpy(to + 3 * x, from + x * step, 4);
     std::memcpy(to + 3 * (count - 1), from + (count - 1) * step, 3);
 }

@@ -1,4 +1,5 @@
-// Work items shared among threads: each worker makes its own scratch once, then takes the next item until none is left.
+// Work items shared among threads: each worker makes its own scratch once, then takes the next item
+// until none is left.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,8 @@
 
 namespace vise {
 
-// work(index, scratch) for index in 0..count-1 on at most `threads` threads. The first exception stops all and is rethrown.
+// work(index, scratch) for index in 0..count-1 on at most `threads` threads. The first exception
+// stops all and is rethrown.
 template <class Scratch, class Work>
 void for_each_parallel(std::size_t count, int threads, const Work& work) {
     std::atomic<std::size_t> next{0};

@@ -18,19 +18,22 @@ struct Scratch {
 
 // One patch: each channel's values once, then its repeats.
 template <class Value>
-void put_patch(const uint8_t* corner, std::ptrdiff_t stride, const Value* table, int patch, int taps, Value* out) {
+void put_patch(const uint8_t* corner, std::ptrdiff_t stride, const Value* table, int patch,
+               int taps, Value* out) {
     const std::size_t plane = static_cast<std::size_t>(patch) * patch;
     for (int c = 0; c < 3; ++c) {
         Value* first = out + c * taps * plane;
         for (int y = 0; y < patch; ++y)
-            for (int x = 0; x < patch; ++x) first[y * patch + x] = table[c * 256 + corner[y * stride + 3 * x + c]];
+            for (int x = 0; x < patch; ++x)
+                first[y * patch + x] = table[c * 256 + corner[y * stride + 3 * x + c]];
         for (int t = 1; t < taps; ++t) std::memcpy(first + t * plane, first, plane * sizeof(Value));
     }
 }
 
 // One row of squares, from the top left corner of its first.
 template <class Value>
-Value* put_squares(const uint8_t* corner, int width, const Value* table, int patch, int merge, int taps, Value* out) {
+Value* put_squares(const uint8_t* corner, int width, const Value* table, int patch, int merge,
+                   int taps, Value* out) {
     const std::ptrdiff_t stride = 3 * static_cast<std::ptrdiff_t>(width);
     const std::size_t row = static_cast<std::size_t>(3) * taps * patch * patch;
     for (int left = 0; left < width; left += patch * merge)
@@ -48,7 +51,8 @@ bool moves(const double* inverse) {
 }
 
 template <class Value>
-void run(const PatchJob& job, const Value* table, int patch, int merge, int taps, float fill, Scratch& scratch) {
+void run(const PatchJob& job, const Value* table, int patch, int merge, int taps, float fill,
+         Scratch& scratch) {
     const std::ptrdiff_t stride = 3 * static_cast<std::ptrdiff_t>(job.width);
     const int side = patch * merge;
     const bool warped = moves(job.inverse);
@@ -62,15 +66,18 @@ void run(const PatchJob& job, const Value* table, int patch, int merge, int taps
     }
     for (int top = 0; top < job.height; top += side) {
         for (int y = 0; warped && y < side; ++y) scratch.warper.row(top + y, band + y * stride);
-        out = put_squares(warped ? band : job.source + top * stride, job.width, table, patch, merge, taps, out);
+        out = put_squares(warped ? band : job.source + top * stride, job.width, table, patch, merge,
+                          taps, out);
     }
 }
 
 }  // namespace
 
-void patchify(const std::vector<PatchJob>& jobs, const void* table, int bytes, int patch, int merge, int taps, float fill, int threads) {
+void patchify(const std::vector<PatchJob>& jobs, const void* table, int bytes, int patch, int merge,
+              int taps, float fill, int threads) {
     for_each_parallel<Scratch>(jobs.size(), threads, [&](std::size_t i, Scratch& scratch) {
-        if (bytes == 2) run(jobs[i], static_cast<const uint16_t*>(table), patch, merge, taps, fill, scratch);
+        if (bytes == 2)
+            run(jobs[i], static_cast<const uint16_t*>(table), patch, merge, taps, fill, scratch);
         else run(jobs[i], static_cast<const uint32_t*>(table), patch, merge, taps, fill, scratch);
     });
 }

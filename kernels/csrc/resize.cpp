@@ -8,7 +8,8 @@
 namespace vise {
 namespace {
 
-constexpr int kRows = 4;  // rows squeezed together: 4 x (red, green, blue, nothing) fill the sixteen lanes
+// rows squeezed together: 4 x (red, green, blue, nothing) fill the sixteen lanes
+constexpr int kRows = 4;
 
 struct Scratch {
     Buffer<uint8_t> bytes;
@@ -20,9 +21,11 @@ struct Scratch {
 // pixels[x] = pixel x of four rows; missing rows repeat the last.
 struct GatherPixels {
     template <int W>
-    VISE_INLINE void operator()(const uint8_t* source, int rows, int width, uint8_t* bytes, Block* pixels) const {
+    VISE_INLINE void operator()(const uint8_t* source, int rows, int width, uint8_t* bytes,
+                                Block* pixels) const {
         for (int r = 0; r < kRows; ++r) {
-            const uint8_t* row = source + 3 * static_cast<std::ptrdiff_t>(std::min(r, rows - 1)) * width;
+            const uint8_t* row =
+                source + 3 * static_cast<std::ptrdiff_t>(std::min(r, rows - 1)) * width;
             widen_pixels(row, width, kLanes, bytes + 4 * r);
         }
         to_floats(bytes, static_cast<std::ptrdiff_t>(width) * kLanes, pixels->lane);
@@ -31,13 +34,15 @@ struct GatherPixels {
 
 struct Squeeze {
     template <int W>
-    VISE_INLINE void operator()(const Block* pixels, const Axis* axis, int out_width, Block* sums) const {
+    VISE_INLINE void operator()(const Block* pixels, const Axis* axis, int out_width,
+                                Block* sums) const {
         for (int x = 0; x < out_width; ++x) {
             const Block* from = pixels + axis->first[x];
             const float* weight = axis->weight + static_cast<std::ptrdiff_t>(x) * axis->width;
             Vector<W> sum[kLanes / W] = {};
             for (int t = 0; t < axis->width; ++t)
-                for (int part = 0; part < kLanes / W; ++part) sum[part] += weight[t] * get<W>(from[t], part);
+                for (int part = 0; part < kLanes / W; ++part)
+                    sum[part] += weight[t] * get<W>(from[t], part);
             for (int part = 0; part < kLanes / W; ++part) put<W>(sums[x], part, sum[part]);
         }
     }
@@ -45,10 +50,12 @@ struct Squeeze {
 
 struct PutPixels {
     template <int W>
-    VISE_INLINE void operator()(const Block* sums, int rows, int width, uint8_t* bytes, uint8_t* out) const {
+    VISE_INLINE void operator()(const Block* sums, int rows, int width, uint8_t* bytes,
+                                uint8_t* out) const {
         to_bytes(sums->lane, static_cast<std::ptrdiff_t>(width) * kLanes, bytes);
         for (int r = 0; r < rows; ++r) {
-            narrow_pixels(bytes + 4 * r, width, kLanes, out + 3 * static_cast<std::ptrdiff_t>(r) * width);
+            narrow_pixels(bytes + 4 * r, width, kLanes,
+                          out + 3 * static_cast<std::ptrdiff_t>(r) * width);
         }
     }
 };
@@ -56,7 +63,8 @@ struct PutPixels {
 // One output row from the `count` rows it needs, two at a time.
 struct Stack {
     template <int W>
-    VISE_INLINE void operator()(const uint8_t* rows, std::ptrdiff_t stride, const float* weight, int count, float* __restrict total, uint8_t* out) const {
+    VISE_INLINE void operator()(const uint8_t* rows, std::ptrdiff_t stride, const float* weight,
+                                int count, float* __restrict total, uint8_t* out) const {
         std::fill_n(total, stride, 0.0f);
         for (int t = 0; t < count; t += 2) {
             const uint8_t* __restrict upper = rows + t * stride;
@@ -70,7 +78,8 @@ struct Stack {
 
 std::ptrdiff_t row_bytes(int width) { return 3 * static_cast<std::ptrdiff_t>(width); }
 
-void squeeze(const uint8_t* source, int height, int width, const Axis& axis, int out_width, Scratch& scratch, uint8_t* out) {
+void squeeze(const uint8_t* source, int height, int width, const Axis& axis, int out_width,
+             Scratch& scratch, uint8_t* out) {
     Block *pixels = scratch.pixels.at_least(width), *sums = scratch.sums.at_least(out_width);
     const std::size_t most = static_cast<std::size_t>(kLanes) * std::max(width, out_width);
     uint8_t* bytes = scratch.bytes.at_least(most);
@@ -83,12 +92,14 @@ void squeeze(const uint8_t* source, int height, int width, const Axis& axis, int
     }
 }
 
-void stack(const uint8_t* source, int width, const Axis& axis, int out_height, Scratch& scratch, uint8_t* out) {
+void stack(const uint8_t* source, int width, const Axis& axis, int out_height, Scratch& scratch,
+           uint8_t* out) {
     const std::ptrdiff_t stride = row_bytes(width);
     float* total = scratch.total.at_least(stride);
     for (int y = 0; y < out_height; ++y)
-        widest(Stack{}, source + axis.first[y] * stride, stride, axis.weight + static_cast<std::ptrdiff_t>(y) * axis.width, axis.width,
-               total, out + y * stride);
+        widest(Stack{}, source + axis.first[y] * stride, stride,
+               axis.weight + static_cast<std::ptrdiff_t>(y) * axis.width, axis.width, total,
+               out + y * stride);
 }
 
 void run(const ResizeJob& job, Scratch& scratch) {
@@ -112,7 +123,8 @@ void run(const ResizeJob& job, Scratch& scratch) {
 }  // namespace
 
 void resize(const std::vector<ResizeJob>& jobs, int threads) {
-    for_each_parallel<Scratch>(jobs.size(), threads, [&](std::size_t i, Scratch& scratch) { run(jobs[i], scratch); });
+    for_each_parallel<Scratch>(jobs.size(), threads,
+                               [&](std::size_t i, Scratch& scratch) { run(jobs[i], scratch); });
 }
 
 }  // namespace vise

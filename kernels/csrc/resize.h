@@ -9,8 +9,8 @@ namespace vise {
 // Output i of an axis is the sum over t < width of weight[i * width + t] * input[first[i] + t].
 struct Axis {
     int width;
-    const int64_t* first;   // (outputs,)
-    const float* weight;    // (outputs, width), zero where a row needs fewer
+    const int64_t* first;  // (outputs,)
+    const float* weight;   // (outputs, width), zero where a row needs fewer
 };
 
 struct ResizeJob {
@@ -21,7 +21,8 @@ struct ResizeJob {
     bool down_first;
 };
 
-// One axis after the other, rounded and clipped to bytes in between: the order decides where overshoot is cut.
+// One axis after the other, rounded and clipped to bytes in between: the order decides where
+// overshoot is cut.
 void resize(const std::vector<ResizeJob>& jobs, int threads);
 
 }  // namespace vise

@@ -1,6 +1,8 @@
-// Gumbel-max with hardly any logarithm. The noise -log(-log(1 - u)) is at most -log u, and log2 of a float is at least its exponent
-// plus its mantissa minus 1, so a few whole-number operations bound every id's score. Only ids whose bound beats the best score so far
-// (a handful per row) get their exact score, computed as plain PyTorch does: no fused multiply-add, the series below an eighth.
+// Gumbel-max with hardly any logarithm. The noise -log(-log(1 - u)) is at most -log u, and log2 of
+// a float is at least its exponent plus its mantissa minus 1, so a few whole-number operations
+// bound every id's score. Only ids whose bound beats the best score so far (a handful per row) get
+// their exact score, computed as plain PyTorch does: no fused multiply-add, the series below an
+// eighth.
 
 #include "sample.h"
 
@@ -33,7 +35,8 @@ VISE_INLINE Words philox(std::uint32_t left, std::uint32_t right, std::uint32_t 
     return {left, right};
 }
 
-// The exact score. Kept out of the clones, whose fused multiply-adds would round otherwise than PyTorch.
+// The exact score. Kept out of the clones, whose fused multiply-adds would round otherwise than
+// PyTorch.
 __attribute__((noinline)) float score_of(float z, float inverse, std::uint32_t bits) {
     const float u = std::min((float(bits) + 0.5f) * 2.3283064365386963e-10f, kLargestU);
     float series = 1.0f / 6 + u * (1.0f / 7);
@@ -43,7 +46,7 @@ __attribute__((noinline)) float score_of(float z, float inverse, std::uint32_t b
 }
 
 struct Row {
-    const float *logits;
+    const float* logits;
     std::int64_t columns;
     float inverse;
     std::uint32_t low, high;  // the words that the generator mixes with the id
@@ -54,12 +57,16 @@ struct Best {
     std::int64_t id = 0;
 
     VISE_INLINE void offer(float candidate, std::int64_t at) {
-        if (candidate > score || (candidate == score && at < id)) score = candidate, id = at;
+        const bool better = candidate > score || (candidate == score && at < id);
+        if (!better) return;
+        score = candidate;
+        id = at;
     }
 };
 
 // Random bits and the bound of the score of `count` ids from `first` on; returns the largest bound.
-VISE_INLINE float bound(const Row &row, std::int64_t first, std::int64_t count, std::uint32_t *bits, float *bounds) {
+VISE_INLINE float bound(const Row& row, std::int64_t first, std::int64_t count, std::uint32_t* bits,
+                        float* bounds) {
     float highest = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : highest)
     for (std::int64_t i = 0; i < count; ++i) {
@@ -74,36 +81,42 @@ VISE_INLINE float bound(const Row &row, std::int64_t first, std::int64_t count, 
     return highest;
 }
 
-VISE_CLONES void draw(const Row &row, Best &best) {
+VISE_CLONES void draw(const Row& row, Best& best) {
     std::uint32_t bits[kBlock];
     float bounds[kBlock];
     for (std::int64_t first = 0; first < row.columns; first += kBlock) {
         const std::int64_t count = std::min(kBlock, row.columns - first);
         const float highest = bound(row, first, count, bits, bounds);
         if (!(highest > best.score)) continue;
-        const std::int64_t likely = std::find(bounds, bounds + count, highest) - bounds;  // sets the bar before the others are looked at
+        // the likeliest sets the bar before the others are looked at
+        const std::int64_t likely = std::find(bounds, bounds + count, highest) - bounds;
         best.offer(score_of(row.logits[first + likely], row.inverse, bits[likely]), first + likely);
         for (std::int64_t i = 0; i < count; ++i)
-            if (bounds[i] >= best.score) best.offer(score_of(row.logits[first + i], row.inverse, bits[i]), first + i);
+            if (bounds[i] >= best.score)
+                best.offer(score_of(row.logits[first + i], row.inverse, bits[i]), first + i);
     }
 }
 
-std::int64_t largest(const float *logits, std::int64_t columns) { return std::max_element(logits, logits + columns) - logits; }
+std::int64_t largest(const float* logits, std::int64_t columns) {
+    return std::max_element(logits, logits + columns) - logits;
+}
 
 struct None {};  // the rows need no scratch memory
 
 }  // namespace
 
-void sample(const float *logits, std::int64_t rows, std::int64_t columns, std::int64_t stride, const float *temperature,
-            const std::int64_t *seed, const std::int64_t *position, std::int64_t *ids, int threads) {
-    for_each_parallel<None>(rows, threads, [=](std::size_t r, None &) {
-        const float *row = logits + std::int64_t(r) * stride;
+void sample(const float* logits, std::int64_t rows, std::int64_t columns, std::int64_t stride,
+            const float* temperature, const std::int64_t* seed, const std::int64_t* position,
+            std::int64_t* ids, int threads) {
+    for_each_parallel<None>(rows, threads, [=](std::size_t r, None&) {
+        const float* row = logits + std::int64_t(r) * stride;
         if (!(temperature[r] > 0)) {
             ids[r] = largest(row, columns);
             return;
         }
         const std::uint64_t word = std::uint64_t(seed[r]);
-        const Words mixed = philox(std::uint32_t(word), std::uint32_t(word >> 32), std::uint32_t(position[r]));
+        const Words mixed =
+            philox(std::uint32_t(word), std::uint32_t(word >> 32), std::uint32_t(position[r]));
         Best best;
         draw({row, columns, 1.0f / temperature[r], mixed.left, mixed.right}, best);
         ids[r] = best.id;

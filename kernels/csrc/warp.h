@@ -13,14 +13,16 @@ struct WarpJob {
     const uint8_t* source;  // (height, width, 3)
     uint8_t* out;           // the same shape
     int height, width;
-    double inverse[9];      // view -> source, continuous pixel coordinates (a pixel's centre is at +0.5)
+    // view -> source, continuous pixel coordinates (a pixel's centre is at +0.5)
+    double inverse[9];
 };
 
-// One image's warp, row by row: out(p) = bilinear sample of source at inverse(p); taps outside the source have the value `fill`.
-// Holds its scratch, which the next image uses again.
+// One image's warp, row by row: out(p) = bilinear sample of source at inverse(p); taps outside the
+// source have the value `fill`. Holds its scratch, which the next image uses again.
 class Warper {
 public:
-    // Makes ready for the rows of `job`, whose source must outlive them; `job.out` is not looked at.
+    // Makes ready for the rows of `job`, whose source must outlive them; `job.out` is not looked
+    // at.
     void begin(const WarpJob& job, float fill);
     // Row y of the view, 3 * width bytes.
     void row(int y, uint8_t* out);
@@ -30,7 +32,8 @@ private:
 
     WarpJob job_;
     Buffer<uint8_t> bytes_;
-    Buffer<float> padded_;  // (height + 3, width + 3, 4): a border of `fill`, so that every sample exists
+    // (height + 3, width + 3, 4): a border of `fill`, so that every sample exists
+    Buffer<float> padded_;
     Buffer<float> across_, down_, row_;
     Buffer<int> corner_;
 };
