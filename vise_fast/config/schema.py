@@ -10,7 +10,7 @@ files and words (settings.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -408,6 +408,26 @@ AS_RELEASED = PAPER | {
 # robust has no entries: its numbers are the defaults above
 PRESETS: dict[str, dict[str, Any]] = {"robust": {}, "paper": PAPER, "as_released": AS_RELEASED}
 NANO = nano.DIRECTORY / "nano.yaml"
+
+
+def stated(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """{dotted key: value as written} of what a file and words say; the words win. Raises ConfigError."""
+    written = settings.read(places.config_file(path), Config) if path is not None else {}
+    return written | settings.parse(overrides, Config)
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with some settings, by dotted key, changed. Raises ConfigError for values that contradict
+    each other.
+    """
+    values = config.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as fault:
+        raise ConfigError(settings.complaint(fault, Config)) from None
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -48,7 +48,7 @@ def _help_lines(key: str, field: FieldInfo, width: int) -> list[str]:
     described = field.description and field.description != accepts
     about = (f"{field.description}. " if described else "") + f"[{accepts}]"
     indent = " " * 6
-    default = _show(field.default).strip("'")
+    default = show(field.default).strip("'")
     return [
         f"  --{key} {default}",
         *textwrap.wrap(about, width, initial_indent=indent, subsequent_indent=indent),
@@ -76,6 +76,12 @@ def changed(values: BaseModel) -> dict[str, Any]:
         if value != field.default:
             found[key] = value
     return found
+
+
+def get(values: BaseModel, key: str) -> Any:
+    """The value of a dotted key."""
+    section, name = key.split(".")
+    return getattr(getattr(values, section), name)
 
 
 def expected(field: FieldInfo) -> str:
@@ -171,7 +177,7 @@ def _flatten(content: Any, where: str, schema: Schema) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{where} holds no settings but {_show(content)}; write 'section:' with indented 'key: "
+            f"{where} holds no settings but {show(content)}; write 'section:' with indented 'key: "
             "value' lines"
         )
     flat: dict[str, Any] = {}
@@ -217,12 +223,13 @@ def complaint(fault: ValidationError, schema: Schema) -> str:
     if key not in known:
         return first["msg"].removeprefix("Value error, ")
     more = len({error["loc"][:2] for error in errors}) - 1
-    return f"{key} cannot be {_show(first['input'])}; expected {expected(known[key])}" + (
+    return f"{key} cannot be {show(first['input'])}; expected {expected(known[key])}" + (
         f" ({more} more like this)" if more else ""
     )
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value in a message, shortened."""
     if value is None:
         return "null"
     if isinstance(value, bool):

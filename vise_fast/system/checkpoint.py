@@ -26,6 +26,8 @@ from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FORMAT = 1
+CONFIG = "config.yaml"
+"""A checkpoint's copy of the configuration it was made with."""
 # a step that is written again keeps its old self under the second name until the new one is in
 # place
 NAME = re.compile(r"step_(\d+)(\.replaced)?")

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM end a run in good order: a flag that loop and generation poll; the second
-signal ends it at once.
+"""Ctrl-C, SIGTERM and a closed terminal end a run in good order: a flag that loop, generation and
+update poll; the second signal ends it at once.
 
-Left out: what good order is (train.py saves a checkpoint). Exit codes: 130 for SIGINT, 143 for
-SIGTERM.
+Left out: what good order is (run/directory.py saves a checkpoint). Exit codes: 129 for SIGHUP, 130
+for SIGINT, 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import signal
 from types import FrameType
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
 
 
 class Interrupted(Exception):
@@ -43,7 +44,9 @@ class Signals:
             raise Interrupted(self.code)
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+        # what the parent had ignored (nohup and SIGHUP) stays ignored
+        heard = [n for n in CAUGHT if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,5 +56,8 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.code:
             # no clean-up: whatever hangs would hang it too, and checkpoints stand a kill
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.write(stream, SHOW_CURSOR)
             os._exit(128 + number)
         self.code = 128 + number

@@ -1,0 +1,100 @@
+"""Which folder is a run, and who may write to it.
+
+A run carries a marker; it is never recognised by where it lies. (Runs of version 0.1 have none: they
+are recognised by config.yaml and checkpoints/.) While a process works on a run it holds a lock that
+the system releases when the process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+from vise_fast import __version__
+from vise_fast.system import files
+from vise_fast.system.errors import ConfigError, EnvironmentFault
+
+MARKER = "run.json"
+LOCK = ".lock"
+KIND = "vise_fast run"
+FORMAT = 1
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    marked = files.read_json(directory / MARKER, say=lambda text: None)
+    if marked is not None and marked.get("kind") == KIND:
+        return True
+    return (directory / "config.yaml").is_file() and (directory / "checkpoints").is_dir()
+
+
+def is_free(directory: Path) -> bool:
+    """Whether a new run may begin there: nothing is there, or nothing but what a lock left."""
+    if not directory.exists():
+        return True
+    try:
+        return directory.is_dir() and all(entry.name == LOCK for entry in directory.iterdir())
+    except OSError:
+        return False
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint directory lies in, None where the folders around it are none."""
+    home = checkpoint.resolve().parent
+    return home.parent if home.name == "checkpoints" and is_run(home.parent) else None
+
+
+def fresh(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, … that is free: no earlier run and no folder of
+    somebody else's is touched.
+    """
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
+    try:
+        return next(path for path in names if is_free(path))
+    except (StopIteration, ValueError, OSError) as fault:
+        raise ConfigError(
+            f"run.dir {str(wanted)[:80]} cannot be used: {fault or 'ten thousand such runs'}; give "
+            "--run.dir another place"
+        ) from None
+
+
+def mark(directory: Path) -> None:
+    """Make a folder a run. Raises EnvironmentFault."""
+    files.write_json(directory / MARKER, {"kind": KIND, "format": FORMAT, "vise_fast": __version__})
+
+
+class Lock:
+    """The right to write to a run; held until `release` or the end of the process.
+
+    Raises EnvironmentFault where another process holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        with files.refused(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = self._holder()
+            self._file.close()
+            raise EnvironmentFault(
+                f"{directory} is in use by another process{holder}; two would mix their steps; wait "
+                "for it, end it, or give --run.dir another place"
+            ) from None
+        with contextlib.suppress(OSError):  # only for the message above
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        word = self._file.read(32).strip()
+        return f" ({word})" if word.isdecimal() else ""
+
+    def release(self) -> None:
+        """Others may write from here on."""
+        self._file.close()
