@@ -56,19 +56,14 @@ def cells(tmp_path, monkeypatch):
 def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
     table = learning.summarise(cells)
     robust = table["robust"]["greedy_iou"]
-    assert (
-        robust["gain"] == pytest.approx(0.06)
-        and robust["seeds"] == 3
-        and robust["se"] == pytest.approx(0.01 / 3**0.5)
-    )
+    assert robust["gain"] == pytest.approx(0.06)
+    assert robust["seeds"] == 3 and robust["se"] == pytest.approx(0.01 / 3**0.5)
     assert robust["of_oracle"] == pytest.approx(0.6)
     assert 0.04 < robust["low"] < 0.06 < robust["high"] < 0.08, (
         "scenes are paired, so their spread of 0.1 is no part of the interval"
     )
-    assert (
-        table["random"]["greedy_iou"]["gain"] == pytest.approx(0)
-        and table["random"]["greedy_iou"]["se"] is None
-    )
+    random = table["random"]["greedy_iou"]
+    assert random["gain"] == pytest.approx(0) and random["se"] is None
 
 
 def test_cells_of_other_lengths_stay_out(cells):
@@ -106,16 +101,11 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     again, elsewhere = (
         learning.run_cell("oracle", 0, 1, split, words) for split in ("validation", "reported")
     )
-    assert (
-        again == result
-        and elsewhere["curve"] == result["curve"]
-        and elsewhere["marks"] != result["marks"]
-    ), "examined again, not trained again"
-    assert (
-        result["row"] == "oracle"
-        and len(result["curve"]) == 1
-        and {"greedy_iou", "sampled_iou"} <= set(result["marks"])
-    )
+    assert again == result
+    assert elsewhere["curve"] == result["curve"], "examined again, not trained again"
+    assert elsewhere["marks"] != result["marks"]
+    assert result["row"] == "oracle" and len(result["curve"]) == 1
+    assert {"greedy_iou", "sampled_iou"} <= set(result["marks"])
     learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
     learning.spawn([("oracle", 0)], 1, "validation", 1, [])
     assert "1 cells finished, 0 to do" in capsys.readouterr().out
@@ -124,10 +114,10 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
 def test_what_a_piece_knows_is_measured_within_its_group():
     group = torch.tensor([0, 0, 1, 1])
     truth = torch.tensor([0.1, 0.3, 0.9, 0.7], dtype=torch.float64)
-    good, offset = truth * 2, truth + torch.tensor([0, 0, 100, 100], dtype=torch.float64)
-    for values in (good, offset):  # what differs between groups says nothing
-        assert signals.correlation(
-            signals.deviation(values, group), signals.deviation(truth, group)
-        ) == pytest.approx(1)
+    offset = truth + torch.tensor([0, 0, 100, 100], dtype=torch.float64)
+    known = signals.deviation(truth, group)
+    for values in (truth * 2, offset):  # what differs between groups says nothing
+        found = signals.deviation(values, group)
+        assert signals.correlation(found, known) == pytest.approx(1)
         assert signals.picked(values, truth, group) == pytest.approx(0.6)
     assert signals.picked(-truth, truth, group) == pytest.approx(0.4)

@@ -16,7 +16,8 @@ def test_the_rollout_bench_runs():
     (result,) = document["results"]
     assert set(result["engines"]) == {"fast", "graphed", "unshared", "stock", "naive", "naive+"}
     assert document["machine"]["device"] and document["ceilings"]["matmul_flop_per_s"] > 0
-    fast, naive = result["engines"]["fast"], result["engines"]["naive"]
+    fast = result["engines"]["fast"]
+    naive = result["engines"]["naive"]
     assert fast["counts"]["encodes_per_distinct_image"] == 1
     assert naive["counts"]["encodes_per_distinct_image"] > 2.3
     assert fast["flops"]["step"] < naive["flops"]["step"]

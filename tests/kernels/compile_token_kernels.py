@@ -13,7 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLOATS, LONGS, BYTES, INT = "*fp32", "*i64", "*u8", "i32"
+FLOATS = "*fp32"
+LONGS = "*i64"
+BYTES = "*u8"
+INT = "i32"
 
 
 def token_logprob(z):
@@ -63,38 +66,15 @@ def linear_logprob(h):
         {"averages": FLOATS, "factor": FLOATS, "rows": INT, "width": INT},
         {"BLOCK": 2048},
     )
+    sums = dict.fromkeys(("top", "total", "target", "drift", "factor"), FLOATS)
+    totals = dict.fromkeys(("averages", "total", "drift"), FLOATS)
+    sizes = dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT)
     for paired, weights, banned in ((False, None, None), (True, h, BYTES)):
         constants = {"PAIRED": paired, "BLOCK": 2048}
-        sums = dict.fromkeys(("top", "total", "target", "drift", "factor"), FLOATS)
-        yield (
-            "_merge_kernel",
-            {
-                "logits": FLOATS,
-                "weights": weights,
-                "ids": LONGS,
-                "banned": banned,
-                **sums,
-                "width": INT,
-            },
-            constants,
-        )
-        rows = {
-            "averages": FLOATS,
-            "total": FLOATS,
-            "drift": FLOATS,
-            "head": h,
-            "ids": LONGS,
-            "banned": banned,
-            "slope": h,
-        }
-        yield (
-            "_finish_kernel",
-            {
-                **rows,
-                **dict.fromkeys(("plane", "vocabulary", "width", "head_stride", "head_step"), INT),
-            },
-            constants,
-        )
+        ids = {"ids": LONGS, "banned": banned}
+        logits = {"logits": FLOATS, "weights": weights}
+        yield "_merge_kernel", {**logits, **ids, **sums, "width": INT}, constants
+        yield "_finish_kernel", {**totals, "head": h, **ids, "slope": h, **sizes}, constants
 
 
 def decode_attention(q):
@@ -131,6 +111,7 @@ def heads(x):
 
 
 def compiled(kernel, arguments, constants, capability):
+    """The compiled kernel. `arguments`: types by name, None for an absent pointer."""
     constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
     signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(
         constants, "constexpr"

@@ -10,7 +10,8 @@ def assert_close(actual, truth, *, absolute, relative=0.0, what=""):
 
     nan matches nan, inf matches inf.
     """
-    actual, truth = actual.double(), truth.double()
+    actual = actual.double()
+    truth = truth.double()
     assert actual.shape == truth.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     )

@@ -2,6 +2,8 @@
 what it refuses.
 """
 
+import itertools
+
 import pytest
 import torch
 from excess import assert_close
@@ -27,43 +29,44 @@ SHAPES = {
 def made(shape, ragged=False):
     rows, tokens, heads, kv, dim, banks = SHAPES[shape]
     rng = torch.Generator().manual_seed(rows * 100 + dim)
-    draw = lambda *size: torch.randn(*size, generator=rng)
-    whole = lambda high, size: torch.randint(1, high + 1, size, generator=rng)
-    made = [
-        Bank(
-            draw(m, kv, s, dim),
-            draw(m, kv, s, dim),
-            whole(m, (rows,)) - 1,
-            whole(s, (m,)) if ragged else None,
-        )
-        for m, s in banks
-    ]
+
+    def draw(*size):
+        return torch.randn(*size, generator=rng)
+
+    def whole(high, size):
+        return torch.randint(1, high + 1, size, generator=rng)
+
+    made = []
+    for m, s in banks:
+        keys = draw(m, kv, s, dim)
+        values = draw(m, kv, s, dim)
+        owner = whole(m, (rows,)) - 1
+        made.append(Bank(keys, values, owner, whole(s, (m,)) if ragged else None))
     own = [draw(rows, tokens, kv, dim).transpose(1, 2) for _ in range(2)]
     return draw(rows, tokens, heads, dim), [*made, Bank(*own)]
 
 
+def all_equal(found, wanted):
+    return all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
 def truth(q, banks, scale, causal):
     """Query by query in fp64."""
-    rows, tokens, heads, _ = q.shape
-    repeat = heads // banks[0].keys.shape[1]
-    out, lse = (
-        torch.zeros(q.shape, dtype=torch.float64),
-        torch.zeros(q.shape[:3], dtype=torch.float64),
-    )
-    for n, t, h in (
-        torch.cartesian_prod(*map(torch.arange, (rows, tokens, heads))).view(-1, 3).tolist()
-    ):
-        keys, values = [], []
+    repeat = q.shape[2] // banks[0].keys.shape[1]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.zeros(q.shape[:3], dtype=torch.float64)
+    for n, t, h in itertools.product(*map(range, q.shape[:3])):
+        keys = []
+        values = []
         for index, (k, v, owner, length) in enumerate(banks):
             entry = n if owner is None else owner[n]
             seen = k.shape[2] if length is None else length[entry]
             seen = min(seen, t + 1) if causal and index + 1 == len(banks) else seen
-            (
-                keys.append(k[entry, h // repeat, :seen].double()),
-                values.append(v[entry, h // repeat, :seen].double()),
-            )
+            keys.append(k[entry, h // repeat, :seen].double())
+            values.append(v[entry, h // repeat, :seen].double())
         score = torch.cat(keys) @ q[n, t, h].double() * scale
-        out[n, t, h], lse[n, t, h] = score.softmax(0) @ torch.cat(values), score.logsumexp(0)
+        out[n, t, h] = score.softmax(0) @ torch.cat(values)
+        lse[n, t, h] = score.logsumexp(0)
     return out, lse
 
 
@@ -74,10 +77,8 @@ def truth(q, banks, scale, causal):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_softmax_over_all_banks(shape, causal, ragged, path):
     q, banks = made(shape, ragged)
-    found, wanted = (
-        attention(q, banks, scale=0.2, causal=causal, path=path),
-        truth(q, banks, 0.2, causal),
-    )
+    found = attention(q, banks, scale=0.2, causal=causal, path=path)
+    wanted = truth(q, banks, 0.2, causal)
     for part, true, what in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
         assert part.dtype == torch.float32
         assert_close(part, true, absolute=3e-6, relative=2e-6, what=what)
@@ -97,31 +98,22 @@ def test_what_lies_beyond_a_length_is_never_seen_and_the_future_weighs_nothing()
     before = attention(q, banks, scale=0.2, causal=True, path="native")
     for keys, values, _, length in banks[:-1]:
         for entry, seen in enumerate(length):
-            keys[entry, :, seen:], values[entry, :, seen:] = torch.nan, torch.nan
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(
-            attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True
-        )
-    )
-    banks[-1].keys[:, :, 5:], banks[-1].values[:, :, 5:] = 1e4, 1e4
-    for part, old in zip(
-        attention(q, banks, scale=0.2, causal=True, path="native"), before, strict=True
-    ):
+            keys[entry, :, seen:] = torch.nan
+            values[entry, :, seen:] = torch.nan
+    assert all_equal(attention(q, banks, scale=0.2, causal=True, path="native"), before)
+    banks[-1].keys[:, :, 5:] = 1e4
+    banks[-1].values[:, :, 5:] = 1e4
+    after = attention(q, banks, scale=0.2, causal=True, path="native")
+    for part, old in zip(after, before, strict=True):
         assert torch.allclose(part[:, :5], old[:, :5], atol=1e-6)
 
 
 @NATIVE
 def test_a_query_that_sees_nothing_is_zero():
     q, (bank, *_) = made("a prefix")
+    bank = bank._replace(length=torch.tensor([0, 3]), owner=torch.tensor([1, 0, 1]))
     for path in ("plain", "native"):
-        out, lse = attention(
-            q,
-            [bank._replace(length=torch.tensor([0, 3]), owner=torch.tensor([1, 0, 1]))],
-            scale=1.0,
-            causal=False,
-            path=path,
-        )
+        out, lse = attention(q, [bank], scale=1.0, causal=False, path=path)
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all() and (out[0] != 0).any()
 
 
@@ -133,7 +125,7 @@ def test_a_length_beyond_the_bank_means_all_of_it():
             attention(q, [bank._replace(length=length)], scale=0.2, causal=False, path=path)
             for length in (torch.tensor([99, 99]), None)
         )
-        assert all(torch.equal(*pair) for pair in zip(long, whole, strict=True))
+        assert all_equal(long, whole)
 
 
 @pytest.mark.parametrize("path", ["plain", "native"])
@@ -148,7 +140,8 @@ def test_nan_is_not_hidden(path):
 
 @NATIVE
 def test_threads_and_strides_change_nothing():
-    threads, (q, banks) = torch.get_num_threads(), made("prefix and question")
+    threads = torch.get_num_threads()
+    q, banks = made("prefix and question")
     try:
         torch.set_num_threads(1)
         alone = attention(q, banks, scale=0.2, causal=True)
@@ -161,10 +154,7 @@ def test_threads_and_strides_change_nothing():
             for bank in banks
         ]
         for call in ((q, banks), (q.transpose(1, 2).contiguous().transpose(1, 2), lying)):
-            assert all(
-                torch.equal(*pair)
-                for pair in zip(alone, attention(*call, scale=0.2, causal=True), strict=True)
-            )
+            assert all_equal(alone, attention(*call, scale=0.2, causal=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -176,12 +166,8 @@ def test_other_types_and_gradients_take_the_plain_path():
     q.requires_grad_()
     attention(q, banks, scale=0.2, causal=True)[0].sum().backward()
     assert q.grad.abs().sum() > 0
-    narrow = attention(
-        q[..., :10].detach(),
-        [Bank(k[..., :10], v[..., :10], owner) for k, v, owner, _ in banks],
-        scale=0.2,
-        causal=True,
-    )
+    some = [Bank(k[..., :10], v[..., :10], owner) for k, v, owner, _ in banks]
+    narrow = attention(q[..., :10].detach(), some, scale=0.2, causal=True)
     assert narrow[0].shape[-1] == 10
 
 

@@ -32,10 +32,12 @@ def runs(path):
 def made(shape, dtype=torch.float32, device="cpu", empty=False):
     rows, heads, kv, dim, banks = SHAPES[shape]
     rng = torch.Generator().manual_seed(rows * 100 + dim)
-    keys, values = (
-        [torch.randn(m, kv, s, dim, generator=rng).to(device, dtype) for m, s in banks]
-        for _ in range(2)
-    )
+
+    def bank_of_each():
+        return [torch.randn(m, kv, s, dim, generator=rng).to(device, dtype) for m, s in banks]
+
+    keys = bank_of_each()
+    values = bank_of_each()
     owner = torch.stack([torch.randint(m, (rows,), generator=rng) for m, _ in banks])
     length = torch.stack(
         [torch.randint(0 if empty else 1, s + 1, (rows,), generator=rng) for _, s in banks]
@@ -47,23 +49,22 @@ def made(shape, dtype=torch.float32, device="cpu", empty=False):
     )
 
 
+def seen(banks, places, head):
+    """What one head of a row sees of each bank, one after the other, in fp64."""
+    parts = zip(banks, places, strict=True)
+    return torch.cat([bank[entry, head, :length] for bank, (entry, length) in parts]).double()
+
+
 def truth(q, banks, scale):
     """Row by row and head by head, in fp64."""
-    out, repeat = (
-        torch.zeros(q.shape, dtype=torch.float64, device=q.device),
-        q.shape[1] // banks.keys[0].shape[1],
-    )
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    repeat = q.shape[1] // banks.keys[0].shape[1]
     for n in range(q.shape[0]):
+        places = list(zip(banks.owner[:, n], banks.length[:, n], strict=True))
         for h in range(q.shape[1]):
-            seen = [
-                (bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double())
-                for p, bank in enumerate(banks.keys)
-            ]
-            there = [
-                (bank[banks.owner[p, n], h // repeat, : banks.length[p, n]].double())
-                for p, bank in enumerate(banks.values)
-            ]
-            out[n, h] = (torch.cat(seen) @ q[n, h].double() * scale).softmax(0) @ torch.cat(there)
+            keys = seen(banks.keys, places, h // repeat)
+            score = keys @ q[n, h].double() * scale
+            out[n, h] = score.softmax(0) @ seen(banks.values, places, h // repeat)
     return out
 
 
@@ -92,7 +93,8 @@ def test_what_lies_beyond_the_length_is_never_seen(path):
             0, banks.owner[bank], banks.length[bank], "amax"
         )
         for entry, length in enumerate(longest):
-            keys[entry, :, length:], values[entry, :, length:] = torch.nan, torch.nan
+            keys[entry, :, length:] = torch.nan
+            values[entry, :, length:] = torch.nan
     assert torch.equal(decode_attention(q, banks, scale=0.3, path=path), before)
 
 
@@ -181,10 +183,8 @@ def test_a_captured_graph_follows_owner_length_and_banks():
         (other.length + 1) // 2,
         other.table,
     )
-    (
-        banks.table.copy_(locate(other.keys, other.values)),
-        banks.length.copy_(other.length),
-        q.copy_(-q2),
-    )
+    banks.table.copy_(locate(other.keys, other.values))
+    banks.length.copy_(other.length)
+    q.copy_(-q2)
     graph.replay()
     assert_close(out, truth(-q2, other, 0.3), absolute=2e-2, relative=2e-2)

@@ -2,6 +2,8 @@
 what it refuses.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,16 +14,17 @@ from vise_kernels.few_rows import LARGE, gains
 NATIVE = pytest.mark.skipif(
     native() is None, reason="the native module was not built (python -m vise_kernels.build)"
 )
-SHAPES = [
-    (rows, width, outs)
-    for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 49, 64, 65, 131)
-    for width, outs in ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))
-]
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 49, 64, 65, 131)
+WEIGHTS = ((640, 411), (1, 1), (15, 6), (17, 7), (257, 12), (96, 5), (31, 641))  # width, outs
+SHAPES = [(rows, *weight) for rows, weight in itertools.product(ROWS, WEIGHTS)]
 
 
 def operands(rows, width, outs):
     generator = torch.Generator().manual_seed(rows * 7919 + width)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
     return draw(rows, width), draw(outs, width) / width**0.5, draw(outs)
 
 
@@ -58,6 +61,12 @@ def test_the_low_rank_term_is_added(shape, rank):
         )
 
 
+def shelf(t):
+    """A tensor's numbers between nans."""
+    margin = torch.full((64,), torch.nan)
+    return torch.cat([margin, t.flatten(), margin])
+
+
 @NATIVE
 @pytest.mark.parametrize("rows", [3, 6, 13, 17, 33, 64])
 @pytest.mark.parametrize("width, outs, rank", [(37, 23, 0), (37, 23, 19), (16, 12, 5), (1, 1, 1)])
@@ -71,23 +80,10 @@ def test_nothing_is_written_beyond_the_result_and_nothing_read_beyond_the_operan
     x, weight, bias = operands(rows, width, outs)
     low, up, _ = operands(rows, rank, outs) if rank else (x[:, :0], weight[:, :0], None)
     y = torch.full((rows * outs + 128,), 7.0)
-    shelf = lambda t: torch.cat(
-        [torch.full((64,), torch.nan), t.flatten(), torch.full((64,), torch.nan)]
-    )
     held = [shelf(t) for t in (x, weight, bias, low, up)]
-    places = [t.data_ptr() + 4 * 64 for t in held]
-    native().few_rows(
-        places[0],
-        rows,
-        width,
-        places[1],
-        outs,
-        places[2],
-        places[3],
-        rank,
-        places[4],
-        y.data_ptr() + 4 * 64,
-    )
+    at_x, at_weight, at_bias, at_low, at_up, at_y = (t.data_ptr() + 4 * 64 for t in (*held, y))
+    low_rank = (at_low, rank, at_up)
+    native().few_rows(at_x, rows, width, at_weight, outs, at_bias, *low_rank, at_y)
     assert (y[:64] == 7).all() and (y[-64:] == 7).all()
     given = (low, up) if rank else (None, None)
     assert within_rounding(y[64:-64].view(rows, outs), x, weight, bias, *given)
@@ -100,13 +96,9 @@ def test_strided_operands_and_empty_ones():
     assert torch.allclose(
         few_rows(x.T.contiguous().T, weight.T.contiguous().T, bias, path="native"), truth, atol=1e-5
     )
-    assert torch.allclose(
-        few_rows(
-            torch.cat([x, x], 1)[:, :130], weight, bias[:, None].expand(-1, 2)[:, 0], path="native"
-        ),
-        truth,
-        atol=1e-5,
-    )
+    wide = torch.cat([x, x], 1)[:, :130]
+    strided = bias[:, None].expand(-1, 2)[:, 0]
+    assert torch.allclose(few_rows(wide, weight, strided, path="native"), truth, atol=1e-5)
     assert few_rows(x[:0], weight, path="native").shape == (0, 66)
     assert few_rows(x, weight[:0], path="native").shape == (8, 0)
     assert torch.equal(few_rows(x[:, :0], weight[:, :0], bias, path="native"), bias.expand(8, -1))
@@ -126,28 +118,24 @@ def test_not_finite_numbers_stay_in_their_row():
     x[2, 63] = torch.inf
     x[3, 0] = torch.nan
     found = few_rows(x, weight, path="native")
-    assert (
-        found[3].isnan().all()
-        and not found[2].isfinite().any()
-        and found[[0, 1, 4]].isfinite().all()
-    )
+    assert found[3].isnan().all()
+    assert not found[2].isfinite().any()
+    assert found[[0, 1, 4]].isfinite().all()
 
 
 @NATIVE
 def test_it_is_taken_on_one_thread_for_few_rows_and_a_large_weight():
     threads = torch.get_num_threads()
-    large, small = torch.zeros(LARGE // 64, 64), torch.zeros(16, 64)
+    large = torch.zeros(LARGE // 64, 64)
+    small = torch.zeros(16, 64)
     try:
         torch.set_num_threads(1)
         assert gains(torch.zeros(8, 64), large)
-        assert (
-            not gains(torch.zeros(8, 64), small)
-            and not gains(torch.zeros(500, 64), large)
-            and not gains(torch.zeros(1, 64), large)
-        )
-        assert gains(torch.zeros(16, 1920), torch.zeros(640, 1920)) and not gains(
-            torch.zeros(64, 4096), torch.zeros(640, 4096)
-        )
+        assert not gains(torch.zeros(8, 64), small)
+        assert not gains(torch.zeros(500, 64), large)
+        assert not gains(torch.zeros(1, 64), large)
+        assert gains(torch.zeros(16, 1920), torch.zeros(640, 1920))
+        assert not gains(torch.zeros(64, 4096), torch.zeros(640, 4096))
         assert not gains(torch.zeros(8, 64, dtype=torch.float64), large.double())
         assert not gains(torch.zeros(8, 64, requires_grad=True), large)
         torch.set_num_threads(2)

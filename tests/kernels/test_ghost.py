@@ -2,6 +2,8 @@
 is not ghosted keeps its bytes.
 """
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -62,45 +64,41 @@ LOSS = {"plain": 0.001, "native": cosines.MOST_ERROR, "triton": 0.05}
 def test_blur_is_the_gaussian_of_the_box(path, sigma, radius):
     image = noise(*IMAGES[0])
     outs = hide([image], [0] * len(BOXES), BOXES, path, sigma=sigma, radius=radius)
-    for out, box in zip(outs, BOXES):
-        truth = blurred(
-            cut(image, box), sigma, int(np.ceil(3 * sigma)) if radius is None else radius
-        )
+    reach = int(np.ceil(3 * sigma)) if radius is None else radius
+    for out, box in zip(outs, BOXES, strict=True):
+        truth = blurred(cut(image, box), sigma, reach)
         assert worst(cut(out, box), truth) <= 0.5 + LOSS[path], box
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_blur_is_within_one_level_of_opencv_on_bytes(path):
-    image, box = noise(60, 90, 1), (5, 4, 77, 55)
+    image = noise(60, 90, 1)
+    box = (5, 4, 77, 55)
     (out,) = hide([image], [0], [box], path, sigma=5.0)
     border = cv2.BORDER_REFLECT_101 | cv2.BORDER_ISOLATED
-    assert (
-        worst(
-            cut(out, box),
-            cv2.GaussianBlur(cut(image, box).numpy(), (31, 31), 5.0, borderType=border),
-        )
-        <= 1
-    )
+    truth = cv2.GaussianBlur(cut(image, box).numpy(), (31, 31), 5.0, borderType=border)
+    assert worst(cut(out, box), truth) <= 1
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["blur", "mean", "pixelate"])
 def test_outside_the_box_every_byte_stays(path, method):
     images = [noise(*size, 2) for size in IMAGES]
-    index = [i for i in range(len(images)) for _ in BOXES]
+    index, boxes = zip(*itertools.product(range(len(images)), BOXES), strict=True)
     before = [image.clone() for image in images]
-    outs = hide(images, index, BOXES * len(images), path, method=method, sigma=15.0)
-    for out, i, box in zip(outs, index, BOXES * len(images)):
+    outs = hide(images, index, boxes, path, method=method, sigma=15.0)
+    for out, i, box in zip(outs, index, boxes, strict=True):
         kept = torch.ones(images[i].shape[:2], dtype=torch.bool)
         cut(kept, box)[:] = False
         assert torch.equal(out[kept], images[i][kept])
-    assert all(torch.equal(a, b) for a, b in zip(images, before))
+    assert all(torch.equal(a, b) for a, b in zip(images, before, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["blur", "mean", "pixelate"])
 def test_boxes_that_hold_nothing_leave_a_copy(path, method):
     image = noise(20, 30)
+    # the last: one pixel
     boxes = [
         (5, 5, 5, 9),
         (9, 5, 3, 9),
@@ -108,7 +106,7 @@ def test_boxes_that_hold_nothing_leave_a_copy(path, method):
         (-9, -9, 0, 4),
         (0, 0, 0, 0),
         (11, 12, 12, 13),
-    ]  # the last: one pixel
+    ]
     outs = hide([image], [0] * len(boxes), boxes, path, method=method)
     assert all(torch.equal(out, image) for out in outs)
     assert all(out.data_ptr() != image.data_ptr() for out in outs)
@@ -117,16 +115,17 @@ def test_boxes_that_hold_nothing_leave_a_copy(path, method):
 @pytest.mark.parametrize("path", PATHS)
 def test_images_of_many_sizes_in_one_call_are_each_as_if_alone(path):
     images = [noise(*size, 3) for size in IMAGES[:3]]
-    index, boxes = [2, 0, 2, 1], [(0, 0, 80, 48), (3, 3, 30, 20), (9, 1, 20, 47), (0, 0, 41, 67)]
-    sigma, radius = torch.tensor([2.0, 9.0, 25.0, 4.5]), torch.tensor([6, 3, 75, 20])
-    together = hide(images, index, boxes, path, sigma=sigma, radius=radius)
-    for n, (i, box) in enumerate(zip(index, boxes)):
-        (alone,) = hide([images[i]], [0], [box], path, sigma=float(sigma[n]), radius=int(radius[n]))
+    index = [2, 0, 2, 1]
+    boxes = [(0, 0, 80, 48), (3, 3, 30, 20), (9, 1, 20, 47), (0, 0, 41, 67)]
+    sigma = [2.0, 9.0, 25.0, 4.5]
+    radius = [6, 3, 75, 20]
+    lengths = {"sigma": torch.tensor(sigma), "radius": torch.tensor(radius)}
+    together = hide(images, index, boxes, path, **lengths)
+    for n, (i, box) in enumerate(zip(index, boxes, strict=True)):
+        (alone,) = hide([images[i]], [0], [box], path, sigma=sigma[n], radius=radius[n])
         assert torch.equal(together[n], alone)
-        assert (
-            worst(cut(alone, box), blurred(cut(images[i], box), float(sigma[n]), int(radius[n])))
-            <= 1
-        )
+        truth = blurred(cut(images[i], box), sigma[n], radius[n])
+        assert worst(cut(alone, box), truth) <= 1
 
 
 def rounded_mean(pixels):
@@ -135,27 +134,29 @@ def rounded_mean(pixels):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_mean_is_one_colour(path):
-    image, box = noise(40, 33), (4, 7, 31, 30)
+    image = noise(40, 33)
+    box = (4, 7, 31, 30)
     (out,) = hide([image], [0], [box], path, method="mean")
     assert (cut(out, box).numpy() == rounded_mean(cut(image, box))).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_pixelate_averages_cells_of_sqrt_12_sigma(path):
-    image, box, cell = noise(40, 33), (4, 7, 31, 30), 10  # sqrt(12) 3 = 10.4
+    image = noise(40, 33)
+    box = (4, 7, 31, 30)
+    cell = 10  # sqrt(12) 3 = 10.4
     (out,) = hide([image], [0], [box], path, method="pixelate", sigma=3.0)
-    old, new = cut(image, box), cut(out, box)
-    for y in range(0, 23, cell):
-        for x in range(0, 27, cell):
-            assert (
-                new[y : y + cell, x : x + cell].numpy()
-                == rounded_mean(old[y : y + cell, x : x + cell])
-            ).all()
+    old = cut(image, box)
+    new = cut(out, box)
+    for y, x in itertools.product(range(0, 23, cell), range(0, 27, cell)):
+        at = (slice(y, y + cell), slice(x, x + cell))
+        assert (new[at].numpy() == rounded_mean(old[at])).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_outside_keeps_the_box_and_ghosts_the_rest(path):
-    image, box = noise(40, 52), (9, 7, 31, 30)
+    image = noise(40, 52)
+    box = (9, 7, 31, 30)
     outs = {
         m: hide([image], [0], [box], path, method=m, sigma=4.0, region="outside")[0]
         for m in ("blur", "mean", "pixelate")
@@ -180,18 +181,19 @@ def test_outside_of_nothing_is_everything_and_of_everything_is_nothing(path):
 
 def softened(image, hard, box, feather, outside):
     """Pixel by pixel, from the definition."""
-    out, (x1, y1, x2, y2), (height, width) = image.double(), box, image.shape[:2]
-    for y in range(height):
-        for x in range(width):
-            edges = [
-                (x + 0.5 - x1, x1 == 0),
-                (x2 - x - 0.5, x2 == width),
-                (y + 0.5 - y1, y1 == 0),
-                (y2 - y - 0.5, y2 == height),
-            ]
-            depth = min(distance for distance, border in edges if outside or not border)
-            alpha = min(max(-depth if outside else depth, 0) / feather, 1)
-            out[y, x] += alpha * (hard[y, x].double() - out[y, x])
+    out = image.double()
+    x1, y1, x2, y2 = box
+    height, width = image.shape[:2]
+    for y, x in itertools.product(range(height), range(width)):
+        edges = [
+            (x + 0.5 - x1, x1 == 0),
+            (x2 - x - 0.5, x2 == width),
+            (y + 0.5 - y1, y1 == 0),
+            (y2 - y - 0.5, y2 == height),
+        ]
+        depth = min(distance for distance, border in edges if outside or not border)
+        alpha = min(max(-depth if outside else depth, 0) / feather, 1)
+        out[y, x] += alpha * (hard[y, x].double() - out[y, x])
     return out
 
 
@@ -218,10 +220,8 @@ def test_cosines_stay_within_their_bound():
         reach, frequency, amplitude = cosines.fit(sigma, radius)
         d = np.arange(-radius, radius + 1)
         fitted = np.where(abs(d) <= reach, np.cos(np.outer(d, frequency)) @ amplitude, 0)
-        assert (
-            2 * 255 * np.abs(fitted - cosines.taps(sigma, radius).numpy()).sum()
-            <= cosines.MOST_ERROR + 1e-4
-        )
+        error = np.abs(fitted - cosines.taps(sigma, radius).numpy()).sum()
+        assert 2 * 255 * error <= cosines.MOST_ERROR + 1e-4
         assert len(frequency) <= 9
 
 
@@ -231,20 +231,17 @@ def test_cosines_stay_within_their_bound():
 @given(
     st.floats(0.3, 60),
     st.integers(0, 90),
-    st.integers(1, 70),
-    st.integers(1, 70),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
     st.floats(0, 3.1416),
     st.floats(0, 6.3),
 )
-def test_native_blur_keeps_its_bound_on_stripes(
-    path, sigma, radius, height, width, frequency, phase
-):
+def test_native_blur_keeps_its_bound_on_stripes(path, sigma, radius, size, frequency, phase):
+    height, width = size
     stripes = 255 * (np.cos(frequency * np.arange(width) + phase) > 0) * np.ones((height, 1))
     image = torch.from_numpy(np.repeat(stripes[:, :, None], 3, 2).astype(np.uint8))
     for picture in (image, image.transpose(0, 1).contiguous()):
-        (out,) = hide(
-            [picture], [0], [(0, 0, *picture.shape[1::-1])], path, sigma=sigma, radius=radius
-        )
+        whole = (0, 0, *picture.shape[1::-1])
+        (out,) = hide([picture], [0], [whole], path, sigma=sigma, radius=radius)
         assert worst(out, blurred(picture, sigma, radius)) <= 0.5 + cosines.MOST_ERROR + 0.01
 
 
@@ -268,10 +265,8 @@ def test_masks_for_any_box(path, box, method, region, feather, sigma):
         inside[y1:y2, x1:x2] = True
     kept = inside if region == "outside" else ~inside
     assert torch.equal(out[kept], image[kept])
-    ghosted, source = (
-        out[~kept].float(),
-        (image if region == "outside" else image[inside]).float().reshape(-1, 3),
-    )
+    ghosted = out[~kept].float()
+    source = (image if region == "outside" else image[inside]).float().reshape(-1, 3)
     if len(ghosted):  # averages stay between the extremes of what they average
         assert (ghosted >= source.amin(0) - 1).all() and (ghosted <= source.amax(0) + 1).all()
 
@@ -279,7 +274,8 @@ def test_masks_for_any_box(path, box, method, region, feather, sigma):
 @pytest.mark.parametrize("path", PATHS[1:2])
 def test_threads_change_nothing(path):
     images = [noise(*size, 6) for size in IMAGES]
-    index, boxes = [0, 1, 2, 3, 4] * 3, [(1, 0, 60, 60)] * 15
+    index = [0, 1, 2, 3, 4] * 3
+    boxes = [(1, 0, 60, 60)] * 15
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -288,7 +284,7 @@ def test_threads_change_nothing(path):
         together = hide(images, index, boxes, path)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_no_boxes_no_images():

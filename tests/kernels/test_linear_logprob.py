@@ -1,4 +1,6 @@
-"""linear_logprob and linear_logprob_kl on every path that runs here, against the full softmax in float64."""
+"""linear_logprob and linear_logprob_kl on every path that runs here, against the full softmax in
+float64.
+"""
 
 import importlib
 
@@ -29,11 +31,14 @@ def runs(path, dtype=torch.float32, device="cpu"):
 
 
 class Case:
-    """Hidden rows whose logits have a spread of 3, a reference nearby, and a third of the ids banned."""
+    """Hidden rows whose logits have a spread of 3, a reference nearby, a third of ids banned."""
 
     def __init__(self, rows, width, vocabulary, dtype=torch.float32, device="cpu", banned=True):
         generator = torch.Generator().manual_seed(rows + width + vocabulary)
-        normal = lambda *shape: torch.randn(*shape, generator=generator)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
         hidden = 3 * normal(rows, width) / width**0.5
         self.hidden = hidden.to(device, dtype)
         self.reference = (hidden + 0.5 * normal(rows, width) / width**0.5).to(device, dtype)
@@ -48,48 +53,37 @@ class Case:
 
     def run(self, op, dtype=None, **options):
         """Results and the gradient of a weighted sum of logprob and kl."""
-        cast = lambda t: t if dtype is None else t.to(dtype)
-        hidden = cast(self.hidden).detach().clone().requires_grad_()
-        results = op(
-            hidden, cast(self.reference), cast(self.head), self.ids, banned=self.banned, **options
-        )
+        given = (self.hidden, self.reference, self.head)
+        hidden, *others = (t if dtype is None else t.to(dtype) for t in given)
+        hidden = hidden.detach().clone().requires_grad_()
+        results = op(hidden, *others, self.ids, banned=self.banned, **options)
         loss = (self.weights[0] * results[0]).sum() + (self.weights[1] * results[2]).sum()
         return results, torch.autograd.grad(loss, hidden)[0]
 
 
 def check(case, path, **options):
-    """float32: to rounding. 16 bits: no further from float64 than the full softmax in that dtype, plus an epsilon and, for the
-    gradient, one more rounding (it is stored as two 16-bit tensors until the backward pass)."""
+    """float32: to rounding. 16 bits: no further from float64 than the full softmax in that dtype,
+    plus an epsilon and, for the gradient, one more rounding (it is stored as two 16-bit tensors
+    until the backward pass).
+    """
     truths, true_gradient = case.run(full_softmax, torch.float64)
     results, gradient = case.run(linear_logprob_kl, path=path, **options)
-    slack, rounding = (3e-6, 1e-5), 1e-5
-    if case.hidden.dtype != torch.float32:
+    dtype = case.hidden.dtype
+    of_results = 3e-6
+    of_gradient = 1e-5
+    rounding = 1e-5
+    if dtype != torch.float32:
         plain_results, plain_gradient = case.run(full_softmax)
-        rounding = torch.finfo(case.hidden.dtype).eps
-        slack = [
-            worst(a, b) + 1e-3
-            for a, b in (
-                (torch.stack(plain_results), torch.stack(truths)),
-                (plain_gradient, true_gradient),
-            )
-        ]
-    for name, actual, truth in zip(NAMES, results, truths):
+        of_results = worst(torch.stack(plain_results), torch.stack(truths)) + 1e-3
+        of_gradient = worst(plain_gradient, true_gradient) + 1e-3
+        rounding = torch.finfo(dtype).eps
+    for name, actual, truth in zip(NAMES, results, truths, strict=True):
         assert actual.dtype == torch.float32
-        assert_close(
-            actual,
-            truth,
-            absolute=slack[0],
-            relative=1e-6,
-            what=f"{name} {path} {case.hidden.dtype}",
-        )
-    assert gradient.dtype == case.hidden.dtype
-    assert_close(
-        gradient,
-        true_gradient,
-        absolute=slack[1],
-        relative=rounding,
-        what=f"gradient {path} {case.hidden.dtype}",
-    )
+        what = f"{name} {path} {dtype}"
+        assert_close(actual, truth, absolute=of_results, relative=1e-6, what=what)
+    assert gradient.dtype == dtype
+    what = f"gradient {path} {dtype}"
+    assert_close(gradient, true_gradient, absolute=of_gradient, relative=rounding, what=what)
 
 
 def worst(actual, truth):
@@ -126,39 +120,37 @@ def test_the_small_op_agrees_with_the_large_one(path):
     assert_close(alone, both[0], absolute=1e-6, what="logprob")
     kept, _ = case.run(full_softmax, torch.float64)
     hidden_64 = case.hidden.double().requires_grad_()
-    truth = full_softmax(hidden_64, hidden_64.detach(), case.head.double(), case.ids, case.banned)[
-        0
-    ]
-    gradients = (
-        torch.autograd.grad(alone.sum(), hidden)[0],
-        torch.autograd.grad(truth.sum(), hidden_64)[0],
-    )
+    rows = (hidden_64, hidden_64.detach())
+    truth = full_softmax(*rows, case.head.double(), case.ids, case.banned)[0]
+    (gradient,) = torch.autograd.grad(alone.sum(), hidden)
+    (true_gradient,) = torch.autograd.grad(truth.sum(), hidden_64)
     assert_close(alone, kept[0], absolute=3e-6, what="logprob")
-    assert_close(*gradients, absolute=1e-5, what="gradient")
+    assert_close(gradient, true_gradient, absolute=1e-5, what="gradient")
 
 
 def test_gradcheck_of_plain():
     case = Case(5, 6, 300)
-    run = lambda h: linear_logprob_kl(
-        h,
-        case.reference.double(),
-        case.head.double(),
-        case.ids,
-        banned=case.banned,
-        chunk=128,
-        path="plain",
-    )
+    head = case.head.double()
+    options = {"chunk": 128, "path": "plain"}
+
+    def run(h):
+        reference = case.reference.double()
+        return linear_logprob_kl(h, reference, head, case.ids, banned=case.banned, **options)
+
+    def alone(h):
+        return linear_logprob(h, head, case.ids, **options)
+
     hidden = case.hidden.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda h: run(h)[0], (hidden,))
     assert torch.autograd.gradcheck(lambda h: run(h)[2], (hidden,))
-    alone = lambda h: linear_logprob(h, case.head.double(), case.ids, chunk=128, path="plain")
     assert torch.autograd.gradcheck(alone, (hidden,))
 
 
 def test_by_hand():
     head = torch.tensor([[0.0], [1.0]])
-    p, q = 0.8, 0.5
-    hidden, reference = torch.logit(torch.tensor([[p]])), torch.logit(torch.tensor([[q]]))
+    p = 0.8
+    q = 0.5
+    hidden, reference = (torch.logit(torch.tensor([[share]])) for share in (p, q))
     logprob, reference_logprob, kl = linear_logprob_kl(hidden, reference, head, torch.tensor([1]))
     truth = torch.tensor([p, q, 1.0]).log()
     truth[2] = p * torch.tensor(p / q).log() + (1 - p) * torch.tensor((1 - p) / (1 - q)).log()
@@ -200,7 +192,7 @@ def test_the_maximum_may_move_with_every_chunk(order, path):
     case.ids = torch.tensor([1029, 0, 513])
     truths, true_gradient = case.run(full_softmax, torch.float64)
     results, gradient = case.run(linear_logprob_kl, path=path, chunk=128)
-    for name, actual, truth in zip(NAMES, results, truths):
+    for name, actual, truth in zip(NAMES, results, truths, strict=True):
         assert_close(actual, truth, absolute=3e-5, relative=1e-6, what=f"{name} {order} {path}")
     assert_close(
         gradient, true_gradient, absolute=2e-4, relative=1e-5, what=f"gradient {order} {path}"
@@ -250,14 +242,11 @@ def test_blocks_of_rows_and_chunks_of_ids_do_not_show(path, monkeypatch):
 def test_strided_arguments(path):
     runs(path)
     case = Case(8, 14, 262)
-    case.hidden, case.reference, case.head = (
-        case.hidden[:, ::2],
-        case.reference[:, ::2],
-        case.head[:, ::2],
-    )
-    case.hidden, case.reference, case.ids = case.hidden[::2], case.reference[::2], case.ids[::2]
-    case.weights, case.head = case.weights[:, ::2], case.head[::2]
-    case.ids = case.ids // 2
+    case.hidden = case.hidden[::2, ::2]
+    case.reference = case.reference[::2, ::2]
+    case.head = case.head[::2, ::2]
+    case.weights = case.weights[:, ::2]
+    case.ids = case.ids[::2] // 2
     case.banned = None
     check(case, path)
 
@@ -272,10 +261,8 @@ def test_no_rows(path):
 
 def test_only_the_policy_gets_a_gradient():
     case = Case(5, 13, 131)
-    hidden, reference = (
-        case.hidden.clone().requires_grad_(),
-        case.reference.clone().requires_grad_(),
-    )
+    hidden = case.hidden.clone().requires_grad_()
+    reference = case.reference.clone().requires_grad_()
     logprob, reference_logprob, kl = linear_logprob_kl(hidden, reference, case.head, case.ids)
     assert logprob.requires_grad and kl.requires_grad and not reference_logprob.requires_grad
     (logprob + kl).sum().backward()
@@ -307,7 +294,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_logits_never_exist():
-    """No tensor of the forward or the backward pass comes near (N,V); the Triton path walks alike."""
+    """No tensor of forward or backward pass comes near (N,V); the Triton path walks alike."""
     case = Case(16, 32, 4096)
     largest, _ = largest_allocation(lambda: case.run(linear_logprob_kl, path="plain", chunk=256))
     assert largest <= 2 * 16 * 256 * 4, (
@@ -339,7 +326,9 @@ def test_no_compilation_per_length():
 @pytest.mark.gpu
 @GPU
 def test_extra_memory_at_full_size():
-    """GOALS S8: forward and backward at (8192, 2048, 151936) in at most 128 MB beyond arguments and gradient."""
+    """Forward and backward at (8192, 2048, 151936) in at most 128 MB beyond arguments and
+    gradient.
+    """
     case = Case(8192, 2048, 151_936, torch.bfloat16, "cuda", banned=False)
     hidden = case.hidden.requires_grad_()
     linear_logprob(hidden, case.head, case.ids).sum().backward()  # cuBLAS takes its workspace

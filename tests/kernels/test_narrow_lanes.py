@@ -19,17 +19,8 @@ FILES = ("test_few_rows.py", "test_bank_attention.py", "test_ghost.py", "test_wa
 )
 @pytest.mark.parametrize("lanes", [8, 4])
 def test_the_kernels_pass_with_narrow_vectors(lanes):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not triton",
-        *(str(HERE / name) for name in FILES),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton"]
+    command += [str(HERE / name) for name in FILES]
     done = subprocess.run(
         command,
         cwd=HERE.parent.parent,

@@ -15,7 +15,8 @@ from PIL import Image
 from vise_kernels import resize
 
 module = importlib.import_module("vise_kernels.resize")  # the package's name `resize` is the op
-down_first, taps = module.down_first, module.taps
+down_first = module.down_first
+taps = module.taps
 PILLOW = int(PIL.__version__.split(".")[0])
 # height and width, before and after: down, up, both, to the grid, one pixel, tall (rows first),
 # unchanged in one axis or both
@@ -46,9 +47,10 @@ def comparable(old, new):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_many_sizes_in_one_call_match_pillow(path):
-    olds, news = zip(*SIZES)
-    images = [noise(*old) for old in olds]
-    for image, new, out in zip(images, news, resize(on(path, images), news, path=path)):
+    images = [noise(*old) for old, _ in SIZES]
+    news = [new for _, new in SIZES]
+    outs = resize(on(path, images), news, path=path)
+    for image, new, out in zip(images, news, outs, strict=True):
         assert out.shape == (*new, 3) and out.is_contiguous()
         if comparable(image.shape[:2], new):
             assert worst(out, pillow(image, new)) <= LEVELS[path], (image.shape, new)
@@ -59,23 +61,18 @@ def test_many_sizes_in_one_call_match_pillow(path):
 @given(*[st.integers(1, 90)] * 4)
 def test_any_size_matches_pillow(path, height, width, new_height, new_width):
     assume(comparable((height, width), (new_height, new_width)))
-    image, size = noise(height, width, 1), (new_height, new_width)
+    image = noise(height, width, 1)
+    size = (new_height, new_width)
     assert worst(resize([image], [size], path=path)[0], pillow(image, size)) <= LEVELS[path]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_overshoot_is_cut_between_the_axes_as_pillow_does(path):
-    board = (
-        torch.from_numpy(np.indices((40, 40)).sum(0) % 7 > 2)[:, :, None]
-        .expand(-1, -1, 3)
-        .to(torch.uint8)
-        * 255
-    )
+    stripes = torch.from_numpy(np.indices((40, 40)).sum(0) % 7 > 2)
+    board = stripes[:, :, None].expand(-1, -1, 3).to(torch.uint8) * 255
     for size in ((64, 64), (64, 33)):
-        assert (
-            worst(resize(on(path, [board]), [size], path=path)[0], pillow(board, size))
-            <= LEVELS[path]
-        )
+        (out,) = resize(on(path, [board]), [size], path=path)
+        assert worst(out, pillow(board, size)) <= LEVELS[path]
 
 
 @pytest.mark.parametrize("path", PATHS)

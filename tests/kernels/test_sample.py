@@ -45,8 +45,7 @@ def assert_distributed(ids, probabilities):
     assert statistic < bound, f"chi-square {statistic:.1f} over {bound:.1f}"
 
 
-# --- the generator
-# --------------------------------------------------------------------------------------------------
+# ---- the generator -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,8 +87,7 @@ def test_gumbel_is_precise_where_it_decides():
     assert (gumbel(torch.arange(2**32 - 2000, 2**32)) < -2).all()
 
 
-# --- the distribution
-# --------------------------------------------------------------------------------------------------
+# ---- the distribution ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -166,12 +164,12 @@ def test_neighbouring_draws_are_independent(other):
     )
     share = (logits[0].double() / 2).softmax(-1)
     if other in ("seed for position", "high word of the seed"):
-        first, second = first[1:], second[1:]  # (0, 0) is the same draw on both sides
+        first = first[1:]  # (0, 0) is the same draw on both sides
+        second = second[1:]
     assert_distributed(first * 6 + second, torch.outer(share, share).flatten())
 
 
-# --- what a draw depends on
-# --------------------------------------------------------------------------------------------------
+# ---- what a draw depends on ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["native", "triton"])
@@ -183,7 +181,8 @@ def test_paths_draw_the_same_ids(rows, columns, dtype, path):
     temperature = torch.linspace(0, 2, rows)
     banned = torch.arange(columns) % 3 == 1
     for barred in (None, banned):
-        options = dict(temperature=temperature, banned=barred, seed=seed, position=position)
+        options = {"temperature": temperature, "seed": seed, "position": position}
+        options |= {"banned": barred}
         (ids, logprob), (plain_ids, plain_logprob) = (
             sample(logits, **options, path=path) for path in (path, "plain")
         )
@@ -198,7 +197,8 @@ def test_native_bounds_miss_no_winner(spread):
     """
     runs("native")
     generator = torch.Generator().manual_seed(5)
-    logits, seed = spread * torch.randn(300, 4001, generator=generator), torch.arange(300) * 7919
+    logits = spread * torch.randn(300, 4001, generator=generator)
+    seed = torch.arange(300) * 7919
     draws = [
         sample(logits, temperature=1.0, seed=seed, position=11, path=path)[0]
         for path in ("native", "plain")
@@ -338,14 +338,14 @@ def test_strided_logits_and_no_rows(path):
 
 def test_what_does_not_fit_is_refused():
     logits, seed, position = drawn(5, 33)
-    good = dict(temperature=1.0, seed=seed, position=position)
+    good = {"temperature": 1.0, "seed": seed, "position": position}
     for change in (
-        dict(seed=seed[:3]),
-        dict(seed=seed.int()),
-        dict(position=position[:3]),
-        dict(temperature=torch.ones(3)),
-        dict(banned=torch.zeros(5, dtype=torch.bool)),
-        dict(banned=torch.zeros(33)),
+        {"seed": seed[:3]},
+        {"seed": seed.int()},
+        {"position": position[:3]},
+        {"temperature": torch.ones(3)},
+        {"banned": torch.zeros(5, dtype=torch.bool)},
+        {"banned": torch.zeros(33)},
     ):
         with pytest.raises(ValueError, match="sample"):
             sample(logits, **{**good, **change})
@@ -362,6 +362,9 @@ def test_the_op_is_registered_as_torch_wants_it_and_traces_whole():
     torch.library.opcheck(
         torch.ops.vise_kernels.sample.default, (logits, torch.ones(5), None, seed, position)
     )
-    draw = lambda z: sample(z, temperature=1.0, seed=seed, position=4, path="triton")
+
+    def draw(z):
+        return sample(z, temperature=1.0, seed=seed, position=4, path="triton")
+
     traced = torch.compile(lambda z: draw(2 * z), fullgraph=True, backend="aot_eager")(logits)
     assert torch.equal(traced[0], draw(2 * logits)[0])

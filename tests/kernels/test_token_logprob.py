@@ -1,4 +1,8 @@
-"""token_logprob on every path that runs here: against the float64 formula, with ugly shapes and ugly logits."""
+"""token_logprob on every path that runs here: against the float64 formula, with ugly shapes and
+ugly logits.
+"""
+
+import itertools
 
 import pytest
 import torch
@@ -32,37 +36,29 @@ def drawn(rows, columns, dtype=torch.float32, device="cpu"):
 
 def check_values(logits, ids, path):
     truths = plain(logits.double(), ids)
-    for name, actual, truth in zip(NAMES, token_logprob(logits, ids, path=path), truths):
+    results = token_logprob(logits, ids, path=path)
+    for name, actual, truth in zip(NAMES, results, truths, strict=True):
         assert actual.dtype == torch.float32
-        assert_close(
-            actual,
-            truth,
-            absolute=3e-6,
-            relative=3e-7,
-            what=f"{name} {tuple(logits.shape)} {logits.dtype} {path}",
-        )
+        what = f"{name} {tuple(logits.shape)} {logits.dtype} {path}"
+        assert_close(actual, truth, absolute=3e-6, relative=3e-7, what=what)
 
 
 def check_gradient(logits, ids, path, weights):
-    """Of a weighted sum of all three results, to what rounding to the dtype of the logits leaves."""
-    grads = []
-    for z in (logits.clone(), logits.double()):
-        results = token_logprob(
-            z.requires_grad_(), ids, path=path if z.dtype == logits.dtype else "plain"
-        )
-        grads.append(
-            torch.autograd.grad(sum((w * r).sum() for w, r in zip(weights, results)), z)[0]
-        )
-    rounding = torch.finfo(logits.dtype).eps
-    tiny = 1e-7 if logits.dtype == torch.float16 else 0  # float16 turns subnormal
-    assert grads[0].dtype == logits.dtype
-    assert_close(
-        grads[0],
-        grads[1],
-        absolute=2e-6 + tiny,
-        relative=rounding,
-        what=f"gradient {tuple(logits.shape)} {logits.dtype} {path}",
-    )
+    """Of a weighted sum of all three results, to what rounding to the dtype of logits leaves."""
+    dtype = logits.dtype
+    actual = gradient(logits.clone(), ids, path, weights)
+    truth = gradient(logits.double(), ids, path if dtype == torch.float64 else "plain", weights)
+    tiny = 1e-7 if dtype == torch.float16 else 0  # float16 turns subnormal
+    assert actual.dtype == dtype
+    what = f"gradient {tuple(logits.shape)} {dtype} {path}"
+    rounding = torch.finfo(dtype).eps
+    assert_close(actual, truth, absolute=2e-6 + tiny, relative=rounding, what=what)
+
+
+def gradient(logits, ids, path, weights):
+    results = token_logprob(logits.requires_grad_(), ids, path=path)
+    total = sum((w * r).sum() for w, r in zip(weights, results, strict=True))
+    return torch.autograd.grad(total, logits)[0]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -100,7 +96,8 @@ def test_by_hand():
         torch.tensor([6.0]).log(),
         -(torch.tensor([[1, 2, 3]]) / 6 * (torch.tensor([[1, 2, 3]]) / 6).log()).sum(-1),
     )
-    for name, actual, truth in zip(NAMES, (logprob, logsumexp, entropy), expected):
+    results = (logprob, logsumexp, entropy)
+    for name, actual, truth in zip(NAMES, results, expected, strict=True):
         assert_close(actual, truth, absolute=1e-6, what=name)
 
 
@@ -171,7 +168,7 @@ def test_no_rows(path):
 
 def test_ids_outside_the_vocabulary():
     logits, ids = drawn(5, 33)
-    for path, bad in [(path, bad) for path in PATHS for bad in (-1, 33)]:
+    for path, bad in itertools.product(PATHS, (-1, 33)):
         ids[2] = bad
         try:
             choose("token_logprob", logits.device, path)

@@ -15,27 +15,14 @@ FILES = ("test_patchify.py", "test_warp.py", "test_resize.py")
 
 
 def test_the_plain_paths_pass_where_nothing_was_compiled(tmp_path):
-    shutil.copytree(
-        ROOT / "kernels" / "vise_kernels",
-        tmp_path / "vise_kernels",
-        ignore=shutil.ignore_patterns("_native*", "__pycache__"),
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
-    tests = [str(HERE / name) for name in FILES]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-c",
-        str(tmp_path / "pytest.ini"),
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not triton",
-        *tests,
-    ]
+    package = ROOT / "kernels" / "vise_kernels"
+    left_out = shutil.ignore_patterns("_native*", "__pycache__")
+    shutil.copytree(package, tmp_path / "vise_kernels", ignore=left_out)
+    settings = tmp_path / "pytest.ini"
+    settings.write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", str(settings)]
+    command += ["-p", "no:cacheprovider", "-k", "not triton"]
+    command += [str(HERE / name) for name in FILES]
     environment = os.environ | {
         "PYTHONPATH": str(tmp_path),
         "PYTHONSAFEPATH": "1",
