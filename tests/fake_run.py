@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vise_fast.config import schema as config
-from vise_fast.evaluate.figures import Figures
+from vise_fast.evaluate.results import Results
 from vise_fast.images import geometry, scenes, views
 from vise_fast.system.randomness import generator
 
@@ -179,7 +179,7 @@ GAINS = {
 def evaluation(rng, kind):
     """Two paired arms: before, and after with GAINS (negative ones where the run collapsed)."""
     sign = -2 if kind == "collapsed" else 1
-    before, after = Figures(SCENES), Figures(SCENES)
+    before, after = Results(SCENES), Results(SCENES)
     figures = dict(LABEL_FREE)
     if kind != "photographs":
         figures |= {

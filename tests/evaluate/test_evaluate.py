@@ -1,5 +1,5 @@
-"""The exam: its figures against pupils whose every answer is known, and the real thing end to end
-on the shipped model.
+"""The evaluation: its figures against pupils whose every answer is known, and the real thing end to
+end on the shipped model.
 """
 
 import json
@@ -11,16 +11,21 @@ import torch
 from PIL import Image as Pillow
 
 from vise_fast.config import schema as config
-from vise_fast.engine.fast import Engine
-from vise_fast.evaluate import exam
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import owners
+from vise_fast.evaluate import __main__ as command
 from vise_fast.evaluate import held_out as evaluate
-from vise_fast.evaluate import titles as glossary
+from vise_fast.evaluate.grounding import rescaled
+from vise_fast.evaluate.objects import lookalike
+from vise_fast.evaluate.table import side_by_side
+from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.images import geometry
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.folder import Folder
 from vise_fast.method import roles
 from vise_fast.method.rewards import LARGE_AREA
 from vise_fast.model import load as model
+from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError
 
 
@@ -32,11 +37,13 @@ class Pupil:
     device = torch.device("cpu")
 
     def __init__(self, source, box, sees, query=lambda scene: scene.names[0]):
-        self.source, self.box, self.sees, self.query = source, box, sees, query
+        self.source = source
+        self.box = box
+        self.sees = sees
+        self.query = query
         keys = [image.key for image in source.held_out(10_000)]
         keys += [
-            exam.randomness.key(source.eval.seed, 0, "validation scene", i)
-            for i in range(len(keys))
+            randomness.key(source.eval.seed, 0, "validation scene", i) for i in range(len(keys))
         ]
         self.scenes = [source.scene(key) for key in keys]
 
@@ -55,13 +62,14 @@ class Pupil:
         ]
         return found[0] if found else None
 
-    def ask(self, engine, prefixes, owner, seeds, limit, temperature=1.0):
+    def ask(self, engine, prefixes, owner, seeds, sampling):
         texts = [self.query(self.scene_of(prefixes[i])) for i in owner]
         return roles.Queries(texts, [True] * len(texts), texts, [1] * len(texts))
 
-    def ground(self, engine, prefixes, owner, queries, fan, seeds, limit, temperature=1.0):
-        rows = [r for r, count in enumerate(fan) for _ in range(count)]
-        boxes = [self.box(self.scene_of(prefixes[owner[r]]), queries[r]) for r in rows]
+    def ground(self, engine, prefixes, questions, sampling):
+        rows = owners([len(question.seeds) for question in questions])
+        asked = [questions[r] for r in rows]
+        boxes = [self.box(self.scene_of(prefixes[q.image]), q.text) for q in asked]
         box = geometry.clean_1000(
             torch.tensor([b or (0.0,) * 4 for b in boxes], dtype=torch.float64)
         )
@@ -108,17 +116,8 @@ def settings():
 def examined(monkeypatch, settings, box=true_box, sees=truly_sees, **more):
     source = Scenes(settings)
     pupil = Pupil(source, box, sees, **more)
-    monkeypatch.setattr(
-        exam,
-        "roles",
-        SimpleNamespace(
-            ask=pupil.ask,
-            ground=pupil.ground,
-            verify=pupil.verify,
-            verify_forked=pupil.verify_forked,
-            Queries=roles.Queries,
-        ),
-    )
+    for role in ("ask", "ground", "verify", "verify_forked"):
+        monkeypatch.setattr(roles, role, getattr(pupil, role))
     return evaluate.held_out(pupil, source, settings, True)
 
 
@@ -169,14 +168,11 @@ def test_a_pupil_who_always_answers_the_full_image_is_seen_through(monkeypatch, 
         box=lambda scene, name: (0.0, 0.0, 1000.0, 1000.0),
         sees=lambda scene, name, pixels: True,
     )
-    values, things = (
-        found.values,
-        [
-            thing
-            for image in Scenes(settings).held_out(12)
-            for thing in Scenes(settings).scene(image.key).objects
-        ],
-    )
+    values = found.values
+    source = Scenes(settings)
+    things = []
+    for image in source.held_out(12):
+        things += source.scene(image.key).objects
     areas = geometry.area_share(torch.tensor([thing.box_1000 for thing in things])).numpy()
     assert values["greedy_iou"] == pytest.approx(areas.mean()), (
         "IoU with the full image is the area"
@@ -199,11 +195,10 @@ def test_a_pupil_who_always_answers_the_full_image_is_seen_through(monkeypatch, 
 def test_boxes_too_large_by_a_constant_are_made_good_by_the_rescale_and_by_nothing_else(
     monkeypatch, settings
 ):
-    grown = lambda scene, name: (
-        None
-        if true_box(scene, name) is None
-        else tuple(exam.rescaled(torch.tensor(true_box(scene, name)), 1.25).tolist())
-    )
+    def grown(scene, name):
+        box = true_box(scene, name)
+        return None if box is None else tuple(rescaled(torch.tensor(box), 1.25).tolist())
+
     values = examined(monkeypatch, settings, box=grown).values
     assert values["greedy_scale"] == pytest.approx(0.8)
     assert (
@@ -231,13 +226,10 @@ def test_unreadable_answers_count_as_misses_and_have_no_area(monkeypatch, settin
 
 def test_only_clearly_visible_objects_are_asked_about(monkeypatch, settings):
     found = examined(monkeypatch, settings)
-    things = [
-        [thing for thing in Scenes(settings).scene(image.key).objects]
-        for image in Scenes(settings).held_out(12)
-    ]
-    assert found.marks["visible_present"][1].tolist() == [
-        sum(thing.visible_share >= 0.5 for thing in row) for row in things
-    ]
+    source = Scenes(settings)
+    things = [source.scene(image.key).objects for image in source.held_out(12)]
+    visible = [np.array([thing.visible_share for thing in row]) >= 0.5 for row in things]
+    assert found.marks["visible_present"][1].tolist() == [row.sum() for row in visible]
     assert found.marks["greedy_iou"][1].tolist() == [len(row) for row in things]
 
 
@@ -246,14 +238,14 @@ def test_lookalikes_are_absent_and_alike(settings):
     for image in source.held_out(12):
         scene = source.scene(image.key)
         for n, thing in enumerate(scene.objects):
-            name = exam._lookalike(np.random.default_rng(n), thing, scene)
+            name = lookalike(np.random.default_rng(n), thing, scene)
             assert name not in scene.names and {thing.color, thing.shape} & set(name.split())
 
 
 def test_every_measured_figure_has_a_title_and_titles_differ(monkeypatch, settings):
     values = examined(monkeypatch, settings).values
-    assert set(values) <= set(glossary.ENTRIES), set(values) - set(glossary.ENTRIES)
-    titles = [entry.title for entry in glossary.ENTRIES.values()]
+    assert set(values) <= set(ENTRIES), set(values) - set(ENTRIES)
+    titles = [entry.title for entry in ENTRIES.values()]
     assert len(set(titles)) == len(titles)
 
 
@@ -284,10 +276,10 @@ def shipped():
 
 def test_arms_together_equal_arms_alone_whatever_the_batch(shipped):
     settings, policy, source = shipped
-    base, adapter = evaluate.compare(Engine(policy.backbone, policy.tokens), source, settings)
+    base, adapter = evaluate.compare(FastEngine(policy.backbone, policy.tokens), source, settings)
     small = settings.model_copy(update={"eval": settings.eval.model_copy(update={"batch": 4})})
     for arm, together in ((False, base), (True, adapter)):
-        alone = evaluate.held_out(Engine(policy.backbone, policy.tokens), source, small, arm)
+        alone = evaluate.held_out(FastEngine(policy.backbone, policy.tokens), source, small, arm)
         assert alone.values.keys() == together.values.keys()
         for name, value in together.values.items():
             assert alone.values[name] == pytest.approx(value, abs=1e-4), name
@@ -298,7 +290,7 @@ def test_arms_together_equal_arms_alone_whatever_the_batch(shipped):
 
 def test_both_arms_share_every_encode_that_does_not_depend_on_the_arm(shipped):
     settings, policy, source = shipped
-    engine = Engine(policy.backbone, policy.tokens)
+    engine = FastEngine(policy.backbone, policy.tokens)
     evaluate.held_out(engine, source, settings, False)
     alone = engine.counters.take()["images_encoded"]
     evaluate.compare(engine, source, settings)
@@ -326,7 +318,7 @@ def test_photographs_get_the_figures_that_need_no_labels(shipped, tmp_path):
         ],
     )
     folder = Folder(tmp_path, photographs, model.grid_multiple("nano"), tmp_path / "bad.jsonl")
-    found = evaluate.held_out(Engine(policy.backbone, policy.tokens), folder, photographs, True)
+    found = evaluate.held_out(FastEngine(policy.backbone, policy.tokens), folder, photographs, True)
     assert found.n == 2 and {"attention_share", "own_parse_rate", "query_parse_rate"} <= set(
         found.values
     )
@@ -341,16 +333,16 @@ def test_no_held_out_images_is_an_empty_table(shipped):
     settings, policy, source = shipped
     none = config.load(None, ["--eval.scenes=0"])
     assert (
-        evaluate.held_out(Engine(policy.backbone, policy.tokens), Scenes(none), none, True).json()[
-            "values"
-        ]
+        evaluate.held_out(
+            FastEngine(policy.backbone, policy.tokens), Scenes(none), none, True
+        ).json()["values"]
         == {}
     )
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert (
-        evaluate.main(
+        command.main(
             ["--scenes", "3", "--rollout.box_tokens", "20", "--json", str(tmp_path / "e.json")]
         )
         == 0
@@ -358,9 +350,9 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert "mean IoU, greedy" in capsys.readouterr().out
     content = json.loads((tmp_path / "e.json").read_text())
     assert set(content) == {"before"} and content["before"]["n"] == 3
-    shown = evaluate.side_by_side({"before": content["before"], "after": content["before"]})
+    shown = side_by_side({"before": content["before"], "after": content["before"]})
     assert shown["mean IoU, greedy"][1].endswith("(+0.000, 95 % +0.000 to +0.000)")
-    assert evaluate.side_by_side(content)["mean IoU, greedy"][1] == "-"
+    assert side_by_side(content)["mean IoU, greedy"][1] == "-"
 
 
 @pytest.mark.parametrize(
@@ -369,4 +361,4 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
 )
 def test_wrong_words_are_config_errors(words):
     with pytest.raises(ConfigError):
-        evaluate.main(words)
+        command.main(words)

@@ -10,8 +10,11 @@ import xml.etree.ElementTree as xml
 import fake_run
 import pytest
 
-from vise_fast.report import diagnosis, record
+from vise_fast.evaluate.titles import ENTRIES
+from vise_fast.report import __main__ as command
+from vise_fast.report import diagnosis, stored_run
 from vise_fast.report import page as report
+from vise_fast.report.samples import samples
 from vise_fast.system.errors import ConfigError, DataError
 
 EVIL = "</h1><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }}"
@@ -101,16 +104,16 @@ def test_reports_repeat_byte_for_byte(healthy):
 
 def test_every_figure_of_the_evaluation_is_in_the_table(healthy):
     run, page = healthy
-    for name in record.read(run).after.values:
-        assert report.ENTRIES[name].title in page, name
+    for name in stored_run.read(run).after.values:
+        assert ENTRIES[name].title in page, name
 
 
-def test_sample_cards_show_image_views_ghost_and_verdicts(healthy):
-    cards = report.cards(record.read(healthy[0]))
-    assert [title for title, _ in cards] == ["Step 1", "Step 30", "Step 60"]
-    card = cards[-1][1][0]
-    assert card.query == EVIL and len(card.pictures) == 1 + 4 + 1
-    image, first, *_, ghost = card.pictures
+def test_samples_show_image_views_ghost_and_verdicts(healthy):
+    shown = samples(stored_run.read(healthy[0]))
+    assert list(shown) == ["Step 1", "Step 30", "Step 60"]
+    sample = shown["Step 60"][0]
+    assert sample.query == EVIL and len(sample.pictures) == 1 + 4 + 1
+    image, first, *_, ghost = sample.pictures
     assert [box.kind for box in image.boxes].count("chosen") == 1 and image.boxes[
         -1
     ].kind == "chosen", "drawn last, on top"
@@ -118,7 +121,7 @@ def test_sample_cards_show_image_views_ghost_and_verdicts(healthy):
         "expected",
         "found",
     } and ghost.src != image.src != first.src
-    assert [v.wanted for v in card.verdicts] == [True, False, True, True]
+    assert [v.wanted for v in sample.verdicts] == [True, False, True, True]
 
 
 def test_chosen_box_is_the_best_rewarded_one_with_area(tmp_path):
@@ -132,7 +135,7 @@ def test_chosen_box_is_the_best_rewarded_one_with_area(tmp_path):
     (run / "samples.jsonl").write_text(json.dumps(lines[0]) + "\n")
     chosen = [
         box
-        for box in report.cards(record.read(run))[0][1][0].pictures[0].boxes
+        for box in samples(stored_run.read(run))["Step 1"][0].pictures[0].boxes
         if box.kind == "chosen"
     ]
     assert (chosen[0].x, chosen[0].y) == (10.0, 20.0)
@@ -145,7 +148,7 @@ def diagnosed(tmp_path, kind="healthy", edit=lambda metrics: metrics, **options)
     run = fake_run.write(tmp_path / "run", kind, **options)
     lines = [edit(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return diagnosis.diagnose(record.read(run))
+    return diagnosis.diagnose(stored_run.read(run))
 
 
 def texts(found, level):
@@ -224,7 +227,7 @@ def test_an_unfinished_run_says_so(tmp_path):
     run = fake_run.write(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:20]))
-    assert "ended after 20 of 60" in texts(diagnosis.diagnose(record.read(run)), "warn")
+    assert "ended after 20 of 60" in texts(diagnosis.diagnose(stored_run.read(run)), "warn")
 
 
 # ---- runs that are not whole ---------------------------------------------------------------------
@@ -298,12 +301,12 @@ def test_no_run_no_report(tmp_path):
 @pytest.mark.parametrize("words", [[], ["a", "b"], ["a", "--train.lr", "1"], ["--what", "a"]])
 def test_wrong_words_are_config_errors(words):
     with pytest.raises(ConfigError):
-        report.main(words)
+        command.main(words)
 
 
 def test_the_command_says_where_the_page_is(tmp_path, capsys):
     run = fake_run.write(tmp_path / "run", steps=2)
-    assert report.main([str(run)]) == 0
+    assert command.main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out.replace("\n", "")
 
 
@@ -315,5 +318,5 @@ def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
         "gone": [0.0] * 8,
     }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    verdicts = report.cards(record.read(run))[0][1][0].verdicts
+    verdicts = samples(stored_run.read(run))["Step 1"][0].verdicts
     assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right

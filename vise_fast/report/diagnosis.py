@@ -1,5 +1,5 @@
 """Was this run healthy, and why: plain sentences from a run's metrics and evaluation. A pure
-function of a Record.
+function of a StoredRun.
 
 The limits are those of alarms.py where it has them. Nothing is called a gain whose 95 % interval
 includes zero.
@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vise_fast.evaluate.figures import Estimate, difference
+from vise_fast.evaluate.results import Estimate, Results, paired_gain
 from vise_fast.report import alarms
-from vise_fast.report.record import Record
+from vise_fast.report.stored_run import StoredRun
 
 Level = Literal["good", "note", "warn", "bad"]
 SIZE = 0.2  # boxes within this of the truth's area are the right size
 FEW_CARRY = 0.05
 ALARM_SHARE = 0.1
+GRAVEST_FIRST: tuple[Level, ...] = ("bad", "warn", "good", "note")
+GAINED = "Grounding improved"
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One sentence and how grave it is."""
+
     level: Level
     text: str
 
@@ -38,98 +42,107 @@ class Diagnosis:
     findings: list[Finding]
 
 
-def diagnose(record: Record) -> Diagnosis:
+class _Arms(NamedTuple):
+    """The same held-out images before training (base) and after (adapter)."""
+
+    before: Results
+    after: Results
+
+    def gain(self, name: str) -> Estimate:
+        return paired_gain(self.before, self.after, name)
+
+    def change(self, name: str) -> str:
+        """'0.412 → 0.455 (+0.043, 95 % +0.020 to +0.066)'"""
+        before = _number(self.before.values.get(name))
+        after = _number(self.after.values.get(name))
+        gain = self.gain(name)
+        interval = f"95 % {gain.low:+.3f} to {gain.high:+.3f}"
+        return f"{before} → {after} ({gain.value:+.3f}, {interval})".replace("-", "−")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def diagnose(run: StoredRun) -> Diagnosis:
+    """The verdict on a run, with its reasons."""
     found = [
-        *_evaluation(record),
-        *_collapse(record),
-        *_readable(record),
-        *_drift(record),
-        *_signal(record),
-        *_end(record),
+        *_evaluation(run),
+        *_collapse(run),
+        *_readable(run),
+        *_drift(run),
+        *_signal(run),
+        *_end(run),
     ]
-    order: list[Level] = ["bad", "warn", "good", "note"]
-    found.sort(key=lambda finding: order.index(finding.level))
-    gained = any(
-        finding.level == "good" and finding.text.startswith("Grounding improved")
-        for finding in found
-    )
-    if found[0].level == "bad":
-        return Diagnosis("bad", "Not healthy", found)
-    if record.before is None or record.after is None:
-        return Diagnosis("warn", "No sign of trouble, but nothing shows that it learned", found)
-    if gained:
-        return Diagnosis(
-            "warn" if found[0].level == "warn" else "good",
-            "Healthy: it learned, with reservations"
-            if found[0].level == "warn"
-            else "Healthy: it learned",
-            found,
-        )
-    return Diagnosis("warn", "Healthy, but no gain is shown", found)
+    found.sort(key=lambda finding: GRAVEST_FIRST.index(finding.level))
+    return Diagnosis(*_verdict(run, found), found)
 
 
-def _evaluation(record: Record) -> Iterator[Finding]:
-    """What the held-out figures say; with truth (scenes) or without (photographs)."""
-    if record.before is None or record.after is None:
+def _verdict(run: StoredRun, found: list[Finding]) -> tuple[Level, str]:
+    """Level and headline of findings, the gravest first."""
+    worst = found[0].level
+    if worst == "bad":
+        return "bad", "Not healthy"
+    if run.before is None or run.after is None:
+        return "warn", "No sign of trouble, but nothing shows that it learned"
+    if not any(finding.level == "good" and finding.text.startswith(GAINED) for finding in found):
+        return "warn", "Healthy, but no gain is shown"
+    if worst == "warn":
+        return "warn", "Healthy: it learned, with reservations"
+    return "good", "Healthy: it learned"
+
+
+# ---- what the held-out figures say ---------------------------------------------------------------
+
+
+def _evaluation(run: StoredRun) -> Iterator[Finding]:
+    """With truth (scenes) or without (photographs)."""
+    if run.before is None or run.after is None:
         yield Finding(
             "warn",
-            (
-                "There are no held-out figures before and after training, so whether anything was "
-                "learned is not known."
-            ),
+            "There are no held-out figures before and after training, so whether anything was "
+            "learned is not known.",
         )
         return
-    if "sampled_iou" in record.before.marks:
-        yield from _grounding(record)
-        yield from _visibility(record)
+    arms = _Arms(run.before, run.after)
+    if "sampled_iou" in run.before.marks:
+        yield from _grounding(arms)
+        yield _size(arms)
+        yield _visibility(arms)
     else:
-        yield from _invariance(record)
+        yield _invariance(arms)
 
 
-def _grounding(record: Record) -> Iterator[Finding]:
-    gains = {label: _gain(record, f"{label}_iou") for label in ("sampled", "greedy")}
-    said = "; ".join(f"{label} {_change(record, f'{label}_iou')}" for label in gains)
+def _grounding(arms: _Arms) -> Iterator[Finding]:
+    gains = {label: arms.gain(f"{label}_iou") for label in ("sampled", "greedy")}
+    said = "; ".join(f"{label} {arms.change(f'{label}_iou')}" for label in gains)
     if any(gain.high < 0 for gain in gains.values()):
         yield Finding("bad", f"Grounding got worse on held-out scenes: mean IoU {said}.")
     elif any(gain.low > 0 for gain in gains.values()):
-        yield Finding("good", f"Grounding improved on held-out scenes: mean IoU {said}.")
-        yield from _tightening(record, [label for label, gain in gains.items() if gain.low > 0])
+        yield Finding("good", f"{GAINED} on held-out scenes: mean IoU {said}.")
+        yield _tightening(arms, [label for label, gain in gains.items() if gain.low > 0])
     else:
         yield Finding(
             "note",
-            (
-                f"Grounding did not change measurably on held-out scenes: mean IoU {said}. The "
-                "intervals include zero."
-            ),
+            f"Grounding did not change measurably on held-out scenes: mean IoU {said}. The "
+            "intervals include zero.",
         )
-    yield _size(record)
 
 
-def _tightening(record: Record, labels: list[str]) -> Iterator[Finding]:
+def _tightening(arms: _Arms, labels: list[str]) -> Finding:
     """A gain that a constant factor on all boxes would also give is one of size, not of place."""
-    survives = [label for label in labels if _gain(record, f"{label}_iou_rescaled").low > 0]
-    said = "; ".join(f"{label} {_change(record, f'{label}_iou_rescaled')}" for label in labels)
-    if survives:
-        yield Finding(
-            "good",
-            (
-                "The gain is not one of size alone: with each arm's boxes rescaled as suits it "
-                f"best, mean IoU {said}."
-            ),
-        )
-    else:
-        yield Finding(
-            "warn",
-            (
-                "The gain may be one of size: with each arm's boxes rescaled as suits it best, "
-                f"mean IoU {said}."
-            ),
-        )
+    names = [f"{label}_iou_rescaled" for label in labels]
+    pairs = zip(labels, names, strict=True)
+    said = "; ".join(f"{label} {arms.change(name)}" for label, name in pairs)
+    condition = f"with each arm's boxes rescaled as suits it best, mean IoU {said}."
+    if any(arms.gain(name).low > 0 for name in names):
+        return Finding("good", f"The gain is not one of size alone: {condition}")
+    return Finding("warn", f"The gain may be one of size: {condition}")
 
 
-def _size(record: Record) -> Finding:
-    ratio = record.after.values.get("sampled_area_ratio", float("nan"))
-    before = record.before.values.get("sampled_area_ratio", float("nan"))
+def _size(arms: _Arms) -> Finding:
+    ratio = arms.after.values.get("sampled_area_ratio", float("nan"))
+    before = arms.before.values.get("sampled_area_ratio", float("nan"))
     text = f"Boxes cover {ratio:.2f} times the area of the true ones (base: {before:.2f})."
     if not np.isfinite(ratio):
         return Finding("bad", "No sampled answer is a box with area.")
@@ -139,166 +152,142 @@ def _size(record: Record) -> Finding:
     return Finding("bad" if worse and ratio > 1.5 else "warn", text)
 
 
-def _visibility(record: Record) -> Iterator[Finding]:
-    gain = _gain(record, "visible_accuracy")
-    said = f"Telling what is visible (present, absent, hidden objects): accuracy {_change(record, 'visible_accuracy')}."
-    yield Finding(
-        "bad"
-        if gain.high < -0.02
-        else "warn"
-        if gain.high < 0
-        else "good"
-        if gain.low > 0
-        else "note",
-        said,
+def _visibility(arms: _Arms) -> Finding:
+    gain = arms.gain("visible_accuracy")
+    level: Level = "note"
+    if gain.high < -0.02:
+        level = "bad"
+    elif gain.high < 0:
+        level = "warn"
+    elif gain.low > 0:
+        level = "good"
+    return Finding(
+        level,
+        "Telling what is visible (present, absent, hidden objects): accuracy "
+        f"{arms.change('visible_accuracy')}.",
     )
 
 
-def _invariance(record: Record) -> Iterator[Finding]:
-    gain = _gain(record, "invariance")
-    hides = _gain(record, "own_TU")
-    said = f"agreement across views {_change(record, 'invariance')}; boxes that hide their object {_change(record, 'own_TU')}"
-    better = gain.low > 0 or hides.low > 0
-    worse = gain.high < 0 or hides.high < 0
-    if worse:
-        yield Finding(
-            "bad" if not better else "warn", f"On held-out photographs something got worse: {said}."
-        )
-    elif better:
-        yield Finding("good", f"Grounding improved as far as can be told without labels: {said}.")
-    else:
-        yield Finding("note", f"Nothing changed measurably on held-out photographs: {said}.")
-
-
-def _gain(record: Record, name: str) -> Estimate:
-    both = (
-        name in record.before.marks
-        and name in record.after.marks
-        and record.before.n == record.after.n
+def _invariance(arms: _Arms) -> Finding:
+    gains = [arms.gain("invariance"), arms.gain("own_TU")]
+    said = (
+        f"agreement across views {arms.change('invariance')}; boxes that hide their object "
+        f"{arms.change('own_TU')}"
     )
-    return difference(record.before, record.after, name) if both else Estimate(*[float("nan")] * 3)
-
-
-def _change(record: Record, name: str) -> str:
-    """'0.412 → 0.455 (+0.043, 95 % +0.020 to +0.066)'"""
-    before = record.before.values.get(name)
-    after = record.after.values.get(name)
-    gain = _gain(record, name)
-    shown = lambda value: "–" if value is None else f"{value:.3f}"
-    return f"{shown(before)} → {shown(after)} ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})".replace(
-        "-", "−"
-    )
+    better = any(gain.low > 0 for gain in gains)
+    if any(gain.high < 0 for gain in gains):
+        text = f"On held-out photographs something got worse: {said}."
+        return Finding("warn" if better else "bad", text)
+    if better:
+        return Finding("good", f"{GAINED} as far as can be told without labels: {said}.")
+    return Finding("note", f"Nothing changed measurably on held-out photographs: {said}.")
 
 
 # ---- what the training metrics say ---------------------------------------------------------------
 
 
-def _ends(record: Record, name: str) -> tuple[float, float] | None:
-    """Means over the first and the last tenth (at least five steps each); None where the metric is
-    absent.
-    """
-    _, values = record.series(name)
+class _Ends(NamedTuple):
+    """Means of a metric over the first and the last tenth, at least five steps each."""
+
+    first: float
+    last: float
+
+
+def _ends(run: StoredRun, name: str) -> _Ends | None:
+    """None where the metric is absent."""
+    _, values = run.series(name)
     if not len(values):
         return None
     window = max(5, len(values) // 10)
-    return float(values[:window].mean()), float(values[-window:].mean())
+    return _Ends(float(values[:window].mean()), float(values[-window:].mean()))
 
 
-def _collapse(record: Record) -> Iterator[Finding]:
-    area = _ends(record, "area")
-    large = _ends(record, "area_large")
-    if area is not None and area[1] > alarms.GROWTH * max(area[0], 1e-6):
+def _collapse(run: StoredRun) -> Iterator[Finding]:
+    area = _ends(run, "area")
+    large = _ends(run, "area_large")
+    if area is not None and area.last > alarms.GROWTH * max(area.first, 1e-6):
         yield Finding(
             "bad",
-            (
-                f"Boxes grew from {area[0]:.0%} to {area[1]:.0%} of the image during training: the "
-                "reward was being paid for size."
-            ),
+            f"Boxes grew from {area.first:.0%} to {area.last:.0%} of the image during training: "
+            "the reward was being paid for size.",
         )
-    if large is not None and large[1] > alarms.LARGE_SHARE:
+    if large is not None and large.last > alarms.LARGE_SHARE:
         yield Finding(
             "bad",
-            (
-                f"{large[1]:.0%} of the last boxes cover more than 0.8 of the image: the policy "
-                "collapsed to the full image."
-            ),
+            f"{large.last:.0%} of the last boxes cover more than 0.8 of the image: the policy "
+            "collapsed to the full image.",
         )
-    for name, steps in record.alarms().items():
-        if record.steps in steps or len(steps) > ALARM_SHARE * len(record.metrics):
-            yield Finding(
-                "bad",
-                (
-                    f"The alarm '{name}' was on for {len(steps)} of {len(record.metrics)} steps "
-                    f"({steps[0]} to {steps[-1]})."
-                ),
-            )
-        else:
-            yield Finding(
-                "note",
-                (
-                    f"The alarm '{name}' was on for {len(steps)} steps ({steps[0]} to {steps[-1]}) "
-                    "and went off again."
-                ),
-            )
+    for name, steps in run.alarms().items():
+        yield _alarm(run, name, steps)
 
 
-def _readable(record: Record) -> Iterator[Finding]:
-    ends = _ends(record, "parse_rate")
-    if ends is not None:
-        level: Level = (
-            "bad" if ends[1] < alarms.PARSE_FLOOR else "warn" if ends[1] < 0.9 else "good"
+def _alarm(run: StoredRun, name: str, steps: list[int]) -> Finding:
+    """An alarm that was on during `steps`."""
+    span = f"{steps[0]} to {steps[-1]}"
+    if run.steps in steps or len(steps) > ALARM_SHARE * len(run.metrics):
+        return Finding(
+            "bad",
+            f"The alarm '{name}' was on for {len(steps)} of {len(run.metrics)} steps ({span}).",
         )
-        yield Finding(
-            level,
-            f"{ends[1]:.1%} of the last answers could be read as a box (first: {ends[0]:.1%}).",
-        )
+    return Finding(
+        "note",
+        f"The alarm '{name}' was on for {len(steps)} steps ({span}) and went off again.",
+    )
 
 
-def _drift(record: Record) -> Iterator[Finding]:
-    ends = _ends(record, "kl")
-    tau = record.config.update.tau
-    if ends is not None:
-        level: Level = (
-            "bad" if ends[1] > alarms.KL_LIMIT * tau else "warn" if ends[1] > 3 * tau else "note"
-        )
-        yield Finding(
-            level,
-            f"The policy ended {ends[1]:.3g} nat per token from its reference (target {tau:g}).",
-        )
+def _readable(run: StoredRun) -> Iterator[Finding]:
+    ends = _ends(run, "parse_rate")
+    if ends is None:
+        return
+    level: Level = "good"
+    if ends.last < alarms.PARSE_FLOOR:
+        level = "bad"
+    elif ends.last < 0.9:
+        level = "warn"
+    text = f"{ends.last:.1%} of the last answers could be read as a box (first: {ends.first:.1%})."
+    yield Finding(level, text)
 
 
-def _signal(record: Record) -> Iterator[Finding]:
-    reward = _ends(record, "reward")
-    carries = _ends(record, "carries")
+def _drift(run: StoredRun) -> Iterator[Finding]:
+    ends = _ends(run, "kl")
+    if ends is None:
+        return
+    tau = run.config.update.tau
+    level: Level = "note"
+    if ends.last > alarms.KL_LIMIT * tau:
+        level = "bad"
+    elif ends.last > 3 * tau:
+        level = "warn"
+    yield Finding(
+        level,
+        f"The policy ended {ends.last:.3g} nat per token from its reference (target {tau:g}).",
+    )
+
+
+def _signal(run: StoredRun) -> Iterator[Finding]:
+    reward = _ends(run, "reward")
+    carries = _ends(run, "carries")
     if reward is not None:
         yield Finding(
             "note",
-            (
-                f"The reward went from {reward[0]:.3f} to {reward[1]:.3f} (means of the first and "
-                "the last steps)."
-            ),
+            f"The reward went from {reward.first:.3f} to {reward.last:.3f} (means of the first "
+            "and the last steps).",
         )
-    if carries is not None and carries[1] < FEW_CARRY:
+    if carries is not None and carries.last < FEW_CARRY:
         yield Finding(
             "warn",
-            (
-                f"Only {carries[1]:.0%} of the last samples carried any gradient: most queries "
-                "named nothing the judge could see."
-            ),
+            f"Only {carries.last:.0%} of the last samples carried any gradient: most queries "
+            "named nothing the judge could see.",
         )
-    broken = sum(m.get("grad_norm", 0.0) is None for m in record.metrics)
+    broken = sum(m.get("grad_norm", 0.0) is None for m in run.metrics)
     if broken:
         yield Finding(
             "warn",
-            (
-                f"{broken} of {len(record.metrics)} steps had a gradient that was not finite and "
-                "were skipped."
-            ),
+            f"{broken} of {len(run.metrics)} steps had a gradient that was not finite and were "
+            "skipped.",
         )
 
 
-def _end(record: Record) -> Iterator[Finding]:
-    if record.steps < record.config.train.steps:
-        yield Finding(
-            "warn", f"The run ended after {record.steps} of {record.config.train.steps} steps."
-        )
+def _end(run: StoredRun) -> Iterator[Finding]:
+    if run.steps < run.config.train.steps:
+        yield Finding("warn", f"The run ended after {run.steps} of {run.config.train.steps} steps.")

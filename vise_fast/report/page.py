@@ -1,14 +1,14 @@
-"""One page that shows a training run: `python -m vise_fast.report RUN` writes RUN/report.html and
-RUN/plots/*.png.
+"""The page that shows a run: `write(directory)` makes report.html and plots/*.png in it.
 
 The page stands alone (pictures, curves and style inside, no scripts, nothing fetched) and follows
 the reader's light or dark setting. Everything a model wrote is escaped by the template engine. Left
-out: reading (record.py), judging (diagnosis.py), curves (plots.py), sample pictures (cards.py).
+out: reading (stored_run.py), judging (diagnosis.py), curves (plots.py), sample pictures
+(samples.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +18,16 @@ from markupsafe import Markup
 
 from vise_fast import __version__
 from vise_fast.config import schema as configuration
-from vise_fast.config.command_line import Syntax
-from vise_fast.evaluate.figures import Estimate, difference
+from vise_fast.evaluate.results import Estimate, Results, paired_gain
 from vise_fast.evaluate.titles import ENTRIES, GROUPS, Entry
-from vise_fast.report.cards import Card, cards
 from vise_fast.report.diagnosis import diagnose
 from vise_fast.report.plots import Plot, draw
-from vise_fast.report.record import Record, read
-from vise_fast.system.console import Console, duration
-from vise_fast.system.errors import ConfigError, EnvironmentFault
+from vise_fast.report.samples import Sample, samples
+from vise_fast.report.stored_run import StoredRun, read
+from vise_fast.system.console import duration
+from vise_fast.system.errors import EnvironmentFault
 
 HERE = Path(__file__).parent
-NOTHING = Estimate(*[float("nan")] * 3)
 TILES = (
     "sampled_iou",
     "greedy_iou",
@@ -43,6 +41,7 @@ TILES = (
     "distinct_queries",
 )
 TILE_COUNT = 6
+PERCENTAGES = ("attention_share", "own_area", "own_area_large", "greedy_area", "sampled_area")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Row:
 
     @property
     def paired(self) -> bool:
+        """Whether there is a gain."""
         return bool(np.isfinite(self.gain.value))
 
     @property
@@ -71,12 +71,16 @@ class Row:
     @property
     def format(self) -> str:
         """How the figure is written: attention and areas as percentages."""
-        return (
-            "percent"
-            if self.name
-            in ("attention_share", "own_area", "own_area_large", "greedy_area", "sampled_area")
-            else "plain"
-        )
+        return "percent" if self.name in PERCENTAGES else "plain"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under one title; `reach` is the half-width of their interval plots."""
+
+    title: str
+    rows: list[Row]
+    reach: float
 
 
 def write(directory: Path) -> Path:
@@ -84,10 +88,10 @@ def write(directory: Path) -> Path:
 
     Raises DataError for what is no run, EnvironmentFault where disk refuses.
     """
-    record = read(directory)
-    shown = cards(record)
-    plots = draw(record)
-    page = render(record, plots, shown)
+    run = read(directory)
+    shown = samples(run)
+    plots = draw(run)
+    page = render(run, plots, shown)
     try:
         (directory / "plots").mkdir(exist_ok=True)
         for plot in plots:
@@ -101,90 +105,96 @@ def write(directory: Path) -> Path:
     return directory / "report.html"
 
 
-def render(record: Record, plots: list[Plot], shown: list[tuple[str, list[Card]]]) -> str:
-    """The page as text."""
-    loader = jinja2.FileSystemLoader(HERE)
+def render(run: StoredRun, plots: list[Plot], shown: Mapping[str, list[Sample]]) -> str:
+    """The page as text; `shown`: title -> samples."""
+    rows = {name: row for name in ENTRIES if (row := _row(run, name)) is not None}
+    return _template().render(
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        run=run,
+        version=__version__,
+        diagnosis=diagnose(run),
+        facts=_facts(run),
+        tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
+        groups=_groups(rows),
+        plots={plot.name: plot for plot in plots},
+        samples=shown,
+        alarms=run.alarms(),
+        settings=configuration.to_yaml(run.config),
+        environment=_single_values(run.environment),
+    )
+
+
+def _template() -> jinja2.Template:
     engine = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     engine.filters |= {"number": _number, "signed": _signed, "svg": lambda plot: Markup(plot.svg)}
-    rows = {name: row for name in ENTRIES if (row := _row(record, name)) is not None}
-    return engine.get_template("report.html").render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        record=record,
-        version=__version__,
-        diagnosis=diagnose(record),
-        facts=_facts(record),
-        tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
-        groups=_groups(rows),
-        plots={plot.name: plot for plot in plots},
-        cards=shown,
-        alarms=record.alarms(),
-        settings=configuration.to_yaml(record.config),
-        environment={
-            name: value
-            for name, value in record.environment.items()
-            if not isinstance(value, (dict, list))
-        },
-    )
+    return engine.get_template("report.html")
 
 
-def _row(record: Record, name: str) -> Row | None:
-    before, after = (arm.values.get(name) if arm else None for arm in (record.before, record.after))
+def _single_values(environment: Mapping[str, object]) -> dict[str, object]:
+    """What fits on a line each."""
+    return {
+        name: value for name, value in environment.items() if not isinstance(value, (dict, list))
+    }
+
+
+def _row(run: StoredRun, name: str) -> Row | None:
+    """None where neither arm measured the figure."""
+    before = _value(run.before, name)
+    after = _value(run.after, name)
     if before is None and after is None:
         return None
-    both = (
-        record.before
-        and record.after
-        and record.before.n == record.after.n
-        and name in record.before.marks
-        and name in record.after.marks
-    )
-    return Row(
-        name,
-        ENTRIES[name],
-        before,
-        after,
-        difference(record.before, record.after, name) if both else NOTHING,
-    )
+    return Row(name, ENTRIES[name], before, after, paired_gain(run.before, run.after, name))
 
 
-def _groups(rows: dict[str, Row]) -> list[tuple[str, list[Row], float]]:
-    """(title, rows, reach): `reach` is the half-width of the group's interval plots."""
+def _value(arm: Results | None, name: str) -> float | None:
+    return None if arm is None else arm.values.get(name)
+
+
+def _groups(rows: dict[str, Row]) -> list[Group]:
+    """The groups of titles.py that have rows."""
     found = []
     for title, entries in GROUPS.items():
         group = [rows[name] for name in entries if name in rows]
-        ends = [abs(end) for row in group if row.paired for end in (row.gain.low, row.gain.high)]
         if group:
-            found.append((title, group, max([*ends, 0.02]) * 1.06))
+            found.append(Group(title, group, _reach(group)))
     return found
 
 
-def _facts(record: Record) -> dict[str, str]:
+def _reach(rows: list[Row]) -> float:
+    ends = [0.02]
+    for row in rows:
+        if row.paired:
+            ends += [abs(row.gain.low), abs(row.gain.high)]
+    return max(ends) * 1.06
+
+
+def _facts(run: StoredRun) -> dict[str, str]:
     """The run in a few words."""
-    config = record.config
-    seconds = record.series("seconds")[1]
+    config = run.config
+    reward = "" if config.reward.name == "vise" else f", reward {config.reward.name}"
     facts = {
         "model": config.model.path,
-        "preset": config.reward.preset
-        + ("" if config.reward.name == "vise" else f", reward {config.reward.name}"),
+        "preset": config.reward.preset + reward,
         "updates": (
-            f"{record.steps} of {config.train.batch} images, {config.rollout.samples} boxes each"
+            f"{run.steps} of {config.train.batch} images, {config.rollout.samples} boxes each"
         ),
         "learning rate": f"{config.train.lr:g}",
         "seed": str(config.train.seed),
         "data": config.data.dir or "drawn scenes",
     }
+    _, seconds = run.series("seconds")
     if len(seconds):
         facts["training time"] = duration(float(seconds.sum()))
-    if "device" in record.environment:
-        facts["device"] = str(record.environment["device"])
-    if record.before:
-        facts["held out"] = f"{record.before.n} images"
+    if "device" in run.environment:
+        facts["device"] = str(run.environment["device"])
+    if run.before:
+        facts["held out"] = f"{run.before.n} images"
     return facts
 
 
@@ -198,19 +208,3 @@ def _signed(value: float, kind: str = "plain") -> str:
     """With a real minus sign, and none on zero."""
     text = f"{100 * value:+.1f}" if kind == "percent" else f"{value:+.3f}"
     return text.replace("-", "−") if text.strip("+-0.") else text[1:]
-
-
-def main(words: Sequence[str]) -> int:
-    """The command."""
-    options = Syntax(positional=1).parse(words)
-    console = Console()
-    if options.help:
-        console.say(__doc__)
-        return 0
-    if not options.positional:
-        raise ConfigError(
-            "which run? report reads a run directory and takes no settings; write python -m "
-            "vise_fast.report runs/nano"
-        )
-    console.say(f"report   {write(Path(options.positional[0]))}")
-    return 0

@@ -1,7 +1,7 @@
 """The curves and bars of a report, drawn once with matplotlib: as PNG for slides, as SVG that takes
 the page's colours.
 
-`draw(record)` names the plots in reading order. A plot whose metrics were not recorded is left out.
+`draw(run)` names the plots in reading order. A plot whose metrics were not recorded is left out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from vise_fast.report.record import Record
+from vise_fast.report.stored_run import StoredRun
 
 # Light-theme colours; in the SVG each becomes the CSS variable of its name, so that a dark page
 # recolours it.
@@ -30,7 +33,7 @@ COLORS = {
     "c4": "#9a9fa7",
     "c5": "#b24a5c",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,42 +73,44 @@ class Plot:
     png: bytes
 
 
-def draw(record: Record) -> list[Plot]:
+class Curve(NamedTuple):
+    """A training metric as a curve; `color`: a name of COLORS."""
+
+    metric: str
+    label: str
+    color: str
+
+
+def draw(run: StoredRun) -> list[Plot]:
     """Every plot that this run has numbers for."""
+    makers = (
+        _reward,
+        _kl,
+        _area,
+        _readable,
+        _verdicts,
+        _gradient,
+        _attention,
+        _attention_steps,
+        _time,
+        _speed,
+    )
     with matplotlib.rc_context(STYLE):
-        return [
-            plot
-            for make in (
-                _reward,
-                _kl,
-                _area,
-                _readable,
-                _verdicts,
-                _gradient,
-                _attention,
-                _attention_steps,
-                _time,
-                _speed,
-            )
-            if (plot := make(record)) is not None
-        ]
+        plots = [make(run) for make in makers]
+    return [plot for plot in plots if plot is not None]
 
 
 def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) -> Plot:
-    figure = Figure(SIZE)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.91), hspace=0.16)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.91), hspace=0.16)
+    figure = Figure(SIZE, layout=layout)
     paint(figure)
-    figure.get_layout_engine().execute(figure)  # once for both formats
+    layout.execute(figure)  # once for both formats
     figure.set_layout_engine("none")
     png = io.BytesIO()
     svg = io.StringIO()
     figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    figure.savefig(
-        svg,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )
+    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(svg, format="svg", transparent=True, metadata=nameless)
     return Plot(name, title, caption, _themed(svg.getvalue(), title), png.getvalue())
 
 
@@ -128,11 +133,10 @@ def _themed(svg: str, title: str) -> str:
     return svg
 
 
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _thinned(values: np.ndarray) -> np.ndarray:
     """At most POINTS points: means over equal stretches."""
-    parts = min(POINTS, len(steps))
-    means = lambda x: np.array([part.mean() for part in np.array_split(x, parts)])
-    return means(steps), means(values)
+    stretches = np.array_split(values, min(POINTS, len(values)))
+    return np.array([stretch.mean() for stretch in stretches])
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -144,19 +148,23 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _curves(axes: Axes, record: Record, curves: dict[str, tuple[str, str]]) -> bool:
-    """metric -> (label, colour): the recorded values faint, their moving mean strong.
+def _recorded(run: StoredRun, metric: str) -> bool:
+    return len(run.series(metric)[0]) > 0
 
-    False when nothing was recorded.
-    """
-    drawn = False
-    for name, (label, color) in curves.items():
-        steps, values = _thinned(*record.series(name)) if len(record.series(name)[0]) else ((), ())
-        if len(steps):
-            axes.plot(steps, values, color=COLORS[color], linewidth=0.8, alpha=0.28)
-            axes.plot(steps, _smooth(values), color=COLORS[color], label=label)
-            drawn = True
-    return drawn
+
+def _curve(axes: Axes, run: StoredRun, curve: Curve) -> None:
+    """The recorded values faint, their moving mean strong; nothing where none were recorded."""
+    if not _recorded(run, curve.metric):
+        return
+    steps, values = map(_thinned, run.series(curve.metric))
+    color = COLORS[curve.color]
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.28)
+    axes.plot(steps, _smooth(values), color=color, label=curve.label)
+
+
+def _level(axes: Axes, value: float, label: str) -> None:
+    """A dashed line at a value to compare with."""
+    axes.axhline(value, color=COLORS["muted"], linewidth=0.9, linestyle=(0, (4, 3)), label=label)
 
 
 def _legend(axes: Axes, columns: int = 4) -> None:
@@ -173,222 +181,198 @@ def _legend(axes: Axes, columns: int = 4) -> None:
 
 
 def _time_plot(
-    record: Record,
+    run: StoredRun,
     name: str,
     title: str,
     caption: str,
-    curves: dict[str, tuple[str, str]],
-    finish: Callable[[Axes], None] = lambda axes: None,
+    curves: tuple[Curve, ...],
+    *,
+    finish: Callable[[Axes], object] | None = None,
 ) -> Plot | None:
-    if not any(len(record.series(metric)[0]) for metric in curves):
+    """Curves over the steps; None where no metric of them was recorded."""
+    if not any(_recorded(run, curve.metric) for curve in curves):
         return None
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        _curves(axes, record, curves)
+        for curve in curves:
+            _curve(axes, run, curve)
         axes.set_xlabel("step")
-        finish(axes)
+        if finish is not None:
+            finish(axes)
         _legend(axes)
 
     return _plot(name, title, caption, paint)
 
 
-def _reward(record: Record) -> Plot | None:
-    curves = {
-        "reward": ("reward", "c1"),
-        "geometric": ("agreement across views", "c2"),
-        "semantic": ("hides its object", "c3"),
-    }
-    caption = "What the policy is paid, and its two parts. It should rise slowly; a jump is a loophole found."
-    return _time_plot(record, "reward", "Reward and its parts", caption, curves)
+def _reward(run: StoredRun) -> Plot | None:
+    caption = (
+        "What the policy is paid, and its two parts. It should rise slowly; a jump is a loophole "
+        "found."
+    )
+    curves = (
+        Curve("reward", "reward", "c1"),
+        Curve("geometric", "agreement across views", "c2"),
+        Curve("semantic", "hides its object", "c3"),
+    )
+    return _time_plot(run, "reward", "Reward and its parts", caption, curves)
 
 
-def _kl(record: Record) -> Plot | None:
-    if not len(record.series("kl")[0]):
+def _kl(run: StoredRun) -> Plot | None:
+    if not _recorded(run, "kl"):
         return None
 
     def paint(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-        _curves(top, record, {"kl": ("KL to the reference, nat per token", "c1")})
-        top.axhline(
-            record.config.update.tau,
-            color=COLORS["muted"],
-            linewidth=0.9,
-            linestyle=(0, (4, 3)),
-            label="target",
-        )
+        _curve(top, run, Curve("kl", "KL to the reference, nat per token", "c1"))
+        _level(top, run.config.update.tau, "target")
         _legend(top)
-        if _curves(bottom, record, {"beta": ("KL weight", "c2")}):
-            bottom.set_yscale("log"), bottom.minorticks_off()
-            low = record.series("beta")[1].min()
-            high = record.series("beta")[1].max()
-            bottom.set_yticks(
-                sorted({low, high}), [f"{value:.2g}" for value in sorted({low, high})]
-            )
-            bottom.set_ylim(
-                low / 1.3, high * 1.3
-            )  # a constant weight is a line, not the rounding of its mean
-            _legend(bottom)
+        if _recorded(run, "beta"):
+            _weight(bottom, run)
         bottom.set_xlabel("step")
 
-    return _plot(
-        "kl",
-        "Distance from the base",
-        "How far the answers have moved, and the weight that pulls them back.",
-        paint,
-    )
+    caption = "How far the answers have moved, and the weight that pulls them back."
+    return _plot("kl", "Distance from the base", caption, paint)
 
 
-def _area(record: Record) -> Plot | None:
+def _weight(axes: Axes, run: StoredRun) -> None:
+    """The weight of the KL, with ticks at its extremes."""
+    _curve(axes, run, Curve("beta", "KL weight", "c2"))
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    _, values = run.series("beta")
+    low = values.min()
+    high = values.max()
+    ticks = sorted({low, high})
+    axes.set_yticks(ticks, [f"{value:.2g}" for value in ticks])
+    # A constant weight is a line, not the rounding of its mean.
+    axes.set_ylim(low / 1.3, high * 1.3)
+    _legend(axes)
+
+
+def _area(run: StoredRun) -> Plot | None:
     def finish(axes: Axes) -> None:
         axes.set_ylim(0, max(axes.get_ylim()[1], 0.25))
-        values = record.before.values if record.before else {}
+        values = run.before.values if run.before else {}
         if values.get("sampled_area_ratio"):
             true = values["sampled_area"] / values["sampled_area_ratio"]
-            axes.axhline(
-                true,
-                color=COLORS["muted"],
-                linewidth=0.9,
-                linestyle=(0, (4, 3)),
-                label="true mean area",
-            )
+            _level(axes, true, "true mean area")
 
-    curves = {"area": ("mean box area", "c1"), "area_large": ("boxes over 0.8 of the image", "c5")}
-    return _time_plot(
-        record,
-        "area",
-        "Box size",
-        "Shares of the image. Growing boxes are how this method is cheated.",
-        curves,
-        finish,
+    caption = "Shares of the image. Growing boxes are how this method is cheated."
+    curves = (
+        Curve("area", "mean box area", "c1"),
+        Curve("area_large", "boxes over 0.8 of the image", "c5"),
     )
+    return _time_plot(run, "area", "Box size", caption, curves, finish=finish)
 
 
-def _readable(record: Record) -> Plot | None:
-    curves = {
-        "parse_rate": ("boxes", "c1"),
-        "view_parse_rate": ("boxes in views", "c2"),
-        "query_parse_rate": ("queries", "c3"),
-        "carries": ("carry gradient", "c4"),
-    }
-    finish = lambda axes: axes.set_ylim(0, 1.04)
-    return _time_plot(
-        record,
-        "readable",
-        "Readable answers",
-        "Shares of answers that can be read, and of samples the update learns from.",
-        curves,
-        finish,
+def _readable(run: StoredRun) -> Plot | None:
+    caption = "Shares of answers that can be read, and of samples the update learns from."
+    curves = (
+        Curve("parse_rate", "boxes", "c1"),
+        Curve("view_parse_rate", "boxes in views", "c2"),
+        Curve("query_parse_rate", "queries", "c3"),
+        Curve("carries", "carry gradient", "c4"),
     )
+    finish = partial(Axes.set_ylim, bottom=0, top=1.04)
+    return _time_plot(run, "readable", "Readable answers", caption, curves, finish=finish)
 
 
-def _verdicts(record: Record) -> Plot | None:
-    cells = {
-        "TU": ("yes → no (TU)", "c1"),
-        "SB": ("yes → yes (SB)", "c2"),
-        "IG": ("no → yes (IG)", "c5"),
-        "ID": ("no → no (ID)", "c4"),
-    }
-    if not all(len(record.series(name)[0]) for name in cells):
+def _verdicts(run: StoredRun) -> Plot | None:
+    cells = (
+        Curve("TU", "yes → no (TU)", "c1"),
+        Curve("SB", "yes → yes (SB)", "c2"),
+        Curve("IG", "no → yes (IG)", "c5"),
+        Curve("ID", "no → no (ID)", "c4"),
+    )
+    if not all(_recorded(run, cell.metric) for cell in cells):
         return None
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        steps = _thinned(*record.series("TU"))[0]
-        shares = np.array([_smooth(_thinned(*record.series(name))[1]) for name in cells])
-        for share, low, (label, color) in zip(
-            shares, shares.cumsum(0) - shares, cells.values(), strict=True
-        ):
+        steps = _thinned(run.series("TU")[0])
+        low = np.zeros(len(steps))
+        for cell in cells:
+            high = low + _smooth(_thinned(run.series(cell.metric)[1]))
+            color = COLORS[cell.color]
             axes.fill_between(
-                steps, low, low + share, color=COLORS[color], alpha=0.82, linewidth=0, label=label
+                steps, low, high, color=color, alpha=0.82, linewidth=0, label=cell.label
             )
-        axes.set_ylim(0, 1), axes.set_xlabel("step")
+            low = high
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("step")
         _legend(axes)
 
-    return _plot(
-        "verdicts",
-        "Is it visible? On the image → with the box ghosted",
-        "Yes, then no is right: the box holds what the query names.",
-        paint,
-    )
+    title = "Is it visible? On the image → with the box ghosted"
+    caption = "Yes, then no is right: the box holds what the query names."
+    return _plot("verdicts", title, caption, paint)
 
 
-def _gradient(record: Record) -> Plot | None:
-    return _time_plot(
-        record,
-        "gradient",
-        "Gradient norm",
-        "Before clipping.",
-        {"grad_norm": ("gradient norm", "c1")},
-    )
+def _gradient(run: StoredRun) -> Plot | None:
+    curves = (Curve("grad_norm", "gradient norm", "c1"),)
+    return _time_plot(run, "gradient", "Gradient norm", "Before clipping.", curves)
 
 
-def _attention(record: Record) -> Plot | None:
-    arms = {"base": (record.before, "c4"), "adapter": (record.after, "c1")}
-    arms = {
-        label: (arm.layers, color)
-        for label, (arm, color) in arms.items()
-        if arm is not None and arm.layers
-    }
-    if not arms:
+def _attention(run: StoredRun) -> Plot | None:
+    base = run.before.layers if run.before else []
+    adapter = run.after.layers if run.after else []
+    if not base and not adapter:
         return None
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for label, (layers, color) in arms.items():
-            where = np.arange(1, len(layers) + 1)
-            axes.plot(
-                where,
-                layers,
-                color=COLORS[color],
-                marker="o",
-                markersize=3.5,
-                label=f"{label}, mean {np.mean(layers):.1%}",
-            )
-        axes.set_ylim(0, None), axes.set_xlabel("decoder layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if base:
+            _layers(axes, base, "base", "c4")
+        if adapter:
+            _layers(axes, adapter, "adapter", "c1")
+        axes.set_ylim(0, None)
+        axes.set_xlabel("decoder layer")
+        axes.locator_params(axis="x", integer=True)
         _legend(axes)
 
-    caption = "Share of attention on image tokens while a box is written, mean over heads and tokens. The paper reports 8.2 % → 11.0 % at 2B."
+    caption = (
+        "Share of attention on image tokens while a box is written, mean over heads and tokens. "
+        "The paper reports 8.2 % → 11.0 % at 2B."
+    )
     return _plot("attention", "Attention on the image, by layer", caption, paint)
 
 
-def _attention_steps(record: Record) -> Plot | None:
+def _layers(axes: Axes, shares: list[float], arm: str, color: str) -> None:
+    """One point per decoder layer."""
+    label = f"{arm}, mean {np.mean(shares):.1%}"
+    layers = np.arange(1, len(shares) + 1)
+    axes.plot(layers, shares, color=COLORS[color], marker="o", markersize=3.5, label=label)
+
+
+def _attention_steps(run: StoredRun) -> Plot | None:
+    title = "Attention on the image, by step"
     caption = "Mean over layers, for the boxes that were sampled."
-    return _time_plot(
-        record,
-        "attention_steps",
-        "Attention on the image, by step",
-        caption,
-        {"attention_share": ("share of attention", "c1")},
-    )
+    curves = (Curve("attention_share", "share of attention", "c1"),)
+    return _time_plot(run, "attention_steps", title, caption, curves)
 
 
-def _time(record: Record) -> Plot | None:
-    phases = record.phases()
+def _time(run: StoredRun) -> Plot | None:
+    phases = run.phases()
     if not phases:
         return None
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        names = sorted(phases, key=phases.get)
-        bars = axes.barh(names, [phases[name] for name in names], color=COLORS["c1"], height=0.62)
-        axes.bar_label(bars, [f" {phases[name]:.3g} s" for name in names], color=COLORS["muted"])
-        axes.grid(False), axes.spines.left.set_visible(False)
-        axes.set_xlabel("seconds per step"), axes.set_xlim(0, max(phases.values()) * 1.2)
+        names = sorted(phases, key=phases.__getitem__)
+        seconds = [phases[name] for name in names]
+        bars = axes.barh(names, seconds, color=COLORS["c1"], height=0.62)
+        axes.bar_label(bars, [f" {value:.3g} s" for value in seconds], color=COLORS["muted"])
+        axes.grid(False)
+        axes.spines.left.set_visible(False)
+        axes.set_xlabel("seconds per step")
+        axes.set_xlim(0, max(seconds) * 1.2)
 
-    return _plot(
-        "phases", "Where a step's time goes", f"Mean over {len(record.metrics)} steps.", paint
-    )
+    caption = f"Mean over {len(run.metrics)} steps."
+    return _plot("phases", "Where a step's time goes", caption, paint)
 
 
-def _speed(record: Record) -> Plot | None:
-    finish = lambda axes: axes.set_ylim(0, None)
-    return _time_plot(
-        record,
-        "speed",
-        "Images per second",
-        "Asked, grounded, judged and learned from.",
-        {"images_per_s": ("images per second", "c1")},
-        finish,
-    )
+def _speed(run: StoredRun) -> Plot | None:
+    caption = "Asked, grounded, judged and learned from."
+    curves = (Curve("images_per_s", "images per second", "c1"),)
+    finish = partial(Axes.set_ylim, bottom=0)
+    return _time_plot(run, "speed", "Images per second", caption, curves, finish=finish)

@@ -1,233 +1,242 @@
-"""One training run as it appears on disk and on screen: its directory, its metrics, checkpoints,
-evaluation, adapter and report.
+"""One training run as it appears on disk and on screen: its directory, metrics, checkpoints,
+evaluation, adapter and report; and how it ends.
 
-The loop (train.py) computes; this file remembers and tells. Directory layout: README, "What a run
-leaves behind".
+The loop (train.py) computes; this file remembers and tells. Any end saves what was finished: the
+last complete update, never a half-moved adapter. Directory layout: README, "What a run leaves
+behind".
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import platform
-import sys
+import io
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-import peft
 import PIL.Image
-import torch
-import transformers
-import vise_kernels
 
-from vise_fast import __version__
-from vise_fast.config import schema as configuration
-from vise_fast.config.schema import Config
-from vise_fast.engine.fast import Engine
-from vise_fast.evaluate import held_out as evaluate
+from vise_fast.config import schema
+from vise_fast.engine.rollout import Engine
+from vise_fast.evaluate.held_out import held_out
+from vise_fast.evaluate.table import side_by_side
 from vise_fast.evaluate.titles import BRIEF
 from vise_fast.images.sources import Source
 from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
-from vise_fast.model import export as adapter
-from vise_fast.model.load import Policy, check_targets
+from vise_fast.model import export
+from vise_fast.model.load import Policy
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms
-from vise_fast.system import checkpoint
-from vise_fast.system.console import Console, JsonLines
-from vise_fast.system.errors import EnvironmentFault
+from vise_fast.run import identity
+from vise_fast.run.opening import environment, opening_lines
+from vise_fast.run.resume import Start
+from vise_fast.run.sample_card import sample_card
+from vise_fast.system import checkpoint, files
+from vise_fast.system.console import Console, JsonLines, read_lines
+from vise_fast.system.errors import DataError, EnvironmentFault
 from vise_fast.system.loggers import Loggers
 from vise_fast.system.signals import Interrupted
 
 SHOWN = ("reward", "kl", "area", "parse_rate", "images_per_s")
 CARDS = 2
+PATIENCE = 10
+"""Steps an alarm may stay on before it ends a run that asked for it."""
 
 
 class Run:
-    """The directory and the screen of one run. Begin with `Run.begin`; the methods follow the life
-    of the run.
+    """The directory and the screen of one run; the methods follow its life. `done`: complete
+    updates, `saved`: those the newest checkpoint holds (-1: there is none).
     """
 
-    def __init__(self, config: Config, directory: Path, resumed: Path | None) -> None:
-        self.config = config
-        self.directory = directory
-        self.resumed = resumed
+    def __init__(self, start: Start) -> None:
+        self.config = start.config
+        self.directory = start.directory
+        self.resumed = start.checkpoint
         self.console = Console()
-        self.alarms = Alarms(config.update.tau)
-        self.first = 0
+        self.alarms = Alarms(self.config.update.tau)
         self.evaluation: dict = {}
+        self.learner: Learner | None = None
+        self.first = 0
+        self.done = 0
+        self.saved = -1
+        self.opened = False
+        self.lock = identity.Lock(self.directory)
+        for note in start.notes:
+            self.console.warn(note)
 
-    @classmethod
-    def begin(cls, config: Config) -> Run:
-        """Choose the directory: the one to resume, or a fresh one (name, name-2, …) so that no
-        earlier run is touched.
-        """
-        wanted = Path(config.run.dir)
-        if config.train.resume is None:
-            return cls(config, _fresh(wanted), None)
-        choice = checkpoint.choose(config.train.resume, wanted)
-        directory = wanted if choice.path is None else choice.path.parent.parent
-        run = cls(config, directory, choice.path)
-        for note in choice.notes:
-            run.console.warn(note)
-        return run
+    def close(self) -> None:
+        """Let others write here; a folder in which nothing was begun goes."""
+        self.lock.release()
+        if not self.opened:
+            identity.leave(self.directory)
 
-    def resume(self, learner: Learner) -> int:
-        """Load the checkpoint, if there is one; returns the first step to do."""
+    # ---- the start -------------------------------------------------------------------------------
+
+    def resume(self, learner: Learner) -> None:
+        """Take over the learner and load the checkpoint into it, if there is one."""
         if self.resumed is not None:
             tensors, state = checkpoint.load(self.resumed)
             learner.load(tensors, state["learner"])
             self.alarms.load(state["alarms"])
-            self.first = state["step"]
+            self.first = self.done = state["step"]
+            here = self.directory / "checkpoints" / self.resumed.name
+            self.saved = self.done if here.exists() else -1
             self.console.say(f"resumed from {self.resumed} after step {self.first}")
-        return self.first
+        self.learner = learner
 
     def opening(self, policy: Policy, source: Source) -> None:
-        """Create the directory and its first files; say what runs on what."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "config.yaml").write_text(
-                configuration.to_yaml(self.config), encoding="utf-8"
-            )
-            (self.directory / "env.json").write_text(
-                json.dumps(environment(policy), indent=1) + "\n", encoding="utf-8"
-            )
-        except OSError as error:
-            raise EnvironmentFault(
-                f"cannot write {self.directory}; {error.strerror or error}; free space or choose "
-                "another run.dir"
-            ) from error
+        """Make the directory a run and write its first files; say what runs on what.
+
+        Raises DataError where a resumed run's images are others than they were.
+        """
+        with files.refused(self.directory):
+            files.settle(self.directory / "adapter")
+        self._check_data(source)
+        identity.mark(self.directory, source.identity())
+        self.opened = True
+        files.write(self.directory / "config.yaml", schema.to_yaml(self.config))
+        files.write_json(self.directory / "env.json", environment(policy))
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
-        self.loggers = Loggers(
-            self.config.run.loggers,
-            self.directory,
-            self.config.model_dump(mode="json"),
-            self.console.warn,
-        )
-        base, lora = (
-            sum(p.numel() for p in policy.model.parameters() if p.requires_grad is trained)
-            for trained in (False, True)
-        )
-        paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
-        self.console.say(
-            f"run      {self.directory}  (preset {self.config.reward.preset}, "
-            f"{self.config.train.steps} updates of {self.config.train.batch} images)"
-        )
-        self.console.say(
-            f"model    {self.config.model.path}: {base / 1e6:.1f} M frozen parameters, one copy; "
-            f"{check_targets(policy.model)} LoRA tensors, {lora / 1e6:.2f} M trained"
-        )
-        self.console.say(f"data     {source.describe()}")
-        self.console.say(f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}")
-        self.console.say(f"attention {policy.attention.path}: {policy.attention.reason}")
+        self._check_metrics()
+        settings = self.config.model_dump(mode="json")
+        loggers = self.config.run.loggers
+        self.loggers = Loggers(loggers, self.directory, settings, self.console.warn)
+        for line in opening_lines(self.directory, self.config, policy, source):
+            self.console.say(line)
+
+    def _check_data(self, source: Source) -> None:
+        """A resumed run sees what it would have seen: the same images under the same names."""
+        before = identity.data_of(self.directory) if self.resumed is not None else None
+        now = source.identity()
+        if before is not None and before != now:
+            raise DataError(
+                f"the images are not those of the run {self.directory} ({_counted(before)} then, "
+                f"{_counted(now)} now); a resumed run would draw others; give --data.dir the same "
+                f"files, or start a new run: --lora.init_from {self.directory / 'adapter'}"
+            )
+
+    def _check_metrics(self) -> None:
+        """Steps that the metrics lack are said: figures and report have a gap there."""
+        known = {record.get("step") for record in read_lines(self.directory / "metrics.jsonl")}
+        missing = [step for step in range(1, self.first + 1) if step not in known]
+        if missing:
+            self.console.warn(
+                f"metrics.jsonl lacks {len(missing)} of the {self.first} steps before the "
+                "checkpoint "
+                f"(the first is {missing[0]}); curves and report have a gap there"
+            )
 
     def before(self, engine: Engine, source: Source) -> None:
         """The base's figures on held-out images, once per run."""
         path = self.directory / "evaluation.json"
-        if path.exists() and self.first > 0:
-            self.evaluation = json.loads(path.read_text(encoding="utf-8"))
+        known = files.read_json(path, self.console.warn) if self.first > 0 else None
+        if known is not None and "before" in known:
+            self.evaluation = known
             return
         self._evaluate("before", engine, source, adapters=False)
 
     def _evaluate(self, name: str, engine: Engine, source: Source, adapters: bool) -> None:
         if self.config.eval.scenes == 0:
             return
-        self.console.say(
-            f"evaluating {'the adapter' if adapters else 'the base'} on held-out images …"
-        )
-        self.evaluation[name] = evaluate.held_out(engine, source, self.config, adapters).json()
-        (self.directory / "evaluation.json").write_text(
-            json.dumps(self.evaluation) + "\n", encoding="utf-8"
-        )
+        who = "the adapter" if adapters else "the base"
+        self.console.say(f"evaluating {who} on held-out images …")
+        self.evaluation[name] = held_out(engine, source, self.config, adapters).json()
+        files.write_json(self.directory / "evaluation.json", self.evaluation)
+
+    # ---- the loop --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable]:
-        """Yields `advance(step, metrics, slices)`: one line of metrics, the live figures, alarms,
-        sample cards.
-        """
+    def progress(self) -> Iterator[Steps]:
+        """Yields what takes every finished step: metrics, live figures, alarms, sample cards."""
+        steps = self.config.train.steps
         with (
-            self.console.progress(self.config.train.steps, "train", self.first) as bar,
+            self.console.progress(steps, "train", self.first) as bar,
             contextlib.ExitStack() as stack,
         ):
             for stream in (self.metrics, self.samples, self.loggers):
                 stack.callback(stream.close)
-            clock = time.monotonic()
+            yield Steps(self, bar)
 
-            def advance(step: int, metrics: dict, slices: list[Played]) -> None:
-                nonlocal clock
-                now = time.monotonic()
-                metrics = {
-                    "step": step + 1,
-                    **metrics,
-                    "seconds": now - clock,
-                    "images_per_s": self.config.train.batch / (now - clock),
-                }
-                clock = now
-                said = self.alarms.update(step + 1, metrics)
-                for name, text in said.items():
-                    self.console.alarm(name, text)
-                metrics["alarms"] = [name for name, text in said.items() if text]
-                self.metrics.write(metrics)
-                self.loggers.log(step + 1, metrics)
-                bar({name: metrics[name] for name in SHOWN})
-                if (
-                    step == 0
-                    or (step + 1) % self.config.run.samples_every == 0
-                    or step + 1 == self.config.train.steps
-                ):
-                    self._cards(step + 1, slices)
-
-            yield advance
-
-    def _cards(self, step: int, slices: list[Played]) -> None:
-        """The first images of the batch with everything said about them, for the report."""
-        played = slices[0]
-        (self.directory / "samples").mkdir(exist_ok=True)
-        for index in range(min(CARDS, len(played.images))):
-            name = f"samples/step_{step}_{index}.png"
-            PIL.Image.fromarray(played.images[index].pixels.numpy()).save(self.directory / name)
-            self.samples.write({"step": step, "image": name, **card(played, index)})
-
-    def keep(self, done: int, learner: Learner) -> None:
-        """A checkpoint every so often; none while an alarm that may end the run is on, so that the
-        newest stays a healthy one.
+    def alarmed(self) -> bool:
+        """An alarm that may end the run is on: no checkpoint, so that the newest stays a healthy
+        one.
         """
+        return self.config.train.stop_on_alarm and self.alarms.since is not None
+
+    def keep(self) -> None:
+        """A checkpoint every so often."""
         every = self.config.run.checkpoint_every
-        if (
-            every
-            and done % every == 0
-            and done < self.config.train.steps
-            and not (self.config.train.stop_on_alarm and self.alarms.since is not None)
-        ):
-            self._save(done, learner)
+        due = every > 0 and self.done % every == 0 and self.done < self.config.train.steps
+        if due and not self.alarmed():
+            self._save()
 
-    def _save(self, done: int, learner: Learner) -> Path:
-        tensors, state = learner.state()
-        content = {"step": done, "learner": state, "alarms": self.alarms.state()}
-        return checkpoint.save(self.directory, done, tensors, content, self.config.run.keep)
+    def _save(self) -> None:
+        assert self.learner is not None
+        tensors, state = self.learner.state()
+        content = {"step": self.done, "learner": state, "alarms": self.alarms.state()}
+        own = {checkpoint.CONFIG: self.directory / "config.yaml"}
+        keep = self.config.run.keep
+        checkpoint.save(self.directory, self.done, tensors, content, keep, own)
+        self.saved = self.done
 
-    def should_stop(self, done: int) -> bool:
-        """An alarm has been on for ten steps and the user asked to end then."""
-        return (
-            self.config.train.stop_on_alarm
-            and self.alarms.since is not None
-            and done - self.alarms.since >= 10
-        )
+    def should_stop(self) -> bool:
+        """An alarm has been on for so long that the user asked to end then."""
+        since = self.alarms.since
+        return self.alarmed() and since is not None and self.done - since >= PATIENCE
 
-    def interrupted(self, learner: Learner, done: int, reason: Interrupted) -> int:
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def finish(self, policy: Policy, engine: Engine, source: Source) -> None:
+        """Final checkpoint, evaluation, table, adapter, report."""
+        self._save()
+        self._evaluate("after", engine, source, adapters=True)
+        engine.interrupted()
+        figures = side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
+        if figures:
+            rows = [[name, *pair] for name, pair in figures.items()]
+            title = "held-out images, before and after"
+            self.console.table(title, ["", "base", "adapter"], rows)
+        place = export.export(policy, self.config, self.directory / "adapter", figures)
+        engine.interrupted()
+        if self.config.run.report:
+            self.console.say(f"report   {report.write(self.directory)}")
+        self.console.say(f"adapter  {place}")
+
+    def interrupted(self, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""
-        self._save(done, learner)
-        self.console.warn(
-            f"{reason}; saved after step {done}; go on with --train.resume auto --run.dir "
-            f"{self.directory}"
-        )
+        self.save_finished()
+        if self.saved >= 0:
+            self.console.warn(
+                f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
+                "--run.dir "
+                f"{self.directory}"
+            )
+        else:
+            self.console.warn(f"{reason} before anything was trained; start again as you did")
         return reason.code
 
-    def fall_back(self, learner: Learner) -> None:
+    def save_finished(self) -> None:
+        """Before an early end: a checkpoint of the last complete update, where there is none yet.
+
+        Not from an adapter that was being moved, and not over a healthy one while an alarm is on:
+        the last good checkpoint then stays the newest. A disk that refuses is said and changes
+        nothing.
+        """
+        if self.learner is None or not self.opened or self.saved == self.done:
+            return
+        if self.learner.moving or (self.alarmed() and self.saved >= 0):
+            self.console.warn(f"the last good checkpoint is that of step {self.saved}")
+            return
+        try:
+            self._save()
+            self.console.say(f"saved after step {self.done}")
+        except EnvironmentFault as fault:
+            self.console.warn(f"what was done since step {max(self.saved, 0)} is lost: {fault}")
+
+    def fall_back(self) -> None:
         """After an alarm ended the run: return to the last healthy checkpoint."""
+        assert self.learner is not None
         newest = checkpoint.latest(self.directory)
         if newest is None:
             self.console.warn(
@@ -236,84 +245,54 @@ class Run:
             )
             return
         tensors, state = checkpoint.load(newest)
-        learner.load(tensors, state["learner"])
+        self.learner.load(tensors, state["learner"])
         self.console.warn(
             f"stopped by an alarm; the adapter is the one of step {state['step']}, the last "
             "healthy checkpoint"
         )
 
-    def finish(
-        self, policy: Policy, engine: Engine, source: Source, learner: Learner, done: int
-    ) -> None:
-        """Final checkpoint, evaluation, table, adapter, report."""
-        self._save(done, learner)
-        self._evaluate("after", engine, source, adapters=True)
-        figures = evaluate.side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
-        if figures:
-            self.console.table(
-                "held-out images, before and after",
-                ["", "base", "adapter"],
-                [[name, *pair] for name, pair in figures.items()],
-            )
-        place = adapter.export(policy, self.config, self.directory / "adapter", figures)
-        if self.config.run.report:
-            self.console.say(f"report   {report.write(self.directory)}")
-        self.console.say(f"adapter  {place}")
+
+class Steps:
+    """Takes every finished step of a run."""
+
+    def __init__(self, run: Run, bar) -> None:
+        self.run = run
+        self.bar = bar
+        self.clock = time.monotonic()
+
+    def advance(self, metrics: Mapping, slices: list[Played]) -> None:
+        """One more complete update: a line of metrics, the live figures, alarms, sample cards."""
+        run = self.run
+        run.done += 1
+        record = {"step": run.done, **metrics, **self._speed()}
+        said = run.alarms.update(run.done, record)
+        for name, text in said.items():
+            run.console.alarm(name, text)
+        record["alarms"] = [name for name, text in said.items() if text]
+        run.metrics.write(record)
+        run.loggers.log(run.done, record)
+        self.bar({name: record[name] for name in SHOWN})
+        last = run.done == run.config.train.steps
+        if run.done == 1 or run.done % run.config.run.samples_every == 0 or last:
+            self._cards(slices[0])
+
+    def _speed(self) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = now - self.clock
+        self.clock = now
+        return {"seconds": seconds, "images_per_s": self.run.config.train.batch / seconds}
+
+    def _cards(self, played: Played) -> None:
+        """The first images of the batch with everything said about them, for the report."""
+        run = self.run
+        for index in range(min(CARDS, len(played.images))):
+            name = f"samples/step_{run.done}_{index}.png"
+            picture = io.BytesIO()
+            PIL.Image.fromarray(played.images[index].pixels.numpy()).save(picture, "PNG")
+            files.write(run.directory / name, picture.getvalue())
+            card = sample_card(played, index)
+            run.samples.write({"step": run.done, "image": name, **card})
 
 
-def _fresh(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, … where no run lies yet."""
-    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
-    return next(
-        path
-        for path in names
-        if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists()
-    )
-
-
-def card(played: Played, index: int) -> dict:
-    """One image's part of a step as JSON: query, boxes, verdicts, views."""
-    e = played.evidence
-    group = played.evidence.group_size
-    rows = slice(index * group, (index + 1) * group)
-    listed = lambda x: None if x is None else x[rows].tolist()
-    return {
-        "name": played.images[index].name,
-        "query": played.queries.texts[index],
-        "query_written": played.queries.written[index],
-        "boxes_1000": listed(e.box_1000),
-        "readable": listed(e.readable),
-        "written": played.boxes.written[rows],
-        "seen": float(e.seen[rows][0]),
-        "gone": listed(e.gone),
-        "control": listed(e.control),
-        "keep": listed(e.keep),
-        "rewards": played.rewards[rows].tolist(),
-        "judged": listed(e.judged),
-        "views": [
-            {"kind": view.kind, "matrix_px": view.matrix_px.tolist()}
-            for view in played.views[index]
-        ],
-        "view_boxes_1000": e.view_box_1000[rows][0].tolist(),
-    }
-
-
-def environment(policy: Policy) -> dict:
-    """What a result depends on beside configuration and seed."""
-    device = policy.device
-    return {
-        "vise_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "dtype": str(policy.backbone.dtype),
-        "argv": sys.argv[1:],
-        "attention": [policy.attention.path, policy.attention.reason],
-        "kernels": {op: [path, reason] for op, (path, reason) in vise_kernels.available().items()},
-    }
+def _counted(data: Mapping) -> str:
+    return f"{data.get('images', 'drawn')} images"

@@ -16,7 +16,7 @@ import torch
 
 from vise_fast.config import settings
 from vise_fast.config.schema import Config
-from vise_fast.engine.stock import open_engine
+from vise_fast.engine.choose import open_engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards

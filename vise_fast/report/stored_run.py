@@ -1,8 +1,8 @@
-"""A run read back from its directory: configuration, environment, metrics, sample cards,
-evaluation. What the report is made from.
+"""A run read back from its directory: configuration, environment, metrics, samples, evaluation.
+What the report is made from.
 
 A run that is still going on, or that ended early, reads as far as it got. Left out: judging it
-(diagnosis.py), showing it (report.py).
+(diagnosis.py), showing it (page.py).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 from vise_fast.config import schema as configuration
 from vise_fast.config.schema import Config
-from vise_fast.evaluate.figures import Figures
+from vise_fast.evaluate.results import Results
 from vise_fast.system.console import read_lines
 from vise_fast.system.errors import DataError
 
 
 @dataclass(frozen=True)
-class Record:
-    """`metrics`: one dict per step, at least one; `before`, `after`: None where that evaluation was
-    not made.
+class StoredRun:
+    """`metrics`: one dict per step, at least one; `samples`: the lines of samples.jsonl; `before`,
+    `after`: None where that evaluation was not made.
     """
 
     directory: Path
@@ -32,35 +32,28 @@ class Record:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    before: Figures | None
-    after: Figures | None
+    before: Results | None
+    after: Results | None
 
     @property
     def steps(self) -> int:
+        """The last step that was finished."""
         return int(self.metrics[-1].get("step", len(self.metrics)))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric where it is a number; two empty arrays where it never is."""
-        pairs = [
-            (m["step"], m[name])
-            for m in self.metrics
-            if isinstance(m.get(name), (int, float)) and isinstance(m.get("step"), int)
-        ]
-        return np.array([step for step, _ in pairs], int), np.array(
-            [value for _, value in pairs], float
-        )
+        known = [m for m in self.metrics if isinstance(m.get(name), (int, float))]
+        steps = np.array([m["step"] for m in known], int)
+        values = np.array([m[name] for m in known], float)
+        return steps, values
 
     def phases(self) -> dict[str, float]:
         """Seconds per step of each phase, mean over the steps that recorded it."""
-        names = dict.fromkeys(name for m in self.metrics for name in m.get("phases") or {})
-        return {
-            name: float(
-                np.mean(
-                    [m["phases"][name] for m in self.metrics if name in (m.get("phases") or {})]
-                )
-            )
-            for name in names
-        }
+        seconds: dict[str, list[float]] = {}
+        for m in self.metrics:
+            for name, value in (m.get("phases") or {}).items():
+                seconds.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in seconds.items()}
 
     def alarms(self) -> dict[str, list[int]]:
         """The steps at which each alarm was on."""
@@ -70,24 +63,23 @@ class Record:
                 found.setdefault(str(name), []).append(int(m["step"]))
         return found
 
-    def shown_samples(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """(title, cards) of the first, the middle and the last step that left cards; fewer when
-        there are fewer.
+    def shown_samples(self) -> dict[str, list[dict[str, Any]]]:
+        """The samples of the first, the middle and the last step that left some, by title; fewer
+        when there are fewer.
         """
-        steps = sorted({card["step"] for card in self.samples})
+        steps = sorted({sample["step"] for sample in self.samples})
         if not steps:
-            return []
+            return {}
         middle = min(steps, key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
-        chosen = dict.fromkeys([steps[0], middle, steps[-1]])
-        return [
-            (f"Step {step}", [card for card in self.samples if card["step"] == step])
-            for step in chosen
-        ]
+        return {f"Step {step}": self._samples_of(step) for step in (steps[0], middle, steps[-1])}
+
+    def _samples_of(self, step: int) -> list[dict[str, Any]]:
+        return [sample for sample in self.samples if sample["step"] == step]
 
 
-def read(directory: Path) -> Record:
+def read(directory: Path) -> StoredRun:
     """Raises DataError for a directory that holds no run, and for files of it that are damaged."""
-    metrics = [m for m in read_lines(directory / "metrics.jsonl") if isinstance(m.get("step"), int)]
+    metrics = _numbered(directory / "metrics.jsonl")
     if not metrics:
         raise DataError(
             f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the "
@@ -95,20 +87,20 @@ def read(directory: Path) -> Record:
         )
     file = directory / "config.yaml"
     evaluation = _json(directory / "evaluation.json")
-    cards = [
-        card
-        for card in read_lines(directory / "samples.jsonl")
-        if isinstance(card.get("step"), int)
-    ]
-    return Record(
+    return StoredRun(
         directory,
-        configuration.load(file if file.exists() else None),
-        _json(directory / "env.json"),
-        metrics,
-        cards,
-        _figures(evaluation, "before", directory),
-        _figures(evaluation, "after", directory),
+        config=configuration.load(file if file.exists() else None),
+        environment=_json(directory / "env.json"),
+        metrics=metrics,
+        samples=_numbered(directory / "samples.jsonl"),
+        before=_figures(evaluation, "before", directory),
+        after=_figures(evaluation, "after", directory),
     )
+
+
+def _numbered(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file that say which step they belong to."""
+    return [line for line in read_lines(path) if isinstance(line.get("step"), int)]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -127,9 +119,9 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Figures | None:
+def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Results | None:
     try:
-        return Figures.read(evaluation[name]) if name in evaluation else None
+        return Results.read(evaluation[name]) if name in evaluation else None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
             f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it "

@@ -1,10 +1,10 @@
-"""Figures of an evaluation with what is needed to say how certain they are: a ratio of two sums
-over scenes, each scene's share kept.
+"""Results of an evaluation with what is needed to say how certain they are: a figure is a ratio of
+two sums over scenes, each scene's share kept.
 
 A mean is a ratio whose bottom counts; precision, area ratio and the like are ratios as they stand.
 Scenes are what is drawn, so scenes are what the bootstrap resamples: objects of one scene stay
 together, and two arms that saw the same scenes are resampled together (paired). Left out: where the
-numbers come from (evaluate.py), how they look (report.py).
+numbers come from (held_out.py), what they are called (titles.py), how they look (report/).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from vise_fast.system.randomness import generator
 RESAMPLES = 2000
 LEVEL = 0.95
 
-Marks = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Figure -> (tops, bottoms), float64, one entry per scene."""
+Mark = tuple[np.ndarray, np.ndarray]
+"""A figure's (tops, bottoms), float64, one entry per scene."""
+Marks = dict[str, Mark]
+"""Figure -> mark."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Estimate:
     high: float
 
 
+NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
+
+
 @dataclass
-class Figures:
+class Results:
     """All figures of one arm over `n` scenes. `marks`: with intervals; `plain`: single numbers;
     `layers`: one number per decoder layer.
     """
@@ -47,20 +52,13 @@ class Figures:
     @property
     def values(self) -> dict[str, float]:
         """Every figure that could be measured, as a plain float."""
-        found = {
-            name: _ratio(top.sum(), bottom.sum()) for name, (top, bottom) in self.marks.items()
-        }
-        return {
-            name: float(value) for name, value in found.items() if np.isfinite(value)
-        } | self.plain
+        ratios = {name: _value(mark) for name, mark in self.marks.items()}
+        return {name: value for name, value in ratios.items() if np.isfinite(value)} | self.plain
 
     def estimate(self, name: str) -> Estimate:
         """A figure of `marks` with its interval. Raises KeyError."""
-        tops, bottoms = self.marks[name]
-        return _estimate(
-            _ratio(tops.sum(), bottoms.sum()),
-            _ratio(_weights(len(tops)) @ tops, _weights(len(tops)) @ bottoms),
-        )
+        mark = self.marks[name]
+        return _interval(_value(mark), _resampled(mark))
 
     def json(self) -> dict[str, Any]:
         """Everything, for evaluation.json; `read` is the inverse."""
@@ -77,7 +75,7 @@ class Figures:
         }
 
     @classmethod
-    def read(cls, content: dict[str, Any]) -> Figures:
+    def read(cls, content: dict[str, Any]) -> Results:
         """Raises KeyError or TypeError for something that `json` did not make."""
         marks = {
             name: (np.array(mark["top"], float), np.array(mark["bottom"], float))
@@ -88,34 +86,42 @@ class Figures:
 
 def join(parts: list[Marks]) -> Marks:
     """The marks of consecutive batches as one; figures missing from a batch count nothing there."""
-    sizes = [len(next(iter(part.values()))[0]) for part in parts]
-    absent = [(np.zeros(size), np.zeros(size)) for size in sizes]
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {
-        name: tuple(
-            np.concatenate(
-                [part.get(name, empty)[side] for part, empty in zip(parts, absent, strict=True)]
-            )
-            for side in (0, 1)
-        )
-        for name in names
-    }
+    names: dict[str, None] = {}
+    for part in parts:
+        names |= dict.fromkeys(part)
+    return {name: _joined(parts, name) for name in names}
 
 
-def difference(before: Figures, after: Figures, name: str) -> Estimate:
+def _joined(parts: list[Marks], name: str) -> Mark:
+    """One figure of every batch, zeros where it is missing."""
+    marks = []
+    for part in parts:
+        size = len(next(iter(part.values()))[0])
+        marks.append(part.get(name, (np.zeros(size), np.zeros(size))))
+    tops, bottoms = zip(*marks, strict=True)
+    return np.concatenate(tops), np.concatenate(bottoms)
+
+
+def difference(before: Results, after: Results, name: str) -> Estimate:
     """after - before of one figure, both resampled by the same scenes.
 
-    Raises ValueError when they did not see the same number.
+    Raises ValueError when they did not see the same number, KeyError for a figure that one of them
+    has not.
     """
     if before.n != after.n:
         raise ValueError(f"{before.n} and {after.n} scenes cannot be paired")
-    (top0, bottom0) = before.marks[name]
-    (top1, bottom1) = after.marks[name]
-    weights = _weights(len(top0))
-    value = _ratio(top1.sum(), bottom1.sum()) - _ratio(top0.sum(), bottom0.sum())
-    return _estimate(
-        value, _ratio(weights @ top1, weights @ bottom1) - _ratio(weights @ top0, weights @ bottom0)
-    )
+    old = before.marks[name]
+    new = after.marks[name]
+    return _interval(_value(new) - _value(old), _resampled(new) - _resampled(old))
+
+
+def paired_gain(before: Results | None, after: Results | None, name: str) -> Estimate:
+    """`difference` where both arms measured the figure on the same scenes, else NOTHING."""
+    if before is None or after is None or before.n != after.n:
+        return NOTHING
+    if name not in before.marks or name not in after.marks:
+        return NOTHING
+    return difference(before, after, name)
 
 
 @lru_cache(maxsize=4)
@@ -123,22 +129,32 @@ def _weights(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each scene is drawn in each resample; the same for everybody, hence
     paired.
     """
-    return (
-        generator(0, 0, "bootstrap", n)
-        .multinomial(n, np.full(n, 1 / n), RESAMPLES)
-        .astype(np.float64)
-    )
+    draw = generator(0, 0, "bootstrap", n)
+    return draw.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
 
 
-def _ratio(top, bottom):
+def _value(mark: Mark) -> float:
+    """nan where there is nothing to count."""
+    tops, bottoms = mark
+    return float(_ratio(tops.sum(), bottoms.sum()))
+
+
+def _resampled(mark: Mark) -> np.ndarray:
+    """(RESAMPLES,): the figure in each resample."""
+    tops, bottoms = mark
+    weights = _weights(len(tops))
+    return _ratio(weights @ tops, weights @ bottoms)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.float64(top) / np.float64(bottom)
+        return np.divide(top, bottom)
 
 
-def _estimate(value: float, resampled: np.ndarray) -> Estimate:
+def _interval(value: float, resampled: np.ndarray) -> Estimate:
     """Percentile interval over the resamples in which the figure exists."""
     known = resampled[np.isfinite(resampled)]
     if not np.isfinite(value) or not len(known):
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return NOTHING
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(value, float(low), float(high))

@@ -1,16 +1,18 @@
-"""Figures: ratios of sums, bootstrap intervals against known sampling distributions, pairing, JSON."""
+"""Results: ratios of sums, bootstrap intervals against known sampling distributions, pairing,
+JSON.
+"""
 
 import json
 
 import numpy as np
 import pytest
 
-from vise_fast.evaluate.figures import Figures, difference, join
+from vise_fast.evaluate.results import Results, difference, join
 
 
 def figures(**marks):
     n = len(next(iter(marks.values()))[0])
-    return Figures(
+    return Results(
         n,
         {
             name: (np.asarray(top, float), np.asarray(bottom, float))
@@ -96,7 +98,7 @@ def test_join_fills_what_a_batch_had_nothing_to_say_about():
 def test_json_round_trip():
     f = figures(x=([1, 2], [3, 4]), empty=([0, 0], [0, 0]))
     f.plain["scale"], f.layers = 0.9, [0.1, 0.2]
-    again = Figures.read(json.loads(json.dumps(f.json())))
+    again = Results.read(json.loads(json.dumps(f.json())))
     assert again.values == f.values and again.n == 2 and again.layers == f.layers
     assert again.estimate("x") == f.estimate("x")
 
@@ -106,4 +108,4 @@ def test_json_round_trip():
 )
 def test_foreign_json_is_refused(content):
     with pytest.raises(KeyError):
-        Figures.read(content)
+        Results.read(content)
