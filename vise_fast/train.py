@@ -2,15 +2,18 @@
 [--section.key value …]`.
 
 Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after
-table. Each update plays a batch through the method (experience.py), turns what happened into
-rewards (rewards.py) and takes one step (learner.py). What a run leaves behind is written by run.py.
+table. Each update plays a batch through the method (method/experience.py), turns what happened into
+rewards (method/rewards.py) and takes one step (method/learner.py). What a run leaves behind, and how
+it ends, is run/directory.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +32,7 @@ from vise_fast.model import load as model
 from vise_fast.run.directory import Run
 from vise_fast.run.dry_run import dry_run
 from vise_fast.run.out_of_memory import Halving
+from vise_fast.run.resume import refuse_changes, resolve
 from vise_fast.system import allocator, console
 from vise_fast.system.signals import Interrupted, Signals
 
@@ -43,88 +47,107 @@ def main(words: Sequence[str]) -> int:
     if given.help:
         console.Console().say(__doc__ + "\n" + settings.help_text(Config))
         return 0
-    config = origin.configuration(given)
+    stated = origin.stated(given)
+    config = origin.from_adapter(origin.configuration(given), stated)
     if "dry-run" in given.flags:
         return dry_run(config, play_batch)
-    return train(config)
+    return train(config, stated=stated)
 
 
-def train(config: Config, truth: Truth | None = None) -> int:
-    """One run, start to finish. Returns the exit code: 0, or 130/143 when a signal ended it after
-    saving.
+def train(
+    config: Config, truth: Truth | None = None, stated: Mapping[str, Any] | None = None
+) -> int:
+    """One run, start to finish. stated: the settings that were asked for by name (those that differ
+    from their defaults): a resumed run takes the others from its own configuration.
+
+    Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
     """
     rewards.resolve(config.reward)
     allocator.keep_freed_memory()
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    run = Run.begin(config)
-    multiple = model.grid_multiple(config.model.path)
-    source = open_source(config, multiple, run.directory)
-    if config.memory.budget_gb is not None:
-        config, source = fitted(config, source, run)
-    policy = model.load(config)
-    engine = open_engine(policy, config)
-    learner = Learner(policy, engine, config)
-    in_memory = Halving(config, engine, learner)
-    done = run.resume(learner)
-    run.opening(policy, source)
-    run.before(engine, source)
-    with contextlib.closing(source), Signals() as stop:
-        engine.interrupted = stop.check
+    with Signals() as stop:
+        run = Run(resolve(config, settings.changed(config) if stated is None else stated))
         try:
-            with run.progress() as advance:
-                for step in range(done, config.train.steps):
-                    images = source.batch(step, config.train.batch)
-                    slices, metrics = in_memory(
-                        lambda images=images, step=step: one_step(
-                            engine, learner, images, config, step, truth
-                        )
-                    )
-                    done = step + 1
-                    advance(
-                        step,
-                        metrics
-                        | engine.counters.take()
-                        | in_memory.figures()
-                        | {"phases": engine.clock.take()},
-                        slices,
-                    )
-                    run.keep(done, learner)
-                    stop.check()
-                    if run.should_stop(done):
-                        run.fall_back(learner)
-                        break
-        except Interrupted as interrupted:
-            return run.interrupted(learner, done, interrupted)
-        run.finish(policy, engine, source, learner, done)
+            whole(run, stop, truth)
+        except Interrupted as reason:
+            return run.interrupted(reason)
+        except Exception:
+            run.save_finished()
+            raise
+        finally:
+            run.close()
     return 0
 
 
-def one_step(
-    engine: Engine,
-    learner: Learner,
-    images: list[Image],
-    config: Config,
-    step: int,
-    truth: Truth | None,
-) -> tuple[list[Played], dict]:
-    """Play the batch and learn from it: (slices, metrics)."""
-    slices = play_batch(engine, images, config, step, truth)
-    return slices, learner.learn(slices, step) | attention_share(slices)
+def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
+    """Load, look at the base, train, look again, export."""
+    torch.use_deterministic_algorithms(run.config.train.deterministic)
+    with contextlib.closing(fitted_source(run)) as source:
+        stop.check()
+        policy = model.load(run.config)
+        engine = open_engine(policy, run.config)
+        engine.interrupted = stop.check
+        learner = Learner(policy, engine, run.config)
+        run.resume(learner)
+        run.opening(policy, source)
+        stop.check()
+        run.before(engine, source)
+        loop(run, engine, learner, source, truth)
+        run.finish(policy, engine, source)
 
 
-def fitted(config: Config, source: Source, run: Run) -> tuple[Config, Source]:
-    """What `memory.budget_gb` makes of the configuration, and the source at its pixel budget.
+def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Truth | None) -> None:
+    """The updates that are still to do."""
+    config = run.config
+    in_memory = Halving(config, engine, learner)
+    with run.progress() as steps:
+        while run.done < config.train.steps:
+            images = source.batch(run.done, config.train.batch)
+            step = Step(engine, learner, images, config, run.done, truth)
+            slices, metrics = in_memory(step)
+            work = engine.counters.take() | in_memory.figures() | source.figures()
+            steps.advance(metrics | work | {"phases": engine.clock.take()}, slices)
+            run.keep()
+            engine.interrupted()
+            if run.should_stop():
+                run.fall_back()
+                break
 
-    Raises MemoryFloor.
+
+@dataclass(frozen=True)
+class Step:
+    """One update, which can be done again where memory runs out."""
+
+    engine: Engine
+    learner: Learner
+    images: list[Image]
+    config: Config
+    number: int
+    truth: Truth | None
+
+    def __call__(self) -> tuple[list[Played], dict]:
+        """Play the batch and learn from it: (slices, metrics)."""
+        slices = play_batch(self.engine, self.images, self.config, self.number, self.truth)
+        return slices, self.learner.learn(slices, self.number) | attention_share(slices)
+
+
+def fitted_source(run: Run) -> Source:
+    """The images; where `memory.budget_gb` is set, the run's configuration becomes the one that fits
+    it. Raises MemoryFloor, and ConfigError where a resumed run would become another one.
     """
+    config = run.config
+    multiple = model.grid_multiple(config.model.path)
+    source = open_source(config, multiple, run.directory)
+    if config.memory.budget_gb is None:
+        return source
     plan = estimate.plan(config, source)
     run.console.say(str(plan))
+    if run.resumed is not None:
+        refuse_changes(plan.changes, run.directory)
     run.config = plan.config
     if plan.config.data.max_pixels == config.data.max_pixels:
-        return plan.config, source
+        return source
     source.close()
-    multiple = model.grid_multiple(config.model.path)
-    return plan.config, open_source(plan.config, multiple, run.directory)
+    return open_source(plan.config, multiple, run.directory)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ finds its base and its data unasked. An adapter that lies elsewhere brings the b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vise_fast.config import settings
+from vise_fast.config import schema, settings
 from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config, load
 from vise_fast.system.errors import ConfigError
@@ -38,6 +39,51 @@ def configuration(given: CommandLine, extra: Sequence[str] = ()) -> Config:
     if resume is not None:
         overrides.append(f"--train.resume={resume}")
     return load(file, [*overrides, *given.settings])
+
+
+def stated(given: CommandLine) -> dict[str, Any]:
+    """{dotted key: value as written} of everything that the words, and the file they name, say."""
+    found = schema.stated(given.values.get("config"), given.settings)
+    if given.values.get("resume") is not None:
+        found["train.resume"] = given.values["resume"]
+    return found
+
+
+def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:
+    """Where training starts from an adapter, its rank and alpha are the run's.
+
+    Raises ConfigError where others were stated, or where the adapter cannot be read.
+    """
+    if config.lora.init_from is None:
+        return config
+    written = _adapter_config(Path(config.lora.init_from))
+    changes = {}
+    for key, name in (("lora.r", "r"), ("lora.alpha", "lora_alpha")):
+        value = written.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if key in stated and settings.get(config, key) != value:
+            raise ConfigError(
+                f"{key} {settings.show(settings.get(config, key))} is not that of the adapter "
+                f"{config.lora.init_from}, {value}; training goes on with the adapter's; leave it "
+                "out"
+            )
+        changes[key] = value
+    return schema.with_changes(config, changes)
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    """PEFT's adapter_config.json. Raises ConfigError."""
+    file = adapter / "adapter_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as fault:
+        raise ConfigError(
+            f"adapter {adapter}: adapter_config.json cannot be read ({fault}); point at RUN/adapter"
+        ) from None
+    return content
 
 
 def _run_file(adapter: str | None) -> str | None:

@@ -411,14 +411,17 @@ NANO = nano.DIRECTORY / "nano.yaml"
 
 
 def stated(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """{dotted key: value as written} of what a file and words say; the words win. Raises ConfigError."""
+    """{dotted key: value as written} of what a file and words say; the words win.
+
+    Raises ConfigError.
+    """
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     return written | settings.parse(overrides, Config)
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with some settings, by dotted key, changed. Raises ConfigError for values that contradict
-    each other.
+    """A copy with some settings, by dotted key, changed. Raises ConfigError for values that
+    contradict each other.
     """
     values = config.model_dump()
     for key, value in changes.items():

@@ -10,6 +10,7 @@ what is sampled. Knows no model family: it asks a `Backbone` (model/tree.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -121,8 +122,18 @@ class FastEngine:
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
         self.joins = self.device.type == "cpu"
         self.chunk = chunk
-        self.interrupted = lambda: None
+        self._interrupted: Callable[[], None] = lambda: None
         self.clock = Clock(self.device)
+
+    @property
+    def interrupted(self) -> Callable[[], None]:
+        """Called between the steps of a long answer and the layers of a long pass; may raise."""
+        return self._interrupted
+
+    @interrupted.setter
+    def interrupted(self, poll: Callable[[], None]) -> None:
+        self._interrupted = poll
+        self.backbone.listen(poll)
 
     def forget(self) -> None:
         """Nothing is kept between calls."""

@@ -4,6 +4,8 @@ disk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -59,6 +61,14 @@ class Scenes:
         """What it is, in one line."""
         size = self.settings.size
         return f"embedded scenes, {size} x {size} px, up to {self.settings.max_objects} objects"
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing but the settings, which a run keeps anyway."""
+        return {}
+
+    def figures(self) -> dict[str, int]:
+        """Drawing never fails."""
+        return {}
 
     def close(self) -> None:
         """Nothing to release."""

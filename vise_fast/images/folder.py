@@ -6,12 +6,13 @@ Left out: finding the files (listing.py), decoding one (picture_file.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -122,6 +123,17 @@ class Folder:
         if self.ignored:
             counts.append(f"{self.ignored} other files")
         return f"{len(self.train)} photographs under {self.root} ({', '.join(counts)})"
+
+    def identity(self) -> dict[str, Any]:
+        """How many images, and a hash over their names and sizes; the folder may be another."""
+        digest = hashlib.blake2b(digest_size=16)
+        for entry in self.held + self.train:
+            digest.update(os.fsencode(entry.name) + b"\0%dx%d\n" % entry.size)
+        return {"images": len(self.held) + len(self.train), "names": digest.hexdigest()}
+
+    def figures(self) -> dict[str, int]:
+        """Files that turned out unusable so far."""
+        return {"bad_images": len(self.bad)}
 
     def close(self) -> None:
         """Ends the decode threads; what they hold is dropped."""

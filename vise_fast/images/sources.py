@@ -8,7 +8,7 @@ in `open_source`. Left out: the sources themselves (folder.py, drawn.py).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vise_fast.config.schema import Config
 from vise_fast.images.drawn import Scenes
@@ -37,6 +37,14 @@ class Source(Protocol):
 
     def describe(self) -> str:
         """What it is, in one line."""
+
+    def identity(self) -> dict[str, Any]:
+        """What batches are drawn from, as JSON: equal for equal images under equal names. A resumed
+        run is held to it.
+        """
+
+    def figures(self) -> dict[str, int]:
+        """For metrics.jsonl: counts of what went wrong since the start."""
 
     def close(self) -> None:
         """Releases threads and files; no batch is asked for afterwards."""

@@ -7,17 +7,17 @@ aside and renamed, so that a half-written adapter never carries the final name.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 from vise_fast import __version__
 from vise_fast.config.schema import Config
 from vise_fast.model.load import Policy
-from vise_fast.system.errors import EnvironmentFault
+from vise_fast.system import files, manifest
 
 SIDE_FILES = (
     "config.json",
@@ -38,25 +38,25 @@ SIDE_FILES = (
 def export(
     policy: Policy, config: Config, directory: Path, figures: Mapping[str, tuple] | None = None
 ) -> Path:
-    """Write the adapter to `directory`, replacing an older one.
+    """Write the adapter to `directory`, replacing an older one; its files are hashed.
 
-    Raises EnvironmentFault where the disk refuses.
+    Raises EnvironmentFault where the disk refuses; the older one then stays.
     """
-    aside = directory.with_name(directory.name + ".partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        policy.model.save_pretrained(str(aside), safe_serialization=True)
+    with files.folder(directory) as aside:
+        _save_weights(policy, aside)
         for path in side_files(policy.source):
             shutil.copyfile(path, aside / path.name)
         (aside / "README.md").write_text(card(config, figures or {}), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write the adapter {directory}; {error.strerror or error}; free space or "
-            "choose another run.dir"
-        ) from error
+        manifest.write(aside)
     return directory
+
+
+def _save_weights(policy: Policy, directory: Path) -> None:
+    """PEFT's files. Raises OSError."""
+    try:
+        policy.model.save_pretrained(str(directory), safe_serialization=True)
+    except SafetensorError as fault:  # how safetensors says that the disk is full
+        raise OSError(str(fault)) from fault
 
 
 def side_files(source: str) -> list[Path]:

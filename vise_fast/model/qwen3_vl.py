@@ -12,7 +12,7 @@ heads, KV key heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,7 @@ from vise_fast.model.tree import (
     Segment,
 )
 
-# Language attention and MLP plus the projectors; nothing inside the vision blocks (METHOD
-# section 6).
+# Language attention and MLP plus the projectors; nothing inside the vision blocks.
 LORA_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
@@ -91,10 +90,12 @@ class Qwen3VL:
         self.rope_inverse = self._text.rotary_emb.inv_freq.float().to(self.device)
         sections = text.rope_parameters.get("mrope_section", MROPE_SECTION)
         self.rope_axis = _interleaved(sections, len(self.rope_inverse)).to(self.device)
+        self.listen(lambda: None)
         self.refresh()
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self._text.embed_tokens.weight.device
 
     def fused(self) -> list[FusedLinear]:
@@ -104,6 +105,15 @@ class Qwen3VL:
         for group in groups:
             found += group.linears
         return found
+
+    def listen(self, poll: Callable[[], None]) -> None:
+        """Call `poll` between layers, forwards and backwards; it may raise."""
+        self._poll = poll
+        self.vision.poll = poll
+
+    def _heard(self, grad: Tensor) -> None:
+        """Between two layers of a backward pass; the gradient stays as it is."""
+        self._poll()
 
     def refresh(self) -> None:
         """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
@@ -119,7 +129,7 @@ class Qwen3VL:
         return self.vision.encode(images)
 
     def merge(self, features: Features, adapters: bool) -> tuple[Tensor, list[Tensor]]:
-        """Image embeddings (tokens, E) and, per early decoder layer, what deepstack adds to them."""
+        """Image embeddings (tokens, E), and what each early layer adds to them (deepstack)."""
         inputs = [features.last, *features.taps]
         last, *taps = [m(x, adapters) for m, x in zip(self.mergers, inputs, strict=True)]
         return last, taps
@@ -158,18 +168,22 @@ class Qwen3VL:
         x = torch.cat([level.embeds for level in levels])
         turn = self.rope(torch.cat([level.positions for level in levels], 1))
         segments = [Segment([], [], level.rag.valid) for level in levels]
+        run = self._recomputed if recompute else self._whole_layer
         for index in range(len(self.layers)):
-            args = (index, x, turn, levels, self.pack(index, adapters), observe)
-            if recompute:
-                x, banks = checkpoint(self._whole_layer, *args, use_reentrant=False)
-            else:
-                x, banks = self._whole_layer(*args)
+            self._poll()
+            if x.requires_grad:
+                x.register_hook(self._heard)
+            x, banks = run(index, x, turn, levels, self.pack(index, adapters), observe)
             for segment, bank in zip(segments if keep else [], banks, strict=keep):
                 segment.keep(bank)
             if len(x) == len(turn.cos):
                 x = self._deepstack(x, index, levels)
         hidden = recomputed(self.norm, x)
         return list(hidden.split([level.rows_read() for level in levels])), segments if keep else []
+
+    def _recomputed(self, *args: Any) -> tuple[Tensor, list[KeysValues]]:
+        """`_whole_layer`, run again for the backward pass."""
+        return checkpoint(self._whole_layer, *args, use_reentrant=False)
 
     def _whole_layer(
         self,
@@ -186,10 +200,12 @@ class Qwen3VL:
         return self.layer(index, x, parts, levels, packs)
 
     def qkv(self, index: int, x: Tensor, turn: Rotation, packs: Packs) -> Parts:
-        """Normed and rotated q (n, H, D), k (n, KV, D), and v (n, KV, D) of decoder layer `index`."""
+        """q (n, H, D) and k (n, KV, D), normed and rotated, and v (n, KV, D) of decoder layer
+        `index`.
+        """
         layer = self.layers[index]
-        product = layer.qkv(x, packs.qkv, layer.norm1)
-        return _parted(product, Turn(*layer.qk_norms, *turn, self.eps), self.heads)
+        wide = layer.qkv(x, packs.qkv, layer.norm1)
+        return _parted(wide, Turn(*layer.qk_norms, *turn, self.eps), self.heads)
 
     def layer(
         self, index: int, x: Tensor, parts: Parts, levels: list[Level], packs: Packs
@@ -352,6 +368,6 @@ class _Parted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         (qkv,) = ctx.saved_tensors
         return heads_backward(qkv, ctx.turn, Parts(dq, dk, dv)), None, None

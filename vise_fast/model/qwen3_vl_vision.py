@@ -11,7 +11,7 @@ Shapes: P patches, C vision width, H heads, d head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Run:
 
     @property
     def stop(self) -> int:
+        """The first patch after it."""
         return self.start + self.images * self.size
 
 
@@ -65,6 +66,7 @@ class VisionTower:
         self.device = weight.device
         self.patch_weight = weight.detach().float().sum(2).flatten(1).to(weight.dtype)
         self.patch_bias = visual.patch_embed.proj.bias
+        self.poll: Callable[[], None] = lambda: None
         self.at_once = ENCODE_AT_ONCE if self.device.type == "cpu" else None
         self._places: dict[tuple[int, int], Places] = {}
 
@@ -84,8 +86,9 @@ class VisionTower:
         parts = [self._forward(part, some) for part, some in slices]
         if len(parts) == 1:
             return parts[0]
-        taps = [torch.cat(tap) for tap in zip(*(part.taps for part in parts), strict=True)]
-        return Features(torch.cat([part.last for part in parts]), taps, grids)
+        columns = zip(*[part.taps for part in parts], strict=True)
+        last = torch.cat([part.last for part in parts])
+        return Features(last, [torch.cat(column) for column in columns], grids)
 
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
         """Some images together."""
@@ -94,6 +97,7 @@ class VisionTower:
         x = F.linear(patches, self.patch_weight, self.patch_bias) + places.embedding
         taps = []
         for index, block in enumerate(self.visual.blocks):
+            self.poll()
             x = x + self._attention(block.attn, block.norm1(x), places, runs)
             x = x + self._mlp(block.mlp, block.norm2(x))
             if index in self.taps:
@@ -141,7 +145,7 @@ def _attend(qk: Tensor, v: Tensor, run: Run) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in fp32, back in x's dtype: x cos + rotate_half(x) sin; without gradients."""
+    """Rotary embedding, x cos + rotate_half(x) sin, in fp32 and back; without gradients."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     out = wide * cos
     left, right = wide.chunk(2, -1)

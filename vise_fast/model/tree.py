@@ -36,8 +36,8 @@ class KeysValues(NamedTuple):
 
 
 class Grid:
-    """Which entry each row sees, as a (M, F) table of rows. `uniform`: rows are entry-major with F
-    rows each, so views suffice.
+    """Which entry each row sees, as a (M, F) table of rows. `owner`: the entry of each row, int64
+    (N,); `uniform`: rows are entry-major with F rows each, so that views suffice.
     """
 
     def __init__(self, owner: list[int], entries: int, device: torch.device | str = "cpu") -> None:
@@ -51,7 +51,7 @@ class Grid:
         self.owner = torch.tensor(owner, device=device)
 
     def spread(self, x: Tensor) -> Tensor:
-        """(N, ...) rows to (M, F, ...); slots without a row are zero."""
+        """Rows (N, ...) to (M, F, ...); slots without a row are zero."""
         if self._slot is not None:
             table = x.new_zeros(self.entries * self.fan, *x.shape[1:])
             x = table.index_copy_(0, self._slot, x)
@@ -75,11 +75,11 @@ def _ranks(owner: list[int], entries: int) -> list[int]:
 
 @dataclass
 class Part:
-    """A bank of keys and values: keys, values (M, KV, S, D); lengths (M,) valid keys of each entry,
-    None: all S.
+    """A bank of keys and values (M, KV, S, D) each; lengths (M,): valid keys of each entry, None:
+    all S.
 
     bias: additive (M, at least S) in the keys' dtype instead, for banks whose padding is not all at
-    the end.
+    the end. causal: token t of a row sees the first t + 1 keys of its entry.
     """
 
     keys: Tensor
@@ -90,7 +90,7 @@ class Part:
     bias: Tensor | None = None
 
     def key_bias(self) -> Tensor | None:
-        """Additive (M, S): -inf on padding; None when there is none. Rows start where GPU kernels
+        """Additive (M, S): -inf on padding, None when there is none. Rows start where GPU kernels
         want them.
         """
         size = self.keys.shape[2]
@@ -148,6 +148,7 @@ class Segment:
 
     @property
     def rows(self) -> int:
+        """N."""
         return self.keys[0].shape[0]
 
     @property
@@ -201,7 +202,7 @@ class Segment:
         return bias.masked_fill_(places >= self.lengths[:, None], -torch.inf)
 
     def join(self, rows: Tensor, later: Segment, room: int) -> Segment:
-        """A copy of some rows, each followed by the same row of `later` and by `room` empty tokens."""
+        """A copy of some rows, each followed by the same row of `later` and `room` empty tokens."""
         keys = [_joined(a[rows], b, room) for a, b in zip(self.keys, later.keys, strict=True)]
         values = [_joined(a[rows], b, room) for a, b in zip(self.values, later.values, strict=True)]
         if self.lengths is None and later.lengths is None:
@@ -216,7 +217,7 @@ def _alone(x: Tensor) -> Tensor:
 
 
 def _stacked(above: Tensor, below: Tensor) -> Tensor:
-    """(N, KV, T, D) and (N', KV, T', D) as (N + N', KV, max(T, T'), D), zeros behind shorter rows."""
+    """(N, KV, T, D) and (N', KV, T', D) as (N + N', KV, max(T, T'), D), padded with zeros."""
     room = max(above.shape[2], below.shape[2])
     wide = [F.pad(x, (0, 0, 0, room - x.shape[2])) for x in (above, below)]
     return torch.cat(wide)
@@ -234,8 +235,8 @@ def _joined(first: Tensor, second: Tensor, room: int) -> Tensor:
 
 
 class Ragged:
-    """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal lengths are plain
-    views.
+    """Rows of different lengths, packed (n, ...) or padded (N, T, ...); equal ones are plain views.
+    `valid`: int64 (N,) lengths, None where all are equal.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str) -> None:
@@ -324,11 +325,15 @@ class Backbone(Protocol):
     attend: Attend
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the weights are."""
 
     @property
     def head(self) -> torch.nn.Linear:
         """The LM head, (V, E)."""
+
+    def listen(self, poll: Callable[[], None]) -> None:
+        """Call `poll` between layers, forwards and backwards; it may raise."""
 
     def refresh(self) -> None:
         """Take over changed LoRA masters, in place: addresses stay valid for captured graphs."""
@@ -337,9 +342,7 @@ class Backbone(Protocol):
         """uint8 (H, W, 3) images, sides multiples of patch times merge_size; no adapters inside."""
 
     def merge(self, features: Features, adapters: bool) -> tuple[Tensor, list[Tensor]]:
-        """Image embeddings (tokens, E), and what early decoder layers add to them, each (tokens,
-        E).
-        """
+        """Image embeddings (tokens, E), and what each early layer adds to them, as large."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to (n, E)."""

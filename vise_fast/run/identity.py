@@ -1,8 +1,8 @@
 """Which folder is a run, and who may write to it.
 
-A run carries a marker; it is never recognised by where it lies. (Runs of version 0.1 have none: they
-are recognised by config.yaml and checkpoints/.) While a process works on a run it holds a lock that
-the system releases when the process dies, however it dies.
+A run carries a marker; it is never recognised by where it lies. (Runs of version 0.1 have none:
+they are recognised by config.yaml and checkpoints/.) While a process works on a run it holds a lock
+that the system releases when the process dies, however it dies.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from vise_fast import __version__
 from vise_fast.system import files
@@ -61,9 +62,23 @@ def fresh(wanted: Path) -> Path:
         ) from None
 
 
-def mark(directory: Path) -> None:
-    """Make a folder a run. Raises EnvironmentFault."""
-    files.write_json(directory / MARKER, {"kind": KIND, "format": FORMAT, "vise_fast": __version__})
+def mark(directory: Path, data: Mapping[str, Any]) -> None:
+    """Make a folder a run, on this data (`Source.identity`). Raises EnvironmentFault."""
+    content = {"kind": KIND, "format": FORMAT, "vise_fast": __version__, "data": dict(data)}
+    files.write_json(directory / MARKER, content)
+
+
+def data_of(directory: Path) -> dict[str, Any] | None:
+    """The data that a run was marked with; None where it says nothing (version 0.1)."""
+    marked = files.read_json(directory / MARKER, say=lambda text: None)
+    return None if marked is None else marked.get("data")
+
+
+def leave(directory: Path) -> None:
+    """Of a folder in which nothing was begun, nothing stays: not the lock, nor an empty folder."""
+    with contextlib.suppress(OSError):
+        (directory / LOCK).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 class Lock:
@@ -82,7 +97,8 @@ class Lock:
             holder = self._holder()
             self._file.close()
             raise EnvironmentFault(
-                f"{directory} is in use by another process{holder}; two would mix their steps; wait "
+                f"{directory} is in use by another process{holder}; two would mix their steps; "
+                "wait "
                 "for it, end it, or give --run.dir another place"
             ) from None
         with contextlib.suppress(OSError):  # only for the message above

@@ -38,8 +38,9 @@ MAY_CHANGE = frozenset(
     }
     | {key for key, _ in settings.fields(Config) if key.startswith("eval.")}
 )
-"""What may differ from the run's own configuration: none of it changes what the run computes, beside
-how long, how cut, and how figures are taken."""
+"""What may differ from the run's own configuration: none of it changes what the run computes,
+beside how long, how cut, and how figures are taken.
+"""
 NOT_ITS_OWN = "train.resume"
 
 
@@ -77,13 +78,15 @@ def _auto(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
         return Start(config, place, notes=[f"no run at {place} yet: starting one"])
     if not identity.is_run(place):
         raise ConfigError(
-            f"{place} is neither a run nor empty; nothing can go on there; give --run.dir the run's "
+            f"{place} is neither a run nor empty; nothing can go on there; give --run.dir the "
+            "run's "
             "folder, or a new one"
         )
     choice = checkpoint.choose("auto", place)
     if choice.path is None:
         raise ConfigError(
-            f"the run {place} has no checkpoint to go on from; it ended before its first one; start "
+            f"the run {place} has no checkpoint to go on from; it ended before its first one; "
+            "start "
             "anew with another --run.dir, or delete the folder"
         )
     own = _own_config(choice.path, place)
@@ -138,8 +141,9 @@ def _going_on(
 ) -> Start:
     """The run's own configuration with the changes that are allowed."""
     changes = _changes(config, stated, own)
+    home = identity.run_of(choice.path) or choice.path
     for key, (old, new) in changes.items():
-        _refuse(key, old, new, own, place)
+        _refuse(key, old, new, own, home)
     merged = schema.with_changes(own, {key: new for key, (_, new) in changes.items()})
     merged.train.resume = config.train.resume
     merged.run.dir = str(place)
@@ -158,14 +162,27 @@ def _changes(config: Config, stated: Mapping[str, Any], own: Config) -> dict[str
     return found
 
 
-def _refuse(key: str, old: Any, new: Any, own: Config, place: Path) -> None:
+def _refuse(key: str, old: Any, new: Any, own: Config, home: Path) -> None:
     """Raises ConfigError for a change that would make it another run."""
     shape = key == "train.steps" and own.train.schedule == "cosine"
     if key in MAY_CHANGE and not shape:
         return
     why = " (train.steps is the shape of its cosine schedule)" if shape else ""
     raise ConfigError(
-        f"{key} is {settings.show(old)} in the run {place}, not {settings.show(new)}{why}; a resumed "
+        f"{key} is {settings.show(old)} in the run {home}, not {settings.show(new)}{why}; a "
+        "resumed "
         "run keeps its settings; leave it out, or start a new run from that adapter: "
-        f"--lora.init_from {place / 'adapter'} --run.dir NEW"
+        f"--lora.init_from {home / 'adapter'} --run.dir NEW"
     )
+
+
+def refuse_changes(changes: Mapping[str, Any], place: Path) -> None:
+    """Raises ConfigError where what was chosen to fit memory would make it another run."""
+    for key, value in changes.items():
+        if key not in MAY_CHANGE:
+            raise ConfigError(
+                f"memory.budget_gb asks for {key} {settings.show(value)}, which the run {place} "
+                "does "
+                "not have; a resumed run keeps its settings; raise --memory.budget_gb, or start a "
+                f"new run: --lora.init_from {place / 'adapter'} --run.dir NEW"
+            )

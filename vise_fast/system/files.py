@@ -1,8 +1,8 @@
 """How a file or a folder of a run is written, and how a file is read back.
 
 Written aside, synced, renamed into place: after a kill or a full disk the old one or the new one is
-there, whole. Read back: a broken file counts as absent, and the caller is told, to say so. Left out:
-what is appended to (console.JsonLines), what is hashed (checkpoint.py, manifest.py).
+there, whole. Read back: a broken file counts as absent, and the caller is told, to say so. Left
+out: what is appended to (console.JsonLines), what is hashed (checkpoint.py, manifest.py).
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def folder(final: Path) -> Iterator[Path]:
 
 
 def settle(final: Path) -> None:
-    """Finish a replacement that was cut short: the old folder comes back where the new one is not in
-    place, and what is left over goes. Raises OSError.
+    """Finish a replacement that was cut short: the old folder comes back where the new one is not
+    in place, and what is left over goes. Raises OSError.
     """
     replaced = _replaced(final)
     if replaced.exists() and not final.exists():

@@ -1,0 +1,64 @@
+"""What a run says and writes down of itself at its start: what runs on what."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+import vise_kernels
+
+from vise_fast import __version__
+from vise_fast.config.schema import Config
+from vise_fast.images.sources import Source
+from vise_fast.model.load import Policy, check_targets
+
+
+def opening_lines(directory: Path, config: Config, policy: Policy, source: Source) -> Iterator[str]:
+    """The lines on screen."""
+    train = config.train
+    yield (
+        f"run      {directory}  (preset {config.reward.preset}, {train.steps} updates of "
+        f"{train.batch} images)"
+    )
+    yield (
+        f"model    {config.model.path}: {_count(policy, False) / 1e6:.1f} M frozen parameters, one "
+        f"copy; {check_targets(policy.model)} LoRA tensors, {_count(policy, True) / 1e6:.2f} M "
+        "trained"
+    )
+    yield f"data     {source.describe()}"
+    paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
+    yield f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}"
+    yield f"attention {policy.attention.path}: {policy.attention.reason}"
+
+
+def _count(policy: Policy, trained: bool) -> int:
+    """Parameters, frozen or trained."""
+    return sum(p.numel() for p in policy.model.parameters() if p.requires_grad is trained)
+
+
+def environment(policy: Policy) -> dict:
+    """What a result depends on beside configuration and seed."""
+    device = policy.device
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "vise_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "dtype": str(policy.backbone.dtype),
+        "argv": sys.argv[1:],
+        "attention": [policy.attention.path, policy.attention.reason],
+        "kernels": {op: [path, reason] for op, (path, reason) in vise_kernels.available().items()},
+    }

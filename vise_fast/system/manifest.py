@@ -1,0 +1,79 @@
+"""The hashes of a folder's files: written when it is finished, checked before it is believed.
+
+A folder without a manifest is somebody else's and is taken as it is. Model cards may be edited, so
+they are not hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vise_fast.system.errors import EnvironmentFault
+
+NAME = "manifest.json"
+FORMAT = 1
+NOT_HASHED = frozenset({NAME, "README.md"})
+
+
+def write(directory: Path) -> None:
+    """Hash every file of a folder. Raises OSError."""
+    entries = {path.name: entry(path) for path in _files(directory)}
+    content = {"format": FORMAT, "files": entries}
+    (directory / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(directory: Path, what: str) -> bool:
+    """Whether the folder has a manifest, all of whose files are what they were.
+
+    False: it has none. Raises EnvironmentFault, one line that names the file, where one differs;
+    `what` says what the folder is.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        return False
+    for name, known in _entries(path, what).items():
+        file = directory / name
+        if not file.is_file():
+            raise EnvironmentFault(
+                f"{what} {directory} is incomplete: {name} is missing; copy the whole folder again"
+            )
+        if entry(file) != known:
+            raise EnvironmentFault(
+                f"{what} {directory} is damaged: {name} is not what was written; copy it again, or "
+                f"delete {NAME} if you changed it on purpose"
+            )
+    return True
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _files(directory: Path) -> Iterable[Path]:
+    found = [path for path in directory.iterdir() if path.is_file()]
+    return sorted(path for path in found if path.name not in NOT_HASHED)
+
+
+def _entries(path: Path, what: str) -> dict[str, Any]:
+    """{file name: entry} of a manifest; names that lead out of the folder are refused."""
+    try:
+        content = json.loads(path.read_bytes())
+        entries = dict(content["files"])
+        whole = content["format"] == FORMAT and all(Path(n).name == n for n in entries)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise EnvironmentFault(
+            f"{what} {path.parent} is damaged: {NAME} cannot be read; copy the folder again, or "
+            f"delete {NAME} to take it as it is"
+        )
+    return entries
