@@ -7,6 +7,7 @@ asked too. `pytest -m gpu` compares the real ones with the written-out formula.
 """
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from vise_fast.model.tree import Grid, Part
 
 GPU = torch.cuda.is_available()
 CUDA = torch.device("cuda")
+# KV heads, queries per KV head, D, T
 SHAPES = [
     (2, 3, 8, 5),
     (1, 1, 16, 1),
@@ -29,23 +31,23 @@ SHAPES = [
     (2, 1, 32, 33),
     (2, 2, 24, 32),
     (1, 4, 20, 8),
-]  # KV heads, queries per KV head, D, T
+]
 
 
-def scores(q, k, bias, causal, scale):
-    found = q @ k.mT * scale
-    found = found if bias is None else found + bias
-    return (
-        found.masked_fill(torch.ones(found.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-        if causal
-        else found
-    )
+def scores(x):
+    """Of `flash.Inputs`, written out."""
+    found = x.q @ x.keys.mT * x.scale
+    found = found if x.bias is None else found + x.bias
+    if not x.causal:
+        return found
+    square = torch.ones(found.shape[-2:], dtype=torch.bool)
+    return found.masked_fill(square.triu(1), -torch.inf)
 
 
-def gradients(grad, q, k, v, out, lse, bias, causal, scale):
-    weights = (scores(q, k, bias, causal, scale) - lse[..., None]).exp()
-    share = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
-    return share @ k * scale, share.mT @ q * scale, weights.mT @ grad
+def gradients(grad, x, out, lse):
+    weights = (scores(x) - lse[..., None]).exp()
+    share = weights * (grad @ x.values.mT - (grad * out).sum(-1, keepdim=True))
+    return share @ x.keys * x.scale, share.mT @ x.q * x.scale, weights.mT @ grad
 
 
 def check_operands(causal, *tensors):
@@ -62,27 +64,18 @@ def check_operands(causal, *tensors):
 
 def flash_forward(q, k, v, dropout, causal, debug_mask, *, scale):
     check_operands(causal, q, k, v)
-    found = scores(q, k, None, causal, scale)
-    return (
-        found.softmax(-1) @ v,
-        found.logsumexp(-1),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        None,
-        None,
-        None,
-    )
+    found = scores(flash.Inputs(q, k, v, None, causal, scale))
+    lengths = (None, None, q.shape[2], k.shape[2])
+    return found.softmax(-1) @ v, found.logsumexp(-1), *lengths, None, None, None
 
 
-def flash_backward(
-    grad, q, k, v, out, lse, cum_q, cum_k, most_q, most_k, dropout, causal, seed, offset, *, scale
-):
+def flash_backward(grad, q, k, v, out, *rest, scale):
+    lse, cum_q, cum_k, most_q, most_k, _, causal, _, _ = rest
     check_operands(causal, q, k, v, out, grad)
-    assert cum_q is None and cum_k is None and (most_q, most_k) == (q.shape[2], k.shape[2])
+    assert cum_q is None and cum_k is None
+    assert (most_q, most_k) == (q.shape[2], k.shape[2])
     assert lse.shape == q.shape[:3] and lse.is_contiguous()  # its address alone is handed on
-    return gradients(grad, q, k, v, out, lse, None, causal, scale)
+    return gradients(grad, flash.Inputs(q, k, v, None, causal, scale), out, lse)
 
 
 def check_bias(bias, q, k):
@@ -91,27 +84,29 @@ def check_bias(bias, q, k):
         assert bias.stride(3) == 1 and not any(stride % 16 for stride in bias.stride()[:3])
 
 
-def efficient_forward(q, k, v, bias, compute_log_sumexp, dropout, causal, *, scale):
-    check_operands(causal, q, k, v), check_bias(bias, q, k)
+def efficient_forward(q, k, v, bias, compute_log_sumexp, *rest, scale):
+    _, causal = rest
+    check_operands(causal, q, k, v)
+    check_bias(bias, q, k)
     assert compute_log_sumexp
-    found = scores(q, k, bias, causal, scale)
+    found = scores(flash.Inputs(q, k, v, bias, causal, scale))
     lse = q.new_full((*q.shape[:2], -(-q.shape[2] // 32) * 32), torch.inf)
     lse[:, :, : q.shape[2]] = found.logsumexp(-1)
     return found.softmax(-1) @ v, lse, None, None
 
 
-def efficient_backward(
-    grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale
-):
-    check_operands(causal, q, k, v, out, grad), check_bias(bias, q, k)
-    (batch, heads, queries, dim), rows = q.shape, -(-q.shape[2] // 32) * 32
+def efficient_backward(grad, q, k, v, bias, out, *rest, scale):
+    lse, _, _, _, wanted, causal = rest
+    check_operands(causal, q, k, v, out, grad)
+    check_bias(bias, q, k)
+    batch, heads, queries, dim = q.shape
+    rows = -(-queries // 32) * 32
     assert lse.shape == (batch, heads, rows) and (lse[:, :, queries:] == torch.inf).all()
-    out = out.as_strided(
-        out.shape, (out.stride(0), out.stride(1), heads * dim, 1)
-    )  # as the kernel does, whatever the strides are
+    # as the kernel does, whatever the strides are
+    out = out.as_strided(out.shape, (out.stride(0), out.stride(1), heads * dim, 1))
     lse = lse.as_strided((batch, heads, queries), (lse.stride(0), lse.stride(1), 1))
     assert wanted == [True, True, True, False]
-    return *gradients(grad, q, k, v, out, lse, bias, causal, scale), None
+    return *gradients(grad, flash.Inputs(q, k, v, bias, causal, scale), out, lse), None
 
 
 STANDINS = types.SimpleNamespace(
@@ -122,25 +117,23 @@ STANDINS = types.SimpleNamespace(
 )
 
 
-def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu", scale_by=1.0):
+def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu"):
     """Queries of seven rows and three parts: a shared ragged bank, a bank per row without padding,
     the rows' own tokens.
     """
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: (
-        (scale_by * torch.randn(*shape, generator=generator, dtype=torch.float64))
-        .to(dtype)
-        .to(device)
-        .requires_grad_()
-    )
-    owner = [0, 0, 1, 2, 2, 2, 1]
-    bank = lambda entries, keys: (draw(entries, kv, keys, dim), draw(entries, kv, keys, dim))
+
+    def draw(*shape):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(dtype).to(device).requires_grad_()
+
+    def bank(entries, keys):
+        return draw(entries, kv, keys, dim), draw(entries, kv, keys, dim)
+
+    lengths = torch.tensor([11, 1, 7], device=device)
+    grid = Grid([0, 0, 1, 2, 2, 2, 1], 3, device)
     parts = [
-        Part(
-            *bank(3, 11),
-            lengths=torch.tensor([11, 1, 7], device=device),
-            grid=Grid(owner, 3, device),
-        ),
+        Part(*bank(3, 11), lengths=lengths, grid=grid),
         Part(*bank(7, 16)),
         Part(*bank(7, tokens), causal=True),
     ]
@@ -149,18 +142,12 @@ def build(kv, rep, dim, tokens, dtype=torch.float64, device="cpu", scale_by=1.0)
 
 def with_gradients(path, q, parts, weight=None):
     out = path(q, parts, q.shape[3] ** -0.5)
-    weight = (
-        torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
-        if weight is None
-        else weight
-    )
-    return [
-        out.detach(),
-        *torch.autograd.grad(
-            (out * weight).sum(),
-            [q] + [bank for part in parts for bank in (part.keys, part.values)],
-        ),
-    ]
+    if weight is None:
+        weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+    leaves = [q]
+    for part in parts:
+        leaves += [part.keys, part.values]
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
 def with_standins(monkeypatch, best):
@@ -184,12 +171,10 @@ def with_standins(monkeypatch, best):
 def test_gpu_kernels_are_called_as_they_are_made(monkeypatch, best, kv, rep, dim, tokens):
     used = with_standins(monkeypatch, best)
     q, parts = build(kv, rep, dim, tokens)
-    for found, truth in zip(
-        with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True
-    ):
-        assert (found - truth).abs().max() < 2e-6, (
-            f"worst {(found - truth).abs().max()}"
-        )  # the plain path scores in fp32
+    truths = with_gradients(attend_plain, q, parts)
+    for found, truth in zip(with_gradients(attend, q, parts), truths, strict=True):
+        worst = (found - truth).abs().max()
+        assert worst < 2e-6, f"worst {worst}"  # the plain path scores in fp32
     assert set(used) == {best, "efficient"}
 
 
@@ -219,12 +204,10 @@ def played(model, engine):
     hidden = engine.score(features, Answered(ROWS, answers, [0, 0, 1, 1, 2, 2, 3, 3]), True)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
-    found = torch.autograd.grad((hidden * weight).sum(), leaves, allow_unused=True)
-    return (
-        answers.ids,
-        hidden.detach(),
-        [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)],
+    found = torch.autograd.grad(
+        (hidden * weight).sum(), leaves, allow_unused=True, materialize_grads=True
     )
+    return answers.ids, hidden.detach(), found
 
 
 @pytest.mark.parametrize(
@@ -240,38 +223,30 @@ def played(model, engine):
 @pytest.mark.parametrize("queries, keys, causal", [(5, 7, False), (33, 33, True), (1, 40, False)])
 def test_shapes_by_torch_s_own_rules(kernel, dtype, dim, queries, keys, causal):
     kernel = getattr(flash, kernel)
-    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
-    q, k, bias = (
-        make(2, 3, queries, dim),
-        make(2, 3, keys, dim),
-        None if kernel is flash.FLASH or causal else make(2, keys),
-    )
-    out, lse = kernel.forward(q, k, k, bias, causal, 0.3)
+    make = partial(torch.empty, dtype=dtype, device="meta")
+    q = make(2, 3, queries, dim)
+    k = make(2, 3, keys, dim)
+    bias = None if kernel is flash.FLASH or causal else make(2, keys)
+    inputs = flash.Inputs(q, k, k, bias, causal, 0.3)
+    out, lse = kernel.forward(inputs)
     assert out.shape == q.shape and out.dtype == dtype
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
-    grads = kernel.backward(q, q, k, k, out, lse, bias, causal, 0.3)
-    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape] and all(
-        g.dtype == dtype for g in grads
-    )
+    grads = kernel.backward(q, inputs, flash.Result(out, lse))
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+    assert all(g.dtype == dtype for g in grads)
 
 
-T, N, B = "Tensor", "number", "bool"
+T = "Tensor"
+B = "bool"
+OPTIONAL = "Optional[Tensor]"
+SCALE = "Optional[float]"
+FLASH_BACKWARD = [T] * 8 + ["int", "int", "float", B, T, T, SCALE]
+EFFICIENT_BACKWARD = [T] * 9 + ["float", "List[bool]", B, SCALE]
 ARGUMENTS = {
-    "_scaled_dot_product_flash_attention": [T, T, T, "float", B, B, "Optional[float]"],
-    "_scaled_dot_product_flash_attention_backward": [T] * 8
-    + ["int", "int", "float", B, T, T, "Optional[float]"],
-    "_scaled_dot_product_efficient_attention": [
-        T,
-        T,
-        T,
-        "Optional[Tensor]",
-        B,
-        "float",
-        B,
-        "Optional[float]",
-    ],
-    "_scaled_dot_product_efficient_attention_backward": [T] * 9
-    + ["float", "List[bool]", B, "Optional[float]"],
+    "_scaled_dot_product_flash_attention": [T, T, T, "float", B, B, SCALE],
+    "_scaled_dot_product_flash_attention_backward": FLASH_BACKWARD,
+    "_scaled_dot_product_efficient_attention": [T, T, T, OPTIONAL, B, "float", B, SCALE],
+    "_scaled_dot_product_efficient_attention_backward": EFFICIENT_BACKWARD,
 }
 
 
@@ -284,9 +259,10 @@ def test_the_operators_take_what_they_are_given(name):
 
 @pytest.mark.parametrize("kernel", [flash.FLASH, flash.EFFICIENT])
 def test_a_causal_rectangle_is_refused(kernel):
-    q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 4, 8)
+    q = torch.zeros(1, 1, 3, 8)
+    k = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="3 queries over 4 keys"):
-        kernel.forward(q, k, k, None, True, 1.0)
+        kernel.forward(flash.Inputs(q, k, k, None, True, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -343,12 +319,10 @@ def test_where_no_kernel_runs_the_formula_does(monkeypatch):
     "attended, path, words", [(attend, "flash", "CPU"), (attend_plain, "plain", "model.attention")]
 )
 def test_a_policy_says_how_it_attends(attended, path, words):
-    policy = Policy(
-        None,
-        None,
-        types.SimpleNamespace(attend=attended, dtype=torch.float32, device=torch.device("cpu")),
-        "nano",
+    backbone = types.SimpleNamespace(
+        attend=attended, dtype=torch.float32, device=torch.device("cpu")
     )
+    policy = Policy(None, None, backbone, "nano")
     assert policy.attention.path == path and words in policy.attention.reason
 
 
@@ -363,25 +337,19 @@ GPU_SHAPES = [(2, 3, 32, 5), (8, 2, 128, 1), (3, 2, 64, 33), (1, 4, 20, 130)]
 def test_16_bits_on_a_gpu_lose_no_more_than_plain(dtype, kv, rep, dim, tokens):
     q, parts = build(kv, rep, dim, tokens, dtype, CUDA)
     weight = torch.linspace(-1, 1, q.numel(), device=CUDA).view_as(q).to(dtype)
-    wide = lambda x: x.detach().float().requires_grad_()
-    truth = with_gradients(
-        attend_plain,
-        wide(q),
-        [Part(wide(p.keys), wide(p.values), p.lengths, p.grid, p.causal) for p in parts],
-        weight.float(),
-    )
-    for fast, plain, exact in zip(
-        with_gradients(attend, q, parts, weight),
-        with_gradients(attend_plain, q, parts, weight),
-        truth,
-        strict=True,
-    ):
-        allowed = (
-            1.5 * (plain.float() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        )
-        assert (fast.float() - exact).abs().max() <= allowed, (
-            f"worst {(fast.float() - exact).abs().max()}, allowed {allowed}"
-        )
+
+    def wide(x):
+        return x.detach().float().requires_grad_()
+
+    wide_parts = [Part(wide(p.keys), wide(p.values), p.lengths, p.grid, p.causal) for p in parts]
+    truths = with_gradients(attend_plain, wide(q), wide_parts, weight.float())
+    fast = with_gradients(attend, q, parts, weight)
+    plain = with_gradients(attend_plain, q, parts, weight)
+    for found, written_out, exact in zip(fast, plain, truths, strict=True):
+        lost = (written_out.float() - exact).abs().max()
+        allowed = 1.5 * lost + torch.finfo(dtype).eps * exact.abs().max()
+        worst = (found.float() - exact).abs().max()
+        assert worst <= allowed, f"worst {worst}, allowed {allowed}"
 
 
 @pytest.mark.parametrize(
@@ -390,12 +358,10 @@ def test_16_bits_on_a_gpu_lose_no_more_than_plain(dtype, kv, rep, dim, tokens):
 def test_float32_on_a_gpu_equals_the_formula(kv, rep, dim, tokens):
     q, parts = build(kv, rep, dim, tokens, torch.float32, CUDA)
     assert flash.choose(q.device, q.dtype).path == "efficient"
-    for fast, plain in zip(
-        with_gradients(attend, q, parts), with_gradients(attend_plain, q, parts), strict=True
-    ):
-        assert (fast - plain).abs().max() <= 1e-4 * plain.abs().max(), (
-            f"worst {(fast - plain).abs().max() / plain.abs().max()} of the largest"
-        )
+    truths = with_gradients(attend_plain, q, parts)
+    for found, truth in zip(with_gradients(attend, q, parts), truths, strict=True):
+        worst = (found - truth).abs().max() / truth.abs().max()
+        assert worst <= 1e-4, f"worst {worst} of the largest"
 
 
 @pytest.mark.parametrize(

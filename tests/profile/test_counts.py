@@ -3,27 +3,24 @@ locked to 14 and 22 tokens).
 """
 
 import json
-import sys
 from pathlib import Path
 
+import benches
 import pytest
 from transformers import AutoConfig
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import _subjects as subjects  # noqa: E402
-
-from vise_fast.engine.fast import FastEngine  # noqa: E402
-from vise_fast.method import learner as learning  # noqa: E402
-from vise_fast.method.experience import Draws, play  # noqa: E402
-from vise_fast.method.learner import Learner  # noqa: E402
-from vise_fast.method.step_plan import Lengths, StepPlan  # noqa: E402
+from vise_fast.engine.fast import FastEngine
+from vise_fast.method import learner as learning
+from vise_fast.method.experience import Draws, play
+from vise_fast.method.learner import Learner
+from vise_fast.method.step_plan import Lengths, StepPlan
 from vise_fast.model import load as model
-from vise_fast.profile import flops as perf  # noqa: E402
-from vise_fast.profile.host_syncs import Work  # noqa: E402
-from vise_fast.profile.minimal import Shapes, minimal_step  # noqa: E402
+from vise_fast.profile.flops import executed_flops
+from vise_fast.profile.host_syncs import Work
+from vise_fast.profile.minimal import Shapes, minimal_step
 
+ROOT = Path(__file__).parents[2]
+subjects = benches.module("_subjects")
 GHOSTS = {"paper": 1, "robust": 3}
 
 
@@ -32,25 +29,28 @@ def small_2b():
     is to 2048.
     """
     shape = json.loads((ROOT / "configs" / "models" / "mid-100m.json").read_text())
-    shape["text_config"] |= dict(
-        hidden_size=128,
-        intermediate_size=384,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=9728,
-        dtype="float32",
-    )
+    shape["text_config"] |= {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 9728,
+        "dtype": "float32",
+    }
     shape["text_config"]["rope_parameters"]["mrope_section"] = [6, 5, 5]
-    shape["vision_config"] |= dict(
-        hidden_size=64, intermediate_size=256, num_heads=1, out_hidden_size=128
-    )
-    return shape | dict(
-        image_token_id=9723,
-        video_token_id=9724,
-        vision_start_token_id=9720,
-        vision_end_token_id=9721,
-    )
+    shape["vision_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_heads": 1,
+        "out_hidden_size": 128,
+    }
+    return shape | {
+        "image_token_id": 9723,
+        "video_token_id": 9724,
+        "vision_start_token_id": 9720,
+        "vision_end_token_id": 9721,
+    }
 
 
 class Step:
@@ -107,9 +107,8 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("preset, samples, views", [("paper", 1, 1), ("robust", 4, 2)])
 def test_every_distinct_image_is_encoded_and_prefilled_once(directory, preset, samples, views):
-    step = Step(
-        directory, preset, 2, f"--rollout.samples={samples}", f"--rollout.views={views}"
-    ).run()
+    words = [f"--rollout.samples={samples}", f"--rollout.views={views}"]
+    step = Step(directory, preset, 2, *words).run()
     distinct = 2 * (1 + views + GHOSTS[preset] * samples)
     assert step.rollout["images_encoded"] == distinct
     # under a reference judge the image itself has a second prefix: another adapter state
@@ -122,14 +121,13 @@ def test_every_distinct_image_is_encoded_and_prefilled_once(directory, preset, s
 
 def test_sequential_forwards_of_one_image(directory):
     step = Step(directory, "paper", 1).run()
-    prefills = (
-        2  # the image's with gradients, the view's without; so with the two questions for boxes
-    )
+    # the image's with gradients, the view's without; so with the two questions for boxes
+    prefills = 2
     assert step.rollout["forwards"] - prefills + step.rollout["decode_steps"] == 39 <= 42
-    assert step.rollout["decode_steps"] == 13 + 21, (
-        "queries and boxes are decoded, verdicts are not"
-    )
-    assert step.update["decode_steps"] == 0 and step.update["forwards"] == 2
+    decoded = 13 + 21  # queries and boxes; verdicts are not decoded
+    assert step.rollout["decode_steps"] == decoded
+    assert step.update["decode_steps"] == 0
+    assert step.update["forwards"] == 2
 
 
 @pytest.mark.parametrize(
@@ -142,7 +140,7 @@ def test_sequential_forwards_of_one_image(directory):
 )
 def test_executed_flops_are_the_minimal_ones(directory, preset, words):
     step = Step(directory, preset, 2, "--lora.r=1", *words)
-    with perf.executed_flops() as counter:
+    with executed_flops() as counter:
         step.run()
     minimal = 2 * sum(step.minimal(preset, directory).values())
     ratio = counter.get_total_flops() / minimal
@@ -158,44 +156,47 @@ def test_a_group_is_scored_behind_one_prefix(directory):
     """
     step = Step(directory, "robust", 1, "--lora.r=1", "--rollout.samples=8", "--rollout.views=1")
     slices = step.play()
-    with perf.executed_flops() as counter:
+    with executed_flops() as counter:
         step.learner.learn(slices, 1)
     terms = step.minimal("robust", directory)
-    assert counter.get_total_flops() <= 1.05 * (
-        terms["update"] + terms["reference"] + terms["loss"] * 4 / 3
-    )
+    least = terms["update"] + terms["reference"] + terms["loss"] * 4 / 3
+    assert counter.get_total_flops() <= 1.05 * least
 
 
 def test_only_completion_rows_pass_the_head(directory, monkeypatch):
-    step, rows, updated = Step(directory, "paper", 2), [], []
-    logits, scored = step.engine.backbone.logits, learning.linear_logprob_kl
-    monkeypatch.setattr(
-        step.engine.backbone, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden)
-    )
-    monkeypatch.setattr(
-        learning,
-        "linear_logprob_kl",
-        lambda hidden, *rest, **named: (
-            updated.append(len(hidden)) or scored(hidden, *rest, **named)
-        ),
-    )
+    step = Step(directory, "paper", 2)
+    rows = []
+    updated = []
+    monkeypatch.setattr(step.engine.backbone, "logits", noted(step.engine.backbone.logits, rows))
+    scored = noted(learning.linear_logprob_kl, updated)
+    monkeypatch.setattr(learning, "linear_logprob_kl", scored)
     step.run()
-    queries, boxes, verdicts = 2, 4, 4
+    queries = 2
+    boxes = 4
+    verdicts = 4
     assert sum(rows) == queries * 14 + boxes * 22 + verdicts
     assert updated == [2 * 22]
 
 
+def noted(function, lengths):
+    """The function; each call adds how many rows it was given."""
+
+    def call(hidden, *rest, **named):
+        lengths.append(len(hidden))
+        return function(hidden, *rest, **named)
+
+    return call
+
+
 @pytest.mark.parametrize("preset", ["paper", "robust"])
 def test_host_syncs_of_a_step(directory, preset):
-    step = Step(
-        directory, preset, 2, *(["--rollout.samples=2"] if preset == "robust" else [])
-    ).run()
+    words = ["--rollout.samples=2"] if preset == "robust" else []
+    step = Step(directory, preset, 2, *words).run()
     with Work(step.policy.model.parameters()) as work:
         step.run()
     assert work.total <= 8, dict(work.syncs)
-    assert work.total == step.rollout["host_reads"] + step.update["host_reads"], (
-        "metrics.jsonl reports every one of them"
-    )
+    reported = step.rollout["host_reads"] + step.update["host_reads"]
+    assert work.total == reported, "metrics.jsonl reports every one of them"
 
 
 def test_one_copy_of_the_weights(directory):
@@ -205,9 +206,8 @@ def test_one_copy_of_the_weights(directory):
     step = Step(directory, "paper", 1)
     frozen = [p for p in step.policy.model.parameters() if not p.requires_grad]
     owned = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
-    stacked = {
-        linear.weight.untyped_storage().data_ptr() for linear in step.engine.backbone.fused()
-    }
+    fused = step.engine.backbone.fused()
+    stacked = {linear.weight.untyped_storage().data_ptr() for linear in fused}
     assert stacked <= set(owned)
     assert sum(owned.values()) == sum({id(p): p.numel() * 4 for p in frozen}.values())
 
@@ -217,7 +217,7 @@ def test_a_wasteful_step_would_be_seen(directory):
     beyond it.
     """
     step = Step(directory, "paper", 1, "--lora.r=1", size=(256, 320))
-    with perf.executed_flops() as counter:
+    with executed_flops() as counter:
         step.engine.prefill(step.engine.encode([step.images[0].pixels] * 3), True)
         step.run()
     minimal = sum(step.minimal("paper", directory).values())

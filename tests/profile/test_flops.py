@@ -38,15 +38,14 @@ def test_minimal_step_of_2b_is_11_5_tflop():
 
 
 def test_its_parts_are_the_known_ones():
-    """GOALS: a vision encode 0.93 TFLOP with the mergers, a forward of 472 tokens 1.35 TFLOP."""
+    """A vision encode takes 0.93 TFLOP with the mergers, a forward of 472 tokens 1.35 TFLOP."""
     bare = replace(QWEN_2B, rank=0)
-    assert encode_flops(bare, 480, 640) + minimal.merge_flops(bare, 1200, False) == pytest.approx(
-        0.93e12, rel=0.005
-    )
-    assert minimal.forward_flops(bare, 472, 0, False) == pytest.approx(1.35e12, rel=0.005)
-    assert minimal.attention_flops(bare, 472 * 473 / 2) / minimal.forward_flops(
-        bare, 472, 0, False
-    ) == pytest.approx(0.02, abs=0.002)
+    encode = encode_flops(bare, 480, 640) + minimal.merge_flops(bare, 1200, False)
+    forward = minimal.forward_flops(bare, 472, 0, False)
+    assert encode == pytest.approx(0.93e12, rel=0.005)
+    assert forward == pytest.approx(1.35e12, rel=0.005)
+    share = minimal.attention_flops(bare, 472 * 473 / 2) / forward
+    assert share == pytest.approx(0.02, abs=0.002)
 
 
 def test_known_weights_of_2b():
@@ -56,15 +55,15 @@ def test_known_weights_of_2b():
 
 
 def test_decode_floor_of_2b():
-    """GOALS: 0.82, 1.01 and 1.59 ms per step at 1, 16 and 64 rows, 4.3 TB/s."""
+    """0.82, 1.01 and 1.59 ms per step at 1, 16 and 64 rows, 4.3 TB/s."""
     for rows, milliseconds in ((1, 0.82), (16, 1.01), (64, 1.59)):
-        assert decode_bytes(QWEN_2B, rows, 450) / 4.3e12 * 1e3 == pytest.approx(
-            milliseconds, rel=0.02
-        )
+        floor = decode_bytes(QWEN_2B, rows, 450) / 4.3e12 * 1e3
+        assert floor == pytest.approx(milliseconds, rel=0.02)
 
 
 def test_a_shared_prefix_is_read_once():
-    apart, shared = (decode_bytes(QWEN_2B, 8, 450, shared=n) for n in (0, 305))
+    apart = decode_bytes(QWEN_2B, 8, 450)
+    shared = decode_bytes(QWEN_2B, 8, 450, shared=305)
     assert apart - shared == 7 * 305 * 112 * 1024
 
 
@@ -80,7 +79,8 @@ def test_minimal_step_grows_with_what_it_is_told():
 
 
 def test_executed_products_are_counted():
-    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    a = torch.randn(3, 5)
+    b = torch.randn(5, 7)
     with executed_flops() as counter:
         a @ b
         torch.zeros(3, 7).addmm_(a, b)
@@ -103,11 +103,12 @@ def test_executed_cpu_attention_is_counted(causal):
 @pytest.mark.parametrize("kernel", [flash.FLASH, flash.EFFICIENT])
 def test_executed_gpu_attention_is_counted(kernel, causal):
     q = torch.empty(2, 4, 6, 8, dtype=torch.bfloat16, device="meta")
+    inputs = flash.Inputs(q, q, q, None, causal, 0.3)
     pairs = 21 if causal else 36
     with executed_flops() as counter:
-        out, lse = kernel.forward(q, q, q, None, causal, 0.3)
+        result = kernel.forward(inputs)
         forward = counter.get_total_flops()
-        kernel.backward(q, q, q, q, out, lse, None, causal, 0.3)
+        kernel.backward(q, inputs, result)
     assert forward == 4 * 2 * 4 * 8 * pairs
     assert counter.get_total_flops() - forward == 10 * 2 * 4 * 8 * pairs
 
@@ -115,21 +116,16 @@ def test_executed_gpu_attention_is_counted(kernel, causal):
 def test_shapes_of_a_config_count_the_real_weights():
     model = build("gqa2").get_base_model()
     shapes = Shapes.of(model.config, rank=3)
-    named = dict(model.named_parameters())
-    linears = sum(
-        p.numel()
-        for n, p in named.items()
-        if ".language_model.layers." in n and n.endswith("base_layer.weight")
-    )
-    lora = sum(
-        p.numel() for n, p in named.items() if "lora_" in n and ".language_model.layers." in n
-    )
-    mergers = sum(
-        p.numel() for n, p in named.items() if "merger" in n and n.endswith("base_layer.weight")
-    )
-    merger_lora = sum(p.numel() for n, p in named.items() if "lora_" in n and "merger" in n)
-    assert (shapes.decoder_weights(), shapes.decoder_lora()) == (linears, lora)
-    assert (shapes.merger_weights(), shapes.merger_lora()) == (mergers, merger_lora)
+
+    def count(place, kind):
+        sizes = {n: p.numel() for n, p in model.named_parameters() if place in n}
+        return sum(size for name, size in sizes.items() if kind in name)
+
+    decoder = ".language_model.layers."
+    assert shapes.decoder_weights() == count(decoder, "base_layer.weight")
+    assert shapes.decoder_lora() == count(decoder, "lora_")
+    assert shapes.merger_weights() == count("merger", "base_layer.weight")
+    assert shapes.merger_lora() == count("merger", "lora_")
 
 
 def test_syncs_are_seen():
@@ -160,7 +156,8 @@ def test_quiet_code_has_no_syncs_and_views_launch_nothing():
 
 
 def test_only_what_would_live_on_a_device_counts_when_weights_are_named():
-    weight, host = torch.randn(4, 4), torch.randn(4)
+    weight = torch.randn(4, 4)
+    host = torch.randn(4)
     with Work([weight]) as work:
         x = torch.zeros(4)
         x[:] = weight @ host

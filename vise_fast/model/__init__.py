@@ -1,1 +1,1 @@
-"""One copy of the weights: loading, LoRA, the fast forward pass over transformers' tensors, export."""
+"""One copy of the weights: loading, LoRA, our forward over transformers' tensors, export."""

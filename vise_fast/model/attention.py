@@ -22,7 +22,7 @@ from vise_kernels import attention
 from vise_kernels.attention import DIM_STEP, Bank
 from vise_kernels.dispatch import choose as choose_kernel
 
-from vise_fast.model.flash import choose, kernel
+from vise_fast.model.flash import Gradients, Inputs, Result, choose, kernel
 from vise_fast.model.tree import Part
 
 
@@ -58,56 +58,54 @@ def _banks(part: Part, heads: int) -> tuple[Tensor, Tensor]:
     return part.keys.repeat_interleave(repeat, 1), part.values.repeat_interleave(repeat, 1)
 
 
-def _part_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _inputs(part: Part, q: Tensor, scale: float) -> Inputs:
+    """What a kernel takes for one part."""
+    banks = _banks(part, q.shape[2])
+    return Inputs(_fold(part, q), *banks, part.key_bias(), part.causal, scale)
+
+
+def _part_forward(part: Part, q: Tensor, scale: float) -> Result:
     """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part."""
     out, lse = _folded_forward(part, q, scale)
-    return _unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1])
+    return Result(_unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1]))
 
 
 def _part_output(part: Part, q: Tensor, scale: float) -> Tensor:
-    """The output alone: while decoding, the views that a log-sum-exp takes are a twentieth of the
-    calls.
-    """
-    return _unfold(part, _folded_forward(part, q, scale)[0], q.shape[1])
+    """The output alone: while decoding, a log-sum-exp's views are a twentieth of the calls."""
+    return _unfold(part, _folded_forward(part, q, scale).output, q.shape[1])
 
 
-def _folded_forward(part: Part, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    folded = _fold(part, q)
-    bias = part.key_bias()
-    return kernel(folded, bias).forward(folded, *_banks(part, q.shape[2]), bias, part.causal, scale)
+def _folded_forward(part: Part, q: Tensor, scale: float) -> Result:
+    inputs = _inputs(part, q, scale)
+    return kernel(inputs.q, inputs.bias).forward(inputs)
 
 
-def _part_backward(
-    part: Part, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (N, T, H, D), keys and values of one part, given the *merged* output and
-    log-sum-exp.
-    """
-    folded = _fold(part, q)
-    bias = part.key_bias()
-    banks = _banks(part, q.shape[2])
-    merged = _fold(part, out), _fold(part, lse[..., None])[..., 0]
-    dq, dk, dv = kernel(folded, bias).backward(
-        _fold(part, grad), folded, *banks, *merged, bias, part.causal, scale
-    )
+def _part_backward(part: Part, grad: Tensor, q: Tensor, merged: Result, scale: float) -> Gradients:
+    """Gradients of q (N, T, H, D), keys and values of one part; `merged`: over all parts."""
+    inputs = _inputs(part, q, scale)
+    lse = _fold(part, merged.lse[..., None])[..., 0]
+    result = Result(_fold(part, merged.output), lse)
+    run = kernel(inputs.q, inputs.bias).backward
+    dq, dk, dv = run(_fold(part, grad), inputs, result)
     kv = part.keys.shape[1]
     if dk.shape[1] != kv:
         dk = dk.unflatten(1, (kv, -1)).sum(2)
         dv = dv.unflatten(1, (kv, -1)).sum(2)
-    return _unfold(part, dq, q.shape[1]), dk, dv
+    return Gradients(_unfold(part, dq, q.shape[1]), dk, dv)
 
 
-def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _merge(results: list[Result]) -> Result:
     """Outputs of the parts, weighted by the share of the softmax mass each holds."""
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    stacked = torch.stack(lses)
+    if len(results) == 1:
+        return results[0]
+    stacked = torch.stack([result.lse for result in results])
     total = stacked.logsumexp(0)
-    weights = (stacked - total).exp_().to(outs[0].dtype)[..., None]
-    merged = outs[0] * weights[0]
-    for out, weight in zip(outs[1:], weights[1:], strict=True):
+    first, *others = (result.output for result in results)
+    weights = (stacked - total).exp_().to(first.dtype)[..., None]
+    merged = first * weights[0]
+    for out, weight in zip(others, weights[1:], strict=True):
         merged = torch.addcmul(merged, out, weight)
-    return merged, total
+    return Result(merged, total)
 
 
 def _in_one(q: Tensor, parts: list[Part]) -> bool:
@@ -115,28 +113,27 @@ def _in_one(q: Tensor, parts: list[Part]) -> bool:
 
     For one token a row torch's is the quicker one.
     """
-    fits = (
-        q.device.type == "cpu"
-        and q.dtype == torch.float32
-        and q.shape[1] > 1
-        and q.shape[3] % DIM_STEP == 0
-    )
-    plain = any(part.bias is not None for part in parts) or any(part.causal for part in parts[:-1])
-    return fits and not plain and choose_kernel("attention", q.device).path == "native"
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    if q.shape[1] == 1 or q.shape[3] % DIM_STEP:
+        return False
+    if any(part.bias is not None for part in parts) or any(part.causal for part in parts[:-1]):
+        return False
+    return choose_kernel("attention", q.device).path == "native"
 
 
-def _forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
+def _bank(part: Part) -> Bank:
+    owner = None if part.grid is None else part.grid.owner
+    return Bank(part.keys, part.values, owner, part.lengths)
+
+
+def _forward(q: Tensor, parts: list[Part], scale: float) -> Result:
     """Output (N, T, H, D) and log-sum-exp (N, T, H) over all parts; without gradients."""
     if _in_one(q, parts):
-        banks = [
-            Bank(
-                part.keys, part.values, None if part.grid is None else part.grid.owner, part.lengths
-            )
-            for part in parts
-        ]
-        return attention(q, banks, scale=scale, causal=parts[-1].causal, path="native")
-    results = [_part_forward(part, q, scale) for part in parts]
-    return _merge([r[0] for r in results], [r[1] for r in results])
+        banks = [_bank(part) for part in parts]
+        causal = parts[-1].causal
+        return Result(*attention(q, banks, scale=scale, causal=causal, path="native"))
+    return _merge([_part_forward(part, q, scale) for part in parts])
 
 
 class _Attend(torch.autograd.Function):
@@ -149,15 +146,16 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *banks = ctx.saved_tensors
+        merged = Result(out, lse)
         dq = None
-        dbanks = []
+        dbanks: list[Tensor] = []
         for i, shape in enumerate(ctx.shapes):
             part = Part(banks[2 * i], banks[2 * i + 1], *shape)
-            dq_part, dk, dv = _part_backward(part, grad, q, out, lse, ctx.scale)
-            dq = dq_part if dq is None else dq + dq_part
-            dbanks += [dk, dv]
+            found = _part_backward(part, grad, q, merged, ctx.scale)
+            dq = found.q if dq is None else dq + found.q
+            dbanks += [found.keys, found.values]
         return dq, None, None, *dbanks
 
 
@@ -168,36 +166,40 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     if choose(q.device, q.dtype).path == "plain":
         return attend_plain(q, parts, scale)
     if torch.is_grad_enabled():
-        return _Attend.apply(
-            q, scale, parts, *[bank for part in parts for bank in (part.keys, part.values)]
-        )
+        banks: list[Tensor] = []
+        for part in parts:
+            banks += [part.keys, part.values]
+        return _Attend.apply(q, scale, parts, *banks)
     if len(parts) == 1 and q.shape[1] == 1:
         return _part_output(parts[0], q, scale)
-    return _forward(q, parts, scale)[0]
+    return _forward(q, parts, scale).output
 
 
 def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     """The same with each row's keys copied out, scores in full and one softmax over all parts (fp32
     scores).
     """
-    heads = q.shape[2]
     scores = []
     values = []
     for part in parts:
-        keys = part.keys
-        bank = part.values
-        bias = part.key_bias()
-        if part.grid is not None:
-            keys = keys[part.grid.owner]
-            bank = bank[part.grid.owner]
-            bias = bias if bias is None else bias[part.grid.owner]
-        keys = keys.repeat_interleave(heads // keys.shape[1], 1)
-        score = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale
-        if part.causal:
-            score = score.masked_fill(
-                torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
-            )
-        scores.append(score if bias is None else score + bias[:, None, None])
-        values.append(bank.repeat_interleave(heads // bank.shape[1], 1))
+        scores.append(_scores(part, q, scale))
+        repeat = q.shape[2] // part.values.shape[1]
+        values.append(_of_rows(part, part.values).repeat_interleave(repeat, 1))
     weights = torch.cat(scores, -1).softmax(-1)
     return torch.einsum("nhts,nhsd->nthd", weights.to(q.dtype), torch.cat(values, 2))
+
+
+def _scores(part: Part, q: Tensor, scale: float) -> Tensor:
+    """fp32 (N, H, T, S): the scores of one part, written out."""
+    keys = _of_rows(part, part.keys).repeat_interleave(q.shape[2] // part.keys.shape[1], 1)
+    scores = torch.einsum("nthd,nhsd->nhts", q.float(), keys.float()) * scale
+    if part.causal:
+        square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(square.triu(1), -torch.inf)
+    bias = part.key_bias()
+    return scores if bias is None else scores + _of_rows(part, bias)[:, None, None]
+
+
+def _of_rows(part: Part, x: Tensor) -> Tensor:
+    """(M, ...) of the entries as (N, ...), a copy for each row."""
+    return x if part.grid is None else x[part.grid.owner]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,67 +29,84 @@ from torch.nn import functional as F
 from vise_kernels.dispatch import Choice
 
 aten = torch.ops.aten
-# the memory-efficient kernel's log-sum-exp has a multiple of so many rows, +inf beyond the last
-# query
+# rows of the memory-efficient kernel's log-sum-exp: a multiple of this, +inf beyond the last query
 LSE_ROWS = 32
 BIAS_ROW = 16  # elements: its biases' rows start at multiples of this
 WIDTH = 8  # elements: the GPU kernels' head dimensions are multiples of this
+AMPERE = (8, 0)  # compute capability
+
+
+class Inputs(NamedTuple):
+    """What is attended: q (B, H, L, D), keys and values (B, H, S, D), bias (B, S) or None; causal:
+    query l sees the keys 0 to l.
+    """
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+    causal: bool
+    scale: float
+
+
+class Result(NamedTuple):
+    """Output (B, H, L, D) in q's dtype and log-sum-exp (B, H, L) in fp32."""
+
+    output: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of q, keys and values, in their shapes."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """forward(q, k, v, bias, causal, scale) -> (output, log-sum-exp); backward(grad, q, k, v,
-    output, log-sum-exp, bias, causal, scale) -> dq, dk, dv.
+    """Forward, and backward from the output's gradient (B, H, L, D). The result that `backward` is
+    given may be over more keys than the inputs have.
     """
 
     name: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[Inputs], Result]
+    backward: Callable[[Tensor, Inputs, Result], Gradients]
 
 
 def look(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The best path for tensors of this kind: "flash", "efficient" or "plain" (no kernel here), and
-    why.
+    """The best path for tensors of this kind, and why: "flash", "efficient" or "plain" (no kernel
+    here).
     """
     if device.type in ("cpu", "meta"):
         return Choice("flash", "torch's FlashAttention for a CPU")
     if device.type != "cuda" or torch.version.hip:
-        return Choice(
-            "plain",
-            (
-                f"{'ROCm' if torch.version.hip else device.type} has no fused attention with this "
-                "log-sum-exp"
-            ),
-        )
-    capability = torch.cuda.get_device_capability(device)
+        name = "ROCm" if torch.version.hip else device.type
+        return Choice("plain", f"{name} has no fused attention with this log-sum-exp")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Choice("plain", f"no GPU kernel takes {str(dtype)[6:]}")
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return Choice(
-            "plain",
-            (
-                "bfloat16 attention needs compute capability 8.0, this GPU has "
-                f"{capability[0]}.{capability[1]}"
-            ),
-        )
-    if dtype == torch.float32:
-        return Choice(
-            "efficient", "torch's memory-efficient kernel: FlashAttention takes 16 bits only"
-        )
-    if capability < (8, 0):
-        return Choice(
-            "efficient",
-            (
-                "torch's memory-efficient kernel: FlashAttention needs compute capability 8.0, "
-                f"this GPU has {capability[0]}.{capability[1]}"
-            ),
-        )
-    if not torch.backends.cuda.is_flash_attention_available():
-        return Choice(
-            "efficient",
-            "torch's memory-efficient kernel: this torch was built without FlashAttention",
-        )
+    capability = torch.cuda.get_device_capability(device)
+    if dtype == torch.bfloat16 and capability < AMPERE:
+        return Choice("plain", f"bfloat16 attention {_needs_ampere(capability)}")
+    fault = _why_not_flash(dtype, capability)
+    if fault is not None:
+        return Choice("efficient", f"torch's memory-efficient kernel: {fault}")
     return Choice("flash", "torch's FlashAttention; its memory-efficient kernel for ragged banks")
+
+
+def _why_not_flash(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    if dtype == torch.float32:
+        return "FlashAttention takes 16 bits only"
+    if capability < AMPERE:
+        return f"FlashAttention {_needs_ampere(capability)}"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
+    return None
+
+
+def _needs_ampere(capability: tuple[int, int]) -> str:
+    return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
 
 
 choose = functools.cache(look)  # asked in every layer
@@ -102,97 +120,81 @@ def kernel(q: Tensor, bias: Tensor | None) -> Kernel:
     return FLASH if fits else EFFICIENT
 
 
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=_spread(bias, 1, q.shape[2]), scale=scale
+def _cpu_forward(x: Inputs) -> Result:
+    mask = _spread(x.bias, 1, x.q.shape[2])
+    return Result(
+        *aten._scaled_dot_product_flash_attention_for_cpu(
+            x.q, x.keys, x.values, 0.0, x.causal, attn_mask=mask, scale=x.scale
+        )
     )
 
 
-def _cpu_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _spread(bias, 1, q.shape[2])
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
+def _cpu_backward(grad: Tensor, x: Inputs, result: Result) -> Gradients:
+    mask = _spread(x.bias, 1, x.q.shape[2])
+    lse = result.lse.contiguous()
+    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *x[:3], result.output, lse, 0.0, x.causal, attn_mask=mask, scale=x.scale
     )
+    return Gradients(*found)
 
 
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    _check_square(q, k, causal)
+def _flash_forward(x: Inputs) -> Result:
+    _check_square(x)
+    wide = [_wide(t) for t in x[:3]]
     out, lse, *_ = aten._scaled_dot_product_flash_attention(
-        _wide(q), _wide(k), _wide(v), 0.0, causal, False, scale=scale
+        *wide, 0.0, x.causal, False, scale=x.scale
     )
-    return out[..., : q.shape[3]], lse
+    return Result(out[..., : x.q.shape[3]], lse)
 
 
-def _flash_backward(grad, q, k, v, out, lse, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
-    wide = [_wide(x) for x in (grad, q, k, v, out)]
-    seed = q.new_empty(2, dtype=torch.uint64)  # of the dropout, which there is not: never read
+def _flash_backward(grad: Tensor, x: Inputs, result: Result) -> Gradients:
+    wide = [_wide(t) for t in (grad, *x[:3], result.output)]
+    lse = result.lse.contiguous()
+    sizes = (x.q.shape[2], x.keys.shape[2])
+    # of the dropout, which there is not: never read
+    seed = x.q.new_empty(2, dtype=torch.uint64)
+    offset = x.q.new_empty(0)
     found = aten._scaled_dot_product_flash_attention_backward(
-        *wide,
-        lse.contiguous(),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        seed,
-        q.new_empty(0),
-        scale=scale,
+        *wide, lse, None, None, *sizes, 0.0, x.causal, seed, offset, scale=x.scale
     )
-    return tuple(x[..., : q.shape[3]] for x in found)
+    return Gradients(*(t[..., : x.q.shape[3]] for t in found))
 
 
-def _efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    _check_square(q, k, causal)
-    mask = _spread(_aligned(bias), q.shape[1], q.shape[2])
+def _efficient_forward(x: Inputs) -> Result:
+    _check_square(x)
+    wide = [_wide(t) for t in x[:3]]
+    mask = _spread(_aligned(x.bias), x.q.shape[1], x.q.shape[2])
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        _wide(q), _wide(k), _wide(v), mask, True, 0.0, causal, scale=scale
+        *wide, mask, True, 0.0, x.causal, scale=x.scale
     )
-    return out[..., : q.shape[3]], lse[:, :, : q.shape[2]]
+    return Result(out[..., : x.q.shape[3]], lse[:, :, : x.q.shape[2]])
 
 
-def _efficient_backward(
-    grad, q, k, v, out, lse, bias, causal, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _spread(_aligned(bias), q.shape[1], q.shape[2])
-    lse = F.pad(lse, (0, -lse.shape[2] % LSE_ROWS), value=torch.inf).contiguous()
-    seed = q.new_empty((), dtype=torch.int64)
+def _efficient_backward(grad: Tensor, x: Inputs, result: Result) -> Gradients:
+    wide = [_wide(t) for t in (grad, *x[:3])]
+    mask = _spread(_aligned(x.bias), x.q.shape[1], x.q.shape[2])
+    out = _token_major(_wide(result.output))
+    missing = -result.lse.shape[2] % LSE_ROWS
+    lse = F.pad(result.lse, (0, missing), value=torch.inf).contiguous()
+    seed = x.q.new_empty((), dtype=torch.int64)
+    wanted = [True, True, True, False]
     *found, _ = aten._scaled_dot_product_efficient_attention_backward(
-        _wide(grad),
-        _wide(q),
-        _wide(k),
-        _wide(v),
-        mask,
-        _token_major(_wide(out)),
-        lse,
-        seed,
-        seed,
-        0.0,
-        [True, True, True, False],
-        causal,
-        scale=scale,
+        *wide, mask, out, lse, seed, seed, 0.0, wanted, x.causal, scale=x.scale
     )
-    return tuple(x[..., : q.shape[3]] for x in found)
+    return Gradients(*(t[..., : x.q.shape[3]] for t in found))
 
 
-def _check_square(q: Tensor, k: Tensor, causal: bool) -> None:
-    if causal and q.shape[2] != k.shape[2]:
+def _check_square(x: Inputs) -> None:
+    queries = x.q.shape[2]
+    keys = x.keys.shape[2]
+    if x.causal and queries != keys:
         raise ValueError(
-            f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys: only their own "
-            "keys, one each"
+            f"causal attention of {queries} queries over {keys} keys: only their own keys, one each"
         )
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Zeros after the head dimension, up to a multiple of WIDTH: they change no score and no
-    output.
-    """
+    """Zeros after the head dimension up to a multiple of WIDTH: no score and no output changes."""
     return F.pad(x, (0, -x.shape[3] % WIDTH)) if x.shape[3] % WIDTH else x
 
 

@@ -29,11 +29,8 @@ from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from vise_fast.model import products, quantise
 
 ADAPTER = "default"
-BLOCKS_UP_TO = (
-    2**18
-    # elements of a block-diagonal B: on larger ones its zeros are more traffic and memory than
-    # extra calls are worth
-)
+# elements of a block-diagonal B: in larger ones the zeros cost more than extra calls
+BLOCKS_UP_TO = 2**18
 Before = Callable[[Tensor], Tensor]
 """What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is
 done again in the backward pass.
@@ -51,18 +48,16 @@ class Pack(NamedTuple):
     up: tuple[Tensor, ...]
 
     def factors(self) -> list[Tensor]:
+        """All tensors, `down` first."""
         return [self.down, *self.up]
 
     def raise_(self, y: Tensor, low: Tensor) -> Tensor:
         """y (n, sum of outs) += low (n, k·r) · upᵀ."""
         if len(self.up) == 1:
             return y.addmm_(low, self.up[0].T)
-        for out, part, up in zip(
-            y.split([len(u) for u in self.up], 1),
-            low.split(self.up[0].shape[1], 1),
-            self.up,
-            strict=True,
-        ):
+        outs = y.split([len(up) for up in self.up], 1)
+        lows = low.split(self.up[0].shape[1], 1)
+        for out, part, up in zip(outs, lows, self.up, strict=True):
             out.addmm_(part, up.T)
         return y
 
@@ -70,13 +65,8 @@ class Pack(NamedTuple):
         """grad (n, sum of outs) · up: (n, k·r)."""
         if len(self.up) == 1:
             return grad @ self.up[0]
-        return torch.cat(
-            [
-                g @ up
-                for g, up in zip(grad.split([len(u) for u in self.up], 1), self.up, strict=True)
-            ],
-            1,
-        )
+        pieces = grad.split([len(up) for up in self.up], 1)
+        return torch.cat([piece @ up for piece, up in zip(pieces, self.up, strict=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +80,7 @@ class Norm:
         return rms_norm(x, self.weight, self.eps)
 
     def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        """dL/dx (n, in) from dL/dz (n, in)."""
         return rms_norm_backward(x, self.weight, dz, self.eps)
 
 
@@ -100,6 +91,7 @@ class Swiglu:
         return swiglu(x)
 
     def gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        """dL/dx (n, 2·in) from dL/dz (n, in)."""
         return swiglu_backward(x, dz)
 
 
@@ -110,7 +102,7 @@ class FusedLinear:
 
     def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
-        self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+        self.bases: list[Any] = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
         self.stacked = all(type(base) is nn.Linear for base in self.bases)
         self.adapted = isinstance(modules[0], LoraLayer)
         self.cached: Pack | None = None
@@ -139,9 +131,12 @@ class FusedLinear:
 
     def masters(self) -> list[nn.Parameter]:
         """The fp32 factors: A of each module, then B of each."""
-        return [m.lora_A[ADAPTER].weight for m in self.modules] + [
-            m.lora_B[ADAPTER].weight for m in self.modules
-        ]
+        downs = [m.lora_A[ADAPTER].weight for m in self.modules]
+        return downs + [m.lora_B[ADAPTER].weight for m in self.modules]
+
+    def _widths(self) -> list[int]:
+        """Outputs of each module."""
+        return [base.out_features for base in self.bases]
 
     def __call__(self, x: Tensor, pack: Pack | None, before: Before | None = None) -> Tensor:
         """x (n, in), or what `before` takes, to (n, sum of outs); differentiable in x and in the
@@ -157,22 +152,25 @@ class FusedLinear:
         """
         x = x if before is None else before(x)
         y = F.linear(x, self.weight, self.bias)
-        return (
-            y if pack is None else y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
-        )
+        if pack is None:
+            return y
+        return y + F.linear(F.linear(x, pack.down), torch.block_diag(*pack.up))
 
     def _product(self, x: Tensor, pack: Pack | None) -> Tensor:
         if self.stacked and pack is not None and len(pack.up) == 1:
             return products.adapted(x, self.weight, self.bias, pack.down, pack.up[0])
-        if self.stacked:
-            y = products.linear(x, self.weight, self.bias)
-        else:
-            y = x.new_empty(len(x), sum(base.out_features for base in self.bases))
-            for base, place in zip(
-                self.bases, y.split([base.out_features for base in self.bases], 1), strict=True
-            ):
-                place.copy_(quantise.product(base, x))
+        y = self._frozen(x)
         return y if pack is None else pack.raise_(y, F.linear(x, pack.down))
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """x (n, in) through the frozen modules alone: (n, sum of outs)."""
+        if self.stacked:
+            return products.linear(x, self.weight, self.bias)
+        widths = self._widths()
+        y = x.new_empty(len(x), sum(widths))
+        for base, place in zip(self.bases, y.split(widths, 1), strict=True):
+            place.copy_(quantise.product(base, x))
+        return y
 
     def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
         """Gradients of the masters, in their dtype, from x (n, in), low = grad · up (n, k·r) and
@@ -181,30 +179,20 @@ class FusedLinear:
         rank = down.shape[0] // len(self.modules)
         high = F.linear(x, down)
         dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
-        downs = list((low.T @ x).to(dtype).split(rank))
-        ups = [
-            g.T @ h
-            for g, h in zip(
-                grad.split([b.out_features for b in self.bases], 1),
-                high.split(rank, 1),
-                strict=True,
-            )
-        ]
-        return downs + [
-            u.to(dtype) * m.scaling[ADAPTER] for u, m in zip(ups, self.modules, strict=True)
-        ]
+        found = list((low.T @ x).to(dtype).split(rank))
+        pieces = zip(self.modules, grad.split(self._widths(), 1), high.split(rank, 1), strict=True)
+        for module, piece, raised in pieces:
+            found.append((piece.T @ raised).to(dtype) * module.scaling[ADAPTER])
+        return found
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
         if self.stacked:
             return grad @ self.weight
         total = grad.new_zeros(len(grad), self.bases[0].in_features)
-        for base, piece in zip(
-            self.bases, grad.split([base.out_features for base in self.bases], 1), strict=True
-        ):
-            total.addmm_(
-                piece, quantise.dequantised(base, grad.dtype)
-            )  # one dequantised weight at a time
+        for base, piece in zip(self.bases, grad.split(self._widths(), 1), strict=True):
+            # one dequantised weight at a time
+            total.addmm_(piece, quantise.dequantised(base, grad.dtype))
         return total
 
 
@@ -223,24 +211,18 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        pack = ctx.pack
         linear = ctx.linear
-        low = pack.lower(grad)
-        factors = linear._factor_gradients(
-            x if ctx.before is None else ctx.before(x), low, grad, pack.down
-        )
+        before = ctx.before
+        down = ctx.pack.down
+        low = ctx.pack.lower(grad)
+        factors = linear._factor_gradients(x if before is None else before(x), low, grad, down)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *factors
-        dz = linear._input_gradient(grad).addmm_(low, pack.down)
-        return (
-            dz if ctx.before is None else _gradient(ctx.before, x, dz),
-            None,
-            None,
-            None,
-            *factors,
-        )
+        dz = linear._input_gradient(grad).addmm_(low, down)
+        dx = dz if before is None else _gradient(before, x, dz)
+        return dx, None, None, None, *factors
 
 
 def _gradient(function: Before, x: Tensor, dz: Tensor) -> Tensor:
@@ -269,7 +251,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return _gradient(ctx.function, x, grad), None
 

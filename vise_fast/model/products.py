@@ -12,6 +12,7 @@ autograd.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,13 +37,12 @@ def _few_rows_flops(
 
 
 @functools.cache
-def _operator():
-    """Linear with a function applied to its result, or None where torch was built without oneDNN."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
+def _operator() -> Callable[..., Tensor] | None:
+    """Linear with a function applied to its result; None where torch was built without oneDNN."""
+    mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
         return None
-    operator = torch.ops.mkldnn._linear_pointwise.default
+    operator = mkldnn._linear_pointwise.default
     register_flop_formula(operator.overloadpacket)(_flops)
     return operator
 
@@ -53,11 +53,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if gains(x, weight):
         return torch.ops.vise_kernels.few_rows(x, weight, bias, None, None)
-    return (
-        F.linear(x, weight, bias)
-        if _operator() is None
-        else _operator()(x, weight, bias, "none", [], None)
-    )
+    operator = _operator()
+    if operator is None:
+        return F.linear(x, weight, bias)
+    return operator(x, weight, bias, "none", [], None)
 
 
 def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
@@ -70,9 +69,10 @@ def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU in its tanh form of x (n, in) times weight (out, in) plus bias (out,)."""
-    if _applies(x) and _operator() is not None:
-        return _operator()(x, weight, bias, "gelu", [], "tanh")
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    operator = _operator() if _applies(x) else None
+    if operator is None:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return operator(x, weight, bias, "gelu", [], "tanh")
 
 
 def _few(x: Tensor, weight: Tensor) -> bool:

@@ -8,90 +8,43 @@ syncs (host_syncs.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import vise_kernels.attention  # noqa: F401  defines its operator
+import vise_kernels  # noqa: F401  defines its operators
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
 
-def _pairs(query, key, causal: bool) -> int:
+def _pairs(query: torch.Tensor, key: torch.Tensor, causal: bool) -> int:
     """(query, key) pairs of one head; the causal kernel skips what lies above the diagonal."""
     queries = query.shape[2]
     keys = key.shape[2]
+    if not causal:
+        return queries * keys
     seen = min(queries, keys)
-    return seen * (seen + 1) // 2 + max(0, queries - keys) * keys if causal else queries * keys
+    return seen * (seen + 1) // 2 + max(0, queries - keys) * keys
 
 
-def _flash(query, key, value, dropout_p=0.0, is_causal=False, *args, out_val=None, **kwargs) -> int:
-    return 4 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
+def _fused(operator: Any, products: int) -> Callable[..., int]:
+    """The formula of one of torch's attention operators, made of so many products of queries and
+    keys (B, H, L, D). What it reads is found by name: each operator has an order of its own.
+    """
+    names = [argument.name for argument in operator.default._schema.arguments]
+
+    def formula(*args, out_val=None, **kwargs) -> int:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query = given["query"]
+        batch, heads, _, dim = query.shape
+        pairs = _pairs(query, given["key"], given.get("is_causal", False))
+        return 2 * products * batch * heads * dim * pairs
+
+    return formula
 
 
-def _flash_backward(
-    grad, query, key, value, out, logsumexp, dropout_p, is_causal, *args, out_val=None, **kwargs
-) -> int:
-    """Five products: the scores again, then the gradients of weights, values, queries and keys."""
-    return 10 * query.shape[0] * query.shape[1] * query.shape[3] * _pairs(query, key, is_causal)
-
-
-def _gpu_flash_backward(
-    grad,
-    query,
-    key,
-    value,
-    out,
-    logsumexp,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    dropout_p,
-    is_causal,
-    *args,
-    out_val=None,
-    **kwargs,
-) -> int:
-    return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
-
-
-def _efficient(
-    query,
-    key,
-    value,
-    bias,
-    compute_log_sumexp,
-    dropout_p=0.0,
-    is_causal=False,
-    *args,
-    out_val=None,
-    **kwargs,
-) -> int:
-    return _flash(query, key, value, dropout_p, is_causal)
-
-
-def _efficient_backward(
-    grad,
-    query,
-    key,
-    value,
-    bias,
-    out,
-    logsumexp,
-    seed,
-    offset,
-    dropout_p,
-    wanted,
-    is_causal=False,
-    *args,
-    out_val=None,
-    **kwargs,
-) -> int:
-    return _flash_backward(grad, query, key, value, out, logsumexp, dropout_p, is_causal)
-
-
-def _banks(q, keys, values, owners, lengths, causal, *args, out_val=None, **kwargs) -> int:
+def _banks(q, keys, values, owners, lengths, causal, *args, **kwargs) -> int:
     """vise_kernels' attention over several banks, of which the last may be causal."""
     rows, tokens, heads, dim = q.shape
     seen = [tokens * bank.shape[2] for bank in keys]
@@ -100,23 +53,36 @@ def _banks(q, keys, values, owners, lengths, causal, *args, out_val=None, **kwar
     return 4 * rows * heads * dim * sum(seen)
 
 
-def _added(y, left, right, *args, out_val=None, **kwargs) -> int:
+def _added(y, left, right, *args, **kwargs) -> int:
     """y += left · right, which torch's counter knows out of place only."""
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
-FORMULAS = {
-    aten.addmm_: _added,
-    torch.ops.vise_kernels.attention: _banks,
-    aten._scaled_dot_product_flash_attention_for_cpu: _flash,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
-    aten._scaled_dot_product_flash_attention: _flash,
-    aten._scaled_dot_product_flash_attention_backward: _gpu_flash_backward,
-    aten._scaled_dot_product_efficient_attention: _efficient,
-    aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,
-}
-for formula in FORMULAS.values():
-    formula._get_raw = True  # type: ignore[attr-defined]
+FORWARD = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+)
+"""Two products: scores and weighted values."""
+BACKWARD = (
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+)
+"""Five products: the scores again, then the gradients of weights, values, queries and keys."""
+
+
+def _formulas() -> dict[Any, Any]:
+    """By operator. Each takes the operator's arguments themselves, not their shapes."""
+    formulas: dict[Any, Any] = {aten.addmm_: _added, torch.ops.vise_kernels.attention: _banks}
+    formulas |= {operator: _fused(operator, 2) for operator in FORWARD}
+    formulas |= {operator: _fused(operator, 5) for operator in BACKWARD}
+    for formula in formulas.values():
+        formula._get_raw = True
+    return formulas
+
+
+FORMULAS = _formulas()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Watched from outside, on any device.
         step()
     work.syncs, work.ops
 
-Left out: time (perf.py).
+Left out: time (system/clock.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -47,38 +48,33 @@ class Work:
         self.syncs: Counter[str] = Counter()
         self.ops = 0
         # by storage: what is written into a view is seen through every other view
-        self._away = (
-            None
-            if weights is None
-            else WeakIdKeyDictionary({weight.untyped_storage(): True for weight in weights})
-        )
+        self._away: WeakIdKeyDictionary | None = None
+        if weights is not None:
+            self._away = WeakIdKeyDictionary({w.untyped_storage(): True for w in weights})
 
     @property
     def total(self) -> int:
+        """Syncs of all causes."""
         return sum(self.syncs.values())
 
-    def away(self, value) -> bool:
+    def away(self, value: object) -> bool:
         """Whether reading this makes the host wait for a device (or would, were there one)."""
         if not isinstance(value, torch.Tensor):
             return False
-        return (
-            value.device.type != "cpu"
-            or self._away is None
-            or value.untyped_storage() in self._away
-        )
+        if value.device.type != "cpu" or self._away is None:
+            return True
+        return value.untyped_storage() in self._away
 
-    def follow(self, inputs, outputs) -> None:
-        """Results live where their inputs do."""
-        if self._away and any(self.away(x) for x in inputs):
-            self._away.update(
-                {
-                    x.untyped_storage(): True
-                    for x in tree_iter(outputs)
-                    if isinstance(x, torch.Tensor)
-                }
-            )
+    def follow(self, inputs: Iterable[object], outputs: object) -> None:
+        """Results live where their inputs do. outputs: tensors, nested as an op returns them."""
+        if not self._away or not any(self.away(x) for x in inputs):
+            return
+        for x in tree_iter(outputs):
+            if isinstance(x, torch.Tensor):
+                self._away[x.untyped_storage()] = True
 
     def bring_home(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy that counts as the host's."""
         if self._away is not None:
             value = value.clone()
             self._away.pop(value.untyped_storage(), None)
@@ -101,7 +97,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.work = work
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in READS and args[0].device.type == "cpu" and self.work.away(args[0]):
             self.work.syncs[READS[function]] += 1
@@ -114,7 +110,7 @@ class _Ops(TorchDispatchMode):
         super().__init__()
         self.work = work
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = function(*args, **(kwargs or {}))
         cause, source = _cause(function.overloadpacket, args, out)
         if cause and self.work.away(source):
@@ -129,17 +125,15 @@ def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
     if packet in SYNCING:
         return packet.__name__, args[0]
     if packet in (aten.index, aten.index_put, aten.index_put_):
-        masks = [
-            index
-            for index in args[1]
-            if index is not None and index.dtype in (torch.bool, torch.uint8)
-        ]
-        return ("boolean index", args[0]) if masks else (None, None)
-    source = args[1] if packet is aten.copy_ else args[0] if packet is aten._to_copy else None
-    if (
-        isinstance(source, torch.Tensor)
-        and source.device.type != "cpu"
-        and out.device.type == "cpu"
-    ):
+        masked = any(_is_mask(index) for index in args[1])
+        return ("boolean index", args[0]) if masked else (None, None)
+    if packet not in (aten.copy_, aten._to_copy):
+        return None, None
+    source = args[1] if packet is aten.copy_ else args[0]
+    if source.device.type != "cpu" and out.device.type == "cpu":
         return "device to host", source
     return None, None
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)

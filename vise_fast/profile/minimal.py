@@ -31,6 +31,7 @@ question moves it by 0.014 + 0.008.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vise_fast.method.step_plan import Lengths, StepPlan
 
@@ -57,25 +58,25 @@ class Shapes:
     rank: int
 
     @classmethod
-    def of(cls, config, rank: int) -> Shapes:
+    def of(cls, config: Any, rank: int) -> Shapes:
         """From a transformers config; `rank` of the LoRA on every target, 0 without."""
         t = config.text_config
         v = config.vision_config
         return cls(
-            t.hidden_size,
-            t.num_hidden_layers,
-            t.num_attention_heads,
-            t.num_key_value_heads,
-            t.head_dim,
-            t.intermediate_size,
-            t.vocab_size,
-            v.depth,
-            v.hidden_size,
-            v.intermediate_size,
-            v.patch_size,
-            v.spatial_merge_size,
-            len(v.deepstack_visual_indexes),
-            rank,
+            hidden=t.hidden_size,
+            layers=t.num_hidden_layers,
+            heads=t.num_attention_heads,
+            kv_heads=t.num_key_value_heads,
+            head_dim=t.head_dim,
+            mlp=t.intermediate_size,
+            vocabulary=t.vocab_size,
+            depth=v.depth,
+            width=v.hidden_size,
+            vision_mlp=v.intermediate_size,
+            patch=v.patch_size,
+            merge=v.spatial_merge_size,
+            taps=len(v.deepstack_visual_indexes),
+            rank=rank,
         )
 
     def _decoder(self) -> list[tuple[int, int]]:
@@ -91,18 +92,23 @@ class Shapes:
         return [(wide, wide), (wide, self.hidden)] * (1 + self.taps)
 
     def decoder_weights(self) -> int:
+        """Of all layers' projections."""
         return self.layers * sum(i * o for i, o in self._decoder())
 
     def merger_weights(self) -> int:
+        """Of all mergers."""
         return sum(i * o for i, o in self._merger())
 
     def decoder_lora(self) -> int:
+        """LoRA weights on the decoder."""
         return self.layers * self.rank * sum(i + o for i, o in self._decoder())
 
     def merger_lora(self) -> int:
+        """LoRA weights on the mergers."""
         return self.rank * sum(i + o for i, o in self._merger())
 
     def head_weights(self) -> int:
+        """Of the LM head."""
         return self.vocabulary * self.hidden
 
 
@@ -121,7 +127,9 @@ def forward_flops(
     pairs = tokens * seen + tokens * (tokens + 1) / 2
     products = 2.0 * tokens * (s.decoder_weights() + lora)
     attention = attention_flops(s, pairs)
-    return products + 2.0 * tokens * lora + 2 * attention if backward else products + attention
+    if backward:
+        return products + 2.0 * tokens * lora + 2 * attention
+    return products + attention
 
 
 def merge_flops(s: Shapes, patches: int, adapters: bool, backward: bool = False) -> float:
@@ -141,10 +149,10 @@ def merge_flops(s: Shapes, patches: int, adapters: bool, backward: bool = False)
 def encode_flops(s: Shapes, height: int, width: int) -> float:
     """The vision tower up to the mergers, one image."""
     patches = height // s.patch * (width // s.patch)
+    embedding = 3 * s.patch**2 * s.width
     blocks = s.depth * (4 * s.width**2 + 2 * s.width * s.vision_mlp)
-    return (
-        2.0 * patches * (blocks + 3 * s.patch**2 * s.width) + 4.0 * s.depth * s.width * patches**2
-    )
+    attention = 4.0 * s.depth * s.width * patches**2
+    return 2.0 * patches * (blocks + embedding) + attention
 
 
 def minimal_step(
@@ -167,6 +175,7 @@ class _Minimal:
 
     @property
     def patches(self) -> int:
+        """Of the image."""
         return self.size[0] // self.s.patch * (self.size[1] // self.s.patch)
 
     @property
@@ -176,9 +185,11 @@ class _Minimal:
 
     @property
     def prompted(self) -> int:
+        """Tokens of the prefix and the ground question."""
         return self.prefix + self.lengths.ground
 
     def terms(self) -> dict[str, float]:
+        """FLOPs by term."""
         plan = self.plan
         images = 1 + plan.views
         policy = images + plan.ghosts * plan.policy_judges

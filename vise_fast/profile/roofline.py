@@ -35,10 +35,7 @@ class Ceiling:
     bandwidth: float
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The roofline: neither compute nor memory can be faster (Williams et al.
-
-        2009, "Roofline").
-        """
+        """The roofline (Williams et al. 2009): neither compute nor memory can be faster."""
         return max(flops / self.flops, moved / self.bandwidth)
 
     def share(self, seconds: float, flops: float, moved: float) -> float:
