@@ -22,6 +22,7 @@ MARKER = "run.json"
 LOCK = ".lock"
 KIND = "vise_fast run"
 FORMAT = 1
+OLD_SECTIONS = frozenset({"model:", "lora:", "train:", "rollout:", "reward:", "run:"})
 
 
 def is_run(directory: Path) -> bool:
@@ -29,7 +30,16 @@ def is_run(directory: Path) -> bool:
     marked = files.read_json(directory / MARKER, say=lambda text: None)
     if marked is not None and marked.get("kind") == KIND:
         return True
-    return (directory / "config.yaml").is_file() and (directory / "checkpoints").is_dir()
+    return (directory / "checkpoints").is_dir() and _holds_settings(directory / "config.yaml")
+
+
+def _holds_settings(file: Path) -> bool:
+    """Whether a file is the resolved configuration that version 0.1 wrote, not somebody's own."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+    return set(lines) >= OLD_SECTIONS
 
 
 def is_free(directory: Path) -> bool:
