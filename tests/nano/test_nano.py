@@ -105,7 +105,8 @@ def test_sizes(model):
         sum(file.stat().st_size for file in nano.DIRECTORY.iterdir() if file.is_file()) < 10_000_000
     )
     with safe_open(nano.DIRECTORY / "model.safetensors", "pt") as stored:
-        assert "lm_head.weight" not in stored.keys()  # tied
+        names = stored.keys()
+    assert "lm_head.weight" not in names  # tied
 
 
 def test_preprocessor_config():
@@ -146,9 +147,8 @@ def test_quick_forward_equals_stock(model, tokenizer, weights):
     question = "find red circle<|im_end|>\n<|im_start|>assistant\n<box>012,"
     stock = _stock(model, tokenizer, pixels, question)[:, -1]
     pupil = exam.Pupil(weights)
-    quick, _, _ = pupil._step(
-        pupil.look(pixels), torch.tensor([tokenizer(question)["input_ids"]] * 3), forward.TEXT_START
-    )
+    ids = torch.tensor([tokenizer(question)["input_ids"]] * 3)
+    quick = pupil._step(pupil.look(pixels), ids, forward.TEXT_START).logits
     assert (quick - stock).abs().max() <= 1e-4 * stock.abs().max()
 
 
@@ -164,18 +164,21 @@ def test_packed_questions_equal_separate_ones(model, tokenizer, weights):
         for name in ("pixels", "ids", "targets", "weights", "color", "shape", "box", "sure")
     ]
     packed = course(pretrain.PHASES[-1], *parts)["answers"]
-    pupil, total, at, told = exam.Pupil(weights), 0.0, 0, 0
+    pupil = exam.Pupil(weights)
+    total = 0.0
+    at = 0
+    told = 0
     past = pupil.look(parts[0])
     for kind in lessons.SLOTS:
         ids = parts[1][:, at : at + lessons.LENGTH[kind]]
         for row in range(2):
             for place in range(lessons.ANSWER[kind]):
-                logits, _, _ = pupil._step(
-                    past, ids[:, : lessons.QUESTION[kind] + place], forward.TEXT_START
-                )
+                read = ids[:, : lessons.QUESTION[kind] + place]
+                logits = pupil._step(past, read, forward.TEXT_START).logits
                 logprob = logits[row].log_softmax(-1)[batch.targets[row, told + place]]
                 total -= float(logprob) * batch.weights[row, told + place]
-        at, told = at + lessons.LENGTH[kind], told + lessons.ANSWER[kind]
+        at += lessons.LENGTH[kind]
+        told += lessons.ANSWER[kind]
     assert float(packed) == pytest.approx(total / batch.weights.sum(), rel=1e-4)
 
 
@@ -216,7 +219,8 @@ def test_ghost_blur_agrees_with_opencv(height, width):
 
 @pytest.mark.parametrize("method", ["blur", "mean"])
 def test_ghost_touches_its_region_only(method):
-    pixels, box = _drawn(1)[0].pixels, (20, 30, 70, 90)
+    pixels = _drawn(1)[0].pixels
+    box = (20, 30, 70, 90)
     inside = np.zeros(pixels.shape[:2], bool)
     inside[30:90, 20:70] = True
     hidden = lessons.ghost(pixels, box, method, "inside")
@@ -246,26 +250,23 @@ def _arguments(out) -> argparse.Namespace:
     )
 
 
-def _one_step(run: pretrain.Run, index: int) -> float:
+def _one_step(run: pretrain.Pretraining, index: int) -> float:
     batch = lessons.batch(generator(5, index, "step"), 2)
-    return float(
-        run._step(pretrain.PHASES[-1], [torch.from_numpy(part) for part in astuple(batch)], 1.0)[
-            "total"
-        ].detach()
-    )
+    parts = [torch.from_numpy(part) for part in astuple(batch)]
+    return float(run._step(pretrain.PHASES[-1], parts, 1.0)["total"].detach())
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path):
     """Two steps in a row and a step, a restart, a step give the same losses: weights, both
     optimisers, dense head, clock.
     """
-    run = pretrain.Run(_arguments(tmp_path))
+    run = pretrain.Pretraining(_arguments(tmp_path))
     _one_step(run, 0)
-    run.clock["step"] = 1
+    run.clock = pretrain.Clock(step=1)
     run.save()
     straight = [_one_step(run, 1), _one_step(run, 2)]
-    again = pretrain.Run(_arguments(tmp_path))
-    assert again.clock["step"] == 1
+    again = pretrain.Pretraining(_arguments(tmp_path))
+    assert again.clock.step == 1
     assert [_one_step(again, 1), _one_step(again, 2)] == pytest.approx(straight, rel=1e-3)
     assert straight[0] != pytest.approx(
         straight[1], rel=1e-3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ SPECIAL = (
 TAGS = ("<query>", "</query>", "<box>", "</box>", "<visible>", "</visible>")
 WORDS = ("system", "user", "assistant", "name", "an", "object", "find", "see", "yes", "no")
 VOCABULARY = SPECIAL + TAGS + WORDS + tuple(COLORS) + SHAPES + tuple("0123456789,?.")
+TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -39,6 +41,51 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_heads": 4,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 256,
+    "deepstack_visual_indexes": [1],
+}
+TEXT = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+    },
+    "eos_token_id": TOKEN["<|im_end|>"],
+    "pad_token_id": TOKEN["<|endoftext|>"],
+}
+GENERATION = {
+    "do_sample": False,
+    "eos_token_id": TOKEN["<|im_end|>"],
+    "pad_token_id": TOKEN["<|endoftext|>"],
+}
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "patch_size": 8,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "size": {"shortest_edge": 1024, "longest_edge": 65536},
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -46,11 +93,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
     Decoding puts blanks before words only.
     """
-    core = Tokenizer(
-        models.WordLevel(
-            {token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"
-        )
+    named = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_word_level(),
+        **named,
+        additional_special_tokens=[token for token in SPECIAL if token not in named.values()],
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
+
+
+def _word_level() -> Tokenizer:
+    """How texts become tokens and tokens texts."""
+    core = Tokenizer(models.WordLevel(TOKEN, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"</?[a-z]+>|[a-z]+|[0-9]|[^\s]"), behavior="removed", invert=True
     )
@@ -61,66 +117,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
             decoders.Replace(Regex(r"(?<=<visible>) |^ "), ""),
         ]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[
-            token for token in SPECIAL if token not in ("<unk>", "<|im_end|>", "<|endoftext|>")
-        ],
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return core
 
 
 def config() -> Qwen3VLConfig:
     """2.2 M parameters: vision 4 x 128 with patches of 8 px merged 2 x 2, text 4 x 128, tied
     embeddings.
     """
-    token = {name: VOCABULARY.index(name) for name in SPECIAL}
-    vision = dict(
-        depth=4,
-        hidden_size=128,
-        intermediate_size=384,
-        num_heads=4,
-        patch_size=8,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=128,
-        num_position_embeddings=256,
-        deepstack_visual_indexes=[1],
-    )
-    text = dict(
-        vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
+    made = Qwen3VLConfig(
+        vision_config=deepcopy(VISION),  # transformers writes into what it is given
+        text_config=deepcopy(TEXT),
+        image_token_id=TOKEN["<|image_pad|>"],
+        video_token_id=TOKEN["<|video_pad|>"],
+        vision_start_token_id=TOKEN["<|vision_start|>"],
+        vision_end_token_id=TOKEN["<|vision_end|>"],
         tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
-        eos_token_id=token["<|im_end|>"],
-        pad_token_id=token["<|endoftext|>"],
     )
-    return Qwen3VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=token["<|image_pad|>"],
-        video_token_id=token["<|video_pad|>"],
-        vision_start_token_id=token["<|vision_start|>"],
-        vision_end_token_id=token["<|vision_end|>"],
-        tie_word_embeddings=True,
-        vise_prompts="short",
-    )
+    made.vise_prompts = "short"
+    return made
 
 
 def model(seed: int) -> Qwen3VLForConditionalGeneration:
@@ -133,9 +147,8 @@ def model(seed: int) -> Qwen3VLForConditionalGeneration:
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if weight.dim() >= 2:
-                weight.normal_(
-                    0, 0.1 if "embed_tokens" in name else 1 / math.sqrt(weight[0].numel())
-                )
+                spread = 0.1 if "embed_tokens" in name else 1 / math.sqrt(weight[0].numel())
+                weight.normal_(0, spread)
         visual = net.model.visual
         visual.pos_embed.weight.copy_(0.35 * _sin_cos_table(16, 128))
         visual.deepstack_merger_list[-1].linear_fc2.weight.zero_()
@@ -148,24 +161,8 @@ def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
     """
     net.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
-    pad = VOCABULARY.index("<|endoftext|>")
-    eos = VOCABULARY.index("<|im_end|>")
-    _write(
-        directory / "generation_config.json",
-        {"do_sample": False, "eos_token_id": eos, "pad_token_id": pad},
-    )
-    _write(
-        directory / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "patch_size": 8,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "size": {"shortest_edge": 1024, "longest_edge": 65536},
-        },
-    )
+    _write(directory / "generation_config.json", GENERATION)
+    _write(directory / "preprocessor_config.json", PREPROCESSOR)
 
 
 def _write(path: Path, content: dict) -> None:

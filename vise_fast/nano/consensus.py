@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,24 +29,30 @@ from vise_fast.text import prompts
 
 SEED = 78_001
 SIDE = lessons.SIDE
+LENGTH = lessons.ANSWER["find"]
 
 
-def back_projected(
-    pupil: exam.Pupil, images: list[Tensor], ask: list[str], greedy: Tensor, round_: int
-) -> Tensor:
+@dataclass(frozen=True)
+class Task:
+    """Images (S, S, 3) and what the pupil is asked about each."""
+
+    images: list[Tensor]
+    questions: list[str]
+
+
+def back_projected(pupil: exam.Pupil, task: Task, greedy: Tensor, round_: int) -> Tensor:
     """One view per image: the greedy boxes found there, projected back (ellipse hull), (N, 4); NaN
     where the view lost the object.
     """
-    drawn = [
-        views.draw_view(generator(SEED, round_, "view", index), SIDE, SIDE, ViewConfig())
-        for index in range(len(images))
-    ]
+    settings = ViewConfig()
+    rngs = [generator(SEED, round_, "view", index) for index in range(len(task.images))]
+    drawn = [views.draw_view(rng, SIDE, SIDE, settings) for rng in rngs]
     matrices = torch.stack([view.matrix_px for view in drawn])
-    boxes = _readable(pupil.answer(pupil.look(torch.stack(views.apply(images, drawn))), ask, 18))
-    back = geometry.project_1000(
-        boxes, torch.linalg.inv(matrices), SIDE, SIDE, "ellipse", clamp=False
-    )
-    kept = geometry.kept_share(greedy, matrices, SIDE, SIDE) >= ViewConfig().min_kept
+    past = pupil.look(torch.stack(views.apply(task.images, drawn)))
+    boxes = _readable(pupil.answer(past, task.questions, LENGTH))
+    inverse = torch.linalg.inv(matrices)
+    back = geometry.project_1000(boxes, inverse, SIDE, SIDE, "ellipse", clamp=False)
+    kept = geometry.kept_share(greedy, matrices, SIDE, SIDE) >= settings.min_kept
     return torch.where(kept[:, None], back, torch.nan)
 
 
@@ -60,41 +67,45 @@ def study(pupil: exam.Pupil, count: int, rounds: int) -> dict[str, list[float]]:
     greedy box, its standard error].
     """
     drawn = [scenes.draw(generator(SEED, 0, "scene", index)) for index in range(count)]
-    chosen = [
-        scene.objects[generator(SEED, 0, "choice", i).integers(len(scene.objects))]
-        for i, scene in enumerate(drawn)
-    ]
-    truth = torch.tensor([thing.box_1000 for thing in chosen])
-    images = [torch.from_numpy(scene.pixels) for scene in drawn]
-    ask = [prompts.SHORT.ground(thing.name) for thing in chosen]
-    past = pupil.look(torch.stack(images))
-    greedy, _ = exam.boxes_of(pupil.answer(past, ask, 18))
-    draw = torch.Generator().manual_seed(SEED)
-    sampled = torch.stack([_readable(pupil.answer(past, ask, 18, draw)) for _ in range(rounds)])
-    seen = torch.stack(
-        [back_projected(pupil, images, ask, greedy, index) for index in range(rounds)]
+    things = exam.chosen(drawn, SEED)
+    truth = torch.tensor([thing.box_1000 for thing in things])
+    task = Task(
+        [torch.from_numpy(scene.pixels) for scene in drawn],
+        [prompts.SHORT.ground(thing.name) for thing in things],
     )
-    ways = {
+    ways = _ways(pupil, task, rounds)
+    base = geometry.iou(ways["greedy"], truth)
+    return {name: _summary(geometry.iou(box, truth), base) for name, box in ways.items()}
+
+
+def _ways(pupil: exam.Pupil, task: Task, rounds: int) -> dict[str, Tensor]:
+    """One box (N, 4) per image, made in each way."""
+    past = pupil.look(torch.stack(task.images))
+    greedy, _ = exam.boxes_of(pupil.answer(past, task.questions, LENGTH))
+    draw = torch.Generator().manual_seed(SEED)
+    samples = [pupil.answer(past, task.questions, LENGTH, draw) for _ in range(rounds)]
+    sampled = torch.stack([_readable(answers) for answers in samples])
+    seen = torch.stack([back_projected(pupil, task, greedy, index) for index in range(rounds)])
+    with_greedy = torch.cat([greedy[None], seen])
+    return {
         "greedy": greedy,
         "one sample": sampled[0].nan_to_num(0),
         "mean of samples": sampled.nanmean(0),
         "median of samples": sampled.nanmedian(0).values,
         "one view": torch.where(seen[0].isnan(), greedy, seen[0]),
-        "mean over views": torch.cat([greedy[None], seen]).nanmean(0),
-        "median over views": torch.cat([greedy[None], seen]).nanmedian(0).values,
+        "mean over views": with_greedy.nanmean(0),
+        "median over views": with_greedy.nanmedian(0).values,
     }
-    base = geometry.iou(greedy, truth)
-    return {name: _summary(geometry.iou(box, truth), base) for name, box in ways.items()}
 
 
 def _summary(iou: Tensor, base: Tensor) -> list[float]:
     gain = iou - base
-    return [
-        round(float(value), 4) for value in (iou.mean(), gain.mean(), gain.std() / len(gain) ** 0.5)
-    ]
+    error = gain.std() / len(gain) ** 0.5
+    return [round(float(value), 4) for value in (iou.mean(), gain.mean(), error)]
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,16 +114,9 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=16)
     args = parser.parse_args()
     pupil = exam.Pupil(load_file(args.model / "model.safetensors"))
-    Console().say(
-        json.dumps(
-            {
-                "scenes": args.scenes,
-                "views": args.views,
-                "iou": study(pupil, args.scenes, args.views),
-            },
-            indent=2,
-        )
-    )
+    iou = study(pupil, args.scenes, args.views)
+    found = {"scenes": args.scenes, "views": args.views, "iou": iou}
+    Console().say(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ PREFIX = IMAGE_START + IMAGE_TOKENS + 1  # with <|vision_end|>
 TEXT_START = IMAGE_START + GRID // 2 + 1  # rope position of the first token after <|vision_end|>
 
 Weights = dict[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+"""Rotated keys and values (B, kv heads, S, 32) of one layer."""
+Past = list[Pair]
+"""Of every layer."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def patches(pixels: Tensor) -> Tensor:
 
 
 def vision_rope() -> Rope:
+    """Row and column of each patch, in merge order."""
     spots = merge_order()
     rates = 1e4 ** (-torch.arange(0, DIM // 2, 2).float() / (DIM // 2))
     angles = torch.cat([(spots // GRID)[:, None] * rates, (spots % GRID)[:, None] * rates], 1)
@@ -89,21 +94,17 @@ def prefix_positions() -> Tensor:
 def vision(weights: Weights, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """patches (B, 256, 192) → merged tokens and deepstack features, each (B, 64, 128)."""
     root = "model.visual."
-    kernel = (
-        weights[root + "patch_embed.proj.weight"].sum(2).flatten(1)
-    )  # both temporal taps see the same image
+    # Both temporal taps see the same image.
+    kernel = weights[root + "patch_embed.proj.weight"].sum(2).flatten(1)
     x = F.linear(x.to(kernel.dtype), kernel, weights[root + "patch_embed.proj.bias"])
     x = x + weights[root + "pos_embed.weight"][merge_order()]
+    deep = x
     for index in range(DEPTH):
         x = _vision_block(weights, f"{root}blocks.{index}.", x, rope)
         if index == DEEPSTACK_AFTER:
-            deep = _merger(
-                weights,
-                root + "deepstack_merger_list.0.",
-                x.reshape(len(x), IMAGE_TOKENS, -1),
-                late=True,
-            )
-    return _merger(weights, root + "merger.", x, late=False), deep
+            merged = x.reshape(len(x), IMAGE_TOKENS, -1)  # its norm spans the merged patches
+            deep = _merger(weights, root + "deepstack_merger_list.0.", merged)
+    return _merger(weights, root + "merger.", x), deep
 
 
 def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -124,13 +125,10 @@ def _vision_block(weights: Weights, root: str, x: Tensor, rope: Rope) -> Tensor:
     qk, v = qkv.view(batch, length, 3 * HEADS, DIM).split([2 * HEADS, HEADS], 2)
     q, k = rope(qk.contiguous()).chunk(2, 2)
     mixed = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-    x = x + _linear(
-        weights, root + "attn.proj", mixed.transpose(1, 2).reshape(batch, length, width)
-    )
-    inner = F.gelu(
-        _linear(weights, root + "mlp.linear_fc1", _layer_norm(weights, root + "norm2", x)),
-        approximate="tanh",
-    )
+    mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+    x = x + _linear(weights, root + "attn.proj", mixed)
+    inner = _linear(weights, root + "mlp.linear_fc1", _layer_norm(weights, root + "norm2", x))
+    inner = F.gelu(inner, approximate="tanh")
     return x + _linear(weights, root + "mlp.linear_fc2", inner)
 
 
@@ -142,12 +140,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
-def _merger(weights: Weights, root: str, x: Tensor, late: bool) -> Tensor:
+def _merger(weights: Weights, root: str, x: Tensor) -> Tensor:
+    """(B, 256, 128) or (B, 64, 512) → (B, 64, 128)."""
     x = _layer_norm(weights, root + "norm", x).reshape(len(x), IMAGE_TOKENS, -1)
     return _linear(weights, root + "linear_fc2", F.gelu(_linear(weights, root + "linear_fc1", x)))
 
 
 def embed(weights: Weights, ids: Tensor) -> Tensor:
+    """ids (B, S) → (B, S, 128)."""
     return F.embedding(ids, weights["model.language_model.embed_tokens.weight"])
 
 
@@ -157,8 +157,8 @@ def text(
     rope: Rope,
     bias: Tensor,
     deep: Tensor | None = None,
-    past: list | None = None,
-):
+    past: Past | None = None,
+) -> tuple[Tensor, Past]:
     """(B, S, 128) → final hidden states and each layer's rotated keys and values.
 
     bias: (S, past + S), 0 where a query may look and -inf elsewhere, in the weights' dtype. deep:
@@ -168,57 +168,43 @@ def text(
     kept = []
     for index in range(LAYERS):
         root = f"model.language_model.layers.{index}."
-        mixed, pair = _text_attention(
-            weights,
-            root + "self_attn.",
-            _rms_norm(weights, root + "input_layernorm", x),
-            rope,
-            bias,
-            past and past[index],
-        )
+        normed = _rms_norm(weights, root + "input_layernorm", x)
+        before = None if past is None else past[index]
+        mixed, pair = _text_attention(weights, root + "self_attn.", normed, rope, bias, before)
         x = x + mixed
-        x = x + _text_mlp(
-            weights, root + "mlp.", _rms_norm(weights, root + "post_attention_layernorm", x)
-        )
+        normed = _rms_norm(weights, root + "post_attention_layernorm", x)
+        x = x + _text_mlp(weights, root + "mlp.", normed)
         if index == 0 and deep is not None:
             x = x + F.pad(deep, (0, 0, IMAGE_START, x.shape[1] - IMAGE_START - IMAGE_TOKENS))
         kept.append(pair)
     return _rms_norm(weights, "model.language_model.norm", x), kept
 
 
-def _text_attention(weights: Weights, root: str, x: Tensor, rope: Rope, bias: Tensor, past):
+def _text_attention(
+    weights: Weights, root: str, x: Tensor, rope: Rope, bias: Tensor, past: Pair | None
+) -> tuple[Tensor, Pair]:
     batch, length, width = x.shape
-    q = _rms_norm(
-        weights,
-        root + "q_norm",
-        _linear(weights, root + "q_proj", x).view(batch, length, HEADS, DIM),
-    )
-    k = _rms_norm(
-        weights,
-        root + "k_norm",
-        _linear(weights, root + "k_proj", x).view(batch, length, KV_HEADS, DIM),
-    )
+    q = _linear(weights, root + "q_proj", x).view(batch, length, HEADS, DIM)
+    k = _linear(weights, root + "k_proj", x).view(batch, length, KV_HEADS, DIM)
     v = _linear(weights, root + "v_proj", x).view(batch, length, KV_HEADS, DIM).transpose(1, 2)
-    q = rope(q).transpose(1, 2)
-    k = rope(k).transpose(1, 2)
+    q = rope(_rms_norm(weights, root + "q_norm", q)).transpose(1, 2)
+    k = rope(_rms_norm(weights, root + "k_norm", k)).transpose(1, 2)
     pair = (k, v)
-    if past is not None:
-        k, v = (torch.cat([old, new], 2) for old, new in zip(past, pair))
+    k, v = pair if past is None else joined(past, pair)
     share = HEADS // KV_HEADS
-    k = k.repeat_interleave(share, 1)
-    v = v.repeat_interleave(share, 1)
-    mixed = _attend(q, k, v, bias)
-    return _linear(
-        weights, root + "o_proj", mixed.transpose(1, 2).reshape(batch, length, width)
-    ), pair
+    mixed = _attend(q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), bias)
+    mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+    return _linear(weights, root + "o_proj", mixed), pair
+
+
+def joined(old: Pair, late: Pair) -> Pair:
+    """Keys and values of what was read before and of what comes after it."""
+    return torch.cat([old[0], late[0]], 2), torch.cat([old[1], late[1]], 2)
 
 
 def _text_mlp(weights: Weights, root: str, x: Tensor) -> Tensor:
-    return _linear(
-        weights,
-        root + "down_proj",
-        F.silu(_linear(weights, root + "gate_proj", x)) * _linear(weights, root + "up_proj", x),
-    )
+    gate = F.silu(_linear(weights, root + "gate_proj", x))
+    return _linear(weights, root + "down_proj", gate * _linear(weights, root + "up_proj", x))
 
 
 def head(weights: Weights, hidden: Tensor) -> Tensor:

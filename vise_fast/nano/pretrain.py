@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from vise_fast.images import scenes
 from vise_fast.nano import blank, exam, forward, lessons
+from vise_fast.nano.forward import Weights
 from vise_fast.system.randomness import generator
 
 BATCH = 32
+DENSE = [len(scenes.COLORS) + 1, len(scenes.SHAPES), 4]
+"""What the dense head says of each visual token: colour or ground, shape, box."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Phase:
     max_objects: int = 4
     ghosted: float = lessons.GHOSTED
     find: float = 1.0
+
+    def rate(self, done: float) -> float:
+        """The learning rate after a share `done` of the phase."""
+        first, last = self.lr
+        return first + done * (last - first)
 
 
 PHASES = (
@@ -61,35 +72,40 @@ class Lessons(IterableDataset):
         self.seed = seed
         self.start = start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         index = self.start
         while True:
             rng = generator(self.seed, index, f"pretrain/{self.phase.name}")
-            batch = lessons.batch(
-                rng, BATCH, self.phase.max_objects, self.phase.ghosted, self.phase.find
-            )
+            phase = self.phase
+            batch = lessons.batch(rng, BATCH, phase.max_objects, phase.ghosted, phase.find)
             yield tuple(torch.from_numpy(part) for part in astuple(batch))
             index += 1
 
 
-def slots() -> tuple[Tensor, Tensor, Tensor]:
-    """positions (3, S), bias (S, S) and the (K,) places that predict an answer token, for a prefix
-    followed by the lesson's slots.
-    """
+class Slots(NamedTuple):
+    """A prefix followed by a lesson's slots as one sequence of S tokens."""
+
+    positions: Tensor
+    """(3, S): time, row, column"""
+    bias: Tensor
+    """(S, S): a slot reads the prefix and itself"""
+    answers: Tensor
+    """(K,): the places that predict an answer token"""
+
+
+def slots() -> Slots:
+    """The same for every lesson."""
     lengths = [lessons.LENGTH[kind] for kind in lessons.SLOTS]
-    owner = torch.repeat_interleave(
-        torch.arange(len(lengths) + 1), torch.tensor([forward.PREFIX, *lengths])
-    )
-    places = [torch.arange(lessons.LENGTH[kind]) for kind in lessons.SLOTS]
-    positions = torch.cat(
-        [forward.prefix_positions(), (forward.TEXT_START + torch.cat(places)).expand(3, -1)], 1
-    )
+    sizes = torch.tensor([forward.PREFIX, *lengths])
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     allowed = ((owner[None] == 0) | (owner[None] == owner[:, None])).tril()
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-    answers = torch.cat(
-        [place >= lessons.QUESTION[kind] - 1 for kind, place in zip(lessons.SLOTS, places)]
-    )
-    return positions, bias, forward.PREFIX + answers.nonzero()[:, 0]
+    places = [torch.arange(length) for length in lengths]
+    following = (forward.TEXT_START + torch.cat(places)).expand(3, -1)
+    positions = torch.cat([forward.prefix_positions(), following], 1)
+    firsts = [lessons.QUESTION[kind] - 1 for kind in lessons.SLOTS]
+    answers = [place >= first for place, first in zip(places, firsts, strict=True)]
+    return Slots(positions, bias, forward.PREFIX + torch.cat(answers).nonzero()[:, 0])
 
 
 class Course(nn.Module):
@@ -101,37 +117,43 @@ class Course(nn.Module):
         super().__init__()
         self.names = [name for name, _ in net.named_parameters()]
         self.weights = nn.ParameterList([weight for _, weight in net.named_parameters()])
-        self.dense_head = nn.Linear(
-            128, len(lessons.scenes.COLORS) + 1 + len(lessons.scenes.SHAPES) + 4
-        )
+        self.dense_head = nn.Linear(128, sum(DENSE))
         self.dtype = dtype
-        positions, self.bias, self.answers = slots()
-        self.text_rope = forward.text_rope(positions)
+        self.slots = slots()
+        self.text_rope = forward.text_rope(self.slots.positions)
         self.vision_rope = forward.vision_rope()
-        self.register_buffer(
-            "prefix",
-            torch.tensor([lessons.TOKEN[token] for token in lessons.PREFIX]),
-            persistent=False,
-        )
+        self.prefix = torch.tensor([blank.TOKEN[token] for token in lessons.PREFIX])
 
-    def cast(self) -> forward.Weights:
-        return {name: weight.to(self.dtype) for name, weight in zip(self.names, self.weights)}
+    def named(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name; the dense head is not among them."""
+        return dict(zip(self.names, self.weights, strict=True))
 
-    def forward(self, phase: Phase, pixels, ids, targets, weights, *truth) -> dict[str, Tensor]:
-        """Losses by name; their weighted sum is "total"."""
-        cast = self.cast()
+    def forward(
+        self,
+        phase: Phase,
+        pixels: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        *truth: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses by name; their weighted sum is "total". Tensors as in lessons.Batch."""
+        cast = {name: weight.to(self.dtype) for name, weight in self.named().items()}
         main, deep = forward.vision(cast, forward.patches(pixels), self.vision_rope)
         losses = self._dense(main.float(), *truth)
-        total = phase.dense * sum(losses.values())
+        total = phase.dense * sum(losses.values(), torch.zeros(()))
         if phase.questions:
-            losses["answers"] = self._answers(cast, main, deep, ids, targets, weights)
+            logits = self._logits(cast, main, deep, ids)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses["answers"] = (loss * weights.flatten()).sum() / weights.sum()
             total = total + losses["answers"]
         return losses | {"total": total}
 
     def _dense(
         self, main: Tensor, color: Tensor, shape: Tensor, box: Tensor, sure: Tensor
     ) -> dict[str, Tensor]:
-        said_color, said_shape, said_box = self.dense_head(main).split([9, 4, 4], -1)
+        said = self.dense_head(main)
+        said_color, said_shape, said_box = said.split(DENSE, -1)
         thing = (color < 8).float()
         shape_loss = F.cross_entropy(said_shape.transpose(1, 2), shape, reduction="none")
         distance = (said_box - box).abs().mean(-1)
@@ -141,23 +163,14 @@ class Course(nn.Module):
             "box": 5 * (distance * sure).sum() / sure.sum().clamp(min=1),
         }
 
-    def _answers(
-        self,
-        cast: forward.Weights,
-        main: Tensor,
-        deep: Tensor,
-        ids: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
+    def _logits(self, cast: Weights, main: Tensor, deep: Tensor, ids: Tensor) -> Tensor:
+        """(B, K, V): logits of the answer tokens, from image features and the slots' ids."""
         start = forward.IMAGE_START
         end = forward.IMAGE_START + forward.IMAGE_TOKENS
         told = forward.embed(cast, torch.cat([self.prefix.expand(len(ids), -1), ids], 1))
         x = torch.cat([told[:, :start], main, told[:, end:]], 1)
-        hidden, _ = forward.text(cast, x, self.text_rope, self.bias.to(self.dtype), deep)
-        logits = forward.head(cast, hidden[:, self.answers]).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return (loss * weights.flatten()).sum() / weights.sum()
+        hidden, _ = forward.text(cast, x, self.text_rope, self.slots.bias.to(self.dtype), deep)
+        return forward.head(cast, hidden[:, self.slots.answers]).float()
 
 
 class Optimizers:
@@ -166,53 +179,61 @@ class Optimizers:
     """
 
     def __init__(self, course: Course, muon_lr: float, adam_lr: float):
-        def hidden(name: str, weight: Tensor) -> bool:
-            return weight.dim() == 2 and "embed" not in name
-
-        matrices = [w for name, w in zip(course.names, course.weights) if hidden(name, w)]
-        others = [w for name, w in zip(course.names, course.weights) if not hidden(name, w)]
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, weight in course.named().items():
+            hidden = weight.dim() == 2 and "embed" not in name
+            (matrices if hidden else others).append(weight)
         others += list(course.dense_head.parameters())
-        self.all = [torch.optim.AdamW(others, adam_lr, (0.9, 0.98), weight_decay=0.02, fused=True)]
+        adam = torch.optim.AdamW(others, adam_lr, (0.9, 0.98), weight_decay=0.02, fused=True)
+        self.all: list[torch.optim.Optimizer] = [adam]
         if muon_lr > 0:
-            self.all.append(
-                torch.optim.Muon(
-                    matrices, muon_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            adjust = "match_rms_adamw"
+            muon = torch.optim.Muon(matrices, muon_lr, weight_decay=0.02, adjust_lr_fn=adjust)
+            self.all.append(muon)
         else:
-            self.all[0].add_param_group({"params": matrices})
+            adam.add_param_group({"params": matrices})
         self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.all]
 
     def step(self, share: float) -> None:
-        for optimizer, peak in zip(self.all, self.peaks):
+        """One step at `share` of the peak rates; gradients are cleared."""
+        for optimizer, peak in zip(self.all, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every state tensor under a flat name."""
-        return {
-            f"{which}/{index}/{key}": value
-            for which, optimizer in enumerate(self.all)
-            for index, state in optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
+        """Every state tensor under a flat name: optimizer/parameter/key."""
+        found: dict[str, Tensor] = {}
+        for which, optimizer in enumerate(self.all):
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"{which}/{index}/{key}": value for key, value in state.items()}
+        return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """What `tensors` gave."""
         for which, optimizer in enumerate(self.all):
             state: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
                 owner, index, key = name.split("/")
                 if int(owner) == which:
                     state.setdefault(int(index), {})[key] = value
-            optimizer.load_state_dict(
-                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-class Run:
-    """One pretraining run in a directory: clock, log, checkpoints."""
+@dataclass(frozen=True)
+class Clock:
+    """How far a pretraining is; compilation is not counted."""
+
+    minutes: float = 0.0
+    images: int = 0
+    step: int = 0
+
+
+class Pretraining:
+    """One pretraining in a directory: clock, log, checkpoints."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -221,28 +242,25 @@ class Run:
         self.net = blank.model(args.seed)
         self.course = Course(self.net)
         self.optimizers = Optimizers(self.course, args.muon_lr, args.adam_lr)
-        self.clock = {"minutes": 0.0, "images": 0, "step": 0}
+        self.clock = Clock()
         if (self.out / "state.json").exists():
             self._resume()
         self.loss = torch.compile(self.course) if args.compile else self.course
 
     def progress(self) -> float:
-        return self.clock["minutes"] / self.args.minutes
+        """The share of the minutes that is over."""
+        return self.clock.minutes / self.args.minutes
 
-    def log(self, **entry) -> None:
-        entry = self.clock | entry
+    def log(self, **entry: object) -> None:
+        """A line of log.jsonl: the clock and `entry`."""
+        line = asdict(self.clock) | entry
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(
-                json.dumps(
-                    {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
-                )
-                + "\n"
-            )
+            file.write(json.dumps(rounded) + "\n")
 
     def examine(self, count: int) -> None:
-        weights = {
-            name: weight.detach() for name, weight in zip(self.course.names, self.course.weights)
-        }
+        """Logs the figures on `count` held-out scenes."""
+        weights = {name: weight.detach() for name, weight in self.course.named().items()}
         self.log(exam=count, **exam.held_out(weights, count))
 
     def save(self) -> None:
@@ -250,20 +268,19 @@ class Run:
         last.
         """
         blank.save(self.net, self.out / "model")
-        save_file(
-            {k: v.contiguous() for k, v in self.optimizers.tensors().items()},
-            self.out / "optimizers.safetensors",
-        )
+        states = {name: state.contiguous() for name, state in self.optimizers.tensors().items()}
+        save_file(states, self.out / "optimizers.safetensors")
         save_file(dict(self.course.dense_head.state_dict()), self.out / "dense_head.safetensors")
-        (self.out / "state.json").write_text(json.dumps(self.clock) + "\n")
+        (self.out / "state.json").write_text(json.dumps(asdict(self.clock)) + "\n")
 
     def _resume(self) -> None:
-        self.clock = json.loads((self.out / "state.json").read_text())
+        self.clock = Clock(**json.loads((self.out / "state.json").read_text()))
         self.net.load_state_dict(load_file(self.out / "model" / "model.safetensors"), strict=False)
         self.course.dense_head.load_state_dict(load_file(self.out / "dense_head.safetensors"))
         self.optimizers.load(load_file(self.out / "optimizers.safetensors"))
 
     def train(self) -> None:
+        """What is left of the four phases, then the last exam."""
         start = 0.0
         for phase in PHASES:
             if self.progress() < start + phase.share:
@@ -273,72 +290,64 @@ class Run:
         self.save()
 
     def _teach(self, phase: Phase, start: float) -> None:
-        batches = DataLoader(
-            Lessons(phase, self.args.seed, self.clock["step"]),
-            batch_size=None,
-            num_workers=1,
-            prefetch_factor=8,
-        )
-        began = saved = None  # the first step compiles: off the clock
-        spent = self.clock["minutes"]
-        for batch in batches:
-            done = (self.progress() - start) / phase.share
-            if done >= 1:
-                break
-            warm = min(1.0, (self.clock["step"] + 1) / 100)
-            losses = self._step(
-                phase, batch, warm * (phase.lr[0] + done * (phase.lr[1] - phase.lr[0]))
-            )
+        """One phase, which begins at the share `start` of the minutes."""
+        stream = Lessons(phase, self.args.seed, self.clock.step)
+        batches = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8))
+        spent = self.clock.minutes
+        began: float | None = None  # the first step compiles: off the clock
+        saved = 0.0
+        while (done := (self.progress() - start) / phase.share) < 1:
+            losses = self._step(phase, next(batches), self._warm_up() * phase.rate(done))
+            now = time.monotonic()
             if began is None:
-                began = saved = time.monotonic()
-            self.clock = {
-                "minutes": spent + (time.monotonic() - began) / 60,
-                "images": self.clock["images"] + BATCH,
-                "step": self.clock["step"] + 1,
-            }
-            if self.clock["step"] % 50 == 0:
+                began = saved = now
+            minutes = spent + (now - began) / 60
+            self.clock = Clock(minutes, self.clock.images + BATCH, self.clock.step + 1)
+            if self.clock.step % 50 == 0:
                 self.log(phase=phase.name, **{name: value.item() for name, value in losses.items()})
-            if time.monotonic() - saved > 60 * self.args.save_every:
-                if phase.questions:
-                    self.examine(128)
-                self.save()
+            if now - saved > 60 * self.args.save_every:
+                self._checkpoint(phase)
                 saved = time.monotonic()
+
+    def _warm_up(self) -> float:
+        """The share of the learning rate in the first hundred steps."""
+        return min(1.0, (self.clock.step + 1) / 100)
+
+    def _checkpoint(self, phase: Phase) -> None:
+        if phase.questions:
+            self.examine(128)
+        self.save()
 
     def _step(self, phase: Phase, batch: list[Tensor], lr_share: float) -> dict[str, Tensor]:
         losses = self.loss(phase, *batch)
         losses["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.course.parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at step {self.clock['step']}")
+            raise FloatingPointError(f"gradient norm is {norm} at step {self.clock.step}")
         self.optimizers.step(lr_share)
         return losses
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", required=True, help="directory of the run; the model is in its folder 'model'"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=14, help="on the run's clock, compilation excluded"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--muon-lr",
-        type=float,
-        default=3e-3,
-        help="peak rate of the hidden matrices; 0: AdamW for all",
-    )
-    parser.add_argument(
-        "--adam-lr", type=float, default=1.5e-3, help="peak rate of everything else"
-    )
-    parser.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--out", required=True, help="directory of the run; the model is in its folder 'model'")
+    add("--minutes", type=float, default=14, help="on the run's clock, compilation excluded")
+    add("--seed", type=int, default=0)
+    muon = "peak rate of the hidden matrices; 0: AdamW for all"
+    add("--muon-lr", type=float, default=3e-3, help=muon)
+    add("--adam-lr", type=float, default=1.5e-3, help="peak rate of everything else")
+    add("--save-every", type=float, default=3.0, help="minutes between checkpoints")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+def main() -> None:
+    """The command."""
     torch.set_num_threads(1)
-    Run(args).train()
+    Pretraining(_parser().parse_args()).train()
 
 
 if __name__ == "__main__":
