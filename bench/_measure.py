@@ -1,10 +1,13 @@
-"""How the benches measure: interleaved repeats, median and spread, ceilings taken in the same run, and one form of result file.
+"""How the benches measure: interleaved repeats, median and spread, ceilings taken in the same run,
+and one form of result file.
 
-On a GPU the clock is wall time between synchronisations; on a CPU it is the process's CPU time, so that other work on the machine costs
-little, and contenders run on one thread. Left out: what is measured.
+On a GPU the clock is wall time between synchronisations; on a CPU it is the process's CPU time, so
+that other work on the machine costs little, and contenders run on one thread. Left out: what is
+measured.
 """
 
 import importlib.util
+import itertools
 import json
 import platform
 import statistics
@@ -18,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from _checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
     "triton",
@@ -31,11 +34,14 @@ PACKAGES = (
     "torchvision",
     "kornia",
     "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "nanobind",
 )
-PACKAGES += ("liger-kernel", "cut-cross-entropy", "nanobind")
 
 
 def installed(module: str) -> bool:
+    """Whether `module` can be imported, without doing so."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -47,10 +53,18 @@ class Times:
 
     @property
     def median(self) -> float:
+        """Of the repeats."""
         return statistics.median(self.seconds)
 
     def summary(self) -> dict[str, float]:
+        """Median and spread, for the result file."""
         return {"median_s": self.median, "least_s": min(self.seconds), "most_s": max(self.seconds)}
+
+
+def ratio(slow: Times, quick: Times) -> dict[str, float]:
+    """Of neighbouring repeats, which saw the same machine: median, least and most."""
+    ratios = [a / b for a, b in zip(slow.seconds, quick.seconds, strict=True)]
+    return {"median": statistics.median_low(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def clock(device: torch.device) -> float:
@@ -64,7 +78,9 @@ def clock(device: torch.device) -> float:
 def interleaved(
     contenders: dict[str, Callable], device: torch.device, repeats: int, least_s: float
 ) -> dict[str, Times]:
-    """Every contender once per repeat, A B C A B C ...; each turn repeats the call until about `least_s` have passed."""
+    """Every contender once per repeat, A B C A B C ...; each turn repeats the call until about
+    `least_s` have passed.
+    """
     calls = {name: _calls(run, device, least_s) for name, run in contenders.items()}
     times = {name: Times() for name in contenders}
     for _ in range(repeats):
@@ -84,7 +100,9 @@ def _calls(run: Callable, device: torch.device, least_s: float) -> int:
 
 
 def extra_bytes(run: Callable, device: torch.device) -> int:
-    """Most tensor memory alive at once during `run()`, beyond what was there before; its results included."""
+    """Most tensor memory alive at once during `run()`, beyond what was there before; its results
+    included.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -96,20 +114,15 @@ def extra_bytes(run: Callable, device: torch.device) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = run()  # alive until the profile ends
     del kept
-    sizes = [
-        event.nbytes()
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    alive = most = 0
-    for size in sizes:
-        alive += size
-        most = max(most, alive)
-    return most
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def ceilings(device: torch.device, smoke: bool, dtype: str = "auto") -> dict[str, float]:
-    """Measured copy bandwidth (bytes read and written per second) and matmul rate (FLOP/s) in `dtype`; auto: bf16 on a GPU, fp32 on a CPU."""
+    """Measured copy bandwidth (bytes read and written per second) and matmul rate (FLOP/s) in
+    `dtype`; auto: bf16 on a GPU, fp32 on a CPU.
+    """
     cuda = device.type == "cuda"
     size = 2**20 if smoke else 2**30 if cuda else 2**27
     side = 256 if smoke else 8192 if cuda else 1024
@@ -129,7 +142,7 @@ def machine(
     device: torch.device,
     sources: tuple[str, ...] = ("vise_fast", "kernels", "bench", "CMakeLists.txt"),
 ) -> dict:
-    """What a reader needs to judge the numbers; `sources` are the paths that the numbers depend on."""
+    """What a reader needs to judge the numbers; `sources`: the paths that the numbers depend on."""
     versions = {name: metadata.version(name) for name in PACKAGES if _has(name)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
@@ -155,10 +168,11 @@ def _processor() -> str:
 
 
 def _commit(sources: tuple[str, ...]) -> str:
-    """The commit measured, with a plus sign where `sources` differ from it; "unknown" outside a checkout."""
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
+    """The commit measured, with a plus sign where `sources` differ from it; "unknown" outside a
+    checkout.
+    """
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT)
@@ -166,10 +180,11 @@ def _commit(sources: tuple[str, ...]) -> str:
 
 
 def finish(results: dict, path: Path | None) -> None:
-    """Adds the command, writes the result file where there is one to write, prints the document as the last line."""
-    results["command"] = " ".join(
-        ["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
-    )
+    """Adds the command, writes the result file where there is one to write, prints the document as
+    the last line.
+    """
+    script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    results["command"] = " ".join(["python", str(script), *sys.argv[1:]])
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

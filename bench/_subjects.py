@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from vise_fast.config.places import SHAPES
 from vise_fast.config.schema import Config, load
 from vise_fast.images import scenes
 from vise_fast.images.image import Image
@@ -30,7 +31,6 @@ from vise_fast.nano.blank import CHAT_TEMPLATE
 from vise_fast.text.prompts import NATURAL
 from vise_fast.text.tokens import Tokens
 
-SHAPES = Path(__file__).parents[1] / "configs" / "models"
 QUERY_TOKENS = 14
 BOX_TOKENS = 22
 VERDICT_TOKENS = 8
@@ -65,6 +65,7 @@ class Locked:
         return mask
 
     def text(self, ids: list[int]) -> str:
+        """What an answer of this length says; boxes differ from one to the next."""
         style = self._tokens.style
         if len(ids) == QUERY_TOKENS:
             return style.write_query(QUERIES[style.name])
@@ -85,6 +86,7 @@ class Subject:
     random: bool
 
     def config(self, preset: str, batch: int, extra: list[str]) -> Config:
+        """A training configuration of this model with locked lengths; `extra`: words of it."""
         words = [
             f"--model.path={self.directory}",
             f"--reward.preset={preset}",
@@ -99,6 +101,7 @@ class Subject:
 
     @property
     def weights(self) -> str | None:
+        """What `model.load` is to make of them."""
         return "random" if self.random else None
 
 
@@ -132,14 +135,28 @@ def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
     """One token per word, digit and mark of the natural prompts and their answers; special tokens
     at the ids the model's config names.
     """
+    core = Tokenizer(models.WordLevel(_vocabulary(shape), unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
+    known = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        **known,
+        additional_special_tokens=[name for name in SPECIAL if name not in known.values()],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _vocabulary(shape: dict) -> dict[str, int]:
     texts = [
         NATURAL.ask(),
         NATURAL.ground(QUERIES["natural"]),
         NATURAL.verify(QUERIES["natural"]),
         "system user assistant yes Yes YES no No NO\n",
     ]
-    pieces = sorted({piece for text in texts for piece in _pieces(text)} | set("0123456789"))
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    pieces = set("0123456789")
+    for text in texts:
+        pieces.update(re.findall(PIECE, text))
+    vocabulary = {piece: index for index, piece in enumerate(sorted(pieces))}
     ids = {
         "<|vision_start|>": "vision_start_token_id",
         "<|vision_end|>": "vision_end_token_id",
@@ -147,24 +164,8 @@ def tokenizer(shape: dict) -> PreTrainedTokenizerFast:
         "<|video_pad|>": "video_token_id",
     }
     vocabulary |= {name: shape[key] for name, key in ids.items()}
-    free = iter(range(len(pieces), len(pieces) + len(SPECIAL)))
-    vocabulary |= {name: next(free) for name in SPECIAL if name not in ids}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[
-            name for name in SPECIAL if name not in ("<unk>", "<|im_end|>", "<|endoftext|>")
-        ],
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def _pieces(text: str) -> list[str]:
-    return re.findall(PIECE, text)
+    free = [name for name in SPECIAL if name not in ids]
+    return vocabulary | {name: index for index, name in enumerate(free, len(pieces))}
 
 
 def folder(directory: Path, size: tuple[int, int], count: int) -> list[Image]:

@@ -1,11 +1,11 @@
 """Every op of vise_kernels beside its plain version, beside the peers that are installed, and
 beside the machine's ceilings.
 
-    python bench/kernels.py                          on the GPU if there is one (Triton), else on
-    one CPU thread (native C++)
-    python bench/kernels.py --op ghost --write       one op; --write puts the document under
-    bench/results/
-    python bench/kernels.py --smoke                  tiny shapes, one repeat: does everything run?
+    python bench/kernels.py                     on the GPU if there is one (Triton), else on one CPU
+                                                thread (native C++)
+    python bench/kernels.py --op ghost --write  one op; --write puts the document under
+                                                bench/results/
+    python bench/kernels.py --smoke             tiny shapes, one repeat: does everything run?
 
 Contenders of a case do the same work on the same inputs; `ours` is the path that the op takes by
 itself. "ceiling" is the time the case's bytes or FLOPs would take at the copy bandwidth or matmul
@@ -14,21 +14,21 @@ copy does not). Figures from a CPU are ratios: its seconds are in the JSON only.
 correctness (tests/kernels/).
 """
 
+from __future__ import annotations
+
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
+import _checkout
+import _measure as measure
+import _peers as peers
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-import _measure as measure  # noqa: E402
-import _peers as peers  # noqa: E402
-import vise_kernels  # noqa: E402
-from vise_kernels import (  # noqa: E402
+import vise_kernels
+from torch import Tensor
+from vise_kernels import (
     attention,
     decode_attention,
     few_rows,
@@ -47,10 +47,10 @@ from vise_kernels import (  # noqa: E402
     token_logprob,
     warp,
 )
-from vise_kernels.attention import Bank  # noqa: E402
-from vise_kernels.decode_attention import Banks, locate  # noqa: E402
-from vise_kernels.dispatch import native  # noqa: E402
-from vise_kernels.heads import Turn  # noqa: E402
+from vise_kernels.attention import Bank
+from vise_kernels.decode_attention import Banks, locate
+from vise_kernels.dispatch import native
+from vise_kernels.heads import Turn
 
 
 @dataclass
@@ -67,16 +67,35 @@ class Case:
     memory: bool = False
 
 
-def noise(count: int, height: int, width: int, device: torch.device) -> list[torch.Tensor]:
+def beside_plain(run: Callable) -> dict[str, Callable]:
+    """`run(path=None)` as the op goes by itself, and plain."""
+    return {"ours": run, "plain": lambda: run(path="plain")}
+
+
+def size_of(*tensors: Tensor) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As a shape tells it."""
+    return str(dtype)[6:]
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def noise(count: int, height: int, width: int, device: torch.device) -> list[Tensor]:
+    """`count` images (height, width, 3) of random bytes."""
     generator = torch.Generator().manual_seed(0)
+    size = (height, width, 3)
     pictures = [
-        torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
-        for _ in range(count)
+        torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for _ in range(count)
     ]
     return [picture.to(device) for picture in pictures]
 
 
-def random_boxes(count: int, height: int, width: int) -> torch.Tensor:
+def random_boxes(count: int, height: int, width: int) -> Tensor:
     """Sides uniform over 0.1..0.7 of the image's, places uniform."""
     generator = torch.Generator().manual_seed(1)
     share, place = torch.rand(2, count, 2, generator=generator)
@@ -85,37 +104,33 @@ def random_boxes(count: int, height: int, width: int) -> torch.Tensor:
     return torch.cat([corner, corner + sides], 1).round().long()
 
 
-def image_cases(device: torch.device, smoke: bool):
+def image_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """One ghost of each image by every method, and a rotation."""
     count = 2 if smoke else 64 if device.type == "cuda" else 16
     height, width = (96, 128) if smoke else (480, 640)
     images = noise(count, height, width, device)
-    index = torch.arange(count)
     boxes = random_boxes(count, height, width)
-    pixels = count * height * width * 3
+    moved = 2 * size_of(*images)
     shape = f"{count} x {height}x{width}"
-    for sigma, radius in ((25.0, 75), (25.0, 25)):
-        options = {"sigma": sigma, "radius": radius}
-        contenders = {
-            "ours": lambda options=options: ghost(images, index, boxes, **options),
-            "plain": lambda options=options: ghost(images, index, boxes, **options, path="plain"),
-            **peers.ghost(images, boxes, sigma, radius),
-        }
-        yield Case(
-            "ghost",
-            f"{shape}, blur, {2 * radius + 1} taps, random boxes",
-            contenders,
-            moved=2 * pixels,
-        )
+    for radius in (75, 25):
+        told = f"{shape}, blur, {2 * radius + 1} taps, random boxes"
+        contenders = ghosts(images, boxes, sigma=25.0, radius=radius)
+        contenders |= peers.ghost(images, boxes, 25.0, radius)
+        yield Case("ghost", told, contenders, moved=moved)
     for method in ("mean", "pixelate"):
-        contenders = {
-            "ours": lambda method=method: ghost(images, index, boxes, method=method),
-            "plain": lambda method=method: ghost(images, index, boxes, method=method, path="plain"),
-        }
-        yield Case("ghost", f"{shape}, {method}, random boxes", contenders, moved=2 * pixels)
-    yield warp_case(images, shape, pixels)
+        contenders = ghosts(images, boxes, method=method)
+        yield Case("ghost", f"{shape}, {method}, random boxes", contenders, moved=moved)
+    matrices = turned(count)
+    contenders = beside_plain(partial(warp, images, matrices)) | peers.warp(images, matrices)
+    yield Case("warp", f"{shape}, rotation by 10 degrees", contenders, moved=moved)
 
 
-def turned(count: int) -> torch.Tensor:
+def ghosts(images: list[Tensor], boxes: Tensor, **options) -> dict[str, Callable]:
+    """Ours and plain, box n of image n."""
+    return beside_plain(partial(ghost, images, torch.arange(len(images)), boxes, **options))
+
+
+def turned(count: int) -> Tensor:
     """(count,3,3): a rotation by 10 degrees, with a shift that keeps most of a 640x480 image in
     sight.
     """
@@ -125,85 +140,51 @@ def turned(count: int) -> torch.Tensor:
     return turn.expand(count, 3, 3).contiguous()
 
 
-def warp_case(images: list[torch.Tensor], shape: str, pixels: int) -> Case:
-    height, width = images[0].shape[:2]
-    matrices = turned(len(images))
-    contenders = {
-        "ours": lambda: warp(images, matrices),
-        "plain": lambda: warp(images, matrices, path="plain"),
-        **peers.warp(images, matrices),
-    }
-    return Case("warp", f"{shape}, rotation by 10 degrees", contenders, moved=2 * pixels)
-
-
-def patch_cases(device: torch.device, smoke: bool):
+def patch_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Images to the model's grid, to patches, through a warp to patches, and all the way."""
     count = 1 if smoke else 32 if device.type == "cuda" else 4
     old, new = ((96, 128), (64, 96)) if smoke else ((768, 1024), (480, 640))
     images = noise(count, *old, device)
     small = noise(count, *new, device)
-    sizes = [new] * count
-    options = {"patch": 16, "merge": 2}
-    read = count * old[0] * old[1] * 3
-    kept = count * new[0] * new[1] * 3
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    item = torch.empty(0, dtype=dtype).element_size()
-    contenders = {
-        "ours": lambda: resize(images, sizes),
-        "plain": lambda: resize(images, sizes, path="plain"),
-        **peers.resize(images, new),
-    }
-    yield Case(
-        "resize", f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}", contenders, moved=read + kept
-    )
-    for single in (False, True):
-        case = {**options, "dtype": dtype, "single_tap": single}
-        contenders = {
-            "ours": lambda case=case: patchify(small, **case),
-            "plain": lambda case=case: patchify(small, **case, path="plain"),
-        }
-        taps = "one tap" if single else "two taps"
-        yield Case(
-            "patchify",
-            f"{count} x {new[0]}x{new[1]}, {taps}",
-            contenders,
-            moved=kept * (1 + item * (1 if single else 2)),
-        )
-    yield warped_case(small, {**options, "dtype": dtype, "single_tap": True}, kept * (1 + item))
-    contenders = {
-        "ours": lambda: patchify(resize(images, sizes), **options, dtype=dtype),
-        "plain": lambda: patchify(
-            resize(images, sizes, path="plain"), **options, dtype=dtype, path="plain"
-        ),
-        **peers.stock_processor(images, new),
-    }
-    yield Case(
-        "resize + patchify",
-        f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}",
-        contenders,
-        moved=read + 2 * kept + 2 * item * kept,
-    )
+    cut = partial(patchify, patch=16, merge=2, dtype=dtype)
+    read = size_of(*images)
+    kept = size_of(*small)
+    way = f"{count} x {old[0]}x{old[1]} to {new[0]}x{new[1]}"
+    sized = partial(resize, images, [new] * count)
+    contenders = beside_plain(sized) | peers.resize(images, new)
+    yield Case("resize", way, contenders, moved=read + kept)
+    for single, taps in ((False, "two taps"), (True, "one tap")):
+        contenders = beside_plain(partial(cut, small, single_tap=single))
+        moved = kept * (1 + dtype.itemsize * (1 if single else 2))
+        yield Case("patchify", f"{count} x {new[0]}x{new[1]}, {taps}", contenders, moved=moved)
+    yield warped_case(small, partial(cut, single_tap=True), kept * (1 + dtype.itemsize))
+
+    def both(path: str | None = None) -> tuple[Tensor, Tensor]:
+        return cut(sized(path=path), path=path)
+
+    contenders = beside_plain(both) | peers.stock_processor(images, new)
+    moved = read + 2 * kept + 2 * dtype.itemsize * kept
+    yield Case("resize + patchify", way, contenders, moved=moved)
 
 
-def warped_case(images: list[torch.Tensor], options: dict, moved: int) -> Case:
+def warped_case(images: list[Tensor], cut: Callable, moved: int) -> Case:
     """Ours reads patches through the matrices; the others write the warped images first."""
     height, width = images[0].shape[:2]
     matrices = turned(len(images))
-    contenders = {
-        "ours": lambda: patchify(images, matrices_px=matrices, **options),
-        "warp, then patchify": lambda: patchify(warp(images, matrices), **options),
-        "plain": lambda: patchify(images, matrices_px=matrices, **options, path="plain"),
-    }
-    return Case(
-        "warp + patchify",
-        f"{len(images)} x {height}x{width}, rotation by 10 degrees, one tap",
-        contenders,
-        moved=moved,
-        memory=True,
-    )
+    contenders = beside_plain(partial(cut, images, matrices_px=matrices))
+    contenders |= {"warp, then patchify": lambda: cut(warp(images, matrices))}
+    shape = f"{len(images)} x {height}x{width}, rotation by 10 degrees, one tap"
+    return Case("warp + patchify", shape, contenders, moved=moved, memory=True)
 
 
-def with_backward(run: Callable, leaf: torch.Tensor) -> Callable:
-    def both():
+# ---- logits --------------------------------------------------------------------------------------
+
+
+def with_backward(run: Callable, leaf: Tensor) -> Callable:
+    """`run`, and the gradient of its sum in `leaf`."""
+
+    def both() -> Tensor | None:
         leaf.grad = None
         out = run()
         out.backward(torch.ones_like(out))
@@ -212,291 +193,276 @@ def with_backward(run: Callable, leaf: torch.Tensor) -> Callable:
     return both
 
 
-def token_cases(device: torch.device, smoke: bool):
-    rows, vocabulary = (
-        (4, 1000) if smoke else (2048, 151_936) if device.type == "cuda" else (64, 151_936)
-    )
+def token_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Log-probs of ready logits, forward and with the gradient."""
+    rows = 2048 if device.type == "cuda" else 64
+    rows, vocabulary = (4, 1000) if smoke else (rows, 151_936)
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(rows, vocabulary, device=device).to(dtype)
         ids = torch.randint(vocabulary, (rows,), device=device)
-        runs = {
-            "ours": lambda x, ids=ids: token_logprob(x, ids)[0],
-            "plain": lambda x, ids=ids: token_logprob(x, ids, path="plain")[0],
-            "log_softmax + gather": lambda x, ids=ids: x.log_softmax(-1).gather(1, ids[:, None])[
-                :, 0
-            ],
-            **peers.token_logprob(ids),
-        }
-        shape = f"({rows}, {vocabulary}) {str(dtype)[6:]}"
-        size = logits.numel() * logits.element_size()
-        forward = {name: lambda run=run, x=logits: run(x) for name, run in runs.items()}
-        yield Case("token_logprob", f"{shape}, forward", forward, moved=size, memory=True)
+        shape = f"({rows}, {vocabulary}) {name_of(dtype)}"
+        size = size_of(logits)
+        case = partial(Case, "token_logprob", memory=True)
+        yield case(f"{shape}, forward", token_logprobs(logits, ids), moved=size)
         leaf = logits.clone().requires_grad_()
-        both = {
-            name: with_backward(lambda run=run, x=leaf: run(x), leaf) for name, run in runs.items()
-        }
-        yield Case(
-            "token_logprob", f"{shape}, forward + backward", both, moved=3 * size, memory=True
-        )
+        runs = token_logprobs(leaf, ids)
+        both = {name: with_backward(run, leaf) for name, run in runs.items()}
+        yield case(f"{shape}, forward + backward", both, moved=3 * size)
 
 
-def linear_cases(device: torch.device, smoke: bool):
+def token_logprobs(logits: Tensor, ids: Tensor) -> dict[str, Callable]:
+    """The log-probs alone, by everyone."""
+    ways = {
+        "ours": lambda z: token_logprob(z, ids)[0],
+        "plain": lambda z: token_logprob(z, ids, path="plain")[0],
+        "log_softmax + gather": lambda z: z.log_softmax(-1).gather(1, ids[:, None])[:, 0],
+        **peers.token_logprob(ids),
+    }
+    return {name: partial(way, logits) for name, way in ways.items()}
+
+
+def linear_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Log-probs straight from hidden rows, alone and with the KL, forward + backward."""
     cuda = device.type == "cuda"
-    rows, width, vocabulary = (
-        (8, 32, 500) if smoke else (8192, 2048, 151_936) if cuda else (64, 256, 32_000)
-    )
+    sizes = (8192, 2048, 151_936) if cuda else (64, 256, 32_000)
+    rows, width, vocabulary = (8, 32, 500) if smoke else sizes
     dtype = torch.bfloat16 if cuda else torch.float32
     hidden = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
     reference = torch.randn(rows, width, device=device, dtype=dtype)
     head = (torch.randn(vocabulary, width, device=device) * width**-0.5).to(dtype)
     ids = torch.randint(vocabulary, (rows,), device=device)
-    flop = 2 * rows * width * vocabulary
-    shape = f"({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}"
-    single = {
-        "ours": lambda: linear_logprob(hidden, head, ids),
-        "plain": lambda: linear_logprob(hidden, head, ids, path="plain"),
-        "full logits": lambda: (
-            (hidden @ head.T).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        ),
-        **peers.linear_logprob(hidden, head, ids),
-    }
-    both = {name: with_backward(run, hidden) for name, run in single.items()}
-    yield Case("linear_logprob", f"{shape}, forward + backward", both, flop=2 * flop, memory=True)
-    rows = min(rows, 1024)  # completions: two dozen positions of a few dozen samples
-    states = hidden.detach()[:rows].requires_grad_()
-    others = reference[:rows]
-    chosen = ids[:rows]
-    paired = {
-        "ours": lambda: linear_logprob_kl(states, others, head, chosen)[2],
-        "plain": lambda: linear_logprob_kl(states, others, head, chosen, path="plain")[2],
-        "full logits": lambda: peers.full_kl(states, others, head),
-    }
-    both = {name: with_backward(run, states) for name, run in paired.items()}
-    shape = f"2 x ({rows}, {width}) x ({vocabulary}, {width}) {str(dtype)[6:]}"
-    yield Case(
-        "linear_logprob_kl",
-        f"{shape}, forward + backward",
-        both,
-        flop=3 * 2 * rows * width * vocabulary,
-        memory=True,
-    )
+    yield linear_case(hidden, head, ids)
+    some = min(rows, 1024)  # completions: two dozen positions of a few dozen samples
+    states = hidden.detach()[:some].requires_grad_()
+    yield paired_case(states, reference[:some], head, ids[:some])
 
 
-def sample_cases(device: torch.device, smoke: bool):
-    rows, vocabulary = (
-        (4, 500) if smoke else (256, 151_936) if device.type == "cuda" else (16, 151_936)
-    )
+def linear_case(hidden: Tensor, head: Tensor, ids: Tensor) -> Case:
+    """One distribution."""
+
+    def full() -> Tensor:
+        return (hidden @ head.T).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    runs = beside_plain(partial(linear_logprob, hidden, head, ids))
+    runs |= {"full logits": full, **peers.linear_logprob(hidden, head, ids)}
+    both = {name: with_backward(run, hidden) for name, run in runs.items()}
+    flop = 2 * hidden.numel() * len(head)
+    shape = f"{products(hidden, head)}, forward + backward"
+    return Case("linear_logprob", shape, both, flop=2 * flop, memory=True)
+
+
+def paired_case(hidden: Tensor, reference: Tensor, head: Tensor, ids: Tensor) -> Case:
+    """Policy and reference, and their KL."""
+
+    def ours(path: str | None = None) -> Tensor:
+        return linear_logprob_kl(hidden, reference, head, ids, path=path).kl
+
+    runs = beside_plain(ours)
+    runs |= {"full logits": lambda: peers.full_kl(hidden, reference, head)}
+    both = {name: with_backward(run, hidden) for name, run in runs.items()}
+    flop = 2 * hidden.numel() * len(head)
+    shape = f"2 x {products(hidden, head)}, forward + backward"
+    return Case("linear_logprob_kl", shape, both, flop=3 * flop, memory=True)
+
+
+def products(hidden: Tensor, head: Tensor) -> str:
+    """The sizes of the product."""
+    return f"{tuple(hidden.shape)} x {tuple(head.shape)} {name_of(hidden.dtype)}"
+
+
+def sample_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """One id of each row."""
+    rows = 256 if device.type == "cuda" else 16
+    rows, vocabulary = (4, 500) if smoke else (rows, 151_936)
     logits = torch.randn(rows, vocabulary, device=device)
     seed = torch.arange(rows, device=device)
-    contenders = {
-        "ours": lambda: sample(logits, temperature=1.0, seed=seed, position=3),
-        "plain": lambda: sample(logits, temperature=1.0, seed=seed, position=3, path="plain"),
-        "softmax + multinomial + gather": lambda: peers.multinomial(logits),
-    }
-    yield Case(
-        "sample",
-        f"({rows}, {vocabulary}) float32, T = 1",
-        contenders,
-        moved=logits.numel() * 4,
-        memory=True,
-    )
+    contenders = beside_plain(partial(sample, logits, temperature=1.0, seed=seed, position=3))
+    contenders |= {"softmax + multinomial + gather": lambda: peers.multinomial(logits)}
+    shape = f"({rows}, {vocabulary}) float32, T = 1"
+    yield Case("sample", shape, contenders, moved=size_of(logits), memory=True)
 
 
-def decode_cases(device: torch.device, smoke: bool):
+# ---- a decoder's steps ---------------------------------------------------------------------------
+
+
+def decode_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """One decode step's attention in one layer of 2B: a group of 8 answers to each image, sharing
     its prefix and question.
     """
-    images, group, (heads, kv, dim) = (
-        (2, 2, (4, 2, 16))
-        if smoke
-        else (8, 8, (16, 8, 128))
-        if device.type == "cuda"
-        else (2, 8, (16, 8, 128))
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cuda = device.type == "cuda"
+    images, group = (2, 2) if smoke else (8, 8) if cuda else (2, 8)
+    queries, kv, dim = (4, 2, 16) if smoke else (16, 8, 128)
+    dtype = torch.bfloat16 if cuda else torch.float32
     rows = images * group
-    sizes = ((images, 310), (images, 100), (images * group, 22))
-    keys, values = (
-        [torch.randn(m, kv, tokens, dim, device=device, dtype=dtype) for m, tokens in sizes]
-        for _ in range(2)
-    )
+    sizes = ((images, 310), (images, 100), (rows, 22))
+
+    def drawn() -> list[Tensor]:
+        options = {"device": device, "dtype": dtype}
+        return [torch.randn(m, kv, tokens, dim, **options) for m, tokens in sizes]
+
+    keys = drawn()
+    values = drawn()
     own = torch.arange(rows, device=device)
     owner = torch.stack([own // group, own // group, own])
-    length = (
-        torch.tensor([tokens for _, tokens in sizes], device=device)[:, None]
-        .expand(-1, rows)
-        .contiguous()
-    )
+    length = torch.tensor([[tokens] * rows for _, tokens in sizes], device=device)
     banks = Banks(keys, values, owner, length, locate(keys, values).to(device))
-    q = torch.randn(rows, heads, dim, device=device, dtype=dtype)
-    contenders = {
-        "ours": lambda: decode_attention(q, banks, scale=dim**-0.5),
-        "plain": lambda: decode_attention(q, banks, scale=dim**-0.5, path="plain"),
-        "keys copied to each row + SDPA": lambda: peers.copied_attention(q, keys, values, owner),
-    }
-    moved = sum(bank.numel() * bank.element_size() for bank in (*keys, *values))
-    yield Case(
-        "decode_attention",
-        (
-            f"{images} x {group} rows, {heads} heads over {kv}, {dim}, 310 + 100 + 22 tokens, "
-            f"{str(dtype)[6:]}"
-        ),
-        contenders,
-        moved=moved,
-    )
+    q = torch.randn(rows, queries, dim, device=device, dtype=dtype)
+    contenders = beside_plain(partial(decode_attention, q, banks, scale=dim**-0.5))
+    copied = partial(peers.copied_attention, q, keys, values, owner)
+    contenders |= {"keys copied to each row + SDPA": copied}
+    told = f"{images} x {group} rows, {queries} heads over {kv}, {dim}, 310 + 100 + 22 tokens"
+    shape = f"{told}, {name_of(dtype)}"
+    yield Case("decode_attention", shape, contenders, moved=size_of(*keys, *values))
 
 
-def few_rows_cases(device: torch.device, smoke: bool):
+def few_rows_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """The products of one decode step of mid-100m, weights one after the other as a step reads
     them; CPU only.
     """
     if device.type != "cpu":
         return
-    sizes = (
-        [(96, 64), (64, 96)]
-        if smoke
-        else [(1280, 640), (640, 640), (3840, 640), (640, 1920)] * 14 + [(24_576, 640)]
-    )
+    sizes = [(96, 64), (64, 96)]
+    if not smoke:
+        layer = [(1280, 640), (640, 640), (3840, 640), (640, 1920)]
+        sizes = [*layer * 14, (24_576, 640)]
     weights = [torch.randn(outs, width) for outs, width in sizes]
-    path = "plain" if native() is None else "native"
     for rows in (4, 8, 16, 32, 64):
-        inputs = {width: torch.randn(rows, width) for _, width in sizes}
-        products = lambda product, inputs=inputs: (
-            lambda: [product(inputs[weight.shape[1]], weight) for weight in weights]
-        )
-        contenders = {
-            "ours": products(lambda x, w: few_rows(x, w, path=path)),
-            "plain": products(torch.nn.functional.linear),
-        }
-        contenders["oneDNN"] = products(
-            lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None)
-        )
-        size = sum(weight.numel() for weight in weights)
-        yield Case(
-            "few_rows",
-            f"{rows} rows, {len(weights)} weights of {size / 1e6:.1f} M in all",
-            contenders,
-            moved=4 * size,
-            flop=2 * rows * size,
-        )
+        yield few_rows_case(rows, weights)
 
 
-def decoder(device: torch.device, smoke: bool):
-    """Rows, (hidden, query heads, key heads, dim, mlp) and dtype of a decoder layer's work: a
-    decode step and a prompt.
+def few_rows_case(rows: int, weights: list[Tensor]) -> Case:
+    """All products of a step with so many rows."""
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+
+    def products(product: Callable) -> Callable:
+        return lambda: [product(inputs[weight.shape[1]], weight) for weight in weights]
+
+    def one_dnn(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], None)
+
+    path = "plain" if native() is None else "native"
+    contenders = {
+        "ours": products(partial(few_rows, path=path)),
+        "plain": products(torch.nn.functional.linear),
+        "oneDNN": products(one_dnn),
+    }
+    size = sum(weight.numel() for weight in weights)
+    shape = f"{rows} rows, {len(weights)} weights of {size / 1e6:.1f} M in all"
+    return Case("few_rows", shape, contenders, moved=4 * size, flop=2 * rows * size)
+
+
+class Decoder(NamedTuple):
+    """What a layer works on: rows of a decode step and of a prompt, hidden size, query heads, key
+    heads, head dimension, MLP width.
     """
+
+    counts: tuple[int, ...]
+    width: int
+    queries: int
+    keys: int
+    dim: int
+    mlp: int
+    dtype: torch.dtype
+
+
+def decoder(device: torch.device, smoke: bool) -> Decoder:
+    """2B on a GPU, mid-100m on a CPU."""
     if smoke:
-        return (3,), (64, 2, 1, 16, 96), torch.float32
+        return Decoder((3,), 64, 2, 1, 16, 96, torch.float32)
     if device.type == "cuda":
-        return (32, 8192), (2048, 16, 8, 128, 6144), torch.bfloat16
-    return (16, 832), (640, 10, 5, 64, 1920), torch.float32
+        return Decoder((32, 8192), 2048, 16, 8, 128, 6144, torch.bfloat16)
+    return Decoder((16, 832), 640, 10, 5, 64, 1920, torch.float32)
 
 
-def norm_cases(device: torch.device, smoke: bool):
-    counts, (width, *_), dtype = decoder(device, smoke)
-    for rows in counts:
-        x, dz = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-        weight = torch.ones(width, device=device, dtype=dtype)
-        size = x.numel() * x.element_size()
-        shape = f"({rows}, {width}) {str(dtype)[6:]}"
-        forward = {
-            "ours": lambda: rms_norm(x, weight, 1e-6),
-            "plain": lambda: rms_norm(x, weight, 1e-6, path="plain"),
-        }
-        yield Case("rms_norm", f"{shape}, forward", forward, moved=2 * size)
-        back = {
-            "ours": lambda: rms_norm_backward(x, weight, dz, 1e-6),
-            "plain": lambda: rms_norm_backward(x, weight, dz, 1e-6, path="plain"),
-        }
-        yield Case("rms_norm", f"{shape}, backward", back, moved=3 * size)
+def norm_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """RMS norms, forward and backward."""
+    layer = decoder(device, smoke)
+    weight = torch.ones(layer.width, device=device, dtype=layer.dtype)
+    for rows in layer.counts:
+        x = torch.randn(rows, layer.width, device=device, dtype=layer.dtype)
+        dz = torch.randn_like(x)
+        shape = f"({rows}, {layer.width}) {name_of(layer.dtype)}"
+        forward = beside_plain(partial(rms_norm, x, weight, 1e-6))
+        yield Case("rms_norm", f"{shape}, forward", forward, moved=2 * size_of(x))
+        back = beside_plain(partial(rms_norm_backward, x, weight, dz, 1e-6))
+        yield Case("rms_norm", f"{shape}, backward", back, moved=3 * size_of(x))
 
 
-def swiglu_cases(device: torch.device, smoke: bool):
-    counts, (*_, width), dtype = decoder(device, smoke)
-    for rows in counts:
-        x = torch.randn(rows, 2 * width, device=device, dtype=dtype)
-        dz = torch.randn(rows, width, device=device, dtype=dtype)
-        size = dz.numel() * dz.element_size()
-        shape = f"({rows}, 2 x {width}) {str(dtype)[6:]}"
-        yield Case(
-            "swiglu",
-            f"{shape}, forward",
-            {"ours": lambda: swiglu(x), "plain": lambda: swiglu(x, path="plain")},
-            moved=3 * size,
-        )
-        back = {
-            "ours": lambda: swiglu_backward(x, dz),
-            "plain": lambda: swiglu_backward(x, dz, path="plain"),
-        }
-        yield Case("swiglu", f"{shape}, backward", back, moved=5 * size)
+def swiglu_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Gated products, forward and backward."""
+    layer = decoder(device, smoke)
+    for rows in layer.counts:
+        x = torch.randn(rows, 2 * layer.mlp, device=device, dtype=layer.dtype)
+        dz = torch.randn(rows, layer.mlp, device=device, dtype=layer.dtype)
+        shape = f"({rows}, 2 x {layer.mlp}) {name_of(layer.dtype)}"
+        forward = beside_plain(partial(swiglu, x))
+        yield Case("swiglu", f"{shape}, forward", forward, moved=3 * size_of(dz))
+        back = beside_plain(partial(swiglu_backward, x, dz))
+        yield Case("swiglu", f"{shape}, backward", back, moved=5 * size_of(dz))
 
 
-def heads_cases(device: torch.device, smoke: bool):
-    counts, (_, queries, keys, dim, _), dtype = decoder(device, smoke)
-    for rows in counts:
-        qkv = torch.randn(rows, (queries + 2 * keys) * dim, device=device, dtype=dtype)
-        weights = [torch.ones(dim, device=device, dtype=dtype) for _ in range(2)]
-        turn = Turn(*weights, *(torch.randn(rows, dim // 2, device=device) for _ in range(2)), 1e-6)
+def heads_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Queries, keys and values out of one product, forward and backward."""
+    layer = decoder(device, smoke)
+    queries = layer.queries
+    keys = layer.keys
+    dim = layer.dim
+    every = queries + 2 * keys
+    for rows in layer.counts:
+        qkv = torch.randn(rows, every * dim, device=device, dtype=layer.dtype)
+        weight = torch.ones(dim, device=device, dtype=layer.dtype)
+        cos, sin = torch.randn(2, rows, dim // 2, device=device)
+        turn = Turn(weight, weight, cos, sin, 1e-6)
         grads = heads(qkv, turn, queries)
-        size = qkv.numel() * qkv.element_size()
-        shape = f"{rows} rows, {queries} heads over {keys}, {dim}, {str(dtype)[6:]}"
-        forward = {
-            "ours": lambda: heads(qkv, turn, queries),
-            "plain": lambda: heads(qkv, turn, queries, path="plain"),
-        }
-        yield Case(
-            "heads",
-            f"{shape}, forward",
-            forward,
-            moved=2 * size * (queries + keys) // (queries + 2 * keys),
-        )
-        back = {
-            "ours": lambda: heads_backward(qkv, turn, grads),
-            "plain": lambda: heads_backward(qkv, turn, grads, path="plain"),
-        }
-        yield Case("heads", f"{shape}, backward", back, moved=3 * size)
+        shape = f"{rows} rows, {queries} heads over {keys}, {dim}, {name_of(layer.dtype)}"
+        forward = beside_plain(partial(heads, qkv, turn, queries))
+        moved = 2 * size_of(qkv) * (queries + keys) // every
+        yield Case("heads", f"{shape}, forward", forward, moved=moved)
+        back = beside_plain(partial(heads_backward, qkv, turn, grads))
+        yield Case("heads", f"{shape}, backward", back, moved=3 * size_of(qkv))
 
 
-def attention_cases(device: torch.device, smoke: bool):
+class Prompt(NamedTuple):
+    """Box questions of one layer."""
+
+    rows: int
+    tokens: int
+    queries: int
+    keys: int
+    dim: int
+    prefix: int
+
+
+def attention_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """A layer's box questions: each row sees its image's prefix and itself; CPU only."""
     if device.type != "cpu":
         return
-    sizes = ((2, 5, 2, 1, 16, 7),) if smoke else ((8, 104, 10, 5, 64, 21), (8, 104, 10, 5, 64, 305))
-    for rows, tokens, queries, keys, dim, prefix in sizes:
-        q = torch.randn(rows, tokens, queries, dim)
-        own = [torch.randn(rows, keys, tokens, dim) for _ in range(2)]
-        shared = [torch.randn(rows, keys, prefix, dim) for _ in range(2)]
-        banks = [Bank(*shared, torch.arange(rows)), Bank(*own)]
-        mask = torch.cat(
-            [
-                torch.ones(tokens, prefix, dtype=torch.bool),
-                torch.ones(tokens, tokens, dtype=torch.bool).tril(),
-            ],
-            1,
+    prompts = [Prompt(8, 104, 10, 5, 64, 21), Prompt(8, 104, 10, 5, 64, 305)]
+    for prompt in [Prompt(2, 5, 2, 1, 16, 7)] if smoke else prompts:
+        yield attention_case(prompt)
+
+
+def attention_case(p: Prompt) -> Case:
+    """Both banks at once, against joined keys and a mask."""
+    q = torch.randn(p.rows, p.tokens, p.queries, p.dim)
+    own = [torch.randn(p.rows, p.keys, p.tokens, p.dim) for _ in range(2)]
+    shared = [torch.randn(p.rows, p.keys, p.prefix, p.dim) for _ in range(2)]
+    banks = [Bank(*shared, torch.arange(p.rows)), Bank(*own)]
+    before = torch.ones(p.tokens, p.prefix, dtype=torch.bool)
+    mask = torch.cat([before, torch.ones(p.tokens, p.tokens, dtype=torch.bool).tril()], 1)
+
+    def joined() -> Tensor:
+        keys, values = (torch.cat(pair, 2) for pair in zip(shared, own, strict=True))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
         )
-        joined = lambda q=q, own=own, shared=shared, mask=mask: (
-            torch.nn.functional.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                *(torch.cat(pair, 2) for pair in zip(shared, own, strict=True)),
-                attn_mask=mask,
-                enable_gqa=True,
-            )
-        )
-        run = lambda path=None, q=q, banks=banks, dim=dim: attention(
-            q, banks, scale=dim**-0.5, causal=True, path=path
-        )
-        contenders = {
-            "ours": run,
-            "plain": lambda run=run: run("plain"),
-            "banks joined + SDPA": joined,
-        }
-        flop = 4 * rows * queries * dim * (tokens * prefix + tokens * (tokens + 1) // 2)
-        yield Case(
-            "attention",
-            f"{rows} x {tokens} tokens after {prefix}, {queries} heads over {keys}, {dim}",
-            contenders,
-            flop=flop,
-        )
+
+    contenders = beside_plain(partial(attention, q, banks, scale=p.dim**-0.5, causal=True))
+    contenders |= {"banks joined + SDPA": joined}
+    pairs = p.tokens * p.prefix + p.tokens * (p.tokens + 1) // 2
+    flop = 4 * p.rows * p.queries * p.dim * pairs
+    shape = f"{p.rows} x {p.tokens} tokens after {p.prefix}, {p.queries} heads over {p.keys}"
+    return Case("attention", f"{shape}, {p.dim}", contenders, flop=flop)
 
 
 CASES = {
@@ -516,14 +482,16 @@ CASES = {
 }
 
 
+# ---- measuring and telling -----------------------------------------------------------------------
+
+
 def measured(case: Case, device: torch.device, ceilings: dict[str, float], smoke: bool) -> dict:
     """The case's times, ratios to ours, distance to the ceiling and extra memory, as plain data."""
-    times = measure.interleaved(
-        case.contenders, device, repeats=1 if smoke else 7, least_s=0 if smoke else 0.1
-    )
-    least = max(
-        case.moved / ceilings["copy_bytes_per_s"], case.flop / ceilings["matmul_flop_per_s"]
-    )
+    often = {"repeats": 1, "least_s": 0} if smoke else {"repeats": 7, "least_s": 0.1}
+    times = measure.interleaved(case.contenders, device, **often)
+    by_copy = case.moved / ceilings["copy_bytes_per_s"]
+    by_product = case.flop / ceilings["matmul_flop_per_s"]
+    least = max(by_copy, by_product)
     ours = times["ours"].median
     path, reason = vise_kernels.available()[case.op.split(" ")[0]]
     row = {
@@ -545,33 +513,26 @@ def measured(case: Case, device: torch.device, ceilings: dict[str, float], smoke
 
 def print_row(row: dict, device: torch.device) -> None:
     """Ours with its share of the ceiling, then how many times longer each other contender takes."""
-    time = (
-        f"{1e3 * row['contenders']['ours']['median_s']:.3f} ms, " if device.type == "cuda" else ""
-    )
-    print(
-        (
-            f"\n{row['op']}  {row['shape']}\n  ours ({row['path']})  "
-            f"{time}{row['share_of_ceiling']:.0%} of the ceiling"
-        )
-        + memory(row, "ours")
-    )
-    for name, other in row["contenders"].items():
-        if name != "ours":
-            ours = row["contenders"]["ours"]
-            spread = (
-                f"{other['least_s'] / ours['most_s']:.2f}..{other['most_s'] / ours['least_s']:.2f}"
-            )
-            print(
-                f"  {name:<44}{other['times_ours']:8.2f} x our time  ({spread})" + memory(row, name)
-            )
+    contenders = dict(row["contenders"])
+    ours = contenders.pop("ours")
+    time = f"{1e3 * ours['median_s']:.3f} ms, " if device.type == "cuda" else ""
+    share = f"{time}{row['share_of_ceiling']:.0%} of the ceiling{memory(ours)}"
+    print(f"\n{row['op']}  {row['shape']}\n  ours ({row['path']})  {share}")
+    for name, other in contenders.items():
+        low = other["least_s"] / ours["most_s"]
+        high = other["most_s"] / ours["least_s"]
+        spread = f"{other['times_ours']:8.2f} x our time  ({low:.2f}..{high:.2f})"
+        print(f"  {name:<44}{spread}{memory(other)}")
 
 
-def memory(row: dict, name: str) -> str:
-    extra = row["contenders"][name].get("extra_bytes")
+def memory(contender: dict) -> str:
+    """Its extra memory, where that was measured."""
+    extra = contender.get("extra_bytes")
     return "" if extra is None else f", {extra / 1e6:.2f} MB extra"
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=[*CASES, "all"], default="all")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -579,12 +540,23 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="write bench/results/kernels-<device>.json"
     )
-    chosen = parser.parse_args()
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if chosen.device == "auto"
-        else torch.device(chosen.device)
-    )
+    return parser.parse_args()
+
+
+def cases(op: str, device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Of one op, or of all."""
+    makers = dict.fromkeys(CASES.values() if op == "all" else [CASES[op]])
+    for maker in makers:
+        for case in maker(device, smoke):
+            if op in ("all", *case.op.replace("_kl", "").split(" + ")):
+                yield case
+
+
+def main() -> None:
+    """Measure, tell, and write where asked to."""
+    chosen = parse()
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if chosen.device == "auto" else chosen.device)
     if device.type == "cpu":
         peers.one_thread()
     ceilings = measure.ceilings(device, chosen.smoke)
@@ -592,30 +564,18 @@ def main() -> None:
         f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul "
         f"{ceilings['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
     )
-    makers = dict.fromkeys(CASES.values() if chosen.op == "all" else [CASES[chosen.op]])
     rows = []
-    for maker in makers:
-        for case in maker(device, chosen.smoke):
-            if chosen.op in ("all", *case.op.replace("_kl", "").split(" + ")):
-                rows.append(measured(case, device, ceilings, chosen.smoke))
-                print_row(rows[-1], device)
-    facts = measure.machine(
-        device,
-        ("kernels", "bench/kernels.py", "bench/_measure.py", "bench/_peers.py", "CMakeLists.txt"),
-    )
-    results = {
-        "bench": "kernels",
-        **facts,
-        "ceilings": ceilings,
-        "missing_peers": peers.missing(),
-        "rows": rows,
-    }
-    name = (
-        "kernels-cpu.json"
-        if device.type == "cpu"
-        else f"kernels-{torch.cuda.get_device_name(device).split()[-1].lower()}.json"
-    )
-    measure.finish(results, ROOT / "bench" / "results" / name if chosen.write else None)
+    for case in cases(chosen.op, device, chosen.smoke):
+        rows.append(measured(case, device, ceilings, chosen.smoke))
+        print_row(rows[-1], device)
+    sources = ("kernels.py", "_measure.py", "_peers.py")
+    paths = ("kernels", *(f"bench/{name}" for name in sources), "CMakeLists.txt")
+    results = {"bench": "kernels", **measure.machine(device, paths), "ceilings": ceilings}
+    results |= {"missing_peers": peers.missing(), "rows": rows}
+    cuda = device.type == "cuda"
+    card = torch.cuda.get_device_name(device).split()[-1].lower() if cuda else "cpu"
+    place = _checkout.ROOT / "bench" / "results" / f"kernels-{card}.json"
+    measure.finish(results, place if chosen.write else None)
 
 
 if __name__ == "__main__":

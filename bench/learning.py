@@ -1,16 +1,16 @@
 """Does it learn? Rewards x seeds on the embedded model, against an oracle and against controls, on
 scenes no setting was chosen on.
 
-    python bench/learning.py --quick                      one seed, few updates, every row: minutes
-    on two cores
-    python bench/learning.py --steps 500 --seeds 0 1 2    the study; resumable: a finished cell is
-    never run again
-    python bench/learning.py --split validation …         for choosing settings; the reported split
-    is touched by the final table only
-    python bench/learning.py --smoke                      every row, one update each, nothing kept:
-    does it run?
-    python bench/learning.py --table                      rebuild table and curves, and the table in
-    docs/LEARNING.md, from the finished cells
+    python bench/learning.py --quick                    one seed, few updates, every row: minutes on
+                                                        two cores
+    python bench/learning.py --steps 500 --seeds 0 1 2  the study; resumable: a finished cell is
+                                                        never run again
+    python bench/learning.py --split validation …       for choosing settings; the reported split is
+                                                        touched by the final table only
+    python bench/learning.py --smoke                    every row, one update each, nothing kept:
+                                                        does it run?
+    python bench/learning.py --table                    rebuild table and curves, and the table in
+                                                        docs/LEARNING.md, from the finished cells
 
 A cell is (row, seed, updates, split), one process, one thread, one JSON file under
 bench/results/learning/; its adapter stays in build/learning/, so that another split examines it
@@ -21,48 +21,48 @@ learner.py); training sees pixels only, the oracle's truth excepted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import _checkout
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+if TYPE_CHECKING:  # the parent of the cells' processes needs no torch
+    from vise_fast.config.schema import Config
+    from vise_fast.engine.fast import FastEngine
+    from vise_fast.images.drawn import Scenes
+    from vise_fast.model.load import Policy
+
+ROOT = _checkout.ROOT
 CELLS = ROOT / "bench" / "results" / "learning"
 ADAPTERS = ROOT / "build" / "learning"
 INTO: list[str] = []
 
 ROWS = {
     "base": None,
-    "robust": [],
-    "paper": [
-        "--reward.preset",
-        "paper",
-        "--rollout.samples",
-        "8",
-        "--rollout.views",
-        "4",
-        "--train.batch",
-        "8",
-        "--update.advantage",
-        "rloo",
-        "--update.tau",
-        "0.3",
-    ],
-    "geometric only": ["--reward.w_geo", "1", "--reward.w_sem", "0", "--reward.w_area", "0"],
-    "semantic only": ["--reward.w_geo", "0", "--reward.w_sem", "1", "--reward.w_area", "0"],
-    "area term only": ["--reward.name", "area_only", "--reward.w_area", "1"],
-    "random": ["--reward.name", "random"],
-    "shuffled": ["--reward.name", "shuffled"],
-    "oracle": ["--reward.name", "oracle", "--reward.w_area", "0"],
+    "robust": "",
+    "paper": "--reward.preset paper --rollout.samples 8 --rollout.views 4 --train.batch 8 "
+    "--update.advantage rloo --update.tau 0.3",
+    "geometric only": "--reward.w_geo 1 --reward.w_sem 0 --reward.w_area 0",
+    "semantic only": "--reward.w_geo 0 --reward.w_sem 1 --reward.w_area 0",
+    "area term only": "--reward.name area_only --reward.w_area 1",
+    "random": "--reward.name random",
+    "shuffled": "--reward.name shuffled",
+    "oracle": "--reward.name oracle --reward.w_area 0",
 }
+"""The words of each row's configuration; the base is not trained."""
+
 FIGURES = {
     "greedy_iou": "greedy IoU",
     "sampled_iou": "sampled IoU",
@@ -100,6 +100,7 @@ CURVE = (
 
 
 def cell_path(row: str, seed: int, steps: int, split: str) -> Path:
+    """Where a cell lies; the base has neither seed nor updates."""
     name = f"{row.replace(' ', '-')}-s{seed}-u{steps}" if row != "base" else "base"
     return CELLS / f"{split}-{name}.json"
 
@@ -108,16 +109,12 @@ def _short(x):
     """The same with floats of five decimals."""
     if isinstance(x, dict):
         return {name: _short(value) for name, value in x.items()}
-    return (
-        [_short(value) for value in x]
-        if isinstance(x, list)
-        else round(x, 5)
-        if isinstance(x, float)
-        else x
-    )
+    if isinstance(x, list):
+        return [_short(value) for value in x]
+    return round(x, 5) if isinstance(x, float) else x
 
 
-def truth_of(source):
+def truth_of(source: Scenes) -> Callable:
     """The true box of a query that names exactly one object of the scene: for the oracle's reward
     only.
     """
@@ -129,42 +126,46 @@ def truth_of(source):
     return truth
 
 
+@dataclass(frozen=True)
+class Study:
+    """A model, its scenes, and the configuration it is trained and examined by."""
+
+    policy: Policy
+    engine: FastEngine
+    source: Scenes
+    config: Config
+
+    @classmethod
+    def of(cls, words: list[str]) -> Study:
+        """Loaded, untrained. `words` of the trainer's command line."""
+        from vise_fast.config import schema as configuration
+        from vise_fast.engine.fast import FastEngine
+        from vise_fast.images.drawn import Scenes
+        from vise_fast.model import load as model
+
+        config = configuration.load(None, words)
+        policy = model.load(config)
+        return cls(policy, FastEngine(policy.backbone, policy.tokens), Scenes(config), config)
+
+
 def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> dict:
     """Train one row with one seed, unless its adapter lies there from another split, and examine
     it; the base is examined untrained.
     """
     import torch
 
-    from vise_fast.config import schema as configuration
-    from vise_fast.engine.fast import FastEngine
     from vise_fast.evaluate import held_out as evaluate
-    from vise_fast.images.drawn import Scenes
-    from vise_fast.model import load as model
 
     torch.set_num_threads(1)
-    words = [
-        "--train.seed",
-        str(seed),
-        "--train.steps",
-        str(steps),
-        "--eval.seed",
-        str(SPLIT_SEED[split]),
-        "--eval.scenes",
-        str(SCENES[split]),
-    ]
-    config = configuration.load(None, words + (ROWS[row] or []) + extra)
-    policy = model.load(config)
-    engine = FastEngine(policy.backbone, policy.tokens)
-    source = Scenes(config)
-    history = (
-        trained(
-            policy, engine, source, config, ADAPTERS / cell_path(row, seed, steps, "trained").stem
-        )
-        if ROWS[row] is not None
-        else {"curve": [], "seconds": 0.0}
-    )
-    figures = evaluate.examine(engine, source, config, (ROWS[row] is not None,))[0].json()
-    keep = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
+    words = ["--train.seed", str(seed), "--train.steps", str(steps)]
+    words += ["--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
+    study = Study.of(words + (ROWS[row] or "").split() + extra)
+    trains = ROWS[row] is not None
+    history = {"curve": [], "seconds": 0.0}
+    if trains:
+        history = trained(study, ADAPTERS / cell_path(row, seed, steps, "trained").stem)
+    figures = evaluate.examine(study.engine, study.source, study.config, (trains,))[0].json()
+    marks = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
     return {
         "row": row,
         "seed": seed,
@@ -173,16 +174,16 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
         "extra": extra,
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "config": config.model_dump(mode="json"),
+        "config": study.config.model_dump(mode="json"),
         "values": figures["values"],
-        "marks": keep,
+        "marks": marks,
         "layers": figures["layers"],
         "n": figures["n"],
         **history,
     }
 
 
-def trained(policy, engine, source, config, path: Path) -> dict:
+def trained(study: Study, path: Path) -> dict:
     """Leaves the policy trained: {"curve", "seconds"}. `path`: where adapter and history of the
     same training configuration may lie.
     """
@@ -191,33 +192,35 @@ def trained(policy, engine, source, config, path: Path) -> dict:
 
     adapter = path.with_suffix(".safetensors")
     about = path.with_suffix(".json")
-    same = config.model_dump(mode="json", exclude={"eval"})
-    parameters = policy.parameters()
+    same = study.config.model_dump(mode="json", exclude={"eval"})
+    parameters = study.policy.parameters()
     if about.exists() and (history := json.loads(about.read_text()))["config"] == same:
         with torch.no_grad():
             for name, tensor in load_file(adapter).items():
                 parameters[name].copy_(tensor)
-        policy.backbone.refresh()
+        study.policy.backbone.refresh()
     else:
-        history = {"config": same} | train(policy, engine, source, config)
+        history = {"config": same} | train(study)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().clone() for name, p in parameters.items()}, adapter)
         about.write_text(json.dumps(history) + "\n")
     return {name: history[name] for name in ("curve", "seconds")}
 
 
-def train(policy, engine, source, config) -> dict:
+def train(study: Study) -> dict:
+    """A training as the trainer runs it: its curve and the seconds it took."""
     from vise_fast.method.experience import play_batch
     from vise_fast.method.learner import Learner
 
-    learner = Learner(policy, engine, config)
+    config = study.config
+    learner = Learner(study.policy, study.engine, config)
+    truth = truth_of(study.source) if config.reward.name == "oracle" else None
     curve = []
     start = time.monotonic()
     for step in range(config.train.steps):
-        truth = truth_of(source) if config.reward.name == "oracle" else None
-        metrics = learner.learn(
-            play_batch(engine, source.batch(step, config.train.batch), config, step, truth), step
-        )
+        images = study.source.batch(step, config.train.batch)
+        played = play_batch(study.engine, images, config, step, truth)
+        metrics = learner.learn(played, step)
         curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
     return {"curve": curve, "seconds": round(time.monotonic() - start, 1)}
 
@@ -229,37 +232,27 @@ def spawn(
     todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, steps, split).exists()]
     print(f"{len(cells) - len(todo)} cells finished, {len(todo)} to do")
 
-    def one(cell):
+    def one(cell: tuple[str, int]) -> int:
         row, seed = cell
-        begun = time.monotonic()
-        words = [
-            "--cell",
-            row,
-            "--seeds",
-            str(seed),
-            "--steps",
-            str(steps),
-            "--split",
-            split,
-            *INTO,
-            "--",
-            *extra,
-        ]
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__)), *words], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        print(
-            f"{row} seed {seed}: exit {done.returncode} after {time.monotonic() - begun:.0f} s",
-            flush=True,
-        )
-        return done.returncode
+        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split]
+        return _run(f"{row} seed {seed}", [*words, *INTO, "--", *extra])
 
     with ThreadPoolExecutor(workers) as pool:
         if any(list(pool.map(one, todo))):
             sys.exit("a cell failed; see above; finished cells are kept")
 
 
+def _run(name: str, words: list[str]) -> int:
+    """One cell in a process of its own: its exit status."""
+    begun = time.monotonic()
+    command = [sys.executable, str(Path(__file__)), *words]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(f"{name}: exit {done.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
+    return done.returncode
+
+
 def load_cells(steps: int, split: str) -> dict[str, list[dict]]:
+    """The finished cells of so many updates, by row; the base, and the base rescaled, first."""
     found: dict[str, list[dict]] = {}
     for path in sorted(CELLS.glob(f"{split}-*.json")):
         cell = json.loads(path.read_text())
@@ -289,10 +282,7 @@ def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
     The interval resamples scenes (paired with the base) and seeds together.
     """
     base = cells["base"][0]
-    table = {
-        row: {name: _estimate(name, base, group) for name in FIGURES if name in group[0]["marks"]}
-        for row, group in cells.items()
-    }
+    table = {row: _estimates(base, group) for row, group in cells.items()}
     for row in table.values():
         for name, entry in row.items():
             oracle = table.get("oracle", {}).get(name)
@@ -300,6 +290,10 @@ def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
                 entry["gain"] / oracle["gain"] if oracle and oracle["gain"] > 0 else None
             )
     return table
+
+
+def _estimates(base: dict, group: list[dict]) -> dict[str, dict]:
+    return {name: _estimate(name, base, group) for name in FIGURES if name in group[0]["marks"]}
 
 
 def _estimate(name: str, base: dict, group: list[dict]) -> dict:
@@ -323,23 +317,29 @@ def _interval(
     rng = np.random.default_rng(0)
     before = _arrays(base["marks"][name])
     after = [_arrays(cell["marks"][name]) for cell in group]
-    n = len(before[0])
+    n = len(before.top)
     gains = []
     for _ in range(resamples):
         weights = rng.multinomial(n, np.full(n, 1 / n))
         picked = rng.integers(len(after), size=len(after))
-        gains.append(
-            np.mean([_weighted(after[i], weights) for i in picked]) - _weighted(before, weights)
-        )
+        now = np.mean([_weighted(after[i], weights) for i in picked])
+        gains.append(now - _weighted(before, weights))
     return float(np.quantile(gains, 0.025)), float(np.quantile(gains, 0.975))
 
 
-def _arrays(mark: dict) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(mark["top"]), np.array(mark["bottom"])
+class _Mark(NamedTuple):
+    """A figure as a ratio of sums over scenes."""
+
+    top: np.ndarray
+    bottom: np.ndarray
 
 
-def _weighted(mark, weights) -> float:
-    return float(weights @ mark[0] / max(weights @ mark[1], 1e-12))
+def _arrays(mark: dict) -> _Mark:
+    return _Mark(np.array(mark["top"]), np.array(mark["bottom"]))
+
+
+def _weighted(mark: _Mark, weights: np.ndarray) -> float:
+    return float(weights @ mark.top / max(weights @ mark.bottom, 1e-12))
 
 
 def _ratio(mark: dict) -> float:
@@ -370,32 +370,27 @@ def show(table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
 def _panel(
     title: str, names: tuple[str, ...], table: dict[str, dict], cells: dict[str, list[dict]]
 ) -> str:
-    names = [name for name in names if name in table["base"] or name == SHARES]
-    lines = [
-        f"| {' | '.join([title, 'seeds', *(FIGURES.get(n, n) for n in names)])} |",
-        "|---" * (len(names) + 2) + "|",
-    ]
+    kept = [name for name in names if name in table["base"] or name == SHARES]
+    heading = [title, "seeds", *(FIGURES.get(name, name) for name in kept)]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row, entries in table.items():
-        told = [
-            _shares(row, entries)
-            if n == SHARES
-            else _cell(entries[n], row)
-            if n in entries
-            else "-"
-            for n in names
-        ]
+        told = [_told(name, row, entries) for name in kept]
         if any(x != "-" for x in told):
             lines.append(f"| {row} | {len(cells[row])} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 
+def _told(name: str, row: str, entries: dict[str, dict]) -> str:
+    if name == SHARES:
+        return _shares(row, entries)
+    return _cell(entries[name], row) if name in entries else "-"
+
+
 def _shares(row: str, entries: dict[str, dict]) -> str:
     shares = [entries.get(n, {}).get("of_oracle") for n in ("sampled_iou", "greedy_iou")]
-    return (
-        "-"
-        if row in ("base", RESCALED) or None in shares
-        else ", ".join(f"{share:.0%}" for share in shares)
-    )
+    if row in ("base", RESCALED) or None in shares:
+        return "-"
+    return ", ".join(f"{share:.0%}" for share in shares)
 
 
 def _cell(entry: dict, row: str) -> str:
@@ -413,40 +408,50 @@ def plot(cells: dict[str, list[dict]], path: Path) -> None:
 
     panels = ("reward", "area", "kl", "parse_rate")
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 4), constrained_layout=True)
-    for row, group in cells.items():
-        if not group[0]["curve"]:
-            continue
-        for axis, name in zip(axes, panels, strict=True):
-            runs = np.array(
-                [[point.get(name, np.nan) for point in cell["curve"]] for cell in group]
-            )
-            width = max(1, runs.shape[1] // 20)
-            smooth = np.convolve(runs.mean(0), np.ones(width) / width, "valid")
-            axis.plot(np.arange(len(smooth)) + width, smooth, label=row, lw=1.4)
-            axis.set(
-                title=name, xlabel="update", yscale="log" if name in ("area", "kl") else "linear"
-            )
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(cells),
-        fontsize=8,
-    )
+    for axis, name in zip(axes, panels, strict=True):
+        for row, group in cells.items():
+            if group[0]["curve"]:
+                axis.plot(*_smoothed(name, group), label=row, lw=1.4)
+        axis.set(title=name, xlabel="update", yscale="log" if name in ("area", "kl") else "linear")
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(cells), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _smoothed(name: str, group: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Updates, and a figure's mean over seeds and a twentieth of the updates before."""
+    curves = [_curve(name, cell) for cell in group]
+    mean = np.array(curves).mean(0)
+    width = max(1, len(mean) // 20)
+    smooth = np.convolve(mean, np.ones(width) / width, "valid")
+    return np.arange(len(smooth)) + width, smooth
+
+
+def _curve(name: str, cell: dict) -> list[float]:
+    return [point.get(name, np.nan) for point in cell["curve"]]
 
 
 def write_table(steps: int, split: str) -> None:
     """results/learning.json, the curves, and the table on screen; the last line is the JSON."""
     cells = load_cells(steps, split)
-    seeds = {row: [cell["seed"] for cell in group] for row, group in cells.items()}
     if "base" not in cells:
         sys.exit("the base has not been examined yet; run the study first")
     table = summarise(cells)
+    target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
+    target.write_text(json.dumps(_document(cells, table, steps, split), indent=1) + "\n")
+    plot(cells, target.with_suffix(".png"))
+    if split == "reported":
+        publish(show(table, cells), ROOT / "docs" / "LEARNING.md")
+    print(show(table, cells))
+    print(json.dumps({"learning": {row: _means(entries) for row, entries in table.items()}}))
+
+
+def _document(cells: dict[str, list[dict]], table: dict[str, dict], steps: int, split: str) -> dict:
     any_cell = next(iter(cells.values()))[0]
-    document = {
+    return {
         "command": f"python bench/learning.py --steps {steps} --split {split}",
-        "seeds": seeds,
+        "seeds": _of_cells("seed", cells),
         "commit": _commit(),
         "date": date.today().isoformat(),
         "device": "CPU, one thread per cell",
@@ -455,24 +460,20 @@ def write_table(steps: int, split: str) -> None:
         "scenes": any_cell["n"],
         "updates": steps,
         "table": table,
-        "seconds": {row: [cell["seconds"] for cell in group] for row, group in cells.items()},
+        "seconds": _of_cells("seconds", cells),
     }
-    target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
-    target.write_text(json.dumps(document, indent=1) + "\n")
-    plot(cells, target.with_suffix(".png"))
-    if split == "reported":
-        publish(show(table, cells), ROOT / "docs" / "LEARNING.md")
-    print(show(table, cells))
-    print(
-        json.dumps(
-            {
-                "learning": {
-                    row: {n: round(e["mean"], 4) for n, e in entries.items()}
-                    for row, entries in table.items()
-                }
-            }
-        )
-    )
+
+
+def _of_cells(key: str, cells: dict[str, list[dict]]) -> dict[str, list]:
+    """One entry of each cell, by row."""
+    found: dict[str, list] = {}
+    for row, group in cells.items():
+        found[row] = [cell[key] for cell in group]
+    return found
+
+
+def _means(entries: dict[str, dict]) -> dict[str, float]:
+    return {name: round(entry["mean"], 4) for name, entry in entries.items()}
 
 
 def publish(text: str, page: Path) -> None:
@@ -482,82 +483,78 @@ def publish(text: str, page: Path) -> None:
 
 
 def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def main() -> None:
-    global CELLS, ADAPTERS, INTO
-    own = sys.argv[1:]
-    extra = []
-    if "--" in own:
-        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+def parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """A bench's own words, and behind -- those of the trainer."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--split", choices=list(SPLIT_SEED), default="reported")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, 60 updates, the validation split"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="every row, one small update, in a temporary folder"
-    )
-    parser.add_argument(
-        "--into", type=Path, help="where the cells lie; their adapters then lie beside them"
-    )
-    parser.add_argument("--table", action="store_true", help="only rebuild the table")
-    parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
-    args = parser.parse_args(own)
-    if args.into is not None:
-        CELLS = args.into
-        ADAPTERS = args.into / "adapters"
-        INTO = ["--into", str(args.into)]
+    add = parser.add_argument
+    add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--steps", type=int, default=500)
+    add("--split", choices=list(SPLIT_SEED), default="reported")
+    add("--workers", type=int, default=2)
+    add("--quick", action="store_true", help="one seed, 60 updates, the validation split")
+    add("--smoke", action="store_true", help="every row, one small update, in a temporary folder")
+    add("--into", type=Path, help="where the cells lie; their adapters then lie beside them")
+    add("--table", action="store_true", help="only rebuild the table")
+    add("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
     if args.quick:
         args.seeds = [0]
         args.steps = 60
         args.split = "validation"
+    return args
+
+
+def smoke() -> int:
+    """The whole study with one small update, in a folder that goes with it: its exit status."""
+    small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]
+    with tempfile.TemporaryDirectory() as scratch:
+        words = ["--seeds", "0", "--steps", "1", "--split", "validation"]
+        words += ["--into", f"{scratch}/cells", "--", *small]
+        return subprocess.run([sys.executable, __file__, *words]).returncode
+
+
+def keep_in(folder: Path) -> None:
+    """Cells and adapters lie in `folder` from here on, in the processes of cells too."""
+    global CELLS, ADAPTERS, INTO
+    CELLS = folder
+    ADAPTERS = folder / "adapters"
+    INTO = ["--into", str(folder)]
+
+
+def main() -> None:
+    """One cell, or what is missing of the study and the table."""
+    own, extra = parted(sys.argv[1:])
+    args = parse(own)
+    if args.into is not None:
+        keep_in(args.into)
     if args.smoke:
-        with tempfile.TemporaryDirectory() as scratch:
-            small = ["--eval.scenes", "4", "--train.batch", "2", "--rollout.samples", "2"]
-            words = [
-                "--seeds",
-                "0",
-                "--steps",
-                "1",
-                "--split",
-                "validation",
-                "--into",
-                f"{scratch}/cells",
-                "--",
-                *small,
-            ]
-            sys.exit(subprocess.run([sys.executable, __file__, *words]).returncode)
+        sys.exit(smoke())
     if args.cell:
         result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)
-        cell_path(args.cell, args.seeds[0], args.steps, args.split).write_text(
-            json.dumps(_short(result), separators=(",", ":")) + "\n"
-        )
+        place = cell_path(args.cell, args.seeds[0], args.steps, args.split)
+        place.write_text(json.dumps(_short(result), separators=(",", ":")) + "\n")
         return
     if not args.table:
-        cells = [
-            (row, seed)
-            for seed in args.seeds
-            for row in args.rows
-            if row != "base" or seed == args.seeds[0]
-        ]
-        spawn(
-            [("base", 0)] + [cell for cell in cells if cell[0] != "base"],
-            args.steps,
-            args.split,
-            args.workers,
-            extra,
-        )
+        rows = [row for row in args.rows if row != "base"]
+        cells = [("base", 0)]
+        cells += [(row, seed) for seed, row in itertools.product(args.seeds, rows)]
+        spawn(cells, args.steps, args.split, args.workers, extra)
     write_table(args.steps, args.split)
 
 

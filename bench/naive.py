@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Counters, Rollout, owners
 from vise_fast.method.experience import Played
-from vise_fast.method.learner import Learner
+from vise_fast.method.learner import Learner, TokenScores
 from vise_fast.model import load as loading
 from vise_fast.model.qwen3_vl import LORA_TARGETS
 from vise_fast.system.clock import Clock
@@ -64,24 +64,17 @@ class Processor:
     ) -> dict[str, Tensor]:
         """`answers`: ids to append, all of one length."""
         pixels = self.image(images=images, return_tensors="pt")
-        chats = [
-            self._chat(text, int(grid.prod()) // self.merge**2)
-            for text, grid in zip(texts, pixels["image_grid_thw"], strict=True)
-        ]
-        batch = self.tokenizer(
-            chats,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        )
+        places = [int(grid.prod()) // self.merge**2 for grid in pixels["image_grid_thw"]]
+        chats = [self._chat(*each) for each in zip(texts, places, strict=True)]
+        off = {"add_special_tokens": False, "return_token_type_ids": False}
+        batch = self.tokenizer(chats, padding=True, return_tensors="pt", **off)
         ids = batch["input_ids"]
         mask = batch["attention_mask"]
         if answers is not None:
             ids = torch.cat([ids, torch.tensor(answers)], 1)
             mask = torch.cat([mask, torch.ones(len(answers), len(answers[0]), dtype=mask.dtype)], 1)
         types = (ids == self.image_token).int()
-        return dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, **pixels)
+        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **pixels}
 
     def _chat(self, text: str, places: int) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -93,17 +86,22 @@ class Processor:
 
 @dataclass
 class Pictures:
+    """Where the engine has features: the pictures, to be encoded again before every call."""
+
     images: list[Pillow.Image]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def select(self, chosen: list[int]) -> Pictures:
+        """Some of them, in this order."""
         return Pictures([self.images[i] for i in chosen])
 
 
 @dataclass
 class Prefixes:
+    """Where the engine has keys and values: the pictures, and whether adapters are on."""
+
     pictures: Pictures
     adapters: bool
 
@@ -111,11 +109,14 @@ class Prefixes:
         return len(self.pictures)
 
     def select(self, chosen: list[int]) -> Prefixes:
+        """Some of them, in this order."""
         return Prefixes(self.pictures.select(chosen), self.adapters)
 
 
 @dataclass
 class Prompts:
+    """Texts behind prefixes; `owner`: which prefix each follows."""
+
     prefixes: Prefixes
     owner: list[int]
     rows: list[str]
@@ -133,9 +134,11 @@ class Texts:
         return getattr(self._locked, name)
 
     def row(self, text: str) -> str:
+        """The text of a question."""
         return text
 
     def verdict_row(self, text: str) -> str:
+        """The text of a question for a verdict; the answer is not opened."""
         return text
 
 
@@ -168,29 +171,30 @@ class NaiveEngine:
         self.suppressed = locked.banned().nonzero()[:, 0].tolist()
         self.banned = locked.banned()
         self.backbone = Unfused(base.lm_head)
-        self.interrupted = lambda: None
         self.clock = Clock(self.device)
 
     def _base(self, subject: Subject) -> nn.Module:
         dtype = loading.dtype_of(self.config.model.dtype, self.device)
-        settings = dict(dtype=dtype, attn_implementation="sdpa")
+        settings = {"dtype": dtype, "attn_implementation": "sdpa"}
         torch.manual_seed(0)
+        kind = AutoModelForImageTextToText
         if subject.random:
+            shape = AutoConfig.from_pretrained(subject.directory)
             with torch.device(self.device):
-                base = AutoModelForImageTextToText.from_config(
-                    AutoConfig.from_pretrained(subject.directory), **settings
-                )
+                base = kind.from_config(shape, **settings)
         else:
-            base = AutoModelForImageTextToText.from_pretrained(subject.directory, **settings).to(
-                self.device
-            )
+            base = kind.from_pretrained(subject.directory, **settings).to(self.device)
         return base.requires_grad_(False).eval()
 
     def _reference(self, base: nn.Module) -> nn.Module:
         """A second copy of all weights."""
         return copy.deepcopy(base)
 
+    def interrupted(self) -> None:
+        """Nothing stops it."""
+
     def models(self) -> list[nn.Module]:
+        """All copies of the weights."""
         return [model for model in (self.model, self.reference) if model is not None]
 
     @contextlib.contextmanager
@@ -198,15 +202,19 @@ class NaiveEngine:
         yield self.model if adapters else self.reference
 
     def home(self, values: Tensor) -> Tensor:
+        """On the CPU."""
         return values.cpu()
 
     def encode(self, images: list[Tensor]) -> Pictures:
+        """Nothing yet."""
         return Pictures([Pillow.fromarray(image.numpy()) for image in images])
 
     def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> Prefixes:
+        """Nothing yet."""
         return Prefixes(features, adapters)
 
     def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[str]) -> Prompts:
+        """Nothing yet."""
         return Prompts(prefixes, owner, rows)
 
     def generate(
@@ -217,11 +225,12 @@ class NaiveEngine:
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
+        """`fan` answers to each prompt, all of `limit` tokens; seeds mean nothing here."""
         order = owners(fan)
-        images = [prompts.prefixes.pictures.images[prompts.owner[r]] for r in order]
-        ids = self._answers(
-            images, [prompts.rows[r] for r in order], limit, prompts.prefixes.adapters
-        )
+        prefixes = prompts.prefixes
+        images = [prefixes.pictures.images[prompts.owner[r]] for r in order]
+        texts = [prompts.rows[r] for r in order]
+        ids = self._answers(images, texts, limit, prefixes.adapters)
         return Rollout(ids, torch.zeros(ids.shape, device=ids.device), [limit] * len(order))
 
     def _answers(
@@ -229,29 +238,18 @@ class NaiveEngine:
     ) -> Tensor:
         """Sampled ids (N, limit)."""
         size = len(images) if self.batched else 1
-        return torch.cat(
-            [
-                self._call(images[i : i + size], texts[i : i + size], limit, adapters)
-                for i in range(0, len(images), size)
-            ]
-        )
+        calls = [slice(i, i + size) for i in range(0, len(images), size)]
+        return torch.cat([self._call(images[c], texts[c], limit, adapters) for c in calls])
 
     def _call(
         self, images: list[Pillow.Image], texts: list[str], limit: int, adapters: bool
     ) -> Tensor:
         inputs = self._inputs(images, texts)
         self.counters.decode_steps += limit - 1
+        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ids = {"suppress_tokens": self.suppressed, "pad_token_id": self.tokens.pad}
         with torch.no_grad(), self._judge(adapters) as model:
-            out = model.generate(
-                **inputs,
-                max_new_tokens=limit,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                suppress_tokens=self.suppressed,
-                pad_token_id=self.tokens.pad,
-            )
+            out = model.generate(**inputs, max_new_tokens=limit, **drawn, **ids)
         return out[:, -limit:]
 
     def _inputs(
@@ -266,24 +264,20 @@ class NaiveEngine:
         }
 
     def verdict_logits(self, features: Pictures, rows: list[str], adapters: bool) -> Tensor:
-        return self.forked_verdict_logits(
-            Prefixes(features, adapters), list(range(len(rows))), rows
-        )
+        """One question to each picture; as `forked_verdict_logits`."""
+        prefixes = Prefixes(features, adapters)
+        return self.forked_verdict_logits(prefixes, list(range(len(rows))), rows)
 
     def forked_verdict_logits(
         self, prefixes: Prefixes, owner: list[int], rows: list[str]
     ) -> Tensor:
         """Verdicts written as text, read, and put as logits of yes and no."""
-        answers = self._answers(
-            [prefixes.pictures.images[i] for i in owner], rows, VERDICT_TOKENS, prefixes.adapters
-        ).tolist()
+        images = [prefixes.pictures.images[i] for i in owner]
+        answers = self._answers(images, rows, VERDICT_TOKENS, prefixes.adapters).tolist()
         logits = torch.zeros(len(answers), len(self.banned))
         for row, ids in zip(logits, answers, strict=True):
-            row[
-                self.tokens.yes[0]
-                if prompts.read_verdict(self.tokens.text(ids))
-                else self.tokens.no[0]
-            ] = 20.0
+            seen = prompts.read_verdict(self.tokens.text(ids))
+            row[self.tokens.yes[0] if seen else self.tokens.no[0]] = 20.0
         return logits
 
     def logprobs(
@@ -356,6 +350,7 @@ class NaivePolicy:
         self.device = engine.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapters', by name."""
         return {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}
 
 
@@ -364,34 +359,29 @@ class NaiveLearner(Learner):
     model (NAIVE+: one for all).
     """
 
-    def _logprobs(
-        self, played: Played, chosen: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        boxes = played.boxes
-        engine = self.engine
-        size = len(chosen) if engine.batched else 1
-        calls = [self._one_call(played, chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        return *[torch.cat(parts) for parts in zip(*calls, strict=True)], [
-            boxes.answers.lengths[n] for n in chosen
-        ]
+    def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
+        size = len(chosen) if self.engine.batched else 1
+        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        calls = [self._one_call(played, part) for part in parts]
+        return TokenScores(
+            torch.cat([call.logprob for call in calls]),
+            torch.cat([call.reference for call in calls]),
+            torch.cat([call.kl for call in calls]),
+            [played.boxes.answers.lengths[n] for n in chosen],
+        )
 
-    def _one_call(self, played: Played, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprob, reference logprob, kl), packed (tokens,), of some answers in one forward per
-        model.
-        """
+    def _one_call(self, played: Played, chosen: list[int]) -> TokenScores:
+        """Of some answers, in one forward per model."""
         boxes = played.boxes
-        engine = self.engine
         answers = boxes.answers.select(chosen)
         owner = [boxes.owner[n] for n in chosen]
-        place = played.features, owner, boxes.rows, answers.rows()
+        place = (played.features, owner, boxes.rows, answers.rows())
         with torch.no_grad():
-            reference = engine.logprobs(*place, False)
-        current = engine.logprobs(*place, True)
-        exact = self.config.update.kl == "exact"
-        kl = (
-            (current.exp() * (current - reference)).sum(-1)
-            if exact
-            else torch.zeros(current.shape[:2], device=current.device)
-        )
-        pick = lambda table: table.gather(-1, answers.ids[..., None])[..., 0].flatten()
-        return pick(current), pick(reference), kl.flatten()
+            reference = self.engine.logprobs(*place, False)
+        current = self.engine.logprobs(*place, True)
+        kl = torch.zeros(current.shape[:2], device=current.device)
+        if self.config.update.kl == "exact":
+            kl = (current.exp() * (current - reference)).sum(-1)
+        ids = answers.ids[..., None]
+        own, others = (table.gather(-1, ids).flatten() for table in (current, reference))
+        return TokenScores(own, others, kl.flatten(), answers.lengths)

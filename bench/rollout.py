@@ -1,59 +1,56 @@
 """A whole step of the method, rollout and update, by every engine: the fast one, transformers' own
 modules, NAIVE and NAIVE+ (naive.py).
 
-    python bench/rollout.py                                     the embedded model at batch 1 and
-    16: fast, naive, naive+
+    python bench/rollout.py            the embedded model at batch 1 and 16: fast, naive, naive+
     python bench/rollout.py --model mid-100m --size 640x480 --batch 8
-    python bench/rollout.py --model qwen3-vl-2b --batch 1 32 --plot step.png --write        (a GPU;
-    random weights of the true shapes)
-    python bench/rollout.py --smoke                             does everything run? under a minute
-    on a CPU
+    python bench/rollout.py --model qwen3-vl-2b --batch 1 32 --plot step.png --write
+                                       a GPU; random weights of the true shapes
+    python bench/rollout.py --smoke    does everything run? under a minute on a CPU
 
 Answers are locked to 14 tokens for a query and 22 for a box (verdict texts: 8), so that random
 weights are as good as real ones; prompts, views, ghosts, parsing, rewards and the loss are the same
 code for everybody. Times come from interleaved whole steps; phases, FLOPs, launches and syncs from
 one further step each, because looking slows the step down. `floor` is what the phase's FLOPs and
 its decode steps' bytes would take at the matmul rate and copy bandwidth measured in the same run.
-"minimal" is profile.minimal.minimal_step for the prompts used here. Figures from a CPU are ratios and counts;
-its seconds (CPU time, one thread) are in the JSON only. Left out: real answers, image decoding.
+"minimal" is profile.minimal.minimal_step for the prompts used here. Figures from a CPU are ratios
+and counts; its seconds (CPU time, one thread) are in the JSON only. Left out: real answers, image
+decoding.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import _checkout
+import _measure as measure
+import _subjects as subjects
 import torch
+from naive import NaiveEngine, NaiveLearner, NaivePlusEngine, NaivePolicy
+from transformers import AutoConfig, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-import _measure as measure  # noqa: E402
-import _subjects as subjects  # noqa: E402
-from naive import NaiveEngine, NaiveLearner, NaivePlusEngine, NaivePolicy  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer  # noqa: E402
-
-from vise_fast.config.schema import Config  # noqa: E402
-from vise_fast.engine.fast import FastEngine  # noqa: E402
-from vise_fast.engine.graphed import GraphedEngine  # noqa: E402
-from vise_fast.engine.stock import StockBackbone, StockEngine  # noqa: E402
-from vise_fast.images.image import Image  # noqa: E402
-from vise_fast.method.experience import play_batch  # noqa: E402
-from vise_fast.method.learner import Learner  # noqa: E402
-from vise_fast.method.step_plan import Lengths, StepPlan  # noqa: E402
+from vise_fast.config.schema import Config
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.graphed import GraphedEngine
+from vise_fast.engine.stock import StockBackbone, StockEngine
+from vise_fast.images.image import Image
+from vise_fast.method.experience import play_batch
+from vise_fast.method.learner import Learner
+from vise_fast.method.step_plan import Lengths, StepPlan
 from vise_fast.model import load as model
-from vise_fast.profile import flops as perf  # noqa: E402
-from vise_fast.profile.host_syncs import Work  # noqa: E402
-from vise_fast.profile.minimal import Shapes, minimal_step  # noqa: E402
-from vise_fast.profile.roofline import decode_bytes  # noqa: E402
+from vise_fast.profile import flops as perf
+from vise_fast.profile.host_syncs import Work
+from vise_fast.profile.minimal import Shapes, minimal_step
+from vise_fast.profile.roofline import decode_bytes
 from vise_fast.system import allocator
-from vise_fast.system.clock import Clock, peak_memory  # noqa: E402
-from vise_fast.text.prompts import style_for  # noqa: E402
-from vise_fast.text.tokens import Tokens  # noqa: E402
+from vise_fast.system.clock import Clock, peak_memory
+from vise_fast.text.prompts import style_for
+from vise_fast.text.tokens import Tokens
 
 ENGINES = ("fast", "graphed", "unshared", "stock", "naive", "naive+")
 DECODED = {"ask": subjects.QUERY_TOKENS - 1, "ground": subjects.BOX_TOKENS - 1}
@@ -72,10 +69,12 @@ class Contender:
     steps: int = 0
 
     def play(self) -> list:
+        """One more rollout: its slices."""
         self.steps += 1
         return play_batch(self.engine, self.images, self.config, self.steps)
 
     def step(self) -> dict[str, float]:
+        """One more whole step: its metrics. RuntimeError: a box went unscored."""
         metrics = self.learner.learn(self.play(), self.steps)
         if metrics["scored"] < 1:
             raise RuntimeError(
@@ -101,40 +100,32 @@ class Contender:
 def contender(
     name: str, subject: subjects.Subject, args: argparse.Namespace, images: list[Image]
 ) -> Contender:
+    """The engine called `name` over weights of its own."""
     own = {
         "naive": ["--train.micro_batch=1", "--update.kl=k1_loss"],
         "unshared": ["--train.share_forward=false"],
     }.get(name, [])
     config = subject.config(args.preset, len(images), [*args.override, *own])
     if name.startswith("naive"):
-        engine = (NaivePlusEngine if name == "naive+" else NaiveEngine)(
-            subject, config, _locked(subject)
-        )
-        return Contender(
-            name,
-            engine,
-            NaiveLearner(NaivePolicy(engine), engine, config),
-            config,
-            images,
-            engine.models(),
-        )
+        kind = NaivePlusEngine if name == "naive+" else NaiveEngine
+        engine = kind(subject, config, _locked(subject))
+        learner = NaiveLearner(NaivePolicy(engine), engine, config)
+        return Contender(name, engine, learner, config, images, engine.models())
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
     if name == "stock":
         engine = StockEngine(StockBackbone(policy.model), policy.tokens)
     else:
-        engine = (GraphedEngine if name == "graphed" else FastEngine)(
-            policy.backbone, policy.tokens
-        )
+        kind = GraphedEngine if name == "graphed" else FastEngine
+        engine = kind(policy.backbone, policy.tokens)
     return Contender(name, engine, Learner(policy, engine, config), config, images, [policy.model])
 
 
 def _locked(subject: subjects.Subject) -> subjects.Locked:
     config = AutoConfig.from_pretrained(subject.directory)
     tokenizer = AutoTokenizer.from_pretrained(subject.directory)
-    return subjects.Locked(
-        Tokens(tokenizer, style_for(config), config.text_config.vocab_size, config.image_token_id)
-    )
+    vocabulary = config.text_config.vocab_size
+    return subjects.Locked(Tokens(tokenizer, style_for(config), vocabulary, config.image_token_id))
 
 
 def plan(c: Contender) -> StepPlan:
@@ -174,7 +165,8 @@ def look(
     }
     with perf.executed_flops() as counter:
         found["flops"] = c.phases(Clock(now=counter.get_total_flops))
-    with Work([p for module in c.modules for p in module.parameters()]) as work:
+    every = itertools.chain.from_iterable(module.parameters() for module in c.modules)
+    with Work(list(every)) as work:
         found["launches"] = c.phases(Clock(now=lambda: work.ops))
     found["syncs"] = dict(work.syncs) | {"all": work.total}
     minimal = batch * sum(minimal_step(shapes, plan(c), lengths(c), size).values())
@@ -198,10 +190,10 @@ def _counts(c: Contender, p: StepPlan) -> dict[str, float]:
     update = c.engine.counters.take()
     distinct = len(c.images) * (1 + p.views + p.ghosts)
     both = 0 if p.policy_judges else len(c.images)
+    encoded = rollout["images_encoded"] + update["images_encoded"]
     return {
         "distinct_images": distinct,
-        "encodes_per_distinct_image": (rollout["images_encoded"] + update["images_encoded"])
-        / distinct,
+        "encodes_per_distinct_image": encoded / distinct,
         "prefixes_per_distinct_image_and_adapter_state": rollout["prefixes"] / (distinct + both),
         "rollout": rollout,
         "update": update,
@@ -235,11 +227,8 @@ def _kernel_launches(step: Callable) -> dict[str, int]:
     with torch.profiler.profile(activities=activities) as profile:
         step()
     calls = {event.key: event.count for event in profile.key_averages()}
-    return {
-        name: calls[name]
-        for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
-        if name in calls
-    }
+    names = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
+    return {name: calls[name] for name in names if name in calls}
 
 
 # ---- one batch size ------------------------------------------------------------------------------
@@ -252,43 +241,23 @@ def run(
     device: torch.device,
     ceilings: dict[str, float],
 ) -> dict:
-    images = (
-        subjects.pictures(*args.size, batch)
-        if args.images is None
-        else subjects.folder(args.images, args.size, batch)
-    )
+    """All engines on the same images: times, looks, and ratios to the first."""
+    if args.images is None:
+        images = subjects.pictures(*args.size, batch)
+    else:
+        images = subjects.folder(args.images, args.size, batch)
     contenders = {name: contender(name, subject, args, images) for name in args.engine}
-    times = measure.interleaved(
-        {name: c.step for name, c in contenders.items()}, device, args.repeats, least_s=0.0
-    )
-    shapes = Shapes.of(
-        AutoConfig.from_pretrained(subject.directory), contenders[args.engine[0]].config.lora.r
-    )
-    looks = {
-        name: look(c, shapes, ceilings, device, memory=not args.smoke)
-        for name, c in contenders.items()
-    }
-    engines = {
-        name: {"step": times[name].summary(), "images_per_s": batch / times[name].median}
-        | looks[name]
-        for name in contenders
-    }
-    ratios = {
-        f"{name} / {first}": _ratio(times[name].seconds, times[first].seconds)
-        for first in args.engine[:1]
-        for name in args.engine[1:]
-    }
+    steps = {name: c.step for name, c in contenders.items()}
+    times = measure.interleaved(steps, device, args.repeats, least_s=0.0)
+    first, *others = args.engine
+    rank = contenders[first].config.lora.r
+    shapes = Shapes.of(AutoConfig.from_pretrained(subject.directory), rank)
+    engines = {}
+    for name, c in contenders.items():
+        whole = {"step": times[name].summary(), "images_per_s": batch / times[name].median}
+        engines[name] = whole | look(c, shapes, ceilings, device, memory=not args.smoke)
+    ratios = {f"{name} / {first}": measure.ratio(times[name], times[first]) for name in others}
     return {"batch": batch, "engines": engines, "ratios": ratios}
-
-
-def _ratio(slow: list[float], quick: list[float]) -> dict[str, float]:
-    """Of neighbouring repeats: both saw the same machine."""
-    ratios = torch.tensor([a / b for a, b in zip(slow, quick, strict=True)], dtype=torch.float64)
-    return {
-        "median": ratios.median().item(),
-        "least": ratios.min().item(),
-        "most": ratios.max().item(),
-    }
 
 
 # ---- telling -------------------------------------------------------------------------------------
@@ -301,25 +270,9 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
     gpu = device.type == "cuda"
     lines = []
     for name, e in result["engines"].items():
-        seconds = e["seconds"]
-        floors = e["floor_s"]
-        lines.append(
-            f"\nbatch {result['batch']}, {name}"
-            + (
-                f": {e['step']['median_s'] * 1e3:.1f} ms, {e['images_per_s']:.2f} images/s"
-                if gpu
-                else ""
-            )
-        )
-        for phase, spent in seconds.items():
-            if phase != "step":
-                shown = f"{spent * 1e3:9.1f} ms" if gpu else f"{spent / seconds['step']:9.1%}"
-                near = floors.get(phase, 0.0) / spent if spent > 0 else 0.0
-                lines.append(
-                    f"  {phase:10s}{shown}   floor {near:6.1%}   "
-                    f"{e['flops'].get(phase, 0) / 1e9:10.1f} GFLOP "
-                    f"{e['launches'].get(phase, 0):8.0f} launches"
-                )
+        speed = f": {e['step']['median_s'] * 1e3:.1f} ms, {e['images_per_s']:.2f} images/s"
+        lines.append(f"\nbatch {result['batch']}, {name}" + (speed if gpu else ""))
+        lines += [_phase(name, e, gpu) for name in e["seconds"] if name != "step"]
         lines.append(_summary(e, ceilings))
     lines += [
         f"\n{pair}: {r['median']:.2f}x ({r['least']:.2f}-{r['most']:.2f})"
@@ -328,9 +281,19 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
     return "\n".join(lines)
 
 
+def _phase(name: str, e: dict, gpu: bool) -> str:
+    spent = e["seconds"][name]
+    shown = f"{spent * 1e3:9.1f} ms" if gpu else f"{spent / e['seconds']['step']:9.1%}"
+    near = e["floor_s"].get(name, 0.0) / spent if spent > 0 else 0.0
+    return (
+        f"  {name:10s}{shown}   floor {near:6.1%}   {e['flops'].get(name, 0) / 1e9:10.1f} GFLOP "
+        f"{e['launches'].get(name, 0):8.0f} launches"
+    )
+
+
 def _summary(e: dict, ceilings: dict[str, float]) -> str:
     counts = e["counts"]
-    rollout = e["counts"]["rollout"]
+    rollout = counts["rollout"]
     reached = e["flops"]["step"] / e["seconds"]["step"] / ceilings["matmul_flop_per_s"]
     return (
         f"  encodes {counts['encodes_per_distinct_image']:.2f}, prefixes "
@@ -349,74 +312,44 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = [
-        (
-            f"{name}\nbatch {r['batch']}",
-            e["seconds"],
-            max(x["seconds"]["step"] for x in r["engines"].values()),
-        )
-        for r in results
-        for name, e in r["engines"].items()
-    ]
-    phases = list(
-        dict.fromkeys(phase for _, seconds, _ in bars for phase in seconds if phase != "step")
-    )
+    bars: dict[str, dict[str, float]] = {}
+    for result in results:
+        bars |= _shares(result)
+    phases: dict[str, None] = {}
+    for shares in bars.values():
+        phases |= dict.fromkeys(shares)
     figure, axes = pyplot.subplots(figsize=(2 + 1.2 * len(bars), 4.5), layout="constrained")
     floor = [0.0] * len(bars)
     for phase in phases:
-        heights = [seconds.get(phase, 0.0) / slowest for _, seconds, slowest in bars]
-        axes.bar([label for label, _, _ in bars], heights, bottom=floor, label=phase)
+        heights = [shares.get(phase, 0.0) for shares in bars.values()]
+        axes.bar(list(bars), heights, bottom=floor, label=phase)
         floor = [a + b for a, b in zip(floor, heights, strict=True)]
     axes.set_ylabel("time, slowest engine of the batch = 1")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
+def _shares(result: dict) -> dict[str, dict[str, float]]:
+    """{label: {phase: share of the batch's slowest step}}."""
+    spent = {name: dict(e["seconds"]) for name, e in result["engines"].items()}
+    slowest = max(seconds.pop("step") for seconds in spent.values())
+    labels = {name: f"{name}\nbatch {result['batch']}" for name in spent}
+    shares = {}
+    for name, seconds in spent.items():
+        shares[labels[name]] = {phase: s / slowest for phase, s in seconds.items()}
+    return shares
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def parse(words: list[str]) -> argparse.Namespace:
+    """The command line, with the defaults that hang on the model filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="nano", help="nano, a name in configs/models, or a directory"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("own", "random"),
-        default="own",
-        help="random: the shapes of a directory's model with made-up weights",
-    )
-    parser.add_argument(
-        "--engine",
-        nargs="+",
-        choices=ENGINES,
-        default=["fast", "naive+", "naive"],
-        help="the first is what the others are compared with",
-    )
-    parser.add_argument("--images", type=Path, help="a folder instead of drawn scenes")
-    parser.add_argument("--size", help="WIDTHxHEIGHT; default 128x128 for nano, 640x480 else")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", help="images per update; default 1 16 for nano, 8 else"
-    )
-    parser.add_argument("--preset", choices=("paper", "robust"), default="paper")
-    parser.add_argument("--samples", type=int, help="G instead of the preset's")
-    parser.add_argument(
-        "--quant", choices=("none", "int8", "nf4"), default="none", help="fast and stock only"
-    )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", type=Path, help="write a PNG")
-    parser.add_argument(
-        "--write", action="store_true", help="put the document under bench/results/"
-    )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="the embedded model, one image, one repeat, all engines",
-    )
+    _add_subject(parser.add_argument)
+    _add_measuring(parser.add_argument)
     args = parser.parse_args(words)
     if args.smoke:
         args.model = "nano"
@@ -424,33 +357,72 @@ def parse(words: list[str]) -> argparse.Namespace:
         args.repeats = 1
         args.engine = list(ENGINES)
     nano = args.model == "nano"
-    width, height = (
-        int(side) for side in (args.size or ("128x128" if nano else "640x480")).split("x")
-    )
+    size = args.size or ("128x128" if nano else "640x480")
+    width, height = (int(side) for side in size.split("x"))
     args.size = (height, width)
     args.batch = args.batch or ([1, 16] if nano else [8])
     args.override = [
         f"--model.device={args.device}",
         f"--model.dtype={args.dtype}",
         f"--model.quant={args.quant}",
+        f"--data.max_pixels={max(height * width, 1024)}",
     ]
-    args.override += [f"--data.max_pixels={max(height * width, 1024)}"] + (
-        [f"--rollout.samples={args.samples}"] if args.samples else []
-    )
+    if args.samples:
+        args.override.append(f"--rollout.samples={args.samples}")
     return args
 
 
-def main(words: list[str]) -> None:
-    args = parse(words)
-    device = model.device_of(args.device)
+def _add_subject(add: Callable) -> None:
+    add("--model", default="nano", help="nano, a name in configs/models, or a directory")
+    add(
+        "--weights",
+        choices=("own", "random"),
+        default="own",
+        help="random: the shapes of a directory's model with made-up weights",
+    )
+    add("--images", type=Path, help="a folder instead of drawn scenes")
+    add("--size", help="WIDTHxHEIGHT; default 128x128 for nano, 640x480 else")
+    add("--batch", type=int, nargs="+", help="images per update; default 1 16 for nano, 8 else")
+    add("--preset", choices=("paper", "robust"), default="paper")
+    add("--samples", type=int, help="G instead of the preset's")
+    add("--quant", choices=("none", "int8", "nf4"), default="none", help="fast and stock only")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--device", default="auto")
+
+
+def _add_measuring(add: Callable) -> None:
+    add(
+        "--engine",
+        nargs="+",
+        choices=ENGINES,
+        default=["fast", "naive+", "naive"],
+        help="the first is what the others are compared with",
+    )
+    add("--repeats", type=int, default=5)
+    add("--plot", type=Path, help="write a PNG")
+    add("--write", action="store_true", help="put the document under bench/results/")
+    smoke = "the embedded model, one image, one repeat, all engines"
+    add("--smoke", action="store_true", help=smoke)
+
+
+def start(device: torch.device, smoke: bool, dtype: str) -> dict[str, float]:
+    """What every bench of whole steps does first; the machine's ceilings."""
     if device.type == "cpu":
         torch.set_num_threads(1)
     allocator.keep_freed_memory()  # as a run does; here for every engine
     torch.manual_seed(0)
-    ceilings = measure.ceilings(device, args.smoke, args.dtype)
+    ceilings = measure.ceilings(device, smoke, dtype)
     rate = ceilings["matmul_flop_per_s"] / 1e12
     bandwidth = ceilings["copy_bytes_per_s"] / 1e9
     print(f"ceilings measured in this run: {rate:.3g} TFLOP/s, {bandwidth:.3g} GB/s copied")
+    return ceilings
+
+
+def main(words: list[str]) -> None:
+    """Measure, tell, and write where asked to."""
+    args = parse(words)
+    device = model.device_of(args.device)
+    ceilings = start(device, args.smoke, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.find(args.model, args.weights == "random", scratch)
         results = [run(subject, args, batch, device, ceilings) for batch in args.batch]
@@ -459,27 +431,19 @@ def main(words: list[str]) -> None:
     if args.plot:
         plot(results, args.plot)
     height, width = args.size
-    setting = dict(
-        model=subject.name,
-        preset=args.preset,
-        size=f"{width}x{height}",
-        samples=args.samples,
-        quant=args.quant,
-        dtype=args.dtype,
-        repeats=args.repeats,
-    )
+    setting = {"model": subject.name, "preset": args.preset, "size": f"{width}x{height}"}
+    setting |= {key: getattr(args, key) for key in ("samples", "quant", "dtype", "repeats")}
+    document = {
+        "bench": "rollout",
+        "machine": measure.machine(device),
+        "ceilings": ceilings,
+        "setting": setting,
+        "results": results,
+    }
     kind = args.preset if args.dtype == "auto" else f"{args.preset}-{args.dtype}"
     name = f"rollout-{args.model.replace('/', '_')}-{width}x{height}-{kind}-{device.type}.json"
-    measure.finish(
-        {
-            "bench": "rollout",
-            "machine": measure.machine(device),
-            "ceilings": ceilings,
-            "setting": setting,
-            "results": results,
-        },
-        measure.ROOT / "bench" / "results" / name if args.write else None,
-    )
+    place = _checkout.ROOT / "bench" / "results" / name
+    measure.finish(document, place if args.write else None)
 
 
 if __name__ == "__main__":

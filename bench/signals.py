@@ -1,10 +1,9 @@
 """What each piece of a reward knows: within a group of samples of one question, how does it go with
 the box's true IoU, and with its size?
 
-    python bench/signals.py                                        the default configuration, 128
-    validation scenes
-    python bench/signals.py --scenes 32 -- --rollout.views 2 --rollout.view_temperature 1      any
-    setting, behind --
+    python bench/signals.py               the default configuration, 128 validation scenes
+    python bench/signals.py --scenes 32 -- --rollout.views 2 --rollout.view_temperature 1
+                                          any setting, behind --
 
 Two figures per piece, on drawn scenes whose true boxes training never sees: the correlation of its
 deviation from its group's mean with that of the true IoU (and of the log area: a piece that grows
@@ -17,35 +16,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
+from learning import SPLIT_SEED, parted, truth_of
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
-
-from learning import SPLIT_SEED, truth_of  # noqa: E402
-
-from vise_fast.config import schema as configuration  # noqa: E402
-from vise_fast.engine.fast import FastEngine  # noqa: E402
+from vise_fast.config import schema as configuration
+from vise_fast.engine.fast import FastEngine
 from vise_fast.images import geometry
-from vise_fast.images.drawn import Scenes  # noqa: E402
-from vise_fast.method import rewards  # noqa: E402
-from vise_fast.method.experience import (
-    join,  # noqa: E402
-    play_batch,  # noqa: E402
-)
+from vise_fast.images.drawn import Scenes
+from vise_fast.method import rewards
+from vise_fast.method.evidence import Evidence, join
+from vise_fast.method.experience import play_batch
 from vise_fast.model import load as model
 
 
-def pieces(evidence: rewards.Evidence, config: rewards.RewardConfig) -> dict[str, Tensor]:
+def pieces(evidence: Evidence, config: rewards.RewardConfig) -> dict[str, Tensor]:
     """(N,) each: what the default reward is made of, and the reward itself."""
     parts = rewards.dissect(evidence, config)
+    boxes = geometry.clean_1000(evidence.box_1000)
     named = {
-        "true IoU": geometry.iou(
-            geometry.clean_1000(evidence.box_1000), geometry.clean_1000(evidence.truth_1000)
-        ),
+        "true IoU": geometry.iou(boxes, geometry.clean_1000(evidence.truth_1000)),
         "R_geo": parts.geometric,
         "hidden by the ghost": 1 - evidence.gone,
         "R_sem": parts.semantic,
@@ -61,7 +52,7 @@ def pieces(evidence: rewards.Evidence, config: rewards.RewardConfig) -> dict[str
     return named
 
 
-def usable(evidence: rewards.Evidence) -> Tensor:
+def usable(evidence: Evidence) -> Tensor:
     """(N,) bool: a box with area, judged, of a query that names one object of the scene."""
     return (
         evidence.readable
@@ -79,82 +70,80 @@ def deviation(values: Tensor, group: Tensor) -> Tensor:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
+    """Of two rows of deviations (N,)."""
     return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-12))
 
 
 def picked(values: Tensor, truth: Tensor, group: Tensor) -> float:
     """Mean truth of the row with the highest value of each group."""
-    return float(
-        torch.stack(
-            [
-                truth[rows][values[rows].argmax()]
-                for g in group.unique()
-                if len(rows := (group == g).nonzero()[:, 0])
-            ]
-        ).mean()
-    )
+    best = []
+    for g in group.unique():
+        rows = (group == g).nonzero()[:, 0]
+        best.append(truth[rows][values[rows].argmax()])
+    return float(torch.stack(best).mean())
 
 
-def measure(scenes: int, extra: list[str]) -> dict:
-    torch.set_num_threads(1)
+def collect(scenes: int, extra: list[str]) -> dict[str, Tensor]:
+    """(N,) each, of the usable boxes of so many scenes: the pieces, "group" and "log area"."""
     config = configuration.load(None, ["--train.seed", str(SPLIT_SEED["validation"]), *extra])
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     source = Scenes(config)
-    collected = []
     truth = truth_of(source)
     size = config.train.batch
+    parts: dict[str, list[Tensor]] = {}
     for step in range(-(-scenes // size)):
-        evidence = join(play_batch(engine, source.batch(step, size), config, step, truth))
+        slices = play_batch(engine, source.batch(step, size), config, step, truth)
+        evidence = join([played.evidence for played in slices])
         rows = usable(evidence).nonzero()[:, 0]
-        collected.append(
-            {n: v[rows].double() for n, v in pieces(evidence, config.reward).items()}
-            | {
-                "group": rows // config.rollout.samples + step * size,
-                "log area": geometry.area_share(evidence.box_1000)[rows].log(),
-            }
-        )
-    table = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
+        named = {n: v[rows].double() for n, v in pieces(evidence, config.reward).items()}
+        named["group"] = rows // config.rollout.samples + step * size
+        named["log area"] = geometry.area_share(evidence.box_1000)[rows].log()
+        for name, values in named.items():
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def measure(scenes: int, extra: list[str]) -> dict:
+    """Both figures of each piece."""
+    torch.set_num_threads(1)
+    table = collect(scenes, extra)
     group = table.pop("group")
-    size_of = table.pop("log area")
-    truth_of_row = table["true IoU"]
-    known = deviation(truth_of_row, group)
-    larger = deviation(size_of, group)
-    rows = {
-        name: {
-            "with_iou": correlation(d := deviation(values, group), known),
-            "with_log_area": correlation(d, larger),
-            "picked_iou": picked(values, truth_of_row, group),
+    larger = deviation(table.pop("log area"), group)
+    truth = table["true IoU"]
+    known = deviation(truth, group)
+    rows = {}
+    for name, values in table.items():
+        found = deviation(values, group)
+        rows[name] = {
+            "with_iou": correlation(found, known),
+            "with_log_area": correlation(found, larger),
+            "picked_iou": picked(values, truth, group),
         }
-        for name, values in table.items()
-    }
     return {
         "bench": "signals",
         "scenes": scenes,
         "boxes": len(group),
         "groups": len(group.unique()),
-        "mean_iou": float(truth_of_row.mean()),
+        "mean_iou": float(truth.mean()),
         "extra": extra,
         "pieces": rows,
     }
 
 
 def main() -> None:
-    own = sys.argv[1:]
-    extra = []
-    if "--" in own:
-        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    """Measure and tell; the last line is the JSON."""
+    own, extra = parted(sys.argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scenes", type=int, default=128)
     parser.add_argument("--smoke", action="store_true", help="one small batch")
     args = parser.parse_args(own)
-    document = (
-        measure(2, ["--train.batch", "2", "--rollout.samples", "4"])
-        if args.smoke
-        else measure(args.scenes, extra)
-    )
+    if args.smoke:
+        args.scenes = 2
+        extra = ["--train.batch", "2", "--rollout.samples", "4"]
+    document = measure(args.scenes, extra)
     print(
         f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU "
         f"{document['mean_iou']:.3f}\n"

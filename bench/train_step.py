@@ -1,11 +1,12 @@
 """The whole step by NAIVE, NAIVE+ and ours, and the update pass alone: shared prefix against row by
 row, what each trick saves.
 
-    python bench/train_step.py                        the embedded model, and a mid-size random one
-    for the update pass; a CPU
-    python bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480
-    --dtype bfloat16 --batch 1 32     (a GPU)
-    python bench/train_step.py --smoke                does everything run? a minute on a CPU
+    python bench/train_step.py            the embedded model, and a mid-size random one for the
+                                          update pass; a CPU
+    python bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b
+        --update-size 640x480 --dtype bfloat16 --batch 1 32
+                                          a GPU
+    python bench/train_step.py --smoke    does everything run? a minute on a CPU
 
 Whole steps are rollout.py's: interleaved repeats, phases, images per second, executed over minimal
 FLOPs. The update pass is policy and
@@ -29,29 +30,26 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import _checkout
+import _measure as measure
+import _subjects as subjects
+import memory
+import rollout
 import torch
+from torch.nn import functional as F
+from vise_kernels import linear_logprob_kl
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
-
-import _measure as measure  # noqa: E402
-import _subjects as subjects  # noqa: E402
-import memory  # noqa: E402
-import rollout  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from vise_kernels import linear_logprob_kl  # noqa: E402
-
-from vise_fast.engine.fast import FastEngine  # noqa: E402
-from vise_fast.engine.rollout import Answered  # noqa: E402
-from vise_fast.method import roles  # noqa: E402
-from vise_fast.method.roles import Question, Sampling  # noqa: E402
+from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered
+from vise_fast.method import roles
+from vise_fast.method.roles import Question, Sampling
 from vise_fast.model import load as model
-from vise_fast.model import lora_linear as linear  # noqa: E402
+from vise_fast.model import lora_linear as linear
 from vise_fast.model import qwen3_vl
-from vise_fast.model.tree import Features  # noqa: E402
+from vise_fast.model.tree import Features
 from vise_fast.profile import flops as perf
-from vise_fast.system import allocator
 
 GROUPS = (1, 2, 4, 8, 16)
 
@@ -66,6 +64,7 @@ class Update:
 
     @classmethod
     def of(cls, engine: FastEngine, size: tuple[int, int], group: int) -> Update:
+        """`group` answers to one scene of a size (height, width)."""
         features = engine.encode([image.pixels for image in subjects.pictures(*size, 1)])
         query = subjects.QUERIES[engine.tokens.style.name]
         questions = [Question(0, query, list(range(group)))]
@@ -74,15 +73,18 @@ class Update:
         return cls(engine, features, Answered(boxes.rows, boxes.answers, boxes.owner))
 
     def shared(self, recompute: bool = False) -> None:
+        """One tree, as trained; `recompute`: with checkpointing."""
         self._one(self.features, self.answered, recompute)
 
     def row_wise(self) -> None:
+        """Each answer with a prefix of its own."""
         answered = self.answered
         group = len(answered.owner)
         alone = Answered(answered.rows * group, answered.answers, list(range(group)))
         self._one(self.features.select([0] * group), alone)
 
     def plain(self) -> None:
+        """One tree in plain autograd."""
         with plain_autograd():
             self._one(self.features, self.answered)
 
@@ -101,64 +103,66 @@ class Update:
 @contextmanager
 def plain_autograd():
     """The fused nodes replaced by what they compute."""
-    kept = linear.FusedLinear.__call__, qwen3_vl.recomputed
-    linear.FusedLinear.__call__ = lambda self, x, pack, before=None: self.plain(
-        x, pack and self.pack(x.dtype), before
-    )
-    qwen3_vl.recomputed = lambda function, x: function(x)
-    try:
+
+    def unfused(self, x, pack, before=None):
+        return self.plain(x, pack and self.pack(x.dtype), before)
+
+    def kept(function, x):
+        return function(x)
+
+    with (
+        mock.patch.object(linear.FusedLinear, "__call__", unfused),
+        mock.patch.object(qwen3_vl, "recomputed", kept),
+    ):
         yield
-    finally:
-        linear.FusedLinear.__call__, qwen3_vl.recomputed = kept
 
 
-def group_scaling(
-    engine: FastEngine,
-    size: tuple[int, int],
-    groups: tuple[int, ...],
-    device: torch.device,
-    repeats: int,
-) -> list[dict]:
-    """Shared against row by row for each G: FLOPs, time and memory of the update of one image."""
-    found = []
-    for group in groups:
-        update = Update.of(engine, size, group)
-        runs = {"shared": update.shared, "row-wise": update.row_wise}
-        times = measure.interleaved(runs, device, repeats, least_s=0.0)
-        row = {"group": group, "prefix_over_answer": _prefix(update) / subjects.BOX_TOKENS}
-        for name, run in runs.items():
-            row[name] = {"flops": _flops(run), "bytes": measure.extra_bytes(run, device)} | times[
-                name
-            ].summary()
-        ratios = rollout._ratio(times["row-wise"].seconds, times["shared"].seconds)
-        found.append(
-            row
-            | {
-                "flop_fraction": row["shared"]["flops"] / row["row-wise"]["flops"],
-                "speedup": ratios,
-            }
-        )
-    return found
+@dataclass(frozen=True)
+class Measuring:
+    """How the update pass is timed."""
+
+    device: torch.device
+    repeats: int
+
+    def times(self, runs: dict[str, Callable]) -> dict[str, measure.Times]:
+        """Interleaved."""
+        return measure.interleaved(runs, self.device, self.repeats, least_s=0.0)
+
+    def held(self, runs: dict[str, Callable]) -> dict[str, int]:
+        """Most bytes alive."""
+        return {name: measure.extra_bytes(run, self.device) for name, run in runs.items()}
 
 
-def tricks(
-    engine: FastEngine, size: tuple[int, int], group: int, device: torch.device, repeats: int
-) -> dict:
+def scaling_of(update: Update, how: Measuring) -> dict:
+    """Shared against row by row: FLOPs, time and memory of the update of one image."""
+    runs = {"shared": update.shared, "row-wise": update.row_wise}
+    times = how.times(runs)
+    row = {
+        "group": len(update.answered.owner),
+        "prefix_over_answer": _prefix(update) / subjects.BOX_TOKENS,
+    }
+    for name, held in how.held(runs).items():
+        row[name] = {"flops": _flops(runs[name]), "bytes": held} | times[name].summary()
+    return row | {
+        "flop_fraction": row["shared"]["flops"] / row["row-wise"]["flops"],
+        "speedup": measure.ratio(times["row-wise"], times["shared"]),
+    }
+
+
+def tricks(update: Update, how: Measuring) -> dict:
     """The update pass as it is, in plain autograd, and with checkpointing: time and memory relative
     to the first.
     """
-    update = Update.of(engine, size, group)
     runs = {
         "shared": update.shared,
         "plain autograd": update.plain,
         "checkpointing": lambda: update.shared(recompute=True),
     }
-    times = measure.interleaved(runs, device, repeats, least_s=0.0)
-    held = {name: measure.extra_bytes(run, device) for name, run in runs.items()}
-    base = times["shared"].seconds
+    times = how.times(runs)
+    held = how.held(runs)
     return {
         name: {
-            "time": rollout._ratio(times[name].seconds, base),
+            "time": measure.ratio(times[name], times["shared"]),
             "bytes": held[name],
             "bytes_ratio": held[name] / held["shared"],
         }
@@ -166,25 +170,23 @@ def tricks(
     }
 
 
-def shared_products(
-    rows: int, width: int, out: int, device: torch.device, dtype: torch.dtype, repeats: int
-) -> dict:
-    """Policy and reference rows through a frozen weight in one product against two: is anything
-    won?
+def shared_products(rows: int, engine: FastEngine, how: Measuring) -> dict:
+    """Policy and reference rows through a frozen weight of the MLP in one product against two: is
+    anything won?
     """
-    x, y, weight = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, rows, out))
+    text = engine.backbone.config.text_config
+    width = text.hidden_size
+    out = 2 * text.intermediate_size
+    options = {"device": how.device, "dtype": engine.backbone.dtype}
+    x, y, weight = (torch.randn(n, width, **options) for n in (rows, rows, out))
     both = torch.cat([x, y])
     runs = {
         "two products": lambda: (F.linear(x, weight), F.linear(y, weight)),
         "one product": lambda: F.linear(both, weight),
     }
-    times = measure.interleaved(runs, device, repeats, least_s=0.2)
-    return {
-        "rows": rows,
-        "width": width,
-        "out": out,
-        "two_over_one": rollout._ratio(times["two products"].seconds, times["one product"].seconds),
-    }
+    times = measure.interleaved(runs, how.device, how.repeats, least_s=0.2)
+    ratio = measure.ratio(times["two products"], times["one product"])
+    return {"rows": rows, "width": width, "out": out, "two_over_one": ratio}
 
 
 def _flops(run: Callable) -> int:
@@ -206,11 +208,11 @@ def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) 
     """An engine over random weights of a shape: nano's, one of memory.MODELS, or one of
     configs/models.
     """
-    subject = (
-        subjects.Subject(name, subjects._write(memory.shape_of(name), scratch), True)
-        if name in memory.MODELS
-        else subjects.find(name, True, scratch)
-    )
+    if name in memory.MODELS:
+        directory = subjects._write(memory.shape_of(name), scratch)
+        subject = subjects.Subject(name, directory, True)
+    else:
+        subject = subjects.find(name, True, scratch)
     config = subject.config("robust", 1, [*words, f"--data.max_pixels={size[0] * size[1]}"])
     policy = model.load(config, weights=subject.weights)
     policy.tokens = subjects.Locked(policy.tokens)
@@ -218,6 +220,7 @@ def engine_of(name: str, size: tuple[int, int], words: list[str], scratch: str) 
 
 
 def tell(scaling: list[dict], saved: dict, products: list[dict]) -> None:
+    """The update pass on screen."""
     print("\nupdate pass of one image, row by row against one shared tree")
     for row in scaling:
         bytes_ratio = row["row-wise"]["bytes"] / row["shared"]["bytes"]
@@ -250,58 +253,38 @@ def plot(scaling: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     groups = [row["group"] for row in scaling]
-    axes.plot(
-        groups,
-        [1 / row["flop_fraction"] for row in scaling],
-        marker="o",
-        label="FLOPs, row-wise / shared",
-    )
-    axes.plot(
-        groups,
-        [row["speedup"]["median"] for row in scaling],
-        marker="s",
-        label="time, row-wise / shared",
-    )
+    flops = [1 / row["flop_fraction"] for row in scaling]
+    times = [row["speedup"]["median"] for row in scaling]
+    axes.plot(groups, flops, marker="o", label="FLOPs, row-wise / shared")
+    axes.plot(groups, times, marker="s", label="time, row-wise / shared")
     axes.plot(groups, groups, color="grey", linewidth=1, label="all prefix")
-    axes.set(
-        xlabel="G, answers per image",
-        ylabel="times less",
-        xscale="log",
-        yscale="log",
-        xticks=groups,
-        xticklabels=groups,
-    )
+    axes.set(xlabel="G, answers per image", ylabel="times less", xscale="log", yscale="log")
+    axes.set(xticks=groups, xticklabels=groups)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        default="nano",
-        help="of the whole step: nano, a name in configs/models, or a directory",
+    add = parser.add_argument
+    whole = "of the whole step: nano, a name in configs/models, or a directory"
+    add("--model", default="nano", help=whole)
+    add("--batch", type=int, nargs="+", default=[8])
+    add("--size", help="WIDTHxHEIGHT of the whole step's images")
+    add("--preset", choices=("paper", "robust"), default="paper")
+    update = (
+        "of the update pass: narrow, wide, vocal (memory.py), nano, or a name in configs/models"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
-    parser.add_argument("--size", help="WIDTHxHEIGHT of the whole step's images")
-    parser.add_argument("--preset", choices=("paper", "robust"), default="paper")
-    parser.add_argument(
-        "--update-model",
-        default="wide",
-        help=(
-            "of the update pass: narrow, wide, vocal (memory.py), nano, or a name in configs/models"
-        ),
-    )
-    parser.add_argument("--update-size", default="192x192")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--write", action="store_true", help="put document and PNG under bench/results/"
-    )
-    parser.add_argument("--smoke", action="store_true")
+    add("--update-model", default="wide", help=update)
+    add("--update-size", default="192x192")
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--repeats", type=int, default=5)
+    add("--write", action="store_true", help="put document and PNG under bench/results/")
+    add("--smoke", action="store_true")
     args = parser.parse_args(words)
     if args.smoke:
         args.batch = [2]
@@ -315,20 +298,9 @@ def whole_steps(
     args: argparse.Namespace, device: torch.device, ceilings: dict[str, float]
 ) -> list[dict]:
     """rollout.py's interleaved steps of ours, NAIVE+ and NAIVE."""
-    words = [
-        "--model",
-        args.model,
-        "--preset",
-        args.preset,
-        "--device",
-        args.device,
-        "--dtype",
-        args.dtype,
-        "--repeats",
-        str(args.repeats),
-        "--batch",
-        *map(str, args.batch),
-    ]
+    same = ("model", "preset", "device", "dtype", "repeats")
+    words = [f"--{name}={getattr(args, name)}" for name in same]
+    words += ["--batch", *map(str, args.batch)]
     steps = rollout.parse(words + (["--size", args.size] if args.size else []))
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.find(args.model, False, scratch)
@@ -338,76 +310,45 @@ def whole_steps(
     return results
 
 
+def update_passes(args: argparse.Namespace, how: Measuring) -> dict:
+    """The update pass alone, by `--update-model`: over G, trick by trick, and its products."""
+    width, height = (int(side) for side in args.update_size.split("x"))
+    size = (height, width)
+    words = [f"--model.device={args.device}", f"--model.dtype={args.dtype}"]
+    groups = GROUPS[:2] if args.smoke else GROUPS
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = engine_of(args.update_model, size, words, scratch)
+        saved_at = groups[-1] if args.smoke else 8
+        return {
+            "group_scaling": [scaling_of(Update.of(engine, size, g), how) for g in groups],
+            "tricks": tricks(Update.of(engine, size, saved_at), how),
+            "shared_products": [shared_products(rows, engine, how) for rows in (128, 512)],
+        }
+
+
 def main(words: list[str]) -> None:
+    """Measure, tell, and write where asked to."""
     args = parse(words)
     device = model.device_of(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    allocator.keep_freed_memory()  # as a run does; here for every engine
-    torch.manual_seed(0)
-    ceilings = measure.ceilings(device, args.smoke, args.dtype)
-    print(
-        f"ceilings measured in this run: {ceilings['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, "
-        f"{ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s copied"
-    )
+    ceilings = rollout.start(device, args.smoke, args.dtype)
     steps = whole_steps(args, device, ceilings)
-    width, height = (int(side) for side in args.update_size.split("x"))
-    with tempfile.TemporaryDirectory() as scratch:
-        engine = engine_of(
-            args.update_model,
-            (height, width),
-            [f"--model.device={args.device}", f"--model.dtype={args.dtype}"],
-            scratch,
-        )
-        groups = GROUPS[:2] if args.smoke else GROUPS
-        scaling = group_scaling(engine, (height, width), groups, device, args.repeats)
-        saved = tricks(
-            engine, (height, width), groups[-1] if args.smoke else 8, device, args.repeats
-        )
-        text = engine.backbone.config.text_config
-        products = [
-            shared_products(
-                n,
-                text.hidden_size,
-                2 * text.intermediate_size,
-                device,
-                engine.backbone.dtype,
-                args.repeats,
-            )
-            for n in (128, 512)
-        ]
-    tell(scaling, saved, products)
-    place = (
-        measure.ROOT
-        / "bench"
-        / "results"
-        / f"train_step-{args.model.replace('/', '_')}-{device.type}.json"
-        if args.write
-        else None
-    )
-    if place is not None:
+    passes = update_passes(args, Measuring(device, args.repeats))
+    tell(passes["group_scaling"], passes["tricks"], passes["shared_products"])
+    name = f"train_step-{args.model.replace('/', '_')}-{device.type}.json"
+    place = _checkout.ROOT / "bench" / "results" / name
+    if args.write:
         place.parent.mkdir(parents=True, exist_ok=True)
-        plot(scaling, place.with_suffix(".png"))
-    setting = {
-        key: getattr(args, key)
-        for key in ("model", "preset", "update_model", "update_size", "dtype", "repeats")
-    }
-    results = {
+        plot(passes["group_scaling"], place.with_suffix(".png"))
+    told = ("model", "preset", "update_model", "update_size", "dtype", "repeats")
+    document = {
+        "bench": "train_step",
+        "machine": measure.machine(device),
+        "ceilings": ceilings,
+        "setting": {key: getattr(args, key) for key in told},
         "steps": steps,
-        "group_scaling": scaling,
-        "tricks": saved,
-        "shared_products": products,
+        **passes,
     }
-    measure.finish(
-        {
-            "bench": "train_step",
-            "machine": measure.machine(device),
-            "ceilings": ceilings,
-            "setting": setting,
-        }
-        | results,
-        place,
-    )
+    measure.finish(document, place if args.write else None)
 
 
 if __name__ == "__main__":

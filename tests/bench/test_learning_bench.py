@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import learning  # noqa: E402
-import signals  # noqa: E402
+import learning
+import signals
+
+ROOT = Path(__file__).parents[2]
 
 
 def cell(row, seed, iou, n=200, steps=5):
