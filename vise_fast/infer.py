@@ -30,6 +30,7 @@ from vise_fast.images import picture_file as decode
 from vise_fast.method import roles
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.model.load import grid_multiple, load
+from vise_fast.system import threads
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
@@ -145,6 +146,7 @@ def main(words: Sequence[str]) -> int:
             "photo.jpg"
         )
     config = origin.configuration(options)
+    threads.settle(console.say)
     picture, pixels = read_image(Path(options["image"]), config)
     policy = load(config, options["adapter"])
     given = answer(

@@ -33,7 +33,7 @@ from vise_fast.run.directory import Run
 from vise_fast.run.dry_run import dry_run
 from vise_fast.run.out_of_memory import Halving
 from vise_fast.run.resume import refuse_changes, resolve
-from vise_fast.system import allocator, console
+from vise_fast.system import allocator, console, threads
 from vise_fast.system.signals import Interrupted, Signals
 
 SYNTAX = Syntax(
@@ -47,6 +47,7 @@ def main(words: Sequence[str]) -> int:
     if given.help:
         console.Console().say(__doc__ + "\n" + settings.help_text(Config))
         return 0
+    threads.settle(console.Console().say)
     stated = origin.stated(given)
     config = origin.from_adapter(origin.configuration(given), stated)
     if "dry-run" in given.flags:

@@ -25,7 +25,7 @@ from vise_fast.evaluate.held_out import examine
 from vise_fast.evaluate.table import side_by_side
 from vise_fast.images.sources import open_source
 from vise_fast.model.load import grid_multiple, load
-from vise_fast.system import console
+from vise_fast.system import console, threads
 from vise_fast.system.errors import EnvironmentFault
 
 SYNTAX = Syntax(options=origin.OPTIONS | {"scenes": "64", "json": "FILE"}, settings=origin.SETTINGS)
@@ -40,6 +40,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     limit = given.count("scenes")
     config = origin.configuration(given, [] if limit is None else [f"--eval.scenes={limit}"])
+    threads.settle(screen.say)
     source = open_source(config, grid_multiple(config.model.path))
     adapter = given["adapter"]
     policy = load(config, adapter)
