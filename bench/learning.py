@@ -14,8 +14,8 @@ scenes no setting was chosen on.
 
 A cell is (row, seed, updates, split), one process, one thread, one JSON file under
 bench/results/learning/; its adapter stays in build/learning/, so that another split examines it
-without training it again. Left out: the method itself, which is the trainer's own (experience.py,
-learner.py); training sees pixels only, the oracle's truth excepted.
+without training it again. Left out: the method itself, which is the trainer's own
+(vise_fast/method/); training sees pixels only, the oracle's truth excepted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run directories without a run: the files that run.py writes, with invented numbers, for tests of
+"""Run directories without a run: the files that a run writes, with invented numbers, for tests of
 what reads them.
 
 Look at one: `python tests/fake_run.py DIRECTORY [healthy|collapsed|photographs]`, then `python -m

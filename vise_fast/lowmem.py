@@ -26,7 +26,7 @@ CARDS = {8: "4b", 12: "8b", 16: "8b", 24: "32b"}
 WEIGHTS_GB = {"2b": 4.3, "4b": 8.9, "8b": 17.5, "32b": 66.7}
 SMALL = dict(rank=16, alpha=32, lr=1.0e-6, eta=0.1)
 LARGE = dict(rank=32, alpha=64, lr=1.5e-7, eta=0.15)
-"""METHOD section 1: what the paper trains 2B and 4B with, and 8B and 32B."""
+"""What the paper trains 2B and 4B with, and 8B and 32B."""
 
 
 def write(directory: Path, out: Console) -> int:

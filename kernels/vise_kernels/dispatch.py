@@ -37,7 +37,7 @@ NATIVE_OPS = {
     "rms_norm": True,
     "heads": True,
     "swiglu": True,
-    "decode_attention": False,  # engine.py has a CPU's own way to decode
+    "decode_attention": False,  # a CPU decodes in a way of its own
 }
 CPU_ONLY = {"attention", "few_rows", "rms_norm"}  # no Triton version
 PATHS = ("plain", "native", "triton")

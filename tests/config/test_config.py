@@ -389,7 +389,7 @@ def test_every_section_has_its_line_of_help():
     ],
 )
 def test_model_shapes(size, total, vision, tmp_path):
-    """bf16 bytes as METHOD states them: 4.3, 8.9, 17.5 and 66.7 GB."""
+    """bf16 bytes of the published sizes: 4.3, 8.9, 17.5 and 66.7 GB."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     content = (ROOT / "configs" / "models" / f"qwen3-vl-{size}.json").read_text()

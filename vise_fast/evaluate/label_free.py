@@ -47,7 +47,7 @@ def measure(look: Look, arm: bool, own: roles.Queries) -> tuple[Marks, Tensor | 
 
 
 def _invariance(look: Look, arm: bool, box_1000: Tensor, placed: Tensor) -> Mark:
-    """R_geo (METHOD section 1.5) of greedy boxes in the views; a box that cannot be read, or has no
+    """R_geo (method/evidence.py) of greedy boxes in the views; a box that cannot be read, or has no
     area, in a view agrees by 0.
     """
     config = look.config

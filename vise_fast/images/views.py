@@ -5,8 +5,8 @@ A view is made before any box exists; its matrix and its pixels come from the sa
 matrix (geometry.py's conventions), and it has the size of its source. Pixel work is done by
 `vise_kernels.warp` and `vise_kernels.ghost`. Images are uint8 (H, W, 3) tensors. Lengths of the
 settings (shift, sigma, feather) hold at a short side of 480 px and scale with the image's;
-`literal` takes them as they are. Left out: who answers on a view (roles.py), what a dropped view
-costs (rewards.py).
+`literal` takes them as they are. Left out: who answers on a view (method/roles.py), what a dropped
+view costs (method/rewards.py).
 
 Run: `pytest tests/images/test_views.py`.
 """

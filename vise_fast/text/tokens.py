@@ -15,7 +15,7 @@ from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import Style
 
 # Vision placeholders and turn markers: a sampled answer must not open a second image or a second
-# turn (METHOD section 6).
+# turn.
 NEVER_SAMPLED = (
     "<|image_pad|>",
     "<|video_pad|>",
