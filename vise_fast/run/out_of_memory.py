@@ -3,9 +3,10 @@ same randomness and the same result.
 
 Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws
 are named, not consumed, gradients are cleared, and the memory of the move itself is asked for
-before it begins (method/learner.py). Slices add up to the same gradient, so halving changes the result by
-the order of fp32 sums only. What stays halved stays so for the rest of the run. A single image that
-does not fit first gives up the activations that its update would have taken over from its rollout.
+before it begins (method/learner.py). Slices add up to the same gradient, so halving changes the
+result by the order of fp32 sums only. What stays halved stays so for the rest of the run. A single
+image that does not fit first gives up the activations that its update would have taken over from
+its rollout.
 """
 
 from __future__ import annotations
