@@ -1,5 +1,7 @@
 """Engines over the models of tiny.py, with the stock modules' answers beside them."""
 
+import contextlib
+
 import torch
 from tiny import TinyTokens, build
 from vise_kernels import patchify
@@ -22,12 +24,17 @@ def stock_inputs(engine, image, row):
     tokens = engine.tokens
     ids = tokens.head + [tokens.image_token] * (int(grid.prod()) // 4) + tokens.tail + row
     ids = torch.tensor([ids])
-    return dict(
-        input_ids=ids,
-        pixel_values=pixels,
-        image_grid_thw=grid,
-        mm_token_type_ids=(ids == tokens.image_token).int(),
-    )
+    return {
+        "input_ids": ids,
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+        "mm_token_type_ids": (ids == tokens.image_token).int(),
+    }
+
+
+def switched(model, adapters):
+    """The stock modules with their adapters on or off."""
+    return contextlib.nullcontext() if adapters else model.disable_adapter()
 
 
 def stock_logits(model, engine, image, row):
@@ -39,20 +46,15 @@ def relative(a, b):
 
 
 def sampled(engine, pictures, fan=3, limit=12):
+    count = len(pictures)
     features = engine.encode(pictures)
-    prompts = engine.prompt(
-        engine.prefill(features, True), list(range(len(pictures))), ROWS[: len(pictures)]
-    )
-    return features, engine.generate(
-        prompts, [fan] * len(pictures), limit, seeds=list(range(fan * len(pictures)))
-    )
+    prompts = engine.prompt(engine.prefill(features, True), list(range(count)), ROWS[:count])
+    return features, engine.generate(prompts, [fan] * count, limit, list(range(fan * count)))
 
 
 def worst(found, truth):
     """Largest difference of any gradient, relative to the largest entry of its own tensor."""
-    return max(
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth, strict=True)
-    )
+    return max(relative(a, b) for a, b in zip(found, truth, strict=True))
 
 
 def leaves(model):

@@ -4,6 +4,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,19 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vise_fast.config.schema import UpdateConfig
-from vise_fast.method import loss as losses
-from vise_fast.method.loss import Baseline, Beta, Tokens, advantages, k1_penalised, token_mean
+from vise_fast.method.loss import (
+    Baseline,
+    Beta,
+    Tokens,
+    advantages,
+    k1_penalised,
+    reinforce,
+    token_mean,
+)
 from vise_fast.system.errors import NumericFault
 
-
-def reinforce(logprob, mask, advantage, kl, reference, beta, kind, denominator):
-    """The loss of these tables."""
-    tokens = Tokens(logprob, reference, kl, mask)
-    return losses.reinforce(tokens, advantage, beta, kind, denominator)
-
-
-# --- advantages
-# --------------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
 
 def by_hand(rewards, carries, group, kind, base):
@@ -56,13 +56,12 @@ ROW = st.tuples(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.7, 1.0]), st.booleans()
 @settings(deadline=None, max_examples=60)
 def test_advantages_follow_their_definition(kind, data, group, groups):
     rows = data.draw(st.lists(ROW, min_size=group * groups, max_size=group * groups))
-    rewards, carries = [r for r, _ in rows], [c for _, c in rows]
-    got, _ = advantages(
-        torch.tensor(rewards), torch.tensor(carries), group, kind, Baseline(value=0.3)
-    )
-    torch.testing.assert_close(
-        got, torch.tensor(by_hand(rewards, carries, group, kind, 0.3)), atol=1e-5, rtol=1e-5
-    )
+    rewards = [reward for reward, _ in rows]
+    carries = [carried for _, carried in rows]
+    tensors = (torch.tensor(rewards), torch.tensor(carries))
+    got, _ = advantages(*tensors, group, kind, Baseline(value=0.3))
+    truth = torch.tensor(by_hand(rewards, carries, group, kind, 0.3))
+    torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_do_not_carry_enter_no_mean():
@@ -79,30 +78,25 @@ def test_groups_without_variance_are_counted_and_silent():
     for kind in ("rloo", "grpo", "dr_grpo"):
         got, metrics = advantages(rewards.double(), carries, 2, kind)
         assert got[[0, 1, 4, 5, 6, 7]].abs().max() == 0 and got[2] > 0 > got[3]
-        assert metrics["zero_variance"] == pytest.approx(
-            2 / 3
-        )  # equal, and alone; the last group has no row that carries
+        # equal, and alone; the last group has no row that carries
+        assert metrics["zero_variance"] == pytest.approx(2 / 3)
 
 
 def test_nothing_carries():
+    none = torch.zeros(4, dtype=torch.bool)
     for kind in ("rloo", "ema", "grpo", "dr_grpo"):
-        got, metrics = advantages(
-            torch.ones(4), torch.zeros(4, dtype=torch.bool), 2, kind, Baseline(value=0.5)
-        )
+        got, metrics = advantages(torch.ones(4), none, 2, kind, Baseline(value=0.5))
         assert got.abs().max() == 0 and metrics["zero_variance"] == 0
 
 
 def test_ema_starts_at_the_first_batch_and_lags_by_one_step():
     baseline = Baseline(momentum=0.9)
-    first, metrics = advantages(
-        torch.tensor([0.2, 0.6]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline
-    )
+    both = torch.ones(2, dtype=torch.bool)
+    first, metrics = advantages(torch.tensor([0.2, 0.6]), both, 1, "ema", baseline)
     torch.testing.assert_close(first, torch.tensor([-0.2, 0.2]))
     assert baseline.value is None  # pure: the caller updates
     baseline.update(metrics["reward_mean"])
-    second, metrics = advantages(
-        torch.tensor([0.6, 0.8]), torch.ones(2, dtype=torch.bool), 1, "ema", baseline
-    )
+    second, metrics = advantages(torch.tensor([0.6, 0.8]), both, 1, "ema", baseline)
     torch.testing.assert_close(second, torch.tensor([0.2, 0.4]))
     baseline.update(metrics["reward_mean"])
     assert baseline.value == pytest.approx(0.9 * 0.4 + 0.1 * 0.7)
@@ -111,43 +105,18 @@ def test_ema_starts_at_the_first_batch_and_lags_by_one_step():
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="known: rloo, ema"):
         advantages(torch.ones(2), torch.ones(2, dtype=torch.bool), 2, "best")
+    zero = torch.zeros(1, 1)
+    tokens = Tokens(zero, zero, None, torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="known: exact, k2"):
-        reinforce(
-            torch.zeros(1, 1),
-            torch.ones(1, 1, dtype=torch.bool),
-            torch.ones(1),
-            None,
-            torch.zeros(1, 1),
-            0.1,
-            "k9",
-            1,
-        )
+        reinforce(tokens, torch.ones(1), 0.1, "k9", 1)
     with pytest.raises(ValueError, match="exact KL"):
-        reinforce(
-            torch.zeros(1, 1),
-            torch.ones(1, 1, dtype=torch.bool),
-            torch.ones(1),
-            None,
-            torch.zeros(1, 1),
-            0.1,
-            "exact",
-            1,
-        )
+        reinforce(tokens, torch.ones(1), 0.1, "exact", 1)
     with pytest.raises(ValueError, match="denominator"):
-        reinforce(
-            torch.zeros(1, 1),
-            torch.ones(1, 1, dtype=torch.bool),
-            torch.ones(1),
-            None,
-            torch.zeros(1, 1),
-            0.1,
-            "k2",
-            0,
-        )
+        reinforce(tokens, torch.ones(1), 0.1, "k2", 0)
 
 
-# --- KL estimators: a policy over five tokens whose probabilities are counts / 16, so that a batch
-# of sixteen rows *is* the expectation ---
+# ---- KL estimators -------------------------------------------------------------------------------
+# A policy over five tokens whose probabilities are counts / 16: sixteen rows *are* the expectation.
 
 COUNTS = torch.tensor([1, 2, 3, 4, 6])
 TOKENS = torch.repeat_interleave(torch.arange(5), COUNTS)
@@ -169,6 +138,11 @@ def gradient_of(function):
     return logits.grad
 
 
+def assert_gradient(found, function):
+    """It is beta times the gradient of `function` at the policy."""
+    torch.testing.assert_close(found, BETA * gradient_of(function), atol=1e-6, rtol=1e-5)
+
+
 def estimated(kind, rewards=None):
     """(expected KL term, its expected gradient on the logits) of one estimator; advantages are zero
     unless rewards are given.
@@ -179,9 +153,8 @@ def estimated(kind, rewards=None):
     reference = REFERENCE[TOKENS][:, None]
     exact = kl(logp, REFERENCE).expand(16, 1)
     advantage = torch.zeros(16) if rewards is None else rewards
-    loss, metrics = reinforce(
-        rows, torch.ones(16, 1, dtype=torch.bool), advantage, exact, reference, BETA, kind, 16
-    )
+    tokens = Tokens(rows, reference, exact, torch.ones(16, 1, dtype=torch.bool))
+    loss, metrics = reinforce(tokens, advantage, BETA, kind, 16)
     loss.backward()
     return metrics, logits.grad
 
@@ -202,15 +175,11 @@ def test_k2_is_biased_in_value():
 
 @pytest.mark.parametrize("kind", ["exact", "k2"])
 def test_gradient_of_the_reverse_kl(kind):
-    torch.testing.assert_close(
-        estimated(kind)[1], BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5
-    )
+    assert_gradient(estimated(kind)[1], lambda p: kl(p, REFERENCE))
 
 
 def test_k3_as_a_loss_follows_the_forward_kl():
-    torch.testing.assert_close(
-        estimated("k3")[1], BETA * gradient_of(lambda p: kl(REFERENCE, p)), atol=1e-6, rtol=1e-5
-    )
+    assert_gradient(estimated("k3")[1], lambda p: kl(REFERENCE, p))
 
 
 def test_k1_as_a_loss_has_no_expected_gradient():
@@ -222,31 +191,26 @@ def test_k1_as_a_loss_has_no_expected_gradient():
 
 def test_k1_in_the_reward_follows_the_reverse_kl():
     logp = policy().log_softmax(0)[TOKENS][:, None]
-    penalised = k1_penalised(
-        torch.zeros(16), logp, REFERENCE[TOKENS][:, None], torch.ones(16, 1, dtype=torch.bool), BETA
-    )
+    every = torch.ones(16, 1, dtype=torch.bool)
+    penalised = k1_penalised(torch.zeros(16), logp, REFERENCE[TOKENS][:, None], every, BETA)
     assert not penalised.requires_grad
     metrics, gradient = estimated("k1_reward", penalised)
     assert metrics["kl_loss"] == 0
-    torch.testing.assert_close(
-        gradient, BETA * gradient_of(lambda p: kl(p, REFERENCE)), atol=1e-6, rtol=1e-5
-    )
+    assert_gradient(gradient, lambda p: kl(p, REFERENCE))
 
 
 def test_policy_term_climbs_the_expected_reward():
     rewards = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.5])
     _, gradient = estimated("k1_loss", rewards[TOKENS])
-    torch.testing.assert_close(
-        gradient, gradient_of(lambda p: -(p.exp() * rewards).sum()), atol=1e-6, rtol=1e-5
-    )
+    truth = gradient_of(lambda p: -(p.exp() * rewards).sum())
+    torch.testing.assert_close(gradient, truth, atol=1e-6, rtol=1e-5)
 
 
-# --- means, masks, micro-batches
-# --------------------------------------------------------------------------------------------------
+# ---- means, masks, micro-batches -----------------------------------------------------------------
 
 
 def ragged(rows=7, length=11, seed=0):
-    """Completions of 0..11 tokens; whatever stands behind the mask is poison."""
+    """Completions of 0..11 tokens and their advantages; what stands behind the mask is poison."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([11, 1, 5, 0, 2, 7, 11])[:rows]
     mask = torch.arange(length)[None] < lengths[:, None]
@@ -254,7 +218,7 @@ def ragged(rows=7, length=11, seed=0):
     logprob = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
     reference = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
     exact = torch.where(mask, torch.rand(rows, length, generator=g), poison)
-    return logprob, mask, torch.randn(rows, generator=g), exact, reference
+    return Tokens(logprob, reference, exact, mask), torch.randn(rows, generator=g)
 
 
 KINDS = ["exact", "k2", "k3", "k1_loss", "k1_reward"]
@@ -262,45 +226,52 @@ KINDS = ["exact", "k2", "k3", "k1_loss", "k1_reward"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_means_over_tokens_then_samples(kind):
-    logprob, mask, advantage, exact, reference = ragged()
-    loss, metrics = reinforce(logprob, mask, advantage, exact, reference, 0.3, kind, 9)
-    policy_loss = mean_kl = 0.0
+    tokens, advantage = ragged()
+    loss, metrics = reinforce(tokens, advantage, 0.3, kind, 9)
+    policy_loss = 0.0
+    mean_kl = 0.0
     for n in range(7):
-        tokens = [t for t in range(11) if mask[n, t]]
-        for t in tokens:
-            d = (logprob[n, t] - reference[n, t]).item()
-            term = {"exact": exact[n, t].item(), "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}.get(
-                kind, d
-            )
-            policy_loss -= advantage[n].item() * logprob[n, t].item() / len(tokens) / 9
-            mean_kl += term / len(tokens) / 9
+        places = [t for t in range(11) if tokens.mask[n, t]]
+        for t in places:
+            score = tokens.logprob[n, t].item()
+            policy_loss -= advantage[n].item() * score / len(places) / 9
+            mean_kl += estimate(kind, tokens, n, t) / len(places) / 9
     assert metrics["policy_loss"].item() == pytest.approx(policy_loss, abs=1e-6)
     assert metrics["kl"].item() == pytest.approx(mean_kl, abs=1e-6)
-    assert loss.item() == pytest.approx(
-        policy_loss + (0 if kind == "k1_reward" else 0.3 * mean_kl), abs=1e-6
-    )
+    total = policy_loss + (0 if kind == "k1_reward" else 0.3 * mean_kl)
+    assert loss.item() == pytest.approx(total, abs=1e-6)
+
+
+def estimate(kind, tokens, n, t):
+    """One token's estimate of the KL, by definition."""
+    ratio = (tokens.logprob[n, t] - tokens.reference[n, t]).item()
+    known = {
+        "exact": tokens.kl[n, t].item(),
+        "k2": ratio * ratio / 2,
+        "k3": math.exp(-ratio) - 1 + ratio,
+    }
+    return known.get(kind, ratio)
+
+
+def rows_of(tokens, rows):
+    """Some rows of every table."""
+    logprob = tokens.logprob[rows]
+    return Tokens(logprob, tokens.reference[rows], tokens.kl[rows], tokens.mask[rows])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_micro_batches_and_left_out_rows_add_up(kind, cut):
-    logprob, mask, advantage, exact, reference = ragged()
+    tokens, advantage = ragged()
 
     def gradient(slices, keep):
-        leaf, total = logprob.clone().requires_grad_(), 0.0
+        leaf = tokens.logprob.clone().requires_grad_()
+        whole = replace(tokens, logprob=leaf)
+        total = 0.0
         for part in slices:
             rows = torch.arange(7)[part][keep[part]]
             if len(rows):
-                loss, _ = reinforce(
-                    leaf[rows],
-                    mask[rows],
-                    advantage[rows],
-                    exact[rows],
-                    reference[rows],
-                    0.3,
-                    kind,
-                    7,
-                )
+                loss, _ = reinforce(rows_of(whole, rows), advantage[rows], 0.3, kind, 7)
                 loss.backward()
                 total += loss.item()
         return leaf.grad, total
@@ -312,22 +283,24 @@ def test_micro_batches_and_left_out_rows_add_up(kind, cut):
     assert parts[1] == pytest.approx(whole[1], abs=1e-6)
     some = torch.tensor([True, False, True, True, False, True, True])
     fewer = gradient([slice(0, cut), slice(cut, 7)], some)
-    torch.testing.assert_close(
-        fewer[0][some], whole[0][some], atol=1e-7, rtol=1e-5
-    )  # leaving rows out changes no other row
+    # leaving rows out changes no other row
+    torch.testing.assert_close(fewer[0][some], whole[0][some], atol=1e-7, rtol=1e-5)
     assert fewer[0][~some].abs().sum() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_poison_behind_the_mask_stays_there(kind):
-    logprob, mask, advantage, exact, reference = ragged()
-    leaf, exact = logprob.clone().requires_grad_(), exact.clone().requires_grad_()
-    loss, _ = reinforce(leaf, mask, advantage, exact, reference, 0.3, kind, 7)
+    tokens, advantage = ragged()
+    mask = tokens.mask
+    leaf = tokens.logprob.clone().requires_grad_()
+    exact = tokens.kl.clone().requires_grad_()
+    loss, _ = reinforce(replace(tokens, logprob=leaf, kl=exact), advantage, 0.3, kind, 7)
     loss.backward()
     assert loss.isfinite() and leaf.grad.isfinite().all() and leaf.grad[~mask].abs().sum() == 0
     if kind == "exact":
         assert exact.grad.isfinite().all() and exact.grad[~mask].abs().sum() == 0
-    assert k1_penalised(torch.zeros(7), logprob, reference, mask, 0.3).isfinite().all()
+    penalised = k1_penalised(torch.zeros(7), tokens.logprob, tokens.reference, mask, 0.3)
+    assert penalised.isfinite().all()
 
 
 def test_token_mean_of_nothing_is_zero():
@@ -337,22 +310,23 @@ def test_token_mean_of_nothing_is_zero():
 
 
 def test_half_precision_log_probs_are_computed_in_float32():
-    logprob, mask, advantage, exact, reference = ragged()
-    loss, _ = reinforce(
-        logprob.bfloat16(), mask, advantage, exact.bfloat16(), reference.bfloat16(), 0.3, "exact", 7
-    )
+    tokens, advantage = ragged()
+    tables = (tokens.logprob, tokens.reference, tokens.kl)
+    half = Tokens(*(table.bfloat16() for table in tables), tokens.mask)
+    loss, _ = reinforce(half, advantage, 0.3, "exact", 7)
     assert loss.dtype == torch.float32
 
 
 def test_the_reference_never_receives_gradient():
-    logprob, mask, advantage, exact, reference = ragged()
-    leaf, other = logprob.clone().requires_grad_(), reference.clone().requires_grad_()
-    reinforce(leaf, mask, advantage, exact, other, 0.3, "k2", 7)[0].backward()
+    tokens, advantage = ragged()
+    leaf = tokens.logprob.clone().requires_grad_()
+    other = tokens.reference.clone().requires_grad_()
+    loss, _ = reinforce(replace(tokens, logprob=leaf, reference=other), advantage, 0.3, "k2", 7)
+    loss.backward()
     assert other.grad is None and leaf.grad is not None
 
 
-# --- states
-# --------------------------------------------------------------------------------------------------
+# ---- states --------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_configurations():
@@ -376,7 +350,8 @@ def test_beta_follows_the_batch_kl():
 
 
 def test_the_papers_floor_is_reached_after_66_quiet_steps():
-    beta, steps = Beta(value=1e-3, minimum=1e-6), 0
+    beta = Beta(value=1e-3, minimum=1e-6)
+    steps = 0
     while beta.value > 1e-6:
         beta.update(0.0)
         steps += 1
@@ -385,7 +360,8 @@ def test_the_papers_floor_is_reached_after_66_quiet_steps():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_refuse_non_finite_numbers(value):
-    beta, baseline = Beta(), Baseline(value=0.5)
+    beta = Beta()
+    baseline = Baseline(value=0.5)
     with pytest.raises(NumericFault):
         beta.update(value)
     with pytest.raises(NumericFault):
@@ -394,12 +370,15 @@ def test_states_refuse_non_finite_numbers(value):
 
 
 def test_states_survive_json():
-    baseline, beta = Baseline(), Beta()
+    baseline = Baseline()
+    beta = Beta()
     fresh = Baseline(value=7.0)
     fresh.load(json.loads(json.dumps(baseline.state())))
     assert fresh.value is None
-    baseline.update(1 / 3), beta.update(1.0)
-    again, beta_again = Baseline(), Beta()
+    baseline.update(1 / 3)
+    beta.update(1.0)
+    again = Baseline()
+    beta_again = Beta()
     again.load(json.loads(json.dumps(baseline.state())))
     beta_again.load(json.loads(json.dumps(beta.state())))
     assert (again.value, beta_again.value) == (baseline.value, beta.value)

@@ -1,4 +1,4 @@
-"""Rewards: each rule of METHOD.md sections 1, 2 and 5 on hand-made evidence, and the simulated landscape of tight and full boxes."""
+"""Rewards: each rule on hand-made evidence, and the simulated landscape of tight and full boxes."""
 
 import dataclasses
 
@@ -6,25 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from vise_fast.config.schema import RewardConfig
+from vise_fast.config.schema import RewardConfig, ViewConfig
 from vise_fast.images import geometry as geo
+from vise_fast.images import views
 from vise_fast.method import rewards
 from vise_fast.method.rewards import Evidence, score
 from vise_fast.system.errors import ConfigError, NumericFault
 
-H, W = 480, 640
+H = 480
+W = 640
 BOX = (100.0, 200.0, 400.0, 700.0)
 FLIPPED = (600.0, 200.0, 900.0, 700.0)
 
 
 def settings(**stated):
-    """Equal weights and no area term, whatever the defaults are: the numbers below are worked out for these."""
+    """Equal weights and no area term, whatever the defaults are: for these the numbers hold."""
     return RewardConfig(**({"w_geo": 0.5, "w_sem": 0.5, "w_area": 0.0} | stated))
 
 
-PAPER = settings(
-    preset="paper", sem="paper", soft=False, sufficiency=False, gate=0.0, projection="corners"
-)
+HARD = {"sem": "paper", "soft": False, "sufficiency": False, "gate": 0.0, "projection": "corners"}
+PAPER = settings(preset="paper", **HARD)
 ROBUST = settings()
 
 
@@ -33,24 +34,26 @@ def rng():
 
 
 def evidence(rows=4, group=4, views=1, controls=1, **changes):
-    """Perfect rows: BOX on the image, its flip on every view; the judge sees the object, not its ghost, and the control leaves it."""
+    """Perfect rows: BOX on the image, its flip on every view; the judge sees the object, not its
+    ghost, and the control leaves it.
+    """
     every = torch.ones(rows, dtype=torch.bool)
-    fields = dict(
-        box_1000=torch.tensor(BOX).double().repeat(rows, 1),
-        readable=every.clone(),
-        view_box_1000=torch.tensor(FLIPPED).double().repeat(rows, views, 1),
-        view_readable=every[:, None].repeat(1, views),
-        view_usable=every[:, None].repeat(1, views),
-        matrix_px=geo.flip_px(W).repeat(rows, views, 1, 1),
-        height=torch.full((rows,), H),
-        width=torch.full((rows,), W),
-        seen=torch.ones(rows),
-        gone=torch.zeros(rows),
-        query_readable=every.clone(),
-        group_size=group,
-        control=torch.ones(rows, controls),
-        keep=torch.ones(rows),
-    )
+    fields = {
+        "box_1000": torch.tensor(BOX).double().repeat(rows, 1),
+        "readable": every.clone(),
+        "view_box_1000": torch.tensor(FLIPPED).double().repeat(rows, views, 1),
+        "view_readable": every[:, None].repeat(1, views),
+        "view_usable": every[:, None].repeat(1, views),
+        "matrix_px": geo.flip_px(W).repeat(rows, views, 1, 1),
+        "height": torch.full((rows,), H),
+        "width": torch.full((rows,), W),
+        "seen": torch.ones(rows),
+        "gone": torch.zeros(rows),
+        "query_readable": every.clone(),
+        "group_size": group,
+        "control": torch.ones(rows, controls),
+        "keep": torch.ones(rows),
+    }
     return Evidence(**fields | changes)
 
 
@@ -64,8 +67,7 @@ def close(actual, expected):
     )
 
 
-# --- the paper's reward
-# --------------------------------------------------------------------------------------------------
+# ---- the paper's reward --------------------------------------------------------------------------
 
 
 def test_paper_reward_is_half_geometry_half_verdict():
@@ -78,9 +80,8 @@ def test_paper_reward_is_half_geometry_half_verdict():
 
 def test_paper_verdict_needs_the_object_to_be_seen_first():
     close(score(evidence(seen=rows_of([0.4, 0.5, 1.0, 0.0])), PAPER, rng()).semantic, [0, 1, 1, 0])
-    close(
-        score(evidence(gone=torch.full((4,), 0.5)), PAPER, rng()).semantic, [0, 0, 0, 0]
-    )  # a tie counts as visible
+    tie = evidence(gone=torch.full((4,), 0.5))  # counts as visible
+    close(score(tie, PAPER, rng()).semantic, [0, 0, 0, 0])
 
 
 def test_geometric_reward_is_the_shifted_giou_of_the_projection():
@@ -105,23 +106,19 @@ def test_views_are_averaged_and_dropped_ones_are_not():
 @pytest.mark.parametrize("size", [(31, 97), (480, 640), (641, 333)])
 def test_every_row_uses_its_own_image_size(size):
     h, w = size
-    sizes = torch.tensor([h, 480, h, 480]), torch.tensor([w, 640, w, 640])
-    matrices = torch.stack([geo.affine_px(10, 0.9, 3, -2, int(b), int(a)) for a, b in zip(*sizes)])[
-        :, None
-    ]
-    truth = geo.project_1000(
-        torch.tensor(BOX).repeat(4, 1)[:, None],
-        matrices,
-        sizes[0][:, None],
-        sizes[1][:, None],
-        "ellipse",
-    )
-    made = evidence(height=sizes[0], width=sizes[1], matrix_px=matrices, view_box_1000=truth)
+    heights = [h, 480, h, 480]
+    widths = [w, 640, w, 640]
+    sides = zip(widths, heights, strict=True)
+    matrices = torch.stack([geo.affine_px(10, 0.9, 3, -2, *side) for side in sides])[:, None]
+    height = torch.tensor(heights)
+    width = torch.tensor(widths)
+    boxes = torch.tensor(BOX).repeat(4, 1)[:, None]
+    truth = geo.project_1000(boxes, matrices, height[:, None], width[:, None], "ellipse")
+    made = evidence(height=height, width=width, matrix_px=matrices, view_box_1000=truth)
     close(score(made, ROBUST, rng()).geometric, [1] * 4)
 
 
-# --- answers that are no boxes
-# --------------------------------------------------------------------------------------------------
+# ---- answers that are no boxes -------------------------------------------------------------------
 
 
 def test_an_unread_view_counts_zero_for_that_view():
@@ -160,12 +157,11 @@ def test_unreadable_answers_get_the_lowest_reward_with_gradient(config, expected
 
 def test_not_found_scores_zero_and_never_beats_a_placed_box():
     boxes = torch.tensor([(0, 0, 0, 0), BOX, (0, 0, 1000, 1000), (300, 10, 300, 900)]).double()
-    nothing = dict(gone=torch.ones(4), view_readable=torch.zeros(4, 1, dtype=torch.bool))
-    scores = score(evidence(box_1000=boxes, **nothing), ROBUST, rng())
+    unread = torch.zeros(4, 1, dtype=torch.bool)
+    nothing = evidence(box_1000=boxes, gone=torch.ones(4), view_readable=unread)
+    scores = score(nothing, ROBUST, rng())
     close(scores.reward, [0, 0, 0, 0])
-    scores = score(
-        evidence(box_1000=boxes, **nothing), ROBUST.model_copy(update={"w_area": 1.25}), rng()
-    )
+    scores = score(nothing, ROBUST.model_copy(update={"w_area": 1.25}), rng())
     close(scores.reward, [-1.25, -1.25 * 0.15**0.5, -1.25, -1.25])
     assert scores.metrics["zero_area"] == 0.5
     perfect = score(evidence(box_1000=boxes), PAPER, rng())
@@ -186,8 +182,7 @@ def test_swapped_corners_are_sorted_first():
     close(score(evidence(box_1000=boxes, view_box_1000=answers), PAPER, rng()).reward, [1] * 4)
 
 
-# --- rows and groups that teach nothing
-# ----------------------------------------------------------------------------------------------
+# ---- rows and groups that teach nothing ----------------------------------------------------------
 
 
 def test_a_box_without_views_gets_its_groups_mean():
@@ -264,8 +259,7 @@ def test_a_group_without_a_query_carries_nothing():
         )
 
 
-# --- the robust semantic term
-# --------------------------------------------------------------------------------------------------
+# ---- the robust semantic term --------------------------------------------------------------------
 
 
 def test_contrast_is_necessity_minus_control():
@@ -314,8 +308,7 @@ def test_missing_evidence_is_named(missing):
     assert score(evidence(**{missing: None}), PAPER, rng()).carries.all()
 
 
-# --- the other rewards
-# --------------------------------------------------------------------------------------------------
+# ---- the other rewards ---------------------------------------------------------------------------
 
 
 def test_oracle_is_the_true_iou():
@@ -385,18 +378,10 @@ def test_geometric_only_and_semantic_only_are_weights():
 
 
 def test_as_released_scores_with_the_released_arithmetic():
-    released = settings(
-        preset="as_released",
-        sem="paper",
-        soft=False,
-        sufficiency=False,
-        gate=0.0,
-        projection="corners",
-    )
+    """The right answer scores less than half."""
+    released = settings(preset="as_released", **HARD)
     scores = score(evidence(), released, rng())
-    assert scores.geometric[0].item() == pytest.approx(
-        0.4545, abs=1e-3
-    )  # the right answer, as in METHOD.md section 7
+    assert scores.geometric[0].item() == pytest.approx(0.4545, abs=1e-3)
 
 
 def test_rewards_of_the_views_own_answers():
@@ -428,8 +413,7 @@ def test_rewards_of_the_views_own_answers():
     assert not score(closed, ROBUST, rng()).view_carries.any()
 
 
-# --- figures
-# --------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def test_figures_that_are_always_logged():
@@ -443,23 +427,16 @@ def test_figures_that_are_always_logged():
     )
     m = score(made, ROBUST, rng()).metrics
     assert all(isinstance(value, float) and np.isfinite(value) for value in m.values())
-    assert (
-        m["area"] == pytest.approx((1 + 0.25) / 2)
-        and m["area_large"] == 0.5
-        and m["zero_area"] == pytest.approx(1 / 3)
-    )
-    assert (
-        m["parse_rate"] == 0.75
-        and m["TU"] == 0.5
-        and m["SB"] == 0.5
-        and m["IG"] == 0
-        and m["ID"] == 0
-    )
+    assert m["area"] == pytest.approx((1 + 0.25) / 2)
+    assert m["area_large"] == 0.5
+    assert m["zero_area"] == pytest.approx(1 / 3)
+    assert m["parse_rate"] == 0.75
+    assert (m["TU"], m["SB"], m["IG"], m["ID"]) == (0.5, 0.5, 0, 0)
     assert m["control"] == pytest.approx(0.15) and m["changed_elsewhere"] == 1
 
 
 def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
-    """The trainer judges no ghosts of groups behind the gate and leaves zeros, or anything, there."""
+    """No ghosts of groups behind the gate are judged; zeros, or anything, may stand there."""
     nothing = torch.tensor([float("nan"), 0.0, 0.2, 0.2])
     judged = rows_of([False, False, True, True])
     made = evidence(
@@ -472,16 +449,13 @@ def test_verdicts_nobody_gave_enter_no_figure_and_no_reward():
     )
     scores = score(made, ROBUST, rng())
     m = scores.metrics
-    assert (
-        m["gone"] == pytest.approx(0.2)
-        and m["control"] == pytest.approx(0.8)
-        and m["keep"] == pytest.approx(0.7)
-    )
+    assert m["gone"] == pytest.approx(0.2)
+    assert m["control"] == pytest.approx(0.8)
+    assert m["keep"] == pytest.approx(0.7)
     assert (m["TU"], m["SB"], m["IG"], m["ID"], m["judged"], m["gated"]) == (1, 0, 0, 0, 0.5, 0.5)
     assert m["semantic"] == pytest.approx((0.8 - 0.2) * 0.7) == scores.semantic[2].item()
-    unasked = score(
-        evidence(judged=torch.zeros(4, dtype=torch.bool)), settings(w_geo=1, w_sem=0), rng()
-    )
+    nobody = torch.zeros(4, dtype=torch.bool)
+    unasked = score(evidence(judged=nobody), settings(w_geo=1, w_sem=0), rng())
     assert unasked.metrics["TU"] == 0 and unasked.semantic.sum() == 0 and unasked.carries.all()
 
 
@@ -503,14 +477,11 @@ def test_figures_of_a_batch_nobody_could_read():
         evidence(query_readable=none, readable=none, seen=nothing, gone=nothing),
     ):
         scores = score(made, ROBUST, rng())
-        assert (
-            all(np.isfinite(value) for value in scores.metrics.values())
-            and scores.metrics["parse_rate"] == 0
-        )
+        assert all(np.isfinite(value) for value in scores.metrics.values())
+        assert scores.metrics["parse_rate"] == 0
 
 
-# --- faults
-# --------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def test_rows_fill_groups_and_shapes_agree():
@@ -553,11 +524,8 @@ def tall(evidence, parts, config, rng):
 
 def test_plugin_registers_a_reward(tmp_path):
     file = tmp_path / "tall.py"
-    file.write_text(
-        PLUGIN.format(
-            name="test_tall", value="(evidence.box_1000[:, 3] - evidence.box_1000[:, 1]) / 1000"
-        )
-    )
+    value = "(evidence.box_1000[:, 3] - evidence.box_1000[:, 1]) / 1000"
+    file.write_text(PLUGIN.format(name="test_tall", value=value))
     config = settings(name="test_tall", plugin=str(file))
     scores = score(evidence(readable=rows_of([True, False, True, True])), config, rng())
     close(scores.reward, [0.5, 0, 0.5, 0.5])
@@ -589,38 +557,34 @@ def test_a_plugin_that_returns_nan_stops_the_step(tmp_path):
         score(evidence(), settings(name="test_nan", plugin=str(file)), rng())
 
 
-# --- the landscape: which policy does each reward prefer?
-# --------------------------------------------------------------------------------
+# ---- the landscape: which policy does each reward prefer? ----------------------------------------
 
 
 def noisy(boxes, generator, sd=20.0):
-    return geo.clean_1000(
-        boxes + sd * torch.randn(boxes.shape, generator=generator, dtype=torch.float64)
-    )
+    noise = torch.randn(boxes.shape, generator=generator, dtype=torch.float64)
+    return geo.clean_1000(boxes + sd * noise)
 
 
 def covered(objects, boxes):
     """Share of each object inside a box."""
-    corner = (
-        torch.maximum(objects[:, :2], boxes[:, :2]),
-        torch.minimum(objects[:, 2:], boxes[:, 2:]),
-    )
-    return (corner[1] - corner[0]).clamp_min(0).prod(1) / (objects[:, 2:] - objects[:, :2]).prod(1)
+    low = torch.maximum(objects[:, :2], boxes[:, :2])
+    high = torch.minimum(objects[:, 2:], boxes[:, 2:])
+    return (high - low).clamp_min(0).prod(1) / (objects[:, 2:] - objects[:, :2]).prod(1)
 
 
 def judge(share_visible, generator):
-    """An imperfect judge: sure of what it sees, unsure in between, wrong on one question in twenty."""
+    """An imperfect judge: sure of what it sees, unsure in between, wrong once in twenty."""
     p = torch.sigmoid(12 * (share_visible - 0.4))
     wrong = torch.rand(p.shape, generator=generator) < 0.05
     return torch.where(wrong, 1 - p, p)
 
 
 def simulated(policy, rows=2000):
-    """Evidence of a policy that answers with noisy tight boxes, or always with the full image, on round objects; one random view each."""
-    from vise_fast.config.schema import ViewConfig
-    from vise_fast.images import views
-
-    generator, draws = torch.Generator().manual_seed(0), rng()
+    """Evidence of a policy that answers with noisy tight boxes, or always with the full image, on
+    round objects; one random view each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = rng()
     sizes = 120 + 300 * torch.rand(rows, 2, generator=generator, dtype=torch.float64)
     corner = torch.rand(rows, 2, generator=generator, dtype=torch.float64) * (1000 - sizes)
     objects = torch.cat([corner, corner + sizes], 1)
@@ -630,18 +594,16 @@ def simulated(policy, rows=2000):
     moved = geo.project_1000(objects, matrices[:, 0], H, W, "ellipse")
     boxes = full if policy == "full" else noisy(objects, generator)
     answers = full if policy == "full" else noisy(moved, generator)
-    controls = torch.tensor(
-        [views.control_box(draws, box)[0] for box in boxes], dtype=torch.float64
-    )
+    placed = [views.control_box(draws, box)[0] for box in boxes]
+    controls = torch.tensor(placed, dtype=torch.float64)
+    unsided = torch.zeros(rows, dtype=torch.bool)
     return evidence(
         rows,
         group=1,
         box_1000=boxes,
         view_box_1000=answers[:, None],
         matrix_px=matrices,
-        view_usable=views.usable(
-            drawn, boxes, torch.zeros(rows, dtype=torch.bool), [H] * rows, [W] * rows, ViewConfig()
-        ),
+        view_usable=views.usable(drawn, boxes, unsided, [H] * rows, [W] * rows, ViewConfig()),
         seen=judge(torch.ones(rows), generator),
         gone=judge(1 - covered(objects, boxes), generator),
         control=judge(1 - covered(objects, controls), generator)[:, None],

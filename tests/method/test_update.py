@@ -2,6 +2,8 @@
 LoRA node saves.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from small_engines import ROWS, SIZES, engine_of, leaves, sampled, worst
@@ -10,26 +12,26 @@ from torch.autograd.graph import saved_tensors_hooks
 from vise_kernels import patchify
 
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Answered, Rollout
+from vise_fast.engine.rollout import Answered, Rollout, owners
 from vise_fast.model.lora_linear import FusedLinear
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.profile.flops import executed_flops
 
-OWNER = [i for i in range(4) for _ in range(3)]
+OWNER = owners([3] * 4)
 
 
-def double_ready(backbone, pictures, dtype):
+def double_ready(backbone, dtype, pictures):
     """`encode` for any float dtype; patchify makes none wider than fp32."""
     patches, grids = patchify(pictures, patch=4, merge=2, single_tap=True)
-    return backbone.vision.encode_patches(
-        patches.to(dtype), [tuple(grid) for grid in grids[:, 1:].tolist()]
-    )
+    sides = [tuple(grid) for grid in grids[:, 1:].tolist()]
+    return backbone.vision.encode_patches(patches.to(dtype), sides)
 
 
 def test_a_group_of_eight_costs_a_fifth_of_row_by_row():
     """Prefix 20 times the completion, G = 8: at most 0.22 of the FLOPs, forward and backward."""
     model, engine = engine_of("gqa2")
-    features, question = engine.encode(images([(80, 128)])), [[9] * 4]
+    features = engine.encode(images([(80, 128)]))
+    question = [[9] * 4]
     answers = Rollout(torch.randint(8, 60, (8, 8)), torch.zeros(8, 8), [8] * 8)
     prefix = 80 * 128 // 64 + 3
     assert prefix + 4 >= 20 * 8
@@ -37,9 +39,8 @@ def test_a_group_of_eight_costs_a_fifth_of_row_by_row():
         engine.score(features, Answered(question, answers, [0] * 8), True).sum().backward()
     with executed_flops() as rows:
         for n in range(8):
-            engine.score(
-                features, Answered(question, answers.select([n]), [0]), True
-            ).sum().backward()
+            alone = Answered(question, answers.select([n]), [0])
+            engine.score(features, alone, True).sum().backward()
     ratio = shared.get_total_flops() / rows.get_total_flops()
     assert ratio <= 0.22, ratio
 
@@ -55,20 +56,17 @@ def test_loss_and_every_gradient_equal_row_by_row(shape):
         for p in leaves(model):
             p.data = p.data.to(dtype)
         engine = FastEngine(Qwen3VL(model), TinyTokens())
-        engine.encode = lambda pictures, b=engine.backbone, dtype=dtype: double_ready(
-            b, pictures, dtype
-        )
+        engine.encode = partial(double_ready, engine.backbone, dtype)
         features, answers = sampled(engine, images(SIZES))
         hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
         weights = torch.linspace(-1, 1, len(hidden), dtype=dtype)
         shared = torch.autograd.grad((hidden.sum(1) * weights).sum(), leaves(model))
-        alone, start = 0.0, 0
+        alone = 0.0
+        start = 0
         for n, length in enumerate(answers.lengths):
-            row = engine.score(
-                features.select([OWNER[n]]),
-                Answered([ROWS[OWNER[n]]], answers.select([n]), [0]),
-                True,
-            )
+            image = OWNER[n]
+            answered = Answered([ROWS[image]], answers.select([n]), [0])
+            row = engine.score(features.select([image]), answered, True)
             alone = alone + (row.sum(1) * weights[start : start + length]).sum()
             start += length
         gaps[dtype] = worst(shared, torch.autograd.grad(alone, leaves(model)))
@@ -76,38 +74,35 @@ def test_loss_and_every_gradient_equal_row_by_row(shape):
     assert gaps[torch.float64] <= 1e-9, gaps
 
 
+def written_out(self, x, pack, before=None):
+    """In place of `FusedLinear.__call__`: plain autograd."""
+    return self.plain(x, self.pack(x.dtype), before)
+
+
 def test_the_fused_node_equals_plain_autograd(monkeypatch):
     model, engine = engine_of("mha_untied")
     features, answers = sampled(engine, images(SIZES))
 
     def gradients():
-        return torch.autograd.grad(
-            engine.score(features, Answered(ROWS, answers, OWNER), True).square().sum(),
-            leaves(model),
-        )
+        hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
+        return torch.autograd.grad(hidden.square().sum(), leaves(model))
 
     fused = gradients()
-    monkeypatch.setattr(
-        FusedLinear,
-        "__call__",
-        lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before),
-    )
+    monkeypatch.setattr(FusedLinear, "__call__", written_out)
     assert worst(fused, gradients()) <= 1e-5
 
 
-def saved(dtype, monkeypatch=None):
+def saved(dtype):
     """Bytes kept for the backward pass of one score, by dtype: each storage once, parameters not
     counted.
     """
     model = build("gqa2", dtype=dtype)
     engine = FastEngine(Qwen3VL(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    own |= {
-        t.untyped_storage().data_ptr()
-        for f in engine.backbone.fused()
-        for t in [f.cached.down, *f.cached.up, getattr(f, "weight", f.cached.down)]
-    }
+    held = [*model.parameters(), *model.buffers()]
+    for fused in engine.backbone.fused():
+        held += [*fused.cached.factors(), fused.weight]
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     found = {}
 
     def keep(tensor):
@@ -118,28 +113,30 @@ def saved(dtype, monkeypatch=None):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
-    return {
-        d: sum(n for kind, n in found.values() if kind == d)
-        for d in (torch.float32, torch.bfloat16)
-    }, len(hidden)
+    assert hidden.requires_grad
+    bytes_of = dict.fromkeys((torch.float32, torch.bfloat16), 0)
+    for kind, size in found.values():
+        bytes_of[kind] = bytes_of.get(kind, 0) + size
+    return bytes_of
+
+
+def counted(kept):
+    """Bytes of floats."""
+    return kept[torch.float32] + kept[torch.bfloat16]
 
 
 def test_bf16_compute_saves_no_fp32_activations():
     """fp32 in the graph of a bf16 pass: log-sum-exps, norms' scales and rotary tables, one number
     per row and head; never a row itself.
     """
-    kept, _ = saved(torch.bfloat16)
+    kept = saved(torch.bfloat16)
     assert kept[torch.float32] < 0.08 * kept[torch.bfloat16], kept
 
 
 def test_the_fused_node_saves_less_than_three_quarters(monkeypatch):
-    fused = sum(saved(torch.float32)[0].values())
-    monkeypatch.setattr(
-        FusedLinear,
-        "__call__",
-        lambda self, x, pack, before=None: self.plain(x, self.pack(x.dtype), before),
-    )
-    plain = sum(saved(torch.float32)[0].values())
+    fused = counted(saved(torch.float32))
+    monkeypatch.setattr(FusedLinear, "__call__", written_out)
+    plain = counted(saved(torch.float32))
     assert fused < 0.75 * plain, (fused, plain)
 
 
@@ -153,8 +150,7 @@ def test_separate_factors_equal_block_diagonal_ones(monkeypatch, shape):
         assert len(engine.backbone.layers[0].linears[0].cached.up) == (1 if limit else 3)
         features, answers = sampled(engine, images(SIZES))
         hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
-        results.append(
-            [hidden.detach(), *torch.autograd.grad(hidden.square().sum(), leaves(model))]
-        )
+        grads = torch.autograd.grad(hidden.square().sum(), leaves(model))
+        results.append([hidden.detach(), *grads])
         engine.backbone.refresh()
     assert worst(results[1], results[0]) <= 1e-5

@@ -1,5 +1,5 @@
 """The released code's arithmetic, kept for A/B studies of preset `as_released`; correct mathematics
-lives in geometry.py and loss.py.
+lives in images/geometry.py and loss.py.
 
 Four departures: the pixel matrix is applied to 0..1000 boxes without a change of units; the union
 inside GIoU is (A1 + A2)(1 - IoU), so identical boxes do not score best; the log-prob is a mean over
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from vise_fast.images import geometry
+from vise_fast.images.geometry import Boxes
 
 SIGMA_PX = 25.0
 RADIUS_PX = 25
 
 
-def project(boxes_1000, matrix_px: Tensor) -> Tensor:
+def project(boxes_1000: Boxes, matrix_px: Tensor) -> Tensor:
     """Corner hull of M applied to the 0..1000 numbers as if they were pixels, clamped.
 
     (..., 4), (..., 3, 3) -> (..., 4).
@@ -29,28 +30,26 @@ def project(boxes_1000, matrix_px: Tensor) -> Tensor:
     return geometry.project_1000(boxes_1000, matrix_px, 1000, 1000, "corners")
 
 
-def giou(a, b) -> Tensor:
+def giou(a: Boxes, b: Boxes) -> Tensor:
     """GIoU with the released union term (A1 + A2)(1 - IoU). Sorted boxes (..., 4) x2 -> (...); an
     empty hull gives -1.
     """
-    a, b = (torch.as_tensor(box, dtype=torch.float64) for box in (a, b))
-    shared = geometry.iou(a, b)
-    union = (_area(a) + _area(b)) * (1 - shared)
-    hull = _area(
-        torch.cat(
-            [torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1
-        )
-    )
-    return torch.where(
-        hull > 0, shared - (hull - union) / hull.clamp_min(1e-12), torch.full_like(hull, -1.0)
-    )
+    first = torch.as_tensor(a, dtype=torch.float64)
+    second = torch.as_tensor(b, dtype=torch.float64)
+    shared = geometry.iou(first, second)
+    union = (_area(first) + _area(second)) * (1 - shared)
+    low = torch.minimum(first[..., :2], second[..., :2])
+    high = torch.maximum(first[..., 2:], second[..., 2:])
+    hull = _area(torch.cat([low, high], -1))
+    value = shared - (hull - union) / hull.clamp_min(1e-12)
+    return torch.where(hull > 0, value, torch.full_like(hull, -1.0))
 
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] - boxes[..., :2]).clamp_min(0).prod(-1)
 
 
-def r_geo(boxes_1000, view_boxes_1000, matrix_px: Tensor) -> Tensor:
+def r_geo(boxes_1000: Boxes, view_boxes_1000: Boxes, matrix_px: Tensor) -> Tensor:
     """(GIoU + 1) / 2 of the released projection against the view's answer; boxes are cleaned.
 
     Broadcasts to (...).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,16 +111,17 @@ class Evidence:
 
 def join(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of a whole batch from that of its slices."""
-    whole: dict[str, Tensor | None] = {}
-    for name in (f.name for f in fields(Evidence) if f.name != "group_size"):
+    tensors = [field.name for field in fields(Evidence) if field.name != "group_size"]
+    whole: dict[str, Any] = {"group_size": parts[0].group_size}
+    for name in tensors:
         columns = [getattr(part, name) for part in parts]
         whole[name] = None if columns[0] is None else torch.cat(columns)
-    return Evidence(**whole, group_size=parts[0].group_size)  # type: ignore[arg-type]
+    return Evidence(**whole)
 
 
 def r_geo(expected_1000: Tensor, found_1000: Tensor) -> Tensor:
-    """(GIoU + 1) / 2 of projected boxes and the boxes found in a view (METHOD section 1.5), (...,
-    4) each; 0 where the found box has no area.
+    """(GIoU + 1) / 2 of projected boxes and the boxes found in a view, (..., 4) x2 -> (...); 0
+    where the found box has no area.
     """
     value = (geometry.giou(expected_1000, found_1000) + 1) / 2
     return torch.where(geometry.proper(found_1000), value, 0.0)

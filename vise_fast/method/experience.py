@@ -1,16 +1,17 @@
 """One batch of images played through the method: queries, boxes, boxes in the views, verdicts. What
 the rewards and the update need.
 
-Follows METHOD section 1, steps 1-7, in four parts: draw the views; ask and box; judge; pack the
-evidence. Each part returns what the next ones need, and what it held besides is freed when it ends.
-Every draw is named by (seed, step, purpose, index in the batch), so playing a batch in slices gives
-the same experience as playing it at once.
+Follows the paper's step up to its rewards, in four parts: draw the views; ask and box; judge; pack
+the evidence. Each part returns what the next ones need, and what it held besides is freed when it
+ends. Every draw is named by (seed, step, purpose, index in the batch), so playing a batch in slices
+gives the same experience as playing it at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ class Slice:
 
     @property
     def originals(self) -> list[int]:
+        """The places of the images themselves among images and views."""
         return list(range(len(self.pixels)))
 
     @property
@@ -114,17 +116,17 @@ def play(
     drawn = draw_views(part)
     answers = ask_and_box(part, drawn)
     verdicts = judge(part, answers)
-    truths = None if truth is None else [truth(i, q) for i, q in _named(images, answers)]
+    truths = None if truth is None else _truths(truth, images, answers.queries.texts)
     evidence = pack(part, drawn, answers, verdicts, truths)
     return Played(
-        images,
-        drawn,
-        answers.queries,
-        answers.boxes,
-        evidence,
-        answers.features,
-        answers.reference,
-        answers.attention,
+        images=images,
+        views=drawn,
+        queries=answers.queries,
+        boxes=answers.boxes,
+        evidence=evidence,
+        features=answers.features,
+        reference=answers.reference,
+        attention=answers.attention,
     )
 
 
@@ -159,8 +161,10 @@ def draw_views(part: Slice) -> list[list[views.View]]:
 def _encode(part: Slice, drawn: list[list[views.View]]) -> Held:
     """Features of the images, then of their views."""
     with part.engine.clock.phase("views"):
-        sources = [image for image in part.pixels for _ in range(part.plan.views)]
-        moved = views.apply(sources, [view for group in drawn for view in group])
+        sources: list[Tensor] = []
+        for image in part.pixels:
+            sources += [image] * part.plan.views
+        moved = views.apply(sources, list(chain.from_iterable(drawn)))
     with part.engine.clock.phase("encode"):
         return part.engine.encode(part.pixels + moved)
 
@@ -259,25 +263,28 @@ def _boxes(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
 
 def prefill(part: Slice, features: Held) -> Prefixes:
     """The prefixes of images and views. `rooted` and its copy without a graph share their keys."""
-    engine = part.engine
     plan = part.plan
     count = len(part.pixels)
     total = len(features)
     first = count * plan.trained if plan.shares_forward else 0
-    rooted = None
-    if first:
-        some = features.select(list(range(first)))
-        rooted = engine.prefill(some, adapters=True, graph=True)
+    rooted = _prefixes(part, features, range(first), graph=True) if first else None
     # the policy's: of everything where it boxes the views too
-    own = total if plan.policy_boxes_views else count
+    own = range(first, total if plan.policy_boxes_views else count)
     images = None if rooted is None else rooted.detach()
-    if first < own:
-        rest = engine.prefill(features.select(list(range(first, own))), adapters=True)
+    if own:
+        rest = _prefixes(part, features, own)
         images = rest if images is None else images.stack(rest)
     if plan.policy_boxes_views:
         return Prefixes(images, images, rooted)
-    moved = engine.prefill(features.select(list(range(count, total))), adapters=False)
+    moved = _prefixes(part, features, range(count, total), adapters=False)
     return Prefixes(images, moved, rooted)
+
+
+def _prefixes(
+    part: Slice, features: Held, which: range, *, adapters: bool = True, graph: bool = False
+) -> Held:
+    """Those of some images and views."""
+    return part.engine.prefill(features.select(list(which)), adapters, graph=graph)
 
 
 def _ask(part: Slice, prefixes: Held) -> roles.Queries:
@@ -312,22 +319,23 @@ def _questions(part: Slice, queries: roles.Queries) -> list[Question]:
     """One about each image, G seeds each."""
     samples = part.plan.samples
     seeds = part.draws.keys("ground", len(queries.texts) * samples, samples)
-    groups = [seeds[i : i + samples] for i in range(0, len(seeds), samples)]
-    return [Question(i, q, s) for i, (q, s) in enumerate(zip(queries.texts, groups, strict=True))]
+    found = []
+    for image, text in enumerate(queries.texts):
+        start = image * samples
+        found.append(Question(image, text, seeds[start : start + samples]))
+    return found
 
 
 def _view_questions(
     part: Slice, queries: roles.Queries, drawn: list[list[views.View]], prefixes: int
 ) -> list[Question]:
     """One about each view, whose prefixes are the last of so many."""
-    pairs = [(q, view) for q, group in zip(queries.texts, drawn, strict=True) for view in group]
-    seeds = part.draws.keys("reground", len(pairs), part.plan.views)
-    first = prefixes - len(pairs)
-    found = []
-    for n, (query, view) in enumerate(pairs):
-        text = sides.query_for(query, view, part.config.view)
-        found.append(Question(first + n, text, [seeds[n]]))
-    return found
+    texts: list[str] = []
+    for query, group in zip(queries.texts, drawn, strict=True):
+        texts += [sides.query_for(query, view, part.config.view) for view in group]
+    seeds = part.draws.keys("reground", len(texts), part.plan.views)
+    first = prefixes - len(texts)
+    return [Question(first + n, text, [seeds[n]]) for n, text in enumerate(texts)]
 
 
 def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None:
@@ -339,11 +347,11 @@ def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None
         return None
     first = boxes.answers.select([i * part.plan.samples for i in part.originals])
     rows = boxes.rows[: len(part.pixels)]
-    return image_share(part.engine, prefixes, part.originals, rows, first).mean(0)  # type: ignore[arg-type]
+    return image_share(part.engine, prefixes, part.originals, rows, first).mean(0)
 
 
 def attention_share(slices: list[Played]) -> dict[str, float]:
-    """The training figure `attention_share` of the batch; nothing on steps that did not measure it."""
+    """The batch's figure `attention_share`; nothing on steps that did not measure it."""
     measured = [played.attention for played in slices if played.attention is not None]
     return {"attention_share": float(torch.cat(measured).mean())} if measured else {}
 
@@ -382,15 +390,16 @@ def judge(part: Slice, answers: Answers) -> Verdicts:
     do not read the answer: zeros.
     """
     hidden = _hidden(part, answers)
+    names = [kind.name for kind in part.plan.kinds]
     count = len(part.pixels) * part.plan.samples
     judged = torch.zeros(count, dtype=torch.bool)
     judged[hidden.rows] = True
-    table = torch.zeros(len(part.plan.kinds), count, dtype=torch.float64)
+    table = torch.zeros(len(names), count, dtype=torch.float64)
     if hidden.rows:
         with part.engine.clock.phase("verify"):
             p = _verdicts(part, hidden, answers.queries.texts)
-        table[:, hidden.rows] = p.view(len(part.plan.kinds), -1)[:, hidden.slot]
-    return Verdicts(judged, dict(zip((kind.name for kind in part.plan.kinds), table, strict=True)))
+        table[:, hidden.rows] = p.view(len(names), -1)[:, hidden.slot]
+    return Verdicts(judged, dict(zip(names, table, strict=True)))
 
 
 def _hidden(part: Slice, answers: Answers) -> Hidden:
@@ -438,10 +447,9 @@ def _ghosts(part: Slice, hidden: Hidden, kind: GhostKind) -> list[Tensor]:
     if kind.control is not None:
         boxes = _control_boxes(part, hidden, f"control{kind.control}")
     owner = torch.tensor(hidden.image)
-    view = part.config.view
-    return views.ghost(
-        part.pixels, owner, boxes, part.config.ghost, kind.region, literal=view.literal_pixels
-    )
+    ghost = part.config.ghost
+    literal = part.config.view.literal_pixels
+    return views.ghost(part.pixels, owner, boxes, ghost, kind.region, literal=literal)
 
 
 def _control_boxes(part: Slice, hidden: Hidden, purpose: str) -> Tensor:
@@ -463,47 +471,56 @@ def pack(
     verdicts: Verdicts,
     truths: Sequence[tuple | None] | None,
 ) -> Evidence:
-    """One row per sampled box, image-major."""
-    samples = part.plan.samples
-    count = len(part.pixels)
-    rows = count * samples
-
-    def spread(x: Tensor) -> Tensor:
-        return x.repeat_interleave(samples, 0)
-
-    sizes = torch.tensor([image.shape[:2] for image in part.pixels])
-    box_1000 = answers.boxes.box_1000[:rows]
-    per_image = (count, part.plan.views)
+    """One row per sampled box, image-major. truths: per image, for the oracle."""
+    shape = (len(part.pixels), part.plan.views)
+    rows = len(part.pixels) * part.plan.samples
+    size = _sizes(part)
     return Evidence(
-        box_1000=box_1000,
+        box_1000=answers.boxes.box_1000[:rows],
         readable=answers.boxes.readable[:rows],
-        view_box_1000=spread(answers.view_boxes.box_1000.view(*per_image, 4)),
-        view_readable=spread(answers.view_boxes.readable.view(*per_image)),
-        view_usable=_usable(part, drawn, answers, box_1000),
-        matrix_px=spread(views.stack(drawn)),
-        height=spread(sizes[:, 0]),
-        width=spread(sizes[:, 1]),
-        seen=spread(answers.seen),
+        view_box_1000=_per_box(part, answers.view_boxes.box_1000.view(*shape, 4)),
+        view_readable=_per_box(part, answers.view_boxes.readable.view(shape)),
+        view_usable=_usable(part, drawn, answers),
+        matrix_px=_per_box(part, views.stack(drawn)),
+        height=size.height,
+        width=size.width,
+        seen=_per_box(part, answers.seen),
         gone=verdicts.p["gone"],
-        query_readable=spread(torch.tensor(answers.queries.readable)),
-        group_size=samples,
+        query_readable=_per_box(part, torch.tensor(answers.queries.readable)),
+        group_size=part.plan.samples,
         control=_controls(verdicts),
         keep=verdicts.p.get("keep"),
         judged=verdicts.judged,
-        truth_1000=None if truths is None else spread(_table(truths)),
+        truth_1000=None if truths is None else _per_box(part, _table(truths)),
     )
 
 
-def _usable(
-    part: Slice, drawn: list[list[views.View]], answers: Answers, box_1000: Tensor
-) -> Tensor:
-    """(N, K) bool: views that enter a row's reward."""
-    samples = part.plan.samples
-    rows = [group for group in drawn for _ in range(samples)]
-    sided = sides.named_in(answers.queries.texts).repeat_interleave(samples)
+def _per_box(part: Slice, x: Tensor) -> Tensor:
+    """(images, ...) to (N, ...): an image's entry for each of its sampled boxes."""
+    return x.repeat_interleave(part.plan.samples, 0)
+
+
+class _Size(NamedTuple):
+    """Pixels, (N,) each."""
+
+    height: Tensor
+    width: Tensor
+
+
+def _sizes(part: Slice) -> _Size:
+    """Of the image of each sampled box."""
     sizes = torch.tensor([image.shape[:2] for image in part.pixels])
-    height, width = sizes.repeat_interleave(samples, 0).unbind(1)
-    return views.usable(rows, box_1000, sided, height, width, part.config.view)
+    return _Size(*_per_box(part, sizes).unbind(1))
+
+
+def _usable(part: Slice, drawn: list[list[views.View]], answers: Answers) -> Tensor:
+    """(N, K) bool: views that enter a row's reward."""
+    rows: list[list[views.View]] = []
+    for group in drawn:
+        rows += [group] * part.plan.samples
+    box_1000 = answers.boxes.box_1000[: len(rows)]
+    sided = _per_box(part, sides.named_in(answers.queries.texts))
+    return views.usable(rows, box_1000, sided, *_sizes(part), part.config.view)
 
 
 def _controls(verdicts: Verdicts) -> Tensor | None:
@@ -512,8 +529,9 @@ def _controls(verdicts: Verdicts) -> Tensor | None:
     return torch.stack(columns, 1) if columns else None
 
 
-def _named(images: list[Image], answers: Answers) -> zip:
-    return zip(images, answers.queries.texts, strict=True)
+def _truths(truth: Truth, images: list[Image], queries: list[str]) -> list[tuple | None]:
+    """The true box of each image's query."""
+    return [truth(image, query) for image, query in zip(images, queries, strict=True)]
 
 
 def _table(truths: Sequence[tuple | None]) -> Tensor:

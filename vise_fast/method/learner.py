@@ -9,7 +9,6 @@ to the same gradient because every mean has the whole batch's denominator.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from vise_fast.engine.rollout import Answered, Engine
 from vise_fast.method import loss, rewards
 from vise_fast.method.evidence import join
 from vise_fast.method.experience import Played
+from vise_fast.method.roles import Boxes
 from vise_fast.model import quantise
 from vise_fast.model.load import Policy
 from vise_fast.system import checkpoint
@@ -33,10 +33,20 @@ MAX_SKIPPED = 5
 
 @dataclass
 class Targets:
-    """Per answer of a slice (samples, then views): its advantage and whether it is scored at all."""
+    """Per answer (of a slice: samples, then views): its advantage and whether it is scored."""
 
     advantage: Tensor
     scored: Tensor
+
+    def cut(self, sizes: list[int]) -> list[Targets]:
+        """Along the slices, which have so many answers each."""
+        pieces = zip(self.advantage.split(sizes), self.scored.split(sizes), strict=True)
+        return [Targets(advantage, scored) for advantage, scored in pieces]
+
+    def followed_by(self, more: Targets) -> Targets:
+        """These answers and, behind them, others."""
+        advantage = torch.cat([self.advantage, more.advantage])
+        return Targets(advantage, torch.cat([self.scored, more.scored]))
 
 
 @dataclass
@@ -109,13 +119,10 @@ class Learner:
         evidence = join([played.evidence for played in slices])
         rng = generator(self.config.train.seed, step, "reward")
         scores = rewards.score(evidence, self.config.reward, rng)
-        for played, part in zip(slices, self._cut(scores.reward, slices), strict=True):
+        pieces = scores.reward.split(_sizes(slices, self.config.rollout.samples))
+        for played, part in zip(slices, pieces, strict=True):
             played.rewards = part
         return scores
-
-    def _cut(self, values: Tensor, slices: list[Played]) -> Sequence[Tensor]:
-        """Values of all samples along the slices."""
-        return values.split([len(p.images) * self.config.rollout.samples for p in slices])
 
     # ---- who learns how much -------------------------------------------------------------------
 
@@ -125,30 +132,35 @@ class Learner:
         """Advantages of all samples, and of the views where they are trained too, cut along the
         slices.
         """
-        update = self.config.update
-        group = self.config.rollout.samples
-        reward = scores.reward
-        if update.kl == "k1_reward":
-            parts = zip(slices, self._cut(reward, slices), strict=True)
-            reward = torch.cat([self._penalised(played, part) for played, part in parts])
+        rollout = self.config.rollout
+        kind = self.config.update.advantage
+        reward = self._learned_from(slices, scores.reward)
         advantage, metrics = loss.advantages(
-            reward, scores.carries, group, update.advantage, self.baseline
+            reward, scores.carries, rollout.samples, kind, self.baseline
         )
-        scored = scores.carries
-        if update.advantage != "ema":
-            # A group whose rewards are all equal teaches nothing and carries no gradient (METHOD
-            # section 6): not scored.
-            alive = advantage.view(-1, group).abs().amax(1) > 0
-            scored = scored & alive.repeat_interleave(group)
-        views = self._view_targets(scores)
-        own = zip(self._cut(advantage, slices), self._cut(scored, slices), strict=True)
-        sizes = [len(p.images) * self.config.rollout.views for p in slices]
-        theirs = zip(views.advantage.split(sizes), views.scored.split(sizes), strict=True)
-        targets = [
-            Targets(torch.cat([a, va]), torch.cat([s, vs]))
-            for (a, s), (va, vs) in zip(own, theirs, strict=True)
-        ]
-        return targets, metrics
+        scored = scores.carries & self._alive(advantage)
+        own = Targets(advantage, scored).cut(_sizes(slices, rollout.samples))
+        views = self._view_targets(scores).cut(_sizes(slices, rollout.views))
+        pairs = zip(own, views, strict=True)
+        return [samples.followed_by(more) for samples, more in pairs], metrics
+
+    def _alive(self, advantage: Tensor) -> Tensor:
+        """(N,) bool. A group whose rewards are all equal teaches nothing and carries no gradient:
+        its answers are not scored. Against a moving baseline they teach.
+        """
+        if self.config.update.advantage == "ema":
+            return torch.ones_like(advantage, dtype=torch.bool)
+        group = self.config.rollout.samples
+        alive = advantage.view(-1, group).abs().amax(1) > 0
+        return alive.repeat_interleave(group)
+
+    def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
+        """The rewards (N,), minus the KL where `update.kl` puts it there."""
+        if self.config.update.kl != "k1_reward":
+            return reward
+        pieces = reward.split(_sizes(slices, self.config.rollout.samples))
+        pairs = zip(slices, pieces, strict=True)
+        return torch.cat([self._penalised(played, piece) for played, piece in pairs])
 
     def _view_targets(self, scores: rewards.Scores) -> Targets:
         """The views' own answers, image-major: mean agreement with the image's samples, against the
@@ -182,12 +194,11 @@ class Learner:
     ) -> dict[str, float]:
         """Backwards through every slice that has scored answers; figures of the whole batch."""
         self.optimizer.zero_grad(set_to_none=True)
+        sums = []
         with self.engine.clock.phase("update"):
-            sums = [
-                self._backward(played, target, samples)
-                for played, target in zip(slices, targets, strict=True)
-                if target.scored.any()
-            ]
+            for played, target in zip(slices, targets, strict=True):
+                if target.scored.any():
+                    sums.append(self._backward(played, target, samples))
             return self._totals(sums)
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
@@ -201,9 +212,8 @@ class Learner:
             scores.mask,
         )
         advantage = target.advantage[chosen].to(tokens.mask.device)
-        value, figures = loss.reinforce(
-            tokens, advantage, self.beta.value, self.config.update.kl, samples
-        )
+        kind = self.config.update.kl
+        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
@@ -213,25 +223,17 @@ class Learner:
     def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
         """The chosen answers' tokens under policy and reference."""
         engine = self.engine
-        boxes = played.boxes
-        images = sorted({boxes.owner[n] for n in chosen})
-        place = {image: i for i, image in enumerate(images)}
-        owner = [place[boxes.owner[n]] for n in chosen]
-        rows = [boxes.rows[i] for i in images]
-        answered = Answered(rows, boxes.answers.select(chosen), owner)
+        images = sorted({played.boxes.owner[n] for n in chosen})
+        answered = _answered(played.boxes, chosen, images)
         features = played.features.select(images)
         if self.config.reward.preset == "as_released":
             return self._released(features, answered)
         with torch.no_grad():
             cached = _reference(played, images)
             reference = engine.score(features, answered, False, prefixes=cached)
-        hidden = engine.score(
-            features,
-            answered,
-            True,
-            recompute=self.config.train.checkpointing,
-            prompts=_asked(played, images),
-        )
+        asked = _asked(played, images)
+        recompute = self.config.train.checkpointing
+        hidden = engine.score(features, answered, True, recompute=recompute, prompts=asked)
         head = engine.backbone.head.weight
         ids = answered.answers.packed()
         with engine.clock.phase("head"):
@@ -310,35 +312,48 @@ class Learner:
         """
         moments, numbers = checkpoint.moments(self.optimizer, self.parameters)
         adapter = {name: p.detach() for name, p in self.parameters.items()}
-        numbers_of_state = {
+        own = {
             "optimizer": numbers,
             "beta": self.beta.state(),
             "baseline": self.baseline.state(),
             "skipped": self.skipped,
         }
-        return {"adapter": adapter, "optimizer": moments}, numbers_of_state
+        return {"adapter": adapter, "optimizer": moments}, own
 
     def load(self, tensors: checkpoint.Tensors, state: dict) -> None:
         """The inverse of `state`. Raises checkpoint.Corrupt where the tensors belong to another
         model.
         """
-        stored = tensors.get("adapter", {})
+        self._load_adapter(tensors.get("adapter", {}))
+        moments = tensors.get("optimizer", {})
+        checkpoint.restore_moments(self.optimizer, self.parameters, moments, state["optimizer"])
+        self.beta.load(state["beta"])
+        self.baseline.load(state["baseline"])
+        self.skipped = state["skipped"]
+        self.policy.backbone.refresh()
+
+    @torch.no_grad()
+    def _load_adapter(self, stored: dict[str, Tensor]) -> None:
         here = {name: p.shape for name, p in self.parameters.items()}
         if here != {name: tensor.shape for name, tensor in stored.items()}:
             raise checkpoint.Corrupt(
                 "the checkpoint's adapter has other tensors than this run's; resume with the "
                 "configuration that wrote it"
             )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(stored[name])
-        checkpoint.restore_moments(
-            self.optimizer, self.parameters, tensors.get("optimizer", {}), state["optimizer"]
-        )
-        self.beta.load(state["beta"])
-        self.baseline.load(state["baseline"])
-        self.skipped = state["skipped"]
-        self.policy.backbone.refresh()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(stored[name])
+
+
+def _sizes(slices: list[Played], per_image: int) -> list[int]:
+    """Answers of each slice, which has so many per image."""
+    return [len(played.images) * per_image for played in slices]
+
+
+def _answered(boxes: Boxes, chosen: list[int], images: list[int]) -> Answered:
+    """The chosen answers, with their questions about these images."""
+    place = {image: i for i, image in enumerate(images)}
+    owner = [place[boxes.owner[n]] for n in chosen]
+    return Answered([boxes.rows[i] for i in images], boxes.answers.select(chosen), owner)
 
 
 def _reference(played: Played, images: list[int]) -> Any:

@@ -4,7 +4,7 @@ states.
 Pure functions of tensors: rows N = images * G in group-major order, T completion positions (EOS
 included, padding masked). Log-probs and KL are means over a completion's tokens, then over samples;
 the number of samples is given (`denominator`), so that a batch cut into micro-batches adds up to
-the same loss. Left out: which rows are scored and how (engine.py), what they earned (rewards.py).
+the same loss. Left out: which rows are scored and how (learner.py), what they earned (rewards.py).
 
 Run: `pytest tests/method/test_loss.py`.
 """
@@ -45,16 +45,17 @@ class Baseline:
                 f"the mean reward is {mean_reward}; a baseline cannot follow it; look at the last "
                 "samples"
             )
-        self.value = (
-            mean_reward
-            if self.value is None
-            else self.momentum * self.value + (1 - self.momentum) * mean_reward
-        )
+        if self.value is None:
+            self.value = mean_reward
+        else:
+            self.value = self.momentum * self.value + (1 - self.momentum) * mean_reward
 
     def state(self) -> dict[str, float]:
+        """For a checkpoint."""
         return {} if self.value is None else {"value": self.value}
 
     def load(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
         self.value = state.get("value")
 
 
@@ -80,9 +81,11 @@ class Beta:
         self.value = min(max(self.value * factor, self.minimum), self.maximum)
 
     def state(self) -> dict[str, float]:
+        """For a checkpoint."""
         return {"value": self.value}
 
     def load(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
         self.value = state["value"]
 
 
@@ -149,22 +152,26 @@ def advantages(
     in `zero_variance` (share of groups with any).
     """
     carries = carries.view(-1, group_size)
-    values = rewards.double().view(-1, group_size)
-    values = values.masked_fill(~carries, 0)
+    values = rewards.double().view(-1, group_size).masked_fill(~carries, 0)
     mean = float(values.sum() / carries.sum().clamp_min(1))
     flat = _spread(values, carries) <= SAME
-    alive = carries.any(1, keepdim=True)
     if kind == "ema":
-        result = values - (mean if baseline is None or baseline.value is None else baseline.value)
+        result = values - _expected(baseline, mean)
     else:
         result = _group_advantages(values, carries, kind).masked_fill(flat, 0)
     result = result.masked_fill(~carries, 0).reshape(-1)
+    alive = carries.any(1, keepdim=True)
     metrics = {
         "reward_mean": mean,
         "zero_variance": float((flat & alive).sum() / alive.sum().clamp_min(1)),
         "advantage_rms": float((result**2).mean().sqrt()),
     }
     return result.float(), metrics
+
+
+def _expected(baseline: Baseline | None, mean: float) -> float:
+    """The moving baseline; before its first step, the batch's own mean."""
+    return mean if baseline is None or baseline.value is None else baseline.value
 
 
 def _kl_tokens(kind: KLKind, logprob: Tensor, reference: Tensor, exact: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ controls per row. All box and probability tensors are on one device (the trainer
 CPU in one copy). Left out: who asks and who judges (roles.py), what a reward does to the weights
 (loss.py).
 
-Rules that are decided here, beside METHOD.md's sections 2 and 5:
+Rules that are decided here:
 - a view whose answer cannot be read, or has no area, scores 0 for that view; the sampled box is not
   excused by it;
 - a readable box none of whose views is usable gets the mean R_geo of its group's measured boxes, so
@@ -32,6 +32,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -110,19 +111,24 @@ def load_plugin(path: str) -> None:
             f"reward.plugin {path}: no such file; it should be a python file that registers "
             "rewards; correct the path"
         )
+    try:
+        sys.modules[name] = _run(name, file, path)
+    except (SyntaxError, ImportError) as fault:
+        raise ConfigError(
+            f"reward.plugin {path}: {fault}; the file could not be imported; correct it"
+        ) from fault
+
+
+def _run(name: str, file: Path, path: str) -> ModuleType:
+    """The module `name` that a file is; `path` as it was given."""
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(
             f"reward.plugin {path}: not a python file; its name should end in .py; rename it"
         )
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as fault:
-        raise ConfigError(
-            f"reward.plugin {path}: {fault}; the file could not be imported; correct it"
-        ) from fault
-    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def resolve(config: RewardConfig) -> Reward:
@@ -151,7 +157,7 @@ def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
     readable boxes that have area.
     """
     e = evidence
-    boxes = geometry.clean_1000(evidence.box_1000)[:, None]
+    boxes = geometry.clean_1000(e.box_1000)[:, None]
     answers = geometry.clean_1000(e.view_box_1000)
     if config.preset == "as_released":
         value = as_released.r_geo(boxes, answers, e.matrix_px)
@@ -160,12 +166,7 @@ def agreement(evidence: Evidence, config: RewardConfig) -> Tensor:
             boxes, e.matrix_px, e.height[:, None], e.width[:, None], config.projection
         )
         value = r_geo(expected, answers)
-    judged = (
-        (e.readable & geometry.proper(boxes[:, 0]))[:, None]
-        & e.view_readable
-        & geometry.proper(answers)
-    )
-    return value * judged
+    return value * (e.placed[:, None] & e.view_readable & geometry.proper(answers))
 
 
 def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,22 +184,21 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
-    """R_sem of METHOD.md section 5, (N,); 0 for answers that are not boxes with area and where
-    nothing was judged.
+    """R_sem, (N,); 0 for answers that are not boxes with area and where nothing was judged.
 
     paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times
     p(keep) with `sufficiency`. Each p is a probability (`soft`) or its verdict at one half.
     """
 
     def p(values: Tensor) -> Tensor:
-        return values.double() if config.soft else (values >= 0.5).double()
+        return values.double() if config.soft else (values >= VISIBLE).double()
 
     e = evidence
-    value = p(e.seen) * (1 - p(e.gone))
+    seen = p(e.seen)
+    value = seen * (1 - p(e.gone))
     if config.sem == "contrast":
-        value = (
-            value - (p(e.seen)[:, None] * (1 - p(_given(e.control, "control")))).mean(1)
-        ).clamp_min(0)
+        elsewhere = seen[:, None] * (1 - p(_given(e.control, "control")))
+        value = (value - elsewhere.mean(1)).clamp_min(0)
     if config.sufficiency:
         value = value * p(_given(e.keep, "keep"))
     return torch.where(e.has_verdicts, value, torch.zeros_like(value))
@@ -222,7 +222,12 @@ def dissect(evidence: Evidence, config: RewardConfig) -> Parts:
     seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=evidence.seen.isfinite())
     is_open = evidence.query_readable & (seen >= config.gate)
     return Parts(
-        agreements, value, measured, semantic(evidence, config), _size(evidence.box_1000), is_open
+        agreement=agreements,
+        geometric=value,
+        measured=measured,
+        semantic=semantic(evidence, config),
+        size=_size(evidence.box_1000),
+        open=is_open,
     )
 
 
@@ -239,9 +244,8 @@ def vise(
     evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """w_geo R_geo + w_sem R_sem - w_area sqrt(area)."""
-    reward = (
-        config.w_geo * parts.geometric + config.w_sem * parts.semantic - config.w_area * parts.size
-    )
+    gained = config.w_geo * parts.geometric + config.w_sem * parts.semantic
+    reward = gained - config.w_area * parts.size
     known = parts.measured if config.w_geo > 0 else torch.ones_like(parts.measured)
     return _unless_unreadable(evidence, reward, known, config)
 
@@ -271,10 +275,8 @@ def random(
     evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Noise of mean 1/2, unreadable answers included: says nothing."""
-    rows = evidence.box_1000.shape[0]
-    return torch.as_tensor(rng.normal(0.5, NOISE, rows)).to(
-        evidence.box_1000.device
-    ), torch.ones_like(evidence.readable)
+    noise = torch.as_tensor(rng.normal(0.5, NOISE, len(evidence.box_1000)))
+    return noise.to(evidence.box_1000.device), torch.ones_like(evidence.readable)
 
 
 @register("shuffled")
@@ -300,9 +302,8 @@ def area_only(
             "reward area_only with w_area 0 is constant; nothing would be learned; set "
             "reward.w_area"
         )
-    return _unless_unreadable(
-        evidence, -config.w_area * parts.size, torch.ones_like(evidence.readable), config
-    )
+    known = torch.ones_like(evidence.readable)
+    return _unless_unreadable(evidence, -config.w_area * parts.size, known, config)
 
 
 def view_rewards(evidence: Evidence, parts: Parts, config: RewardConfig) -> tuple[Tensor, Tensor]:
@@ -336,9 +337,14 @@ def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) ->
         )
     reward = torch.where(carries, reward.double(), 0.0)
     view_reward, view_carries = view_rewards(evidence, parts, config)
-    metrics = measure(evidence, parts, reward, carries)
     return Scores(
-        reward, parts.geometric, parts.semantic, carries, view_reward, view_carries, metrics
+        reward=reward,
+        geometric=parts.geometric,
+        semantic=parts.semantic,
+        carries=carries,
+        view_reward=view_reward,
+        view_carries=view_carries,
+        metrics=measure(evidence, parts, reward, carries),
     )
 
 
@@ -354,41 +360,57 @@ def beaf(seen: Tensor, gone: Tensor, of: Tensor) -> dict[str, float]:
 
 
 def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -> dict[str, float]:
-    """Everything METHOD.md wants logged of a step's rewards, as plain floats.
+    """Everything that is logged of a step's rewards, as plain floats.
 
     Shares are 0..1 of the rows named in the comment.
     """
-    e = evidence
-    asked = evidence.query_readable
-    placed = evidence.placed
-    judged = evidence.has_verdicts
-    boxes = e.readable & asked
-    area = geometry.area_share(e.box_1000)
-    views = boxes[:, None].expand_as(e.view_usable)
-    metrics = {
+    boxes = evidence.readable & evidence.query_readable
+    figures = {
         "reward": _mean(reward, carries),
         "geometric": _mean(parts.geometric, boxes & parts.measured),
         "semantic": _mean(parts.semantic, boxes & parts.open),
         "carries": _mean(carries, torch.ones_like(carries)),  # of all rows
+    }
+    figures |= _readable_figures(evidence) | _box_figures(evidence)
+    figures["unmeasured"] = _mean(~parts.measured, boxes)
+    figures["gated"] = _mean(~parts.open, evidence.query_readable)  # of groups with a query
+    return figures | _verdict_figures(evidence)
+
+
+def _readable_figures(e: Evidence) -> dict[str, float]:
+    asked = e.query_readable
+    return {
         "parse_rate": _mean(e.readable, asked),  # of rows with a query
         "query_parse_rate": _mean(asked, torch.ones_like(asked)),  # of all rows
         "view_parse_rate": _mean(e.view_readable, asked[:, None].expand_as(e.view_readable)),
-        "area": _mean(area, placed & asked),  # of boxes with area
-        "area_large": _mean(area > LARGE_AREA, placed & asked),
-        "zero_area": _mean(~placed, boxes),  # of readable boxes
+    }
+
+
+def _box_figures(e: Evidence) -> dict[str, float]:
+    boxes = e.readable & e.query_readable
+    placed = e.placed & e.query_readable
+    area = geometry.area_share(e.box_1000)
+    views = boxes[:, None].expand_as(e.view_usable)
+    return {
+        "area": _mean(area, placed),  # of boxes with area
+        "area_large": _mean(area > LARGE_AREA, placed),
+        "zero_area": _mean(~e.placed, boxes),  # of readable boxes
         "views_dropped": _mean(~e.view_usable, views),  # of readable boxes' views
-        "unmeasured": _mean(~parts.measured, boxes),
-        "gated": _mean(~parts.open, asked),  # of groups with a query
-        "seen": _mean(e.seen, asked & e.seen.isfinite()),
+    }
+
+
+def _verdict_figures(e: Evidence) -> dict[str, float]:
+    boxes = e.readable & e.query_readable
+    judged = e.has_verdicts
+    figures = {
+        "seen": _mean(e.seen, e.query_readable & e.seen.isfinite()),
         "judged": _mean(judged, boxes),  # of readable boxes; the verdicts below are of judged ones
         "gone": _mean(e.gone, judged),
     }
     if e.control is not None:
-        changed = ((e.control >= 0.5) != (e.seen >= 0.5)[:, None]).double().mean(1)
-        metrics |= {
-            "control": _mean(e.control.mean(1), judged),
-            "changed_elsewhere": _mean(changed, judged),
-        }
+        changed = (e.control >= VISIBLE) != (e.seen >= VISIBLE)[:, None]
+        figures["control"] = _mean(e.control.mean(1), judged)
+        figures["changed_elsewhere"] = _mean(changed.double().mean(1), judged)
     if e.keep is not None:
-        metrics["keep"] = _mean(e.keep, judged)
-    return metrics | beaf(e.seen, e.gone, judged)
+        figures["keep"] = _mean(e.keep, judged)
+    return figures | beaf(e.seen, e.gone, judged)

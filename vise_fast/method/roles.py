@@ -1,14 +1,14 @@
 """The three questions a model asks itself: ask (name an object), ground (box it), verify (is it
 visible). Texts in, answers out.
 
-ask and ground sample; verify reads one pair of next-token probabilities and decodes nothing (METHOD
-sections 1 and 4).
+ask and ground sample; verify reads one pair of next-token probabilities and decodes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,8 @@ def ask(
     tokens = engine.tokens
     rows = [tokens.row(tokens.style.ask())] * len(owner)
     prompted = engine.prompt(prefixes, owner, rows)
-    answers = engine.generate(prompted, [1] * len(owner), *_order(sampling, seeds))
+    fan = [1] * len(owner)
+    answers = engine.generate(prompted, fan, sampling.limit, seeds, sampling.temperature)
     written = [tokens.text(ids) for ids in answers.rows()]
     queries = [prompts.read_query(text) for text in written]
     texts = [query or UNREADABLE_QUERY for query in queries]
@@ -106,14 +107,9 @@ def ground(
         if count < len(rows):
             prompted = prompted.stack(engine.prompt(prefixes, images[count:], rows[count:]))
     fan = [len(question.seeds) for question in questions]
-    seeds = [seed for question in questions for seed in question.seeds]
-    answers = engine.generate(prompted, fan, *_order(sampling, seeds))
+    seeds = list(chain.from_iterable(question.seeds for question in questions))
+    answers = engine.generate(prompted, fan, sampling.limit, seeds, sampling.temperature)
     return _read(engine, answers, rows, owners(fan), asked)
-
-
-def _order(sampling: Sampling, seeds: list[int]) -> tuple[int, list[int], float]:
-    """What `generate` takes after the fan."""
-    return sampling.limit, seeds, sampling.temperature
 
 
 def _read(
@@ -151,8 +147,8 @@ def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
 
 
 def _probability(engine: Engine, logits: Tensor) -> Tensor:
-    """P(yes) / (P(yes) + P(no)) from next-token logits (N, V), all one-token spellings counted
-    (METHOD section 4).
+    """P(yes) / (P(yes) + P(no)), float64 (N,), from next-token logits (N, V); all one-token
+    spellings count.
     """
     yes = logits[:, engine.tokens.yes].logsumexp(-1)
     no = logits[:, engine.tokens.no].logsumexp(-1)

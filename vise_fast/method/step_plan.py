@@ -18,7 +18,7 @@ WITHOUT_GHOSTS = ("oracle", "random", "area_only")
 
 class GhostKind(NamedTuple):
     """One of the ghosts a box gets. `name` is the evidence's field; `control` numbers those that
-    hide a box of the same size elsewhere (METHOD section 5).
+    hide a box of the same size elsewhere.
     """
 
     name: str
@@ -33,7 +33,7 @@ KEEP = GhostKind("keep", region="outside")
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of each piece of a conversation: head and tail around the image, the questions, the
-    answers. The defaults are those of METHOD's pinned number of FLOPs.
+    answers. The defaults are those of the pinned number of FLOPs (profile/minimal.py).
     """
 
     head: int = 4
@@ -47,7 +47,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step, per image. The defaults are the paper's (METHOD section 7)."""
+    """One step, per image. The defaults are the paper's."""
 
     samples: int = 1
     """G: boxes sampled per image"""
