@@ -44,8 +44,9 @@ class Signals:
             raise Interrupted(self.code)
 
     def __enter__(self) -> Signals:
-        # what the parent had ignored (nohup and SIGHUP) stays ignored
-        heard = [n for n in CAUGHT if signal.getsignal(n) is not signal.SIG_IGN]
+        # nohup: a closed terminal is to be ignored
+        deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [n for n in CAUGHT if not (deaf and n == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
