@@ -12,6 +12,7 @@ from vise_fast.config import schema as config
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import scenes
 from vise_fast.method import roles
+from vise_fast.method.roles import Question, Sampling
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 from vise_fast.system.randomness import generator
@@ -36,8 +37,8 @@ def test_answers_are_those_of_the_roles(shipped, picture):
     _, pixels = infer.read_image(picture, settings)
     given = infer.answer(engine, pixels, settings, None, adapters=False)
     prefix = engine.prefill(engine.encode([pixels]), False)
-    assert given.query == roles.ask(engine, prefix, [0], [7], 64, temperature=0.0).texts[0]
-    found = roles.ground(engine, prefix, [0], [given.query], [1], [3], 20, temperature=0.0)
+    assert given.query == roles.ask(engine, prefix, [0], [7], Sampling(64, 0.0)).texts[0]
+    found = roles.ground(engine, prefix, [Question(0, given.query, [3])], Sampling(20, 0.0))
     assert (given.box_1000 is None and not found.box_1000.any()) or torch.equal(
         given.box_1000, found.box_1000[0]
     )

@@ -3,8 +3,8 @@
 
 Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after
 table. Each update plays a batch through the method (method/experience.py), turns what happened into
-rewards (method/rewards.py) and takes one step (method/learner.py). What a run leaves behind, and how
-it ends, is run/directory.py.
+rewards (method/rewards.py) and takes one step (method/learner.py). What a run leaves behind, and
+how it ends, is run/directory.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     stated = origin.stated(given)
     config = origin.from_adapter(origin.configuration(given), stated)
     if "dry-run" in given.flags:
-        return dry_run(config, play_batch)
+        return dry_run(config)
     return train(config, stated=stated)
 
 
@@ -84,7 +84,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
     torch.use_deterministic_algorithms(run.config.train.deterministic)
     with contextlib.closing(fitted_source(run)) as source:
         stop.check()
-        policy = model.load(run.config)
+        policy = model.load(run.config, say=run.console.warn)
         engine = open_engine(policy, run.config)
         engine.interrupted = stop.check
         learner = Learner(policy, engine, run.config)
@@ -132,8 +132,8 @@ class Step:
 
 
 def fitted_source(run: Run) -> Source:
-    """The images; where `memory.budget_gb` is set, the run's configuration becomes the one that fits
-    it. Raises MemoryFloor, and ConfigError where a resumed run would become another one.
+    """The images; where `memory.budget_gb` is set, the run's configuration becomes the one that
+    fits it. Raises MemoryFloor, and ConfigError where a resumed run would become another one.
     """
     config = run.config
     multiple = model.grid_multiple(config.model.path)

@@ -75,7 +75,7 @@ def start(words, *, stated=None):
     return resolve(schema.load(None, words), typed if stated is None else stated)
 
 
-# ---- the run's own configuration ------------------------------------------------------------------
+# ---- the run's own configuration ---------------------------------------------------------------
 
 
 def test_the_printed_words_alone_go_on_with_the_same_run(copy):
@@ -100,7 +100,7 @@ def test_a_change_that_makes_another_run_is_refused(run, key, capsys):
 def test_every_setting_either_may_change_or_is_refused(run):
     """No setting passes in silence: what is not on the list is refused by name."""
     own = schema.load(run / "config.yaml")
-    for key, field in settings.fields(Config):
+    for key, _ in settings.fields(Config):
         if key in MAY_CHANGE | {"train.resume", "run.dir"}:
             continue
         config = own.model_copy(deep=True)
@@ -139,7 +139,7 @@ def test_a_cosine_schedule_keeps_its_length(tmp_path, capsys):
     assert "cosine" in capsys.readouterr().err
 
 
-# ---- where it is written --------------------------------------------------------------------------
+# ---- where it is written -----------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_one_run_goes_on_elsewhere_and_leaves_it_alone(run, tmp_path):
@@ -188,7 +188,7 @@ def test_a_run_of_version_0_1_is_recognised(copy):
     assert len(lines(copy / "metrics.jsonl")) == 3
 
 
-# ---- auto, where there is nothing -----------------------------------------------------------------
+# ---- auto, where there is nothing --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -228,7 +228,7 @@ def test_missing_metrics_are_said(copy, capsys):
     assert "lacks 1 of the 2 steps" in capsys.readouterr().err
 
 
-# ---- the images -----------------------------------------------------------------------------------
+# ---- the images --------------------------------------------------------------------------------
 
 
 def test_a_moved_folder_is_the_same_and_other_files_are_not(tmp_path, photographs, capsys):
@@ -243,7 +243,7 @@ def test_a_moved_folder_is_the_same_and_other_files_are_not(tmp_path, photograph
     assert "the images are not those" in capsys.readouterr().err
 
 
-# ---- adapters to start from -----------------------------------------------------------------------
+# ---- adapters to start from --------------------------------------------------------------------
 
 
 def test_the_rank_is_the_adapters(run, tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_the_rank_is_the_adapters(run, tmp_path, capsys):
     assert schema.load(tmp_path / "next" / "config.yaml").lora.r == own.lora.r
 
 
-# ---- one process at a time ------------------------------------------------------------------------
+# ---- one process at a time ---------------------------------------------------------------------
 
 HOLD = """
 import sys, time
