@@ -2,9 +2,9 @@
 [--section.key value …]`.
 
 Without arguments it trains the embedded nano model on drawn scenes and ends in a before/after
-table. Each update plays a batch through the method (method/experience.py), turns what happened into
-rewards (method/rewards.py) and takes one step (method/learner.py). What a run leaves behind, and
-how it ends, is run/directory.py.
+table. Each update plays a batch through the method (method/experience.py) and takes one step, which
+first scores the rewards (method/learner.py). What a run leaves behind, and how it ends, is
+run/directory.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from vise_fast.config.schema import UpdateConfig
 from vise_fast.method.loss import (
     Baseline,
     Beta,
-    Tokens,
+    ScoredTokens,
     advantages,
     k1_penalised,
     reinforce,
@@ -106,7 +106,7 @@ def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="known: rloo, ema"):
         advantages(torch.ones(2), torch.ones(2, dtype=torch.bool), 2, "best")
     zero = torch.zeros(1, 1)
-    tokens = Tokens(zero, zero, None, torch.ones(1, 1, dtype=torch.bool))
+    tokens = ScoredTokens(zero, zero, None, torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="known: exact, k2"):
         reinforce(tokens, torch.ones(1), 0.1, "k9", 1)
     with pytest.raises(ValueError, match="exact KL"):
@@ -153,7 +153,7 @@ def estimated(kind, rewards=None):
     reference = REFERENCE[TOKENS][:, None]
     exact = kl(logp, REFERENCE).expand(16, 1)
     advantage = torch.zeros(16) if rewards is None else rewards
-    tokens = Tokens(rows, reference, exact, torch.ones(16, 1, dtype=torch.bool))
+    tokens = ScoredTokens(rows, reference, exact, torch.ones(16, 1, dtype=torch.bool))
     loss, metrics = reinforce(tokens, advantage, BETA, kind, 16)
     loss.backward()
     return metrics, logits.grad
@@ -218,7 +218,7 @@ def ragged(rows=7, length=11, seed=0):
     logprob = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
     reference = torch.where(mask, -torch.rand(rows, length, generator=g), poison)
     exact = torch.where(mask, torch.rand(rows, length, generator=g), poison)
-    return Tokens(logprob, reference, exact, mask), torch.randn(rows, generator=g)
+    return ScoredTokens(logprob, reference, exact, mask), torch.randn(rows, generator=g)
 
 
 KINDS = ["exact", "k2", "k3", "k1_loss", "k1_reward"]
@@ -256,7 +256,7 @@ def estimate(kind, tokens, n, t):
 def rows_of(tokens, rows):
     """Some rows of every table."""
     logprob = tokens.logprob[rows]
-    return Tokens(logprob, tokens.reference[rows], tokens.kl[rows], tokens.mask[rows])
+    return ScoredTokens(logprob, tokens.reference[rows], tokens.kl[rows], tokens.mask[rows])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,7 +312,7 @@ def test_token_mean_of_nothing_is_zero():
 def test_half_precision_log_probs_are_computed_in_float32():
     tokens, advantage = ragged()
     tables = (tokens.logprob, tokens.reference, tokens.kl)
-    half = Tokens(*(table.bfloat16() for table in tables), tokens.mask)
+    half = ScoredTokens(*(table.bfloat16() for table in tables), tokens.mask)
     loss, _ = reinforce(half, advantage, 0.3, "exact", 7)
     assert loss.dtype == torch.float32
 

@@ -14,7 +14,8 @@ from typing import Any
 from vise_fast.config import schema, settings
 from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config, load
-from vise_fast.system.errors import ConfigError
+from vise_fast.system.errors import ConfigError, EnvironmentFault
+from vise_fast.system.files import LARGEST_JSON
 
 OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
 """The options that `configuration` reads, each with what its value looks like; and `resume`."""
@@ -73,15 +74,25 @@ def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
-    """PEFT's adapter_config.json. Raises ConfigError."""
+    """PEFT's adapter_config.json. Raises ConfigError where there is none, EnvironmentFault where
+    it is damaged.
+    """
     file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point "
+            "at RUN/adapter"
+        )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError("larger than any that PEFT writes")
+        content = json.loads(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as fault:
-        raise ConfigError(
-            f"adapter {adapter}: adapter_config.json cannot be read ({fault}); point at RUN/adapter"
+        raise EnvironmentFault(
+            f"adapter {adapter} has an adapter_config.json that is no JSON ({fault}); it is "
+            "damaged; copy it again, or point at RUN/adapter"
         ) from None
     return content
 
@@ -96,14 +107,9 @@ def _base_of(adapter: str | None) -> str | None:
     """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None
     without an adapter or its file (loading says what is wrong with a directory).
     """
-    file = Path(adapter) / "adapter_config.json" if adapter else None
-    if file is None or not file.is_file():
+    if adapter is None or not (Path(adapter) / "adapter_config.json").is_file():
         return None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        raise ConfigError(
-            f"adapter {adapter} has an adapter_config.json that is no JSON; it is damaged; point "
-            "at RUN/adapter"
-        ) from None
-    return "nano" if base and Path(base).parts[-2:] == ("vise_fast", "nano") else base
+    base = _adapter_config(Path(adapter)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return None
+    return "nano" if Path(base).parts[-2:] == ("vise_fast", "nano") else base

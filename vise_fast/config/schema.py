@@ -207,10 +207,13 @@ class RolloutConfig(Section):
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
 
+ViewKind = Literal["affine", "crop", "flip"]
+
+
 class ViewConfig(Section):
     """The transforms of the geometric reward."""
 
-    kinds: tuple[Literal["affine", "crop", "flip"], ...] = Field(
+    kinds: tuple[ViewKind, ...] = Field(
         ("affine", "crop", "flip"), min_length=1, description="drawn uniformly"
     )
     degrees: float = Field(10.0, ge=0, le=180, description="rotation: uniform in +-degrees")

@@ -23,7 +23,7 @@ from vise_fast.images import listing
 from vise_fast.images.image import Image
 from vise_fast.images.listing import Entry
 from vise_fast.images.picture_file import BadImage, decode, grid_size, header, on_grid
-from vise_fast.system import randomness
+from vise_fast.system import files, randomness
 from vise_fast.system.errors import ConfigError, DataError
 
 LOG = "bad_images.jsonl"
@@ -42,15 +42,13 @@ class BadFiles:
         self._written = set(text.splitlines())
 
     def add(self, name: str, reason: str) -> None:
-        """Notes one file."""
+        """Notes one file. Raises EnvironmentFault where the disk refuses."""
         self.reasons[name] = reason
         line = json.dumps({"name": name, "reason": reason})
         if line in self._written:
             return
         self._written.add(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        files.append(self.path, line.encode() + b"\n")
 
     def first(self) -> str:
         """The first file and its reason, as printable text (names are bytes; some are no text)."""

@@ -24,6 +24,8 @@ Length = float | int | Tensor
 Boxes = Tensor | Sequence[Any]
 """(..., 4): a tensor of any dtype, or numbers."""
 
+AFFINE = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+
 
 def _double(value: Boxes | Length) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
@@ -173,8 +175,12 @@ def project_1000(
     boxes (..., 4), matrix (..., 3, 3), height and width (...) broadcast together; returns (..., 4).
     corners: hull of the four mapped corners. ellipse: hull of the mapped inscribed ellipse, exact
     for round objects. An affine map keeps the centre, so both hulls are centre -+ reach.
+
+    Raises ValueError for a matrix that is not affine (last row 0, 0, 1).
     """
     matrix = _double(matrix_px)
+    if not (matrix[..., 2, :] == AFFINE.to(matrix.device)).all():
+        raise ValueError("boxes are projected by affine matrices only; this one has a perspective")
     boxes_px = to_px(boxes_1000, height, width)
     centre = (boxes_px[..., :2] + boxes_px[..., 2:]) / 2
     half = (boxes_px[..., 2:] - boxes_px[..., :2]).abs() / 2

@@ -14,7 +14,7 @@ Run: `pytest tests/images/test_views.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ import torch
 import vise_kernels
 from torch import Tensor
 
-from vise_fast.config.schema import GhostConfig, ViewConfig
+from vise_fast.config.schema import GhostConfig, ViewConfig, ViewKind
 from vise_fast.images import geometry
 from vise_fast.images.geometry import Box
 
@@ -37,7 +37,7 @@ class View:
     pixels.
     """
 
-    kind: Literal["affine", "crop", "flip"]
+    kind: ViewKind
     matrix_px: Tensor
 
 
@@ -47,23 +47,38 @@ def length_scale(height: int, width: int, literal: bool = False) -> float:
 
 
 def draw_view(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> View:
-    """One transform, its kind uniform over `settings.kinds`, for an image of this size.
-
-    affine: rotation about the centre, scale, shift, each uniform. crop: one uniform ratio for both
-    sides, a uniform place, enlarged to the whole view. flip: horizontal.
-    """
+    """One transform, its kind uniform over `settings.kinds`, for an image of this size."""
     kind = settings.kinds[rng.integers(len(settings.kinds))]
-    if kind == "flip":
-        return View(kind, geometry.flip_px(width))
-    if kind == "crop":
-        ratio = rng.uniform(*settings.crop)
-        x0, y0 = rng.uniform(0, 1, 2) * (1 - ratio) * (width, height)
-        return View(kind, geometry.crop_px(x0, y0, ratio * width, ratio * height, width, height))
+    return View(kind, DRAWN[kind](rng, height, width, settings))
+
+
+def _flip(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> Tensor:
+    """Horizontal; nothing is drawn."""
+    return geometry.flip_px(width)
+
+
+def _crop(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> Tensor:
+    """One uniform ratio for both sides, a uniform place, enlarged to the whole view."""
+    ratio = rng.uniform(*settings.crop)
+    x0, y0 = rng.uniform(0, 1, 2) * (1 - ratio) * (width, height)
+    return geometry.crop_px(x0, y0, ratio * width, ratio * height, width, height)
+
+
+def _affine(rng: np.random.Generator, height: int, width: int, settings: ViewConfig) -> Tensor:
+    """Rotation about the centre, scale, shift, each uniform."""
     reach = settings.shift_px * length_scale(height, width, settings.literal_pixels)
     angle = rng.uniform(-settings.degrees, settings.degrees)
     scale = rng.uniform(*settings.scale)
     dx, dy = rng.uniform(-reach, reach, 2)
-    return View(kind, geometry.affine_px(angle, scale, dx, dy, width, height))
+    return geometry.affine_px(angle, scale, dx, dy, width, height)
+
+
+DRAWN: dict[ViewKind, Callable[[np.random.Generator, int, int, ViewConfig], Tensor]] = {
+    "affine": _affine,
+    "crop": _crop,
+    "flip": _flip,
+}
+"""How the (3, 3) float64 matrix of each kind is drawn: (rng, height, width, settings)."""
 
 
 def matrices(views: Sequence[View]) -> Tensor:

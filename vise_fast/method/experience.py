@@ -109,7 +109,7 @@ class Played:
 def play(
     engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None
 ) -> Played:
-    """Ask, ground on images and views in one batch, then verify images and ghosts."""
+    """Draw views; ask and box; judge; pack the evidence."""
     plan = StepPlan.of(config, engine.keeps_keys)
     pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
     part = Slice(engine, config, plan, draws, pixels)
@@ -197,7 +197,7 @@ class Answers:
 
 
 @dataclass
-class Prefixes:
+class StepPrefixes:
     """images: those of the images (and behind them, perhaps, of the views) under the policy; views:
     those that end with the views', under whoever boxes them; rooted: the images' with the graph of
     their forward pass, where the update goes on from it.
@@ -223,7 +223,7 @@ class _Boxed:
 def ask_and_box(part: Slice, drawn: list[list[views.View]]) -> Answers:
     """Everything that is asked about the images and their views themselves."""
     engine = part.engine
-    boxed = _boxes(part, drawn)  # from here on no view's prefix or pixels lie about
+    boxed = _ask_and_box(part, drawn)  # from here on no view's prefix or pixels lie about
     with engine.clock.phase("verify"):
         judges = boxed.judges
         if judges is None:
@@ -240,13 +240,13 @@ def ask_and_box(part: Slice, drawn: list[list[views.View]]) -> Answers:
     )
 
 
-def _boxes(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
+def _ask_and_box(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
     engine = part.engine
     plan = part.plan
     features = _encode(part, drawn)
     originals = features.select(part.originals)
     with engine.clock.phase("prefill"):
-        prefixes = prefill(part, features)
+        prefixes = prefill_all(part, features)
     with engine.clock.phase("ask"):
         asked = prefixes.images
         if not plan.policy_asks:
@@ -261,7 +261,7 @@ def _boxes(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
     return _Boxed(queries, boxes, view_boxes, kept, judges, attention)
 
 
-def prefill(part: Slice, features: Held) -> Prefixes:
+def prefill_all(part: Slice, features: Held) -> StepPrefixes:
     """The prefixes of images and views. `rooted` and its copy without a graph share their keys."""
     plan = part.plan
     count = len(part.pixels)
@@ -275,9 +275,9 @@ def prefill(part: Slice, features: Held) -> Prefixes:
         rest = _prefixes(part, features, own)
         images = rest if images is None else images.stack(rest)
     if plan.policy_boxes_views:
-        return Prefixes(images, images, rooted)
+        return StepPrefixes(images, images, rooted)
     moved = _prefixes(part, features, range(count, total), adapters=False)
-    return Prefixes(images, moved, rooted)
+    return StepPrefixes(images, moved, rooted)
 
 
 def _prefixes(
@@ -295,7 +295,7 @@ def _ask(part: Slice, prefixes: Held) -> roles.Queries:
 
 
 def _ground(
-    part: Slice, prefixes: Prefixes, queries: roles.Queries, drawn: list[list[views.View]]
+    part: Slice, prefixes: StepPrefixes, queries: roles.Queries, drawn: list[list[views.View]]
 ) -> tuple[roles.Boxes, ViewBoxes]:
     """The boxes that were sampled, and those in the views.
 

@@ -205,7 +205,7 @@ class Learner:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
         chosen = target.scored.nonzero()[:, 0].tolist()
         scores = self._logprobs(played, chosen)
-        tokens = loss.Tokens(
+        tokens = loss.ScoredTokens(
             scores.table(scores.logprob),
             scores.table(scores.reference),
             scores.table(scores.kl),

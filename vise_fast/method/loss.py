@@ -191,12 +191,12 @@ def _kl_tokens(kind: KLKind, logprob: Tensor, reference: Tensor, exact: Tensor |
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ScoredTokens:
     """What is known of the sampled tokens, (N, T) each; rows are answers, `mask` is False on
     padding.
 
     logprob with gradient; reference without; kl: the exact KL of each position, with gradient (None
-    where the estimator is another).
+    where it was not computed; `exact` needs it).
     """
 
     logprob: Tensor
@@ -206,7 +206,7 @@ class Tokens:
 
 
 def reinforce(
-    tokens: Tokens, advantage: Tensor, beta: float, kind: KLKind, denominator: int
+    tokens: ScoredTokens, advantage: Tensor, beta: float, kind: KLKind, denominator: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KL-regularised REINFORCE: minus the mean of advantage times log-prob, plus beta times the KL;
     a scalar to minimise.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vise_fast.engine.rollout import Engine, Held, Rollout, owners
 from vise_fast.images import geometry
+from vise_fast.system.errors import NumericFault
 from vise_fast.text import prompts
 
 UNREADABLE_QUERY = "object"
@@ -139,6 +140,18 @@ def verify_forked(engine: Engine, prefixes: Held, owner: list[int], queries: lis
     """The same where the images' prefixes are at hand; on the CPU."""
     logits = engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))
     return engine.home(_probability(engine, logits))
+
+
+def finite(p: Tensor) -> Tensor:
+    """Verdicts as they are. Raises NumericFault for one that is no number: read as no, it would
+    look like an answer.
+    """
+    if not bool(p.isfinite().all()):
+        raise NumericFault(
+            "a verdict is not a number; the model's logits are not finite; use float32 "
+            "(--model.dtype float32) or an adapter from before they were"
+        )
+    return p
 
 
 def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:

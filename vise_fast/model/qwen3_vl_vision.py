@@ -37,7 +37,7 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class SameSize:
     """Neighbouring images of equal size: one batched attention."""
 
     start: int
@@ -104,7 +104,7 @@ class VisionTower:
                 taps.append(x)
         return Features(x, taps, grids)
 
-    def _attention(self, attn: Any, x: Tensor, places: Places, runs: list[Run]) -> Tensor:
+    def _attention(self, attn: Any, x: Tensor, places: Places, runs: list[SameSize]) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
         qk = _rotate(qkv[:, :2], places.cos[:, None, None], places.sin[:, None, None])
         outs = [_attend(qk, qkv[:, 2], run) for run in runs]
@@ -134,7 +134,7 @@ class VisionTower:
         return self._places[grid]
 
 
-def _attend(qk: Tensor, v: Tensor, run: Run) -> Tensor:
+def _attend(qk: Tensor, v: Tensor, run: SameSize) -> Tensor:
     """Images of one run, each over itself: qk (P, 2, H, d), v (P, H, d) to (run's patches, H·d)."""
     where = slice(run.start, run.stop)
     shape = (run.images, run.size)
@@ -177,15 +177,15 @@ def _area(grid: tuple[int, int]) -> int:
     return grid[0] * grid[1]
 
 
-def _runs(sizes: list[int]) -> list[Run]:
+def _runs(sizes: list[int]) -> list[SameSize]:
     """Neighbours of equal size, in order."""
-    runs: list[Run] = []
+    runs: list[SameSize] = []
     start = 0
     for size in sizes:
         if runs and runs[-1].size == size:
-            runs[-1] = Run(runs[-1].start, runs[-1].images + 1, size)
+            runs[-1] = SameSize(runs[-1].start, runs[-1].images + 1, size)
         else:
-            runs.append(Run(start, 1, size))
+            runs.append(SameSize(start, 1, size))
         start += size
     return runs
 
