@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import PIL.Image
 
@@ -30,7 +30,7 @@ from vise_fast.report.alarms import Alarms
 from vise_fast.run import identity
 from vise_fast.run.opening import environment, opening_lines
 from vise_fast.run.resume import Start
-from vise_fast.run.sample_card import sample_card
+from vise_fast.run.sample import sample
 from vise_fast.system import checkpoint, files
 from vise_fast.system.console import Console, JsonLines, read_lines
 from vise_fast.system.errors import DataError, EnvironmentFault
@@ -38,7 +38,7 @@ from vise_fast.system.loggers import Loggers
 from vise_fast.system.signals import Interrupted
 
 SHOWN = ("reward", "kl", "area", "parse_rate", "images_per_s")
-CARDS = 2
+SAMPLES = 2  # images of a batch that samples.jsonl tells of
 PATIENCE = 10
 """Steps an alarm may stay on before it ends a run that asked for it."""
 
@@ -54,7 +54,7 @@ class Run:
         self.resumed = start.checkpoint
         self.console = Console()
         self.alarms = Alarms(self.config.update.tau)
-        self.evaluation: dict = {}
+        self.evaluation: dict[str, dict] = {}
         self.learner: Learner | None = None
         self.first = 0
         self.done = 0
@@ -123,8 +123,7 @@ class Run:
         if missing:
             self.console.warn(
                 f"metrics.jsonl lacks {len(missing)} of the {self.first} steps before the "
-                "checkpoint "
-                f"(the first is {missing[0]}); curves and report have a gap there"
+                f"checkpoint (the first is {missing[0]}); curves and report have a gap there"
             )
 
     def before(self, engine: Engine, source: Source) -> None:
@@ -148,7 +147,7 @@ class Run:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Steps]:
-        """Yields what takes every finished step: metrics, live figures, alarms, sample cards."""
+        """Yields what takes every finished step: metrics, live figures, alarms, samples."""
         steps = self.config.train.steps
         with (
             self.console.progress(steps, "train", self.first) as bar,
@@ -209,8 +208,7 @@ class Run:
         if self.saved >= 0:
             self.console.warn(
                 f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
-                "--run.dir "
-                f"{self.directory}"
+                f"--run.dir {self.directory}"
             )
         else:
             self.console.warn(f"{reason} before anything was trained; start again as you did")
@@ -255,13 +253,13 @@ class Run:
 class Steps:
     """Takes every finished step of a run."""
 
-    def __init__(self, run: Run, bar) -> None:
+    def __init__(self, run: Run, bar: Callable[[Mapping[str, float]], None]) -> None:
         self.run = run
         self.bar = bar
         self.clock = time.monotonic()
 
     def advance(self, metrics: Mapping, slices: list[Played]) -> None:
-        """One more complete update: a line of metrics, the live figures, alarms, sample cards."""
+        """One more complete update: a line of metrics, the live figures, alarms, samples."""
         run = self.run
         run.done += 1
         record = {"step": run.done, **metrics, **self._speed()}
@@ -274,7 +272,7 @@ class Steps:
         self.bar({name: record[name] for name in SHOWN})
         last = run.done == run.config.train.steps
         if run.done == 1 or run.done % run.config.run.samples_every == 0 or last:
-            self._cards(slices[0])
+            self._samples(slices[0])
 
     def _speed(self) -> dict[str, float]:
         now = time.monotonic()
@@ -282,16 +280,15 @@ class Steps:
         self.clock = now
         return {"seconds": seconds, "images_per_s": self.run.config.train.batch / seconds}
 
-    def _cards(self, played: Played) -> None:
+    def _samples(self, played: Played) -> None:
         """The first images of the batch with everything said about them, for the report."""
         run = self.run
-        for index in range(min(CARDS, len(played.images))):
+        for index in range(min(SAMPLES, len(played.images))):
             name = f"samples/step_{run.done}_{index}.png"
             picture = io.BytesIO()
             PIL.Image.fromarray(played.images[index].pixels.numpy()).save(picture, "PNG")
             files.write(run.directory / name, picture.getvalue())
-            card = sample_card(played, index)
-            run.samples.write({"step": run.done, "image": name, **card})
+            run.samples.write({"step": run.done, "image": name, **sample(played, index)})
 
 
 def _counted(data: Mapping) -> str:

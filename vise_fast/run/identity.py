@@ -108,8 +108,7 @@ class Lock:
             self._file.close()
             raise EnvironmentFault(
                 f"{directory} is in use by another process{holder}; two would mix their steps; "
-                "wait "
-                "for it, end it, or give --run.dir another place"
+                "wait for it, end it, or give --run.dir another place"
             ) from None
         with contextlib.suppress(OSError):  # only for the message above
             self._file.truncate(0)

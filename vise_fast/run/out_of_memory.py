@@ -61,27 +61,33 @@ class Halving:
         }
 
     def _halve(self, reason: str) -> None:
-        self.engine.counters.take(), self.engine.clock.take()
-        self.learner.forget(), self.engine.forget()
-        if self.engine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Make the next attempt smaller. Raises MemoryFloor where that cannot help."""
+        self._forget()
         size = self.config.train.micro_batch or self.config.train.batch
         if self.learner.moving:
             raise MemoryFloor(
                 f"out of memory inside the optimizer step ({reason}); the adapter may be half "
                 "moved; resume from the last checkpoint with --optim.name adamw8bit"
             )
-        if size == 1 and StepPlan.of(self.config, self.engine.keeps_keys).shares_forward:
+        if size > 1:
+            self.config.train.micro_batch = size // 2
+        elif StepPlan.of(self.config, self.engine.keeps_keys).shares_forward:
             self.config.train.share_forward = False
-            self.halvings += 1
-            return
-        if size == 1:
+        else:
             raise MemoryFloor(
                 f"out of memory with one image at a time ({reason}); {_prediction(self.config)}; "
                 "take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels"
             )
-        self.config.train.micro_batch = size // 2
         self.halvings += 1
+
+    def _forget(self) -> None:
+        """Nothing of the failed step stays, in memory or in the figures."""
+        self.engine.counters.take()
+        self.engine.clock.take()
+        self.learner.forget()
+        self.engine.forget()
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def exhausted(fault: BaseException) -> bool:
@@ -97,4 +103,5 @@ def _prediction(config: Config) -> str:
     except UserError as fault:
         return f"no estimate ({fault})"
     largest = sorted(rehearsed.at_peak.items(), key=lambda item: -item[1])[:3]
-    return f"predicted {rehearsed.peak / 2**30:.2f} GiB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in largest)})"
+    parts = ", ".join(f"{name} {size / estimate.GIB:.2f}" for name, size in largest)
+    return f"predicted {rehearsed.peak / estimate.GIB:.2f} GiB ({parts})"

@@ -79,15 +79,13 @@ def _auto(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
     if not identity.is_run(place):
         raise ConfigError(
             f"{place} is neither a run nor empty; nothing can go on there; give --run.dir the "
-            "run's "
-            "folder, or a new one"
+            "run's folder, or a new one"
         )
     choice = checkpoint.choose("auto", place)
     if choice.path is None:
         raise ConfigError(
             f"the run {place} has no checkpoint to go on from; it ended before its first one; "
-            "start "
-            "anew with another --run.dir, or delete the folder"
+            "start anew with another --run.dir, or delete the folder"
         )
     own = _own_config(choice.path, place)
     return _going_on(config, stated, own, choice, place)
@@ -156,7 +154,8 @@ def _changes(config: Config, stated: Mapping[str, Any], own: Config) -> dict[str
     for key in stated:
         if key == NOT_ITS_OWN:
             continue
-        old, new = settings.get(own, key), settings.get(config, key)
+        old = settings.get(own, key)
+        new = settings.get(config, key)
         if old != new:
             found[key] = (old, new)
     return found
@@ -170,8 +169,7 @@ def _refuse(key: str, old: Any, new: Any, own: Config, home: Path) -> None:
     why = " (train.steps is the shape of its cosine schedule)" if shape else ""
     raise ConfigError(
         f"{key} is {settings.show(old)} in the run {home}, not {settings.show(new)}{why}; a "
-        "resumed "
-        "run keeps its settings; leave it out, or start a new run from that adapter: "
+        "resumed run keeps its settings; leave it out, or start a new run from that adapter: "
         f"--lora.init_from {home / 'adapter'} --run.dir NEW"
     )
 
@@ -182,7 +180,6 @@ def refuse_changes(changes: Mapping[str, Any], place: Path) -> None:
         if key not in MAY_CHANGE:
             raise ConfigError(
                 f"memory.budget_gb asks for {key} {settings.show(value)}, which the run {place} "
-                "does "
-                "not have; a resumed run keeps its settings; raise --memory.budget_gb, or start a "
-                f"new run: --lora.init_from {place / 'adapter'} --run.dir NEW"
+                "does not have; a resumed run keeps its settings; raise --memory.budget_gb, or "
+                f"start a new run: --lora.init_from {place / 'adapter'} --run.dir NEW"
             )

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from vise_fast.images.views import View
 from vise_fast.method.experience import Played
 
 
-def sample_card(played: Played, index: int) -> dict[str, Any]:
+def sample(played: Played, index: int) -> dict[str, Any]:
     """Image `index` of a slice that the learner has scored."""
     evidence = played.evidence
     group = evidence.group_size
@@ -36,5 +37,5 @@ def sample_card(played: Played, index: int) -> dict[str, Any]:
     }
 
 
-def _view(view: Any) -> dict[str, Any]:
+def _view(view: View) -> dict[str, Any]:
     return {"kind": view.kind, "matrix_px": view.matrix_px.tolist()}
