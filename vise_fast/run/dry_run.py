@@ -10,25 +10,32 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from vise_fast.config import settings
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
+from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
-from vise_fast.model import export as adapter
+from vise_fast.model import export
 from vise_fast.model import load as model
 from vise_fast.system import checkpoint
 from vise_fast.system.console import Console, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
 
+T = TypeVar("T")
 
-def dry_run(config: Config, play_batch) -> int:
+
+def dry_run(config: Config) -> int:
     """Explain, then try. Returns the exit code: 0, or that of the first fault."""
     console = Console()
     rewards.resolve(config.reward)
@@ -42,13 +49,22 @@ def dry_run(config: Config, play_batch) -> int:
         if plan is not None:
             console.say(str(plan))
             config = plan.config  # what fits, where a budget is set
-        policy = _try(faults, lambda: _load(config))
+        policy = _try(faults, lambda: _load(config, console))
         if policy is not None and source is not None:
             with contextlib.closing(source):
-                _one_step(console, config, policy, source, play_batch, Path(scratch))
+                _try_out(console, config, policy, source, Path(scratch))
     for fault in faults:
         console.error(fault)
     return faults[0].code if faults else 0
+
+
+def _try(faults: list[UserError], work: Callable[[], T]) -> T | None:
+    """What `work` returns; None where it fails, and the fault is noted."""
+    try:
+        return work()
+    except UserError as fault:
+        faults.append(fault)
+        return None
 
 
 def _open(config: Config, scratch: Path) -> Source:
@@ -57,85 +73,77 @@ def _open(config: Config, scratch: Path) -> Source:
 
 def explain(console: Console, config: Config) -> None:
     """The run in sentences, and every setting that differs from its default."""
-    r = config.rollout
-    t = config.train
-    u = config.update
+    train = config.train
+    rollout = config.rollout
+    update = config.update
     console.say(
         f"This run would train LoRA (rank {config.lora.r}) on {config.model.path}, preset "
         f"{config.reward.preset}, into {config.run.dir}:"
     )
     console.say(
-        f"  {t.steps} updates of {t.batch} images; {r.samples} boxes and {r.views} views per "
-        f"image; learning rate {t.lr:g}, {t.schedule} after {t.warmup} warm-up steps"
+        f"  {train.steps} updates of {train.batch} images; {rollout.samples} boxes and "
+        f"{rollout.views} views per image; learning rate {train.lr:g}, {train.schedule} after "
+        f"{train.warmup} warm-up steps"
     )
     console.say(
         f"  reward {config.reward.name} ({config.reward.sem}, judged by the "
-        f"{config.reward.judge}); advantage {u.advantage}; KL {u.kl}, target {u.tau:g} nat per "
-        "token"
+        f"{config.reward.judge}); advantage {update.advantage}; KL {update.kl}, target "
+        f"{update.tau:g} nat per token"
     )
     changed = settings.changed(config)
     if changed:
-        console.say(
-            "  settings that differ from their defaults: "
-            + ", ".join(f"{key} {value}" for key, value in changed.items())
-        )
+        listed = ", ".join(f"{key} {value}" for key, value in changed.items())
+        console.say(f"  settings that differ from their defaults: {listed}")
 
 
-def _load(config: Config) -> model.Policy:
+def _load(config: Config, console: Console) -> model.Policy:
     """The policy, if no download is needed for it: a dry run does not start one."""
     if not model.at_hand(config.model.path):
         raise EnvironmentFault(
             f"the weights of {config.model.path} are not on this machine; a run would download "
             f"them; fetch them with: hf download {config.model.path}"
         )
-    return model.load(config)
+    return model.load(config, say=console.warn)
 
 
-def _try(faults: list[UserError], work):
-    try:
-        return work()
-    except UserError as fault:
-        faults.append(fault)
-        return None
-
-
-def _one_step(
-    console: Console,
-    config: Config,
-    policy: model.Policy,
-    source: Source,
-    play_batch,
-    scratch: Path,
+def _try_out(
+    console: Console, config: Config, policy: model.Policy, source: Source, scratch: Path
 ) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
     engine = open_engine(policy, config)
     learner = Learner(policy, engine, config)
-    for step in range(2):
-        start = time.monotonic()
-        metrics = learner.learn(
-            play_batch(engine, source.batch(step, config.train.batch), config, step), step
-        )
-        seconds = time.monotonic() - start
+    _update(engine, learner, source, config, 0)
+    start = time.monotonic()
+    metrics = _update(engine, learner, source, config, 1)
+    seconds = time.monotonic() - start
     console.say(
         f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, "
         f"KL {metrics['kl']:.2g}, {seconds:.1f} s"
     )
-    tensors, state = learner.state()
-    path = checkpoint.save(scratch, 2, tensors, {"learner": state}, keep=1)
-    loaded, _ = checkpoint.load(path)
-    same = all(
-        torch.equal(value.cpu(), loaded[group][name])
-        for group, named in tensors.items()
-        for name, value in named.items()
-    )
-    exported = sum(
-        f.stat().st_size for f in adapter.export(policy, config, scratch / "adapter").iterdir()
-    )
-    console.say(
-        "save     checkpoint written and read back "
-        f"{'bit for bit' if same else 'WITH DIFFERENCES'}; adapter {exported / 1e6:.1f} MB"
-    )
+    saved = "bit for bit" if _comes_back(learner, scratch) else "WITH DIFFERENCES"
+    adapter = export.export(policy, config, scratch / "adapter")
+    size = sum(file.stat().st_size for file in adapter.iterdir())
+    console.say(f"save     checkpoint written and read back {saved}; adapter {size / 1e6:.1f} MB")
     console.say(
         f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, "
         "evaluation not counted"
     )
+
+
+def _update(
+    engine: Engine, learner: Learner, source: Source, config: Config, step: int
+) -> Mapping[str, float]:
+    images = source.batch(step, config.train.batch)
+    return learner.learn(play_batch(engine, images, config, step), step)
+
+
+def _comes_back(learner: Learner, scratch: Path) -> bool:
+    """Whether a checkpoint holds bit for bit what was saved."""
+    tensors, state = learner.state()
+    path = checkpoint.save(scratch, 2, tensors, {"learner": state}, keep=1)
+    loaded, _ = checkpoint.load(path)
+    return all(_equal(group, loaded[name]) for name, group in tensors.items())
+
+
+def _equal(saved: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(value.cpu(), loaded[name]) for name, value in saved.items())
