@@ -64,6 +64,9 @@ class Packs(NamedTuple):
     down: Pack | None
 
 
+OFF = Packs(None, None, None, None)
+
+
 class Qwen3VL:
     """The fast forward of one Qwen3-VL model; a `Backbone`."""
 
@@ -119,6 +122,7 @@ class Qwen3VL:
         """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
         for linear in self.fused():
             linear.refresh(self.dtype)
+        self._packs = [Packs(*(linear.cached for linear in layer.linears)) for layer in self.layers]
 
     # ---- vision ----------------------------------------------------------------------------------
 
@@ -147,8 +151,7 @@ class Qwen3VL:
 
     def pack(self, index: int, adapters: bool) -> Packs:
         """The LoRA factors of decoder layer `index`."""
-        linears = self.layers[index].linears
-        return Packs(*(linear.cached if adapters else None for linear in linears))
+        return self._packs[index] if adapters else OFF
 
     def forward(
         self,
@@ -280,10 +283,12 @@ class Qwen3VL:
         values go to its place `at`.
         """
 
+        seen = [(p.source, p.grid) for p in parents if isinstance(p.source, Segment)]
+
         def see(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             buffer.keys[index].select(2, at).copy_(k)
             buffer.values[index].select(2, at).copy_(v)
-            parts = [self._parent(index, parent, [], []) for parent in parents]
+            parts = [segment.part(index, grid) for segment, grid in seen]
             own = buffer.part(index, None, at + 1)
             return self.attend(q[:, None], [*parts, own], self.scale)[:, 0]
 
