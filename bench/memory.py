@@ -236,7 +236,7 @@ def compare(name: str) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         subject = subjects.Subject(shape, subjects._write(shape_of(shape), scratch), True)
         config = configured(subject, side * side, knobs)
-        model_config = AutoConfig.from_pretrained(scratch)
+        model_config = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
         torch.manual_seed(0)
         measured, lengths = counted(subject, config, size)
         start = time.perf_counter()

@@ -164,7 +164,7 @@ class NaiveEngine:
         )
         self.model = get_peft_model(base, lora).eval()
         self.processor = Processor(
-            AutoTokenizer.from_pretrained(subject.directory),
+            AutoTokenizer.from_pretrained(subject.directory, trust_remote_code=False),
             base.config.vision_config,
             config.data.max_pixels,
         )
@@ -179,11 +179,13 @@ class NaiveEngine:
         torch.manual_seed(0)
         kind = AutoModelForImageTextToText
         if subject.random:
-            shape = AutoConfig.from_pretrained(subject.directory)
+            shape = AutoConfig.from_pretrained(subject.directory, trust_remote_code=False)
             with torch.device(self.device):
-                base = kind.from_config(shape, **settings)
+                base = kind.from_config(shape, trust_remote_code=False, **settings)
         else:
-            base = kind.from_pretrained(subject.directory, **settings).to(self.device)
+            base = kind.from_pretrained(
+                subject.directory, trust_remote_code=False, use_safetensors=True, **settings
+            ).to(self.device)
         return base.requires_grad_(False).eval()
 
     def _reference(self, base: nn.Module) -> nn.Module:

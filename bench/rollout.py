@@ -122,8 +122,8 @@ def contender(
 
 
 def _locked(subject: subjects.Subject) -> subjects.Locked:
-    config = AutoConfig.from_pretrained(subject.directory)
-    tokenizer = AutoTokenizer.from_pretrained(subject.directory)
+    config = AutoConfig.from_pretrained(subject.directory, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(subject.directory, trust_remote_code=False)
     vocabulary = config.text_config.vocab_size
     return subjects.Locked(Tokens(tokenizer, style_for(config), vocabulary, config.image_token_id))
 
@@ -251,7 +251,7 @@ def run(
     times = measure.interleaved(steps, device, args.repeats, least_s=0.0)
     first, *others = args.engine
     rank = contenders[first].config.lora.r
-    shapes = Shapes.of(AutoConfig.from_pretrained(subject.directory), rank)
+    shapes = Shapes.of(AutoConfig.from_pretrained(subject.directory, trust_remote_code=False), rank)
     engines = {}
     for name, c in contenders.items():
         whole = {"step": times[name].summary(), "images_per_s": batch / times[name].median}

@@ -102,4 +102,26 @@ def test_kernels_folder_is_not_a_package():
 @files(modules())
 def test_nothing_loads_code_from_data(path):
     text = path.read_text()
-    assert not re.search(r"import pickle|(?<!safetensors\.)torch\.load\(|trust_remote_code", text)
+    assert not re.search(r"import pickle|(?<!safetensors\.)torch\.load\(", text)
+
+
+WITHOUT_WEIGHTS = {"AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained"}
+
+
+def calls(path, *methods):
+    """Calls of `something.method(...)` as ("something.method", {keyword: value as written})."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in methods:
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            yield ast.unparse(node.func), given
+
+
+@files([*modules(), *sorted((ROOT / "bench").glob("*.py"))])
+def test_no_code_is_run_that_lies_beside_a_model(path):
+    """Said at every call: where it is not, transformers asks a person on a terminal."""
+    for name, given in calls(path, "from_pretrained", "from_config"):
+        if name == "PeftModel.from_pretrained":
+            continue  # it has no such word and reads no code
+        assert given.get("trust_remote_code") == "False", f"{path}: {name}"
+        if name.endswith("from_pretrained") and name not in WITHOUT_WEIGHTS:
+            assert given.get("use_safetensors") == "True", f"{path}: {name}"

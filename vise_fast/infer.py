@@ -59,7 +59,7 @@ def answer(
     engine: Engine, pixels: Tensor, config: Config, query: str | None, adapters: bool
 ) -> Answer:
     """Everything about one image, uint8 (H, W, 3) on the model's grid; one encode and one prefix
-    serve all questions about it.
+    serve all questions about it. Raises NumericFault where a verdict is no number.
     """
     prefix = engine.prefill(engine.encode([pixels]), adapters)
     asked = (
@@ -70,14 +70,15 @@ def answer(
     query = query or asked.texts[0]
     sampling = Sampling(config.rollout.box_tokens, temperature=0.0)
     found = roles.ground(engine, prefix, [Question(0, query)], sampling)
-    seen = float(roles.verify_forked(engine, prefix, [0], [query])[0])
+    seen = float(roles.finite(roles.verify_forked(engine, prefix, [0], [query]))[0])
     box = found.box_1000[0] if bool(geometry.proper(found.box_1000)[0]) else None
     gone = None
     if box is not None:
         ghost = views.ghost(
             [pixels], torch.tensor([0]), box[None], config.ghost, literal=config.view.literal_pixels
         )
-        gone = float(roles.verify(engine, engine.encode(ghost), [query], adapters)[0])
+        hidden = engine.encode(ghost)
+        gone = float(roles.finite(roles.verify(engine, hidden, [query], adapters))[0])
     return Answer(query, asked.written[0] if asked else None, box, found.written[0], seen, gone)
 
 
@@ -148,7 +149,7 @@ def main(words: Sequence[str]) -> int:
     config = origin.configuration(options)
     threads.settle(console.say)
     picture, pixels = read_image(Path(options["image"]), config)
-    policy = load(config, options["adapter"])
+    policy = load(config, options["adapter"], say=console.warn)
     given = answer(
         open_engine(policy, config),
         pixels,

@@ -13,20 +13,21 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForImageTextToText
 
 from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
+from vise_fast.model import adapter as adapters
+from vise_fast.model import base as bases
 from vise_fast.model.export import side_files
-from vise_fast.model.load import attach, check_targets, resolve
+from vise_fast.model.load import attach, check_targets, read_config, resolve
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
@@ -89,20 +90,15 @@ def merge(model: PeftModel, adapter: str = "default") -> Loss:
     return loss
 
 
-def load_for_merge(config: Config, adapter: str) -> PeftModel:
-    """The unquantised base in its stored dtype, on the CPU, with the adapter attached.
+def load_for_merge(config: Config, adapter: str, say: Callable[[str], None]) -> PeftModel:
+    """The unquantised base in its stored dtype, on the CPU, with the adapter attached; `say` takes
+    what a person should know of the files.
 
-    Raises ConfigError.
+    Raises ConfigError, EnvironmentFault, NumericFault: see model.load.load.
     """
-    source = resolve(config.model.path)
-    try:
-        base = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model {config.model.path} cannot be loaded; {reason}; name the adapter's base with "
-            "--model"
-        ) from error
+    adapters.verify(adapter, say)
+    path = config.model.path
+    base = bases.read_weights(resolve(path), path, read_config(path), dtype="auto")
     model = attach(base.requires_grad_(False), config, adapter)
     check_targets(model)
     return model
@@ -146,13 +142,14 @@ def main(words: Sequence[str]) -> int:
             f"--out {out} exists already; nothing is overwritten; name a new directory"
         )
     config = origin.configuration(options)
-    model = load_for_merge(config, options["adapter"])
+    model = load_for_merge(config, options["adapter"], console.warn)
     if config.model.quant != "none":
         console.warn(
             f"the adapter was trained on a base held in {config.model.quant}; it is merged into "
             "the unquantised weights, which it has not seen"
         )
     loss = merge(model)
+    bases.check_finite(model.state_dict(), "the merged model")  # a narrow dtype may overflow
     _say(console, loss, model.get_base_model().lm_head.weight.dtype)
     save(model, resolve(config.model.path), out)
     console.say(f"merged   {out}")

@@ -11,7 +11,7 @@ from vise_fast.config import origin
 from vise_fast.config import schema as config
 from vise_fast.config.command_line import Syntax
 from vise_fast.system import console
-from vise_fast.system.errors import ConfigError
+from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 SOME = Syntax(
     options={"json": "FILE", "adapter": "RUN/adapter", "scenes": "64"},
@@ -189,8 +189,14 @@ def test_the_embedded_base_is_found_wherever_it_was_installed(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_adapter_is_a_config_error(tmp_path, content):
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\x00", ""])
+def test_a_damaged_adapter_is_an_environment_fault(tmp_path, content):
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(ConfigError, match="no JSON"):
+    with pytest.raises(EnvironmentFault, match="no JSON"):
         configuration("--adapter", str(tmp_path))
+
+
+@pytest.mark.parametrize("base", [7, [], {}, True, ""])
+def test_a_base_that_is_no_name_is_none(tmp_path, base):
+    found = configuration("--adapter", adapter(tmp_path, base))
+    assert found.model.path == "nano"

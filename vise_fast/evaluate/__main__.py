@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
     threads.settle(screen.say)
     source = open_source(config, grid_multiple(config.model.path))
     adapter = given["adapter"]
-    policy = load(config, adapter)
+    policy = load(config, adapter, say=screen.warn)
     arms = f" with and without {adapter}" if adapter else ""
     screen.say(f"evaluating {config.model.path}{arms} on {source.describe()}")
     engine = open_engine(policy, config)

@@ -93,11 +93,12 @@ class Look:
 
     def sees(self, prefixes: Held, owner: list[int], names: list[str]) -> Tensor:
         """Bool (N,): whether name n is visible on the image behind prefix owner[n]."""
-        return roles.verify_forked(self.engine, prefixes, owner, names) >= VISIBLE
+        p = roles.verify_forked(self.engine, prefixes, owner, names)
+        return roles.finite(p) >= VISIBLE
 
     def sees_in(self, features: Held, names: list[str], arm: bool) -> Tensor:
         """Bool (N,): whether name n is visible on image n of `features`."""
-        return roles.verify(self.engine, features, names, arm) >= VISIBLE
+        return roles.finite(roles.verify(self.engine, features, names, arm)) >= VISIBLE
 
     def hidden(self, owner: list[int], box_1000: Tensor) -> Held:
         """Features of copies of the images, copy n with box n (N, 4) of image owner[n] ghosted."""

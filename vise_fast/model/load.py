@@ -9,25 +9,26 @@ torchvision.
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import vise_kernels
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 from vise_kernels.dispatch import Choice
 
 from vise_fast import nano
 from vise_fast.config import places
 from vise_fast.config.schema import Config
+from vise_fast.model import adapter as adapters
+from vise_fast.model import base as bases
 from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
 from vise_fast.model.flash import choose
@@ -38,7 +39,7 @@ from vise_fast.text.tokens import Tokens
 
 
 class Family(NamedTuple):
-    """What the fast engine needs of a model family: its forward, and where LoRA goes (full match)."""
+    """What the fast engine needs of a family: its forward, and where LoRA goes (full match)."""
 
     backbone: Callable[[nn.Module], Qwen3VL]
     lora_targets: str
@@ -83,6 +84,10 @@ class Policy:
             yield
 
 
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
 def resolve(path: str) -> str:
     """The directory or hub id behind a model path; 'nano' is the embedded model.
 
@@ -123,27 +128,13 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def read_config(path: str):
+def read_config(path: str) -> PreTrainedConfig:
     """The model's transformers config.
 
-    Raises ConfigError for a hub id that cannot be had and for an unknown family.
+    Raises ConfigError for a hub id that cannot be had and for an unknown family, EnvironmentFault
+    for a damaged file.
     """
-    source = resolve(path)
-    try:
-        model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path {path} cannot be loaded; {reason}; give a local directory or download the "
-            "model first"
-        ) from error
-    if model_config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(
-            f"model.path {path} is of family {model_config.model_type}; this trainer knows "
-            f"{known}; choose a model of those"
-        )
-    return model_config
+    return bases.read_config(resolve(path), path, FAMILIES)
 
 
 def at_hand(path: str) -> bool:
@@ -158,7 +149,7 @@ def known_shapes(path: str):
     """
     file = places.SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
     if file.is_file() and not at_hand(path):
-        return AutoConfig.from_pretrained(file)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     return read_config(path)
 
 
@@ -168,51 +159,69 @@ def grid_multiple(path: str) -> int:
     return vision.patch_size * vision.spatial_merge_size
 
 
-def load(config: Config, adapter: str | None = None, weights: str | None = None) -> Policy:
+def load(
+    config: Config,
+    adapter: str | None = None,
+    weights: str | None = None,
+    say: Callable[[str], None] = silent,
+) -> Policy:
     """The policy of a run. `adapter`: LoRA directory to start from; `weights='random'`: shapes
-    only, for benches.
+    only, for benches; `say` takes what a person should know of the files.
+
+    Raises ConfigError for files that cannot be meant, EnvironmentFault for damaged ones and for a
+    device that is not there, NumericFault for weights that are not finite.
     """
     disable_progress_bar()
+    adapter = adapter or config.lora.init_from
+    if adapter is not None:
+        adapters.verify(adapter, say)
     model_config = read_config(config.model.path)
     device = device_of(config.model.device)
     base = _load_base(config, model_config, device, weights)
     base.requires_grad_(False).eval()
     quantise.settle(base)
     quantise.check(base, config.model.quant)
-    model = attach(base, config, adapter or config.lora.init_from)
+    model = attach(base, config, adapter)
     check_targets(model)
-    source = resolve(config.model.path)
-    style = style_for(model_config)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokens = Tokens(tokenizer, style, base.lm_head.weight.shape[0], model_config.image_token_id)
+    tokens = _tokens(config, model_config, base.lm_head.weight.shape[0])
     backbone = FAMILIES[model_config.model_type].backbone(model)
     if config.model.attention == "plain":
         backbone.attend = attend_plain
     vise_kernels.prefer("plain" if config.model.kernels == "plain" else None)
-    return Policy(model, tokens, backbone, source)
+    return Policy(model, tokens, backbone, resolve(config.model.path))
+
+
+def _tokens(config: Config, model_config: PreTrainedConfig, vocabulary: int) -> Tokens:
+    """Raises EnvironmentFault where tokenizer and config do not fit the head."""
+    path = config.model.path
+    tokenizer = bases.read_tokenizer(resolve(path), path, vocabulary)
+    image_token = model_config.image_token_id
+    if not 0 <= image_token < vocabulary:
+        raise EnvironmentFault(
+            f"config.json of {path} cannot be used: image_token_id {image_token} is none of the "
+            f"model's {vocabulary} rows; {bases.AGAIN}"
+        )
+    return Tokens(tokenizer, style_for(model_config), vocabulary, image_token)
 
 
 def _load_base(
-    config: Config, model_config, device: torch.device, weights: str | None
+    config: Config, model_config: PreTrainedConfig, device: torch.device, weights: str | None
 ) -> nn.Module:
     dtype = dtype_of(config.model.dtype, device)
     if weights == "random":
         with torch.device("meta"):
-            shell = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+            shell = AutoModelForImageTextToText.from_config(
+                model_config, dtype=dtype, trust_remote_code=False
+            )
         return quantise.random_model(shell, config, device)
-    source = resolve(config.model.path)
+    settings: dict[str, Any] = {"dtype": dtype}
     bits = quantise.settings(config, dtype)
-    place = {} if device.type == "cpu" and bits is None else {"device_map": {"": device}}
-    try:
-        return AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, **place, **({} if bits is None else {"quantization_config": bits})
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path {config.model.path} cannot be loaded; {reason}; check the files or "
-            "download the model again"
-        ) from error
+    if bits is not None:
+        settings["quantization_config"] = bits
+    if bits is not None or device.type != "cpu":
+        settings["device_map"] = {"": device}
+    path = config.model.path
+    return bases.read_weights(resolve(path), path, model_config, **settings)
 
 
 def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
@@ -220,7 +229,7 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
     adapter.
     """
     if adapter is not None:
-        return _load_adapter(base, config, adapter)
+        return _fp32_adapters(adapters.load(base, adapter).eval())
     targets = FAMILIES[base.config.model_type].lora_targets
     lora = LoraConfig(
         r=config.lora.r,
@@ -237,56 +246,11 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
         return _fp32_adapters(get_peft_model(base, lora).eval())
 
 
-def _load_adapter(base: nn.Module, config: Config, adapter: str) -> PeftModel:
-    directory = Path(adapter)
-    if not (directory / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"adapter {adapter} has no adapter_config.json; it is not an adapter directory; point "
-            "at RUN/adapter"
-        )
-    check_adapter_fits(directory, base)
-    return _fp32_adapters(PeftModel.from_pretrained(base, str(directory), is_trainable=True).eval())
-
-
 def _fp32_adapters(model: PeftModel) -> PeftModel:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return model
-
-
-def check_adapter_fits(directory: Path, base: nn.Module) -> None:
-    """Every tensor of the adapter must have a place of the right shape in the base.
-
-    Raises ConfigError.
-    """
-    from safetensors import safe_open
-
-    path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ConfigError(
-            f"adapter {directory} has no adapter_model.safetensors; it is incomplete; point at a "
-            "finished RUN/adapter"
-        )
-    shapes = {
-        name: (m.out_features, m.in_features)
-        for name, m in base.named_modules()
-        if hasattr(m, "in_features")
-    }
-    rank = json.loads((directory / "adapter_config.json").read_text()).get("r")
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            module, factor = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
-            got = tuple(file.get_slice(key).get_shape())
-            want = shapes.get(module)
-            fits = want is not None and got == (
-                (rank, want[1]) if factor.startswith("A") else (want[0], rank)
-            )
-            if not fits:
-                raise ConfigError(
-                    f"adapter {directory} was made for another base; {module} is {want} here; use "
-                    "the base it was trained on"
-                )
 
 
 def check_targets(model: PeftModel) -> int:
