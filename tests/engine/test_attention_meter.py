@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_engines import ROWS, SIZES, engine_of, sampled, stock_inputs
+from small_engines import ROWS, SIZES, engine_of, sampled, stock_inputs, switched
 from tiny import SHAPES, images
 
 from vise_fast.engine.attention_meter import image_share, log_sum_exp
-from vise_fast.engine.rollout import Rollout
+from vise_fast.engine.rollout import Rollout, owners
 from vise_fast.model.tree import Grid, Part
 
 
@@ -22,9 +22,8 @@ def eager_share(model, engine, picture, question, answer):
 
 
 def measured(engine, pictures, answers, owner, questions, adapters):
-    return image_share(
-        engine, engine.prefill(engine.encode(pictures), adapters), owner, questions, answers
-    )
+    prefixes = engine.prefill(engine.encode(pictures), adapters)
+    return image_share(engine, prefixes, owner, questions, answers)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -34,30 +33,24 @@ def test_share_equals_eager_weights(shape, adapters):
     model, engine = engine_of(shape)
     pictures = images(SIZES)
     _, answers = sampled(engine, pictures, fan=2)
-    owner = [i for i in range(4) for _ in range(2)]
+    owner = owners([2] * 4)
     questions = [ROWS[i] for i in owner]
     assert len(set(answers.lengths)) > 1, "the fixture should mix lengths"
     share = measured(engine, pictures, answers, owner, questions, adapters)
     for n, (i, answer) in enumerate(zip(owner, answers.rows(), strict=True)):
-        if adapters:
+        with switched(model, adapters):
             truth = eager_share(model, engine, pictures[i], ROWS[i], answer)
-        else:
-            with model.disable_adapter():
-                truth = eager_share(model, engine, pictures[i], ROWS[i], answer)
-        assert (share[:, n] - truth).abs().max() < 1e-5, (
-            f"row {n}: {share[:, n].tolist()} against {truth.tolist()}"
-        )
+        words = f"row {n}: {share[:, n].tolist()} against {truth.tolist()}"
+        assert (share[:, n] - truth).abs().max() < 1e-5, words
 
 
 @torch.no_grad()
 def test_rows_in_any_order_several_questions_about_one_image():
     _, engine = engine_of("gqa2")
-    pictures, owner = images(SIZES[:3]), [2, 0, 2, 1, 0]
-    answers = Rollout(
-        torch.tensor([[9, 8, 1], [7, 1, 0], [1, 0, 0], [12, 13, 14], [20, 1, 0]]),
-        torch.zeros(5, 3),
-        [3, 2, 1, 3, 2],
-    )
+    pictures = images(SIZES[:3])
+    owner = [2, 0, 2, 1, 0]
+    ids = torch.tensor([[9, 8, 1], [7, 1, 0], [1, 0, 0], [12, 13, 14], [20, 1, 0]])
+    answers = Rollout(ids, torch.zeros(5, 3), [3, 2, 1, 3, 2])
     questions = [[10], [11, 12], [13, 14, 15], [16], [17, 18]]
     together = measured(engine, pictures, answers, owner, questions, True)
     for n in range(5):
@@ -70,17 +63,18 @@ def test_share_depends_on_the_adapters_and_lies_between_zero_and_one():
     _, engine = engine_of("mha_untied")
     pictures = images(SIZES)
     _, answers = sampled(engine, pictures, fan=1)
-    on, off = (
-        measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, state) for state in (True, False)
-    )
+    on = measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, True)
+    off = measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, False)
     assert on.shape == (3, 4) and ((on > 0) & (on < 1)).all()
     assert (on - off).abs().max() > 1e-3
 
 
 def test_log_sum_exp_of_a_shared_ragged_part():
     torch.manual_seed(0)
-    owner, lengths = [1, 0, 1, 1], torch.tensor([5, 3])
-    q, keys = torch.randn(4, 2, 6, 8), torch.randn(2, 3, 5, 8)
+    owner = [1, 0, 1, 1]
+    lengths = torch.tensor([5, 3])
+    q = torch.randn(4, 2, 6, 8)
+    keys = torch.randn(2, 3, 5, 8)
     found = log_sum_exp(q, Part(keys, keys, lengths, Grid(owner, 2)), 0.3)
     for n, entry in enumerate(owner):
         bank = keys[entry, :, : lengths[entry]].repeat_interleave(2, 0)

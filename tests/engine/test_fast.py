@@ -4,10 +4,27 @@ sampled log-probs, counts.
 
 import pytest
 import torch
-from small_engines import ROWS, SIZES, engine_of, relative, sampled, stock_inputs, stock_logits
+from small_engines import (
+    ROWS,
+    SIZES,
+    engine_of,
+    leaves,
+    relative,
+    sampled,
+    stock_inputs,
+    stock_logits,
+    switched,
+)
 from tiny import PAD, SHAPES, images
 
-from vise_fast.engine.rollout import Answered, Rollout
+from vise_fast.engine.rollout import Answered, Rollout, owners
+
+OWNER = owners([3] * 4)
+
+
+def log_probs(logits, ids):
+    """(n,) of the ids (n,) under logits (n, V)."""
+    return logits.log_softmax(-1).gather(1, torch.as_tensor(ids)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -19,12 +36,8 @@ def test_next_token_logits_equal_stock(shape, adapters):
     forked = engine.forked_verdict_logits(engine.prefill(features, adapters), [0, 1, 2, 3], ROWS)
     joint = engine.verdict_logits(features, ROWS, adapters)
     for i, picture in enumerate(pictures):
-        with torch.no_grad():
-            if adapters:
-                truth = stock_logits(model, engine, picture, ROWS[i])[-1]
-            else:
-                with model.disable_adapter():
-                    truth = stock_logits(model, engine, picture, ROWS[i])[-1]
+        with torch.no_grad(), switched(model, adapters):
+            truth = stock_logits(model, engine, picture, ROWS[i])[-1]
         assert relative(forked[i], truth) < 1e-4
         assert relative(joint[i], truth) < 1e-4
 
@@ -33,7 +46,8 @@ def test_next_token_logits_equal_stock(shape, adapters):
 def test_forks_share_one_prefix_whatever_the_fan(shape):
     _, engine = engine_of(shape)
     prefixes = engine.prefill(engine.encode(images(SIZES)), True)
-    owner, rows = [2, 0, 0, 3, 2], [[9], [10, 11], [12, 13, 14], [7, 8], [21]]
+    owner = [2, 0, 0, 3, 2]
+    rows = [[9], [10, 11], [12, 13, 14], [7, 8], [21]]
     together = engine.prompt(prefixes, owner, rows).last
     for i in range(5):
         alone = engine.prompt(prefixes, owner[i : i + 1], rows[i : i + 1]).last
@@ -49,40 +63,28 @@ def test_greedy_equals_stock_generate(shape, adapters):
     answers = engine.generate(prompts, [1, 2, 1, 1], 9, seeds=[0, 1, 2, 3, 4], temperature=0.0)
     rows = answers.rows()
     assert rows[1] == rows[2]
-    banned = torch.where(engine.banned)[0].tolist()
+    settings = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "suppress_tokens": torch.where(engine.banned)[0].tolist(),
+        "eos_token_id": 1,
+        "pad_token_id": PAD,
+    }
     for i, row in enumerate([rows[0], rows[1], rows[3], rows[4]]):
-        settings = dict(
-            max_new_tokens=9,
-            do_sample=False,
-            suppress_tokens=banned,
-            eos_token_id=1,
-            pad_token_id=PAD,
-        )
-        with torch.no_grad():
-            if adapters:
-                out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
-            else:
-                with model.disable_adapter():
-                    out = model.generate(**stock_inputs(engine, pictures[i], ROWS[i]), **settings)
-        assert (
-            row
-            == out[
-                0,
-                -(out.shape[1] - len(stock_inputs(engine, pictures[i], ROWS[i])["input_ids"][0])) :,
-            ].tolist()
-        )
+        inputs = stock_inputs(engine, pictures[i], ROWS[i])
+        with torch.no_grad(), switched(model, adapters):
+            out = model.generate(**inputs, **settings)
+        assert row == out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_scored_logprob_equals_the_samplers_own():
     _, engine = engine_of("gqa2")
     features, answers = sampled(engine, images(SIZES))
-    owner = [i for i in range(4) for _ in range(3)]
     assert len(set(answers.lengths)) > 1, "the fixture should mix lengths"
     with torch.no_grad():
-        hidden = engine.score(features, Answered(ROWS, answers, owner), True)
+        hidden = engine.score(features, Answered(ROWS, answers, OWNER), True)
     logits = engine.backbone.logits(hidden).masked_fill(engine.banned, -torch.inf)
-    flat = torch.tensor([t for row in answers.rows() for t in row])
-    scored = logits.log_softmax(-1).gather(1, flat[:, None])[:, 0]
+    scored = log_probs(logits, answers.packed())
     assert (scored - answers.logprob[answers.mask().bool()]).abs().max() < 1e-5
 
 
@@ -92,25 +94,18 @@ def test_shared_prefix_update_equals_row_by_row_stock(shape, recompute):
     model, engine = engine_of(shape)
     pictures = images(SIZES)
     features, answers = sampled(engine, pictures)
-    owner = [i for i in range(4) for _ in range(3)]
-    names, leaves = zip(
-        *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
-    )
-    hidden = engine.score(features, Answered(ROWS, answers, owner), True, recompute=recompute)
+    hidden = engine.score(features, Answered(ROWS, answers, OWNER), True, recompute=recompute)
     weights = torch.linspace(-1, 1, len(hidden))
-    flat = torch.tensor([t for row in answers.rows() for t in row])
-    loss = (
-        engine.backbone.logits(hidden).log_softmax(-1).gather(1, flat[:, None])[:, 0] * weights
-    ).sum()
-    fast = torch.autograd.grad(loss, leaves)
-    total, start = 0.0, 0
-    for row, image in zip(answers.rows(), owner, strict=True):
-        logits = stock_logits(model, engine, pictures[image], ROWS[image] + row)[-len(row) - 1 : -1]
-        score = logits.log_softmax(-1).gather(1, torch.tensor(row)[:, None])[:, 0]
-        total = total + (score * weights[start : start + len(row)]).sum()
-        start += len(row)
-    truth = torch.autograd.grad(total, leaves)
+    loss = (log_probs(engine.backbone.logits(hidden), answers.packed()) * weights).sum()
+    fast = torch.autograd.grad(loss, leaves(model))
+    scores = []
+    for row, image in zip(answers.rows(), OWNER, strict=True):
+        logits = stock_logits(model, engine, pictures[image], ROWS[image] + row)
+        scores.append(log_probs(logits[-len(row) - 1 : -1], row))
+    total = (torch.cat(scores) * weights).sum()
+    truth = torch.autograd.grad(total, leaves(model))
     assert abs(loss.item() - total.item()) <= 1e-5 * abs(total.item()) + 1e-5
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     for name, a, b in zip(names, fast, truth, strict=True):
         assert relative(a, b) < 1e-4, f"{name}: {relative(a, b)}"
 
@@ -118,15 +113,11 @@ def test_shared_prefix_update_equals_row_by_row_stock(shape, recompute):
 def test_reference_scores_from_cached_prefixes():
     _, engine = engine_of("gqa2")
     features, answers = sampled(engine, images(SIZES))
-    owner = [i for i in range(4) for _ in range(3)]
+    answered = Answered(ROWS, answers, OWNER)
     with torch.no_grad():
-        fresh = engine.score(features, Answered(ROWS, answers, owner), False)
-        cached = engine.score(
-            features,
-            Answered(ROWS, answers, owner),
-            False,
-            prefixes=engine.prefill(features, False),
-        )
+        fresh = engine.score(features, answered, False)
+        prefixes = engine.prefill(features, False)
+        cached = engine.score(features, answered, False, prefixes=prefixes)
     assert relative(cached, fresh) < 1e-5
 
 
@@ -136,12 +127,8 @@ def test_single_token_answers_are_scored():
     answers = Rollout(torch.tensor([[1], [1]]), torch.zeros(2, 1), [1, 1])
     with torch.no_grad():
         hidden = engine.score(features, Answered(ROWS[:2], answers, [0, 1]), True)
-        assert (
-            relative(
-                engine.backbone.logits(hidden), engine.verdict_logits(features, ROWS[:2], True)
-            )
-            < 1e-5
-        )
+        truth = engine.verdict_logits(features, ROWS[:2], True)
+        assert relative(engine.backbone.logits(hidden), truth) < 1e-5
 
 
 def test_sampling_does_not_depend_on_the_batch():
@@ -159,6 +146,7 @@ def test_encode_does_not_depend_on_neighbours():
     pictures = images(SIZES)
     features = engine.encode(pictures)
     for i, picture in enumerate(pictures):
-        alone, picked = engine.encode([picture]), features.select([i])
+        alone = engine.encode([picture])
+        picked = features.select([i])
         assert relative(picked.last, alone.last) < 1e-5
         assert all(relative(a, b) < 1e-5 for a, b in zip(picked.taps, alone.taps, strict=True))

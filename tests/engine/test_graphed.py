@@ -19,6 +19,7 @@ from vise_fast.system.errors import EnvironmentFault
 
 SIZES = [(16, 24), (8, 8), (24, 16), (16, 24)]
 ROWS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
+FAN = [3, 1, 2, 1]
 
 
 class Brief(TinyTokens):
@@ -32,16 +33,13 @@ def engines(shape, device="cpu", dtype=torch.float32):
     return FastEngine(backbone, Brief(), poll=4), GraphedEngine(backbone, Brief(), poll=4)
 
 
-def rollout(engine, pictures, adapters=True, fan=(3, 1, 2, 1), limit=11, temperature=1.0, seed=0):
-    prompts = engine.prompt(
-        engine.prefill(engine.encode(pictures), adapters),
-        list(range(len(pictures))),
-        ROWS[: len(pictures)],
-    )
-    fan = list(fan[: len(pictures)])
-    return engine.generate(
-        prompts, fan, limit, seeds=[seed + i for i in range(sum(fan))], temperature=temperature
-    )
+def rollout(engine, pictures, adapters=True, *, limit=11, temperature=1.0, seed=0):
+    count = len(pictures)
+    prefixes = engine.prefill(engine.encode(pictures), adapters)
+    prompts = engine.prompt(prefixes, list(range(count)), ROWS[:count])
+    fan = FAN[:count]
+    seeds = list(range(seed, seed + sum(fan)))
+    return engine.generate(prompts, fan, limit, seeds, temperature)
 
 
 def assert_same(a, b, bound=1e-5):
@@ -55,12 +53,10 @@ def assert_same(a, b, bound=1e-5):
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_it_samples_what_the_plain_engine_samples(shape, adapters, temperature):
     plain, graphed = engines(shape)
-    answers = [
-        rollout(engine, images(SIZES), adapters, temperature=temperature)
-        for engine in (plain, graphed)
-    ]
-    assert len(set(answers[0].lengths)) > 1, "the fixture should mix lengths"
-    assert_same(*answers)
+    truth = rollout(plain, images(SIZES), adapters, temperature=temperature)
+    found = rollout(graphed, images(SIZES), adapters, temperature=temperature)
+    assert len(set(truth.lengths)) > 1, "the fixture should mix lengths"
+    assert_same(truth, found)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
@@ -79,10 +75,9 @@ def test_one_decoder_serves_other_prefixes_fewer_rows_and_changed_adapters():
         plain.backbone.refresh()
     assert len(graphed.decoders) == 1
     graphed.forget()
-    assert (
-        not graphed.decoders
-        and rollout(graphed, images(SIZES)).lengths == rollout(plain, images(SIZES)).lengths
-    )
+    assert not graphed.decoders
+    again = rollout(graphed, images(SIZES))
+    assert again.lengths == rollout(plain, images(SIZES)).lengths
 
 
 def test_the_counts_are_those_of_the_plain_engine():
@@ -92,18 +87,15 @@ def test_the_counts_are_those_of_the_plain_engine():
     for engine in (plain, graphed):
         rollout(engine, images(SIZES), temperature=0.0)
         taken.append(engine.counters.take())
-    assert (
-        taken[0]["host_reads"] == taken[1]["host_reads"]
-        and taken[0]["forwards"] == taken[1]["forwards"]
-    )
-    assert taken[0]["decode_steps"] == taken[1]["decode_steps"]
+    for name in ("host_reads", "forwards", "decode_steps"):
+        assert taken[0][name] == taken[1][name], name
 
 
 def test_prefixes_are_let_go():
     _, graphed = engines("gqa2")
-    prompts = graphed.prompt(
-        graphed.prefill(graphed.encode(images(SIZES)), True), [0, 1, 2, 3], ROWS
-    )
+    prefixes = graphed.prefill(graphed.encode(images(SIZES)), True)
+    prompts = graphed.prompt(prefixes, [0, 1, 2, 3], ROWS)
+    del prefixes
     graphed.generate(prompts, [1, 1, 1, 1], 3, seeds=[0, 1, 2, 3])
     held = weakref.ref(prompts.prefixes.segment.keys[0])
     del prompts
@@ -111,12 +103,13 @@ def test_prefixes_are_let_go():
     assert held() is None
 
 
-def test_an_interrupt_is_heard_at_a_poll():
+def test_an_interrupt_is_heard_between_layers_and_at_a_poll():
     _, graphed = engines("gqa2")
     heard = []
     graphed.interrupted = lambda: heard.append(graphed.counters.decode_steps)
     rollout(graphed, images(SIZES), temperature=0.0)
-    assert heard and heard[0] == 7
+    assert heard[0] == 0, "between the layers of the prefill"
+    assert next(steps for steps in heard if steps) == 7
 
 
 def test_without_a_gpu_they_are_refused():
@@ -127,21 +120,10 @@ def test_without_a_gpu_they_are_refused():
 
 
 def test_buckets_hold_their_rows_and_are_few():
-    assert [bucket(n) for n in (1, 2, 3, 5, 8, 9, 33, 64, 65, 200)] == [
-        1,
-        2,
-        4,
-        8,
-        8,
-        16,
-        40,
-        64,
-        96,
-        224,
-    ]
-    assert (
-        all(bucket(n) >= n for n in range(1, 300)) and len({bucket(n) for n in range(1, 257)}) == 17
-    )
+    rows = (1, 2, 3, 5, 8, 9, 33, 64, 65, 200)
+    assert [bucket(n) for n in rows] == [1, 2, 4, 8, 8, 16, 40, 64, 96, 224]
+    assert all(bucket(n) >= n for n in range(1, 300))
+    assert len({bucket(n) for n in range(1, 257)}) == 17
 
 
 @pytest.mark.gpu
@@ -152,14 +134,12 @@ def test_replayed_graphs_sample_what_the_plain_engine_samples(shape):
     for seed in (0, 50):
         pictures = [image.cuda() for image in images(SIZES, seed=seed)]
         for adapters in (True, False):
-            assert_same(
-                *(rollout(engine, pictures, adapters, seed=seed) for engine in (plain, graphed)),
-                bound=1e-3,
-            )
+            truth = rollout(plain, pictures, adapters, seed=seed)
+            found = rollout(graphed, pictures, adapters, seed=seed)
+            assert_same(truth, found, bound=1e-3)
         with torch.no_grad():
             for master in plain.backbone.layers[0].linears[0].masters():
                 master.mul_(-1.5)
         plain.backbone.refresh()
-    assert len(graphed.decoders) == 2 and all(
-        d.graph is not None for d in graphed.decoders.values()
-    )
+    assert len(graphed.decoders) == 2
+    assert all(decoder.graph is not None for decoder in graphed.decoders.values())

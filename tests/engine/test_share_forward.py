@@ -34,12 +34,13 @@ WORDS = [
     "--rollout.query_tokens=8",
     "--train.lr=1e-3",
 ]
+# samples and views in one batch
 ALIKE = [
     "--rollout.regrounder=policy",
     "--rollout.view_temperature=0.7",
     "--rollout.temperature=0.7",
-]  # samples and views in one batch
-TRAINED = 3  # of the four images of test_engine, whose sizes and questions differ in length
+]
+TRAINED = 3  # of the four images of small_engines.py, whose sizes and questions differ in length
 FAN = [2, 1, 3, 1]
 
 
@@ -71,14 +72,13 @@ def test_what_is_sampled_from_does_not_depend_on_what_is_kept(shape, trained):
     features = engine.encode(images(SIZES))
     plain_prefixes, plain, _ = asked(engine, features, 0)
     prefixes, prompts, kept = asked(engine, features, trained)
-    assert (
-        prefixes.following == plain_prefixes.following
-        and prompts.following == plain.following
-        and prompts.owner == plain.owner
-    )
+    assert prefixes.following == plain_prefixes.following
+    assert prompts.following == plain.following
+    assert prompts.owner == plain.owner
     assert torch.allclose(prompts.last, plain.last, atol=1e-5) and not prompts.last.requires_grad
     assert kept.last.requires_grad and len(kept) == len(kept.prefixes) == trained
-    truth, found = generated(engine, plain), generated(engine, prompts)
+    truth = generated(engine, plain)
+    found = generated(engine, prompts)
     assert truth.rows() == found.rows()
     assert torch.allclose(truth.logprob, found.logprob, atol=1e-5)
 
@@ -110,17 +110,16 @@ def stepped(words, monkeypatch, engine_class=FastEngine):
     """(gradient, metrics, update's FLOPs, config) of one step."""
     config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)
-    engine = (
-        engine_class(policy.backbone, policy.tokens)
-        if engine_class is FastEngine
-        else engine_class(StockBackbone(policy.model), policy.tokens)
-    )
-    learn, kept = Learner(policy, engine, config), []
-    monkeypatch.setattr(
-        learn,
-        "_apply",
-        lambda norm: kept.append(torch.cat([p.grad.flatten() for p in learn.parameters.values()])),
-    )
+    fast = engine_class is FastEngine
+    backbone = policy.backbone if fast else StockBackbone(policy.model)
+    engine = engine_class(backbone, policy.tokens)
+    learn = Learner(policy, engine, config)
+    kept = []
+
+    def keep(norm):
+        kept.append(torch.cat([p.grad.flatten() for p in learn.parameters.values()]))
+
+    monkeypatch.setattr(learn, "_apply", keep)
     slices = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
     with executed_flops() as counter:
         metrics = learn.learn(slices, 0)
@@ -142,9 +141,8 @@ def test_a_step_has_the_same_gradient_either_way_and_costs_less(monkeypatch, wor
     gradient, metrics, flops, how = stepped(words, monkeypatch)
     truth, expected, more, _ = stepped([*words, "--train.share_forward=false"], monkeypatch)
     assert shares_forward(*how)
-    assert metrics["reward"] == pytest.approx(expected["reward"], abs=1e-6) and metrics[
-        "kl"
-    ] == pytest.approx(expected["kl"], abs=1e-6)
+    assert metrics["reward"] == pytest.approx(expected["reward"], abs=1e-6)
+    assert metrics["kl"] == pytest.approx(expected["kl"], abs=1e-6)
     excess = ((gradient - truth).abs().max() / truth.abs().max()).item()
     assert truth.abs().max() > 0 and excess <= 1e-5, excess
     assert flops < 0.85 * more, (flops, more)
@@ -152,14 +150,14 @@ def test_a_step_has_the_same_gradient_either_way_and_costs_less(monkeypatch, wor
 
 def test_few_scored_images_are_computed_alone(monkeypatch):
     """A graph of three images for the sake of one would cost more than a new pass over that one."""
-    calls, real = [], FastEngine.score
-    monkeypatch.setattr(
-        FastEngine,
-        "score",
-        lambda self, *args, **named: (
-            calls.append(named.get("prompts") is not None) or real(self, *args, **named)
-        ),
-    )
+    calls = []
+    real = FastEngine.score
+
+    def score(self, *args, **named):
+        calls.append(named.get("prompts") is not None)
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(FastEngine, "score", score)
     aims = learning.Learner._targets
 
     def one(self, *args):

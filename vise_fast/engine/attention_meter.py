@@ -1,7 +1,7 @@
 """How much of its attention a model spends on the image while it answers: per decoder layer, mean
 over heads and generated tokens.
 
-METHOD section 8's figure. Answers are fed back in one teacher-forced pass; in each layer the share
+The paper's figure. Answers are fed back in one teacher-forced pass; in each layer the share
 is exp(lse over the image's keys - lse over all keys a token sees), so that one layer's scores exist
 at a time and no softmax is ever written out.
 """
@@ -12,28 +12,24 @@ import torch
 from torch import Tensor
 
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Prefixes, Rollout
+from vise_fast.engine.rollout import Engine, Prefixes, Rollout
 from vise_fast.model.tree import Grid, Level, Parent, Part
 
 
 @torch.no_grad()
 def image_share(
-    engine: FastEngine,
+    engine: Engine,
     prefixes: Prefixes,
     owner: list[int],
     questions: list[list[int]],
     answers: Rollout,
 ) -> Tensor:
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
-    are the tokens that predicted its tokens.
+    are the tokens that predicted its tokens. Raises TypeError for an engine that keeps no keys.
     """
-    pairs = zip(questions, answers.rows(), strict=True)
-    rows = [question + answer[:-1] for question, answer in pairs]
-    starts = [prefixes.following[i] for i in owner]
-    grid = Grid(owner, len(prefixes), engine.device)
-    level = engine.text_level(rows, starts, [Parent(prefixes.segment, grid)])
-    level.read = "none"
-    asks = _generating(questions, rows).to(engine.device)
+    if not isinstance(engine, FastEngine):
+        raise TypeError(f"{type(engine).__name__} keeps no keys: no attention can be measured")
+    level, asks = _fed_back(engine, prefixes, owner, questions, answers)
     shares: list[Tensor] = []
 
     def observe(index: int, q: Tensor, k: Tensor) -> None:
@@ -42,6 +38,23 @@ def image_share(
 
     engine.backbone.forward([level], prefixes.adapters, keep=False, observe=observe)
     return torch.stack(shares).cpu()
+
+
+def _fed_back(
+    engine: FastEngine,
+    prefixes: Prefixes,
+    owner: list[int],
+    questions: list[list[int]],
+    answers: Rollout,
+) -> tuple[Level, Tensor]:
+    """The level of questions and answers, and which of its tokens ask, fp32 (N, T)."""
+    pairs = zip(questions, answers.rows(), strict=True)
+    rows = [question + answer[:-1] for question, answer in pairs]
+    starts = [prefixes.following[i] for i in owner]
+    grid = Grid(owner, len(prefixes), engine.device)
+    level = engine.text_level(rows, starts, [Parent(prefixes.segment, grid)])
+    level.read = "none"
+    return level, _generating(questions, rows).to(engine.device)
 
 
 def _generating(questions: list[list[int]], rows: list[list[int]]) -> Tensor:

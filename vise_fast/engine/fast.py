@@ -47,6 +47,7 @@ class Sheet:
 
     @classmethod
     def blank(cls, rows: int, limit: int, tokens: Tokens, device: torch.device) -> Sheet:
+        """Padding everywhere, no row ended."""
         return cls(
             torch.full((rows, limit), tokens.pad, device=device),
             torch.zeros(rows, limit, device=device),
@@ -72,12 +73,9 @@ class Sheet:
         """The answers, `home` being `joined` on the host."""
         lengths = [row[-1] for row in home]
         longest = max(lengths)
-        return Rollout(
-            self.ids[:, :longest],
-            self.logprob[:, :longest],
-            lengths,
-            [row[:longest] for row in home],
-        )
+        ids = self.ids[:, :longest]
+        logprob = self.logprob[:, :longest]
+        return Rollout(ids, logprob, lengths, [row[:longest] for row in home])
 
 
 @dataclass
@@ -276,13 +274,7 @@ class FastEngine:
         sheet = Sheet.blank(len(seeds), limit, self.tokens, self.device)
         logits = self.backbone.logits(prompts.last)[torch.tensor(active.owner, device=self.device)]
         for step in range(limit):
-            token, score = sample(
-                logits,
-                temperature=temperature,
-                banned=self.banned,
-                seed=active.seeds,
-                position=step,
-            )
+            token, score = self._drawn(logits, active.seeds, step, temperature)
             sheet.write(step, active.where, token, score)
             if step + 1 == limit or self._polls(step + 1):
                 self.interrupted()
@@ -304,6 +296,14 @@ class FastEngine:
         active = Active(list(range(len(owner))), owner, where, following, seed, buffer, start)
         self._attach(active, prompts)
         return active
+
+    def _drawn(
+        self, logits: Tensor, seeds: Tensor, step: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Token (rows,) `step` of each row, and its log-prob (rows,), from logits (rows, V)."""
+        return sample(
+            logits, temperature=temperature, banned=self.banned, seed=seeds, position=step
+        )
 
     def _next(self, active: Active, token: Tensor, step: int, adapters: bool) -> Tensor:
         """Logits (rows, V) after one more token per row, the `step`-th."""

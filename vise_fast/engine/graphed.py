@@ -1,7 +1,7 @@
 """Decoding that never asks the host: one step of all rows as a function of tensors alone, captured
 once per shape as a CUDA graph and replayed.
 
-`GraphedEngine.generate` samples exactly what `Engine.generate` samples. What differs between
+`GraphedEngine.generate` samples exactly what `FastEngine.generate` samples. What differs between
 tokens, rollouts and updates is data at fixed addresses: where prefixes and prompts lie and who sees
 them (`vise_kernels.decode_attention`), the LoRA copies (refreshed in place), seeds, the step. So a
 graph outlives optimizer steps, and prefixes are shared, not copied. Finished rows stay until all
@@ -166,9 +166,8 @@ class Decoder:
         """Hold prefixes and prompts no longer; their addresses in the tables mean nothing until the
         next start.
         """
-        for bank, keys, values in zip(
-            self.banks, self.buffer.keys, self.buffer.values, strict=True
-        ):
+        layers = zip(self.banks, self.buffer.keys, self.buffer.values, strict=True)
+        for bank, keys, values in layers:
             bank.keys[:] = [keys] * 3
             bank.values[:] = [values] * 3
 
@@ -187,9 +186,8 @@ class Decoder:
     def _advance(self) -> None:
         """The last tokens through the model, and the next ones drawn."""
         self.length[OWN] = self.step + 1
-        hidden = self.backbone.decode(
-            self.token, self.first + self.step, self._see, self.shape.adapters
-        )
+        place = self.first + self.step
+        hidden = self.backbone.decode(self.token, place, self._see, self.shape.adapters)
         self.logits.copy_(self.backbone.logits(hidden))
         self.step += 1
         self._draw()
@@ -232,9 +230,8 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         self.step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, capture_error_mode="thread_local"
-        ):  # images may be on their way to the GPU in another thread
+        # thread_local: images may be on their way to the GPU in another thread
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._advance()
         self.graph = graph
 

@@ -37,7 +37,7 @@ def owners(fan: Sequence[int]) -> list[int]:
 
 @dataclass
 class Counters:
-    """Work done since the last `take`: a regression in work done twice shows here on any machine."""
+    """Work done since the last `take`: what is done twice shows here, on any machine."""
 
     images_encoded: int = 0
     prefixes: int = 0
@@ -200,7 +200,8 @@ class Engine(Protocol):
     """called between steps of a long answer; may raise"""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where ids and features are."""
 
     def forget(self) -> None:
         """Drop what is kept between calls, when memory runs out."""

@@ -1,7 +1,7 @@
 """The rollout engine over transformers' own forward (`engine: stock`): plain, unshared, one row at
 a time.
 
-Same interface and same sampled ids as `engine.Engine`, so that it is the plain version the fast
+Same interface and same sampled ids as `fast.FastEngine`, so that it is the plain version the fast
 engine is tested against, and the way to run families the fast forward does not know: any whose
 forward takes pixel_values, image_grid_thw and mm_token_type_ids (Qwen2-VL to Qwen3-VL-MoE). Every
 row is its own full sequence with its own image: nothing is encoded once for two questions, and the
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vise_kernels import patchify, sample
@@ -53,6 +53,7 @@ class StockBackbone:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.head.weight.device
 
     def refresh(self) -> None:
@@ -64,12 +65,12 @@ class StockBackbone:
 
     @contextlib.contextmanager
     def adapters(self, on: bool) -> Iterator[None]:
-        with (
-            contextlib.nullcontext()
-            if on or self.core is self.model
-            else self.model.disable_adapter()
-        ):
+        """The model with its adapters on or off."""
+        if on or self.core is self.model:
             yield
+        else:
+            with self.model.disable_adapter():
+                yield
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Pictures:
         return len(self.grids)
 
     def select(self, images: list[int]) -> Pictures:
+        """Some images, in that order."""
         return Pictures([self.pixels[i] for i in images], [self.grids[i] for i in images])
 
 
@@ -99,6 +101,7 @@ class StockPrefixes:
         return len(self.pictures)
 
     def select(self, images: list[int]) -> StockPrefixes:
+        """Those of some images, in that order."""
         return StockPrefixes(self.pictures.select(images), self.adapters)
 
 
@@ -141,6 +144,7 @@ class StockEngine:
         return values.cpu()
 
     def encode(self, images: list[Tensor]) -> Pictures:
+        """uint8 (H, W, 3) images on the model's grid."""
         b = self.backbone
         patches, grid = patchify(
             images,
@@ -156,6 +160,7 @@ class StockEngine:
         return Pictures(list(patches.to(self.device).split(sizes)), grids)
 
     def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> StockPrefixes:
+        """Notes the adapter state. Raises ValueError where a graph is asked for."""
         if graph:
             raise ValueError("the stock engine keeps no graph between calls")
         return StockPrefixes(features, adapters)
@@ -163,24 +168,26 @@ class StockEngine:
     def prompt(
         self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]
     ) -> StockPrompts:
+        """Notes who asks what."""
         return StockPrompts(prefixes, owner, rows)
 
     @torch.no_grad()
     def verdict_logits(self, features: Pictures, rows: list[list[int]], adapters: bool) -> Tensor:
-        return self.forked_verdict_logits(
-            StockPrefixes(features, adapters), list(range(len(rows))), rows
-        )
+        """Next-token logits (R, V) of one opened question per image."""
+        prefixes = StockPrefixes(features, adapters)
+        return self.forked_verdict_logits(prefixes, list(range(len(rows))), rows)
 
     @torch.no_grad()
     def forked_verdict_logits(
         self, prefixes: StockPrefixes, owner: list[int], rows: list[list[int]]
     ) -> Tensor:
+        """Row r about image owner[r]."""
         self.counters.verdicts += len(rows)
+        last = []
         with self.backbone.adapters(prefixes.adapters):
-            last = [
-                self._forward(prefixes.pictures, i, row).last_hidden_state[0, -1]
-                for i, row in zip(owner, rows, strict=True)
-            ]
+            for image, row in zip(owner, rows, strict=True):
+                out = self._forward(prefixes.pictures, image, row)
+                last.append(out.last_hidden_state[0, -1])
         return self.backbone.logits(torch.stack(last))
 
     @torch.no_grad()
@@ -192,11 +199,15 @@ class StockEngine:
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
+        """fan[r] answers to prompt r, one after the other."""
+        answers = []
         with self.backbone.adapters(prompts.prefixes.adapters):
-            answers = [
-                self._answer(prompts, r, limit, seed, temperature)
-                for r, seed in zip(owners(fan), seeds, strict=True)
-            ]
+            for r, seed in zip(owners(fan), seeds, strict=True):
+                answers.append(self._answer(prompts, r, limit, seed, temperature))
+        return self._rollout(answers)
+
+    def _rollout(self, answers: list[Answer]) -> Rollout:
+        """The answers side by side, padded."""
         lengths = [len(answer.ids) for answer in answers]
         ids = torch.full((len(answers), max(lengths)), self.tokens.pad, device=self.device)
         logprob = torch.zeros(ids.shape, device=self.device)
@@ -271,15 +282,20 @@ class StockEngine:
             self.interrupted()
             if answer.ids[-1] in self.tokens.eos or step + 1 == limit:
                 break
-            # The rope offset of this row is module state, set by the forward above.
-            out = self.backbone.core.model(
-                input_ids=token[None], past_key_values=out.past_key_values, use_cache=True
-            )
-            self.counters.decode_steps += 1
-            self.counters.tokens_decoded += 1
+            out = self._next(token, out.past_key_values)
         return answer
 
-    def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False):
+    def _next(self, token: Tensor, keys_values: Any) -> Any:
+        """The stock forward of one more token (1,) of the row that was forwarded last: its rope
+        offset is module state.
+        """
+        self.counters.decode_steps += 1
+        self.counters.tokens_decoded += 1
+        return self.backbone.core.model(
+            input_ids=token[None], past_key_values=keys_values, use_cache=True
+        )
+
+    def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False) -> Any:
         """The stock forward of head + image + tail + row."""
         ids = torch.tensor([self._prefix_ids(pictures, image) + row], device=self.device)
         self.counters.images_encoded += 1
