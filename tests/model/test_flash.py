@@ -52,10 +52,9 @@ def gradients(grad, x, out, lse):
 
 def check_operands(causal, *tensors):
     q, k = tensors[:2]
-    assert all(x.shape[3] % 8 == 0 and x.stride(3) == 1 for x in tensors), "head dimension"
-    assert not any(stride % 8 for x in tensors for stride in x.stride()[:3]), (
-        "rows that do not start at 16 bytes"
-    )
+    for x in tensors:
+        assert x.shape[3] % 8 == 0 and x.stride(3) == 1, "head dimension"
+        assert not any(stride % 8 for stride in x.stride()[:3]), "rows not at 16 bytes"
     assert len({x.shape[1] for x in tensors}) == 1, "heads"
     assert not causal or q.shape[2] == k.shape[2], (
         "the two operators align a causal rectangle differently"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_engines import ROWS, SIZES, relative, sampled, stock_logits
+from peft import LoraConfig, get_peft_model
+from small_engines import ROWS, SIZES, leaves, relative, sampled, stock_logits, switched
 from tiny import TinyTokens, build, images
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Answered
+from vise_fast.engine.rollout import Answered, owners
 from vise_fast.estimate.live_bytes import Live
 from vise_fast.method.learner import make_optimizer
 from vise_fast.model import quantise
@@ -23,10 +24,10 @@ from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 KINDS = {
-    "nf4": dict(quant="nf4"),
-    "nf4_single": dict(quant="nf4", double_quant=False),
-    "int8": dict(quant="int8"),
-    "int8_no_outliers": dict(quant="int8", int8_threshold=0.0),
+    "nf4": {"quant": "nf4"},
+    "nf4_single": {"quant": "nf4", "double_quant": False},
+    "int8": {"quant": "int8"},
+    "int8_no_outliers": {"quant": "int8", "int8_threshold": 0.0},
 }
 
 
@@ -45,8 +46,6 @@ def saved(tmp_path_factory):
 
 
 def loaded(saved, kind, adapters=True):
-    from peft import LoraConfig, get_peft_model
-
     bits = quantise.settings(settings(kind), torch.float32)
     base = AutoModelForImageTextToText.from_pretrained(
         saved, dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"}
@@ -65,16 +64,12 @@ def loaded(saved, kind, adapters=True):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_language_linears_are_quantised(saved, kind):
-    base, quant = loaded(saved, kind, adapters=False), KINDS[kind]["quant"]
-    assert quantise.check(base, quant) == 7 * base.config.text_config.num_hidden_layers
+    base = loaded(saved, kind, adapters=False)
+    layers = base.config.text_config.num_hidden_layers
+    assert quantise.check(base, KINDS[kind]["quant"]) == 7 * layers
     core = base.model
-    kept = [
-        m
-        for tower in (core.visual, base.lm_head)
-        for m in tower.modules()
-        if isinstance(m, nn.Linear)
-    ]
-    assert kept and {type(m) for m in kept} == {nn.Linear}
+    kept = [m for m in core.visual.modules() if isinstance(m, nn.Linear)]
+    assert kept and {type(m) for m in [*kept, base.lm_head]} == {nn.Linear}
     assert {m.weight.dtype for m in core.modules() if "Norm" in type(m).__name__} == {torch.float32}
     assert core.language_model.embed_tokens.weight.dtype == torch.float32
 
@@ -99,12 +94,8 @@ def test_logits_equal_the_stock_modules(saved, kind, adapters):
     engine = FastEngine(Qwen3VL(model), TinyTokens())
     for image, row in zip(images(SIZES), ROWS, strict=True):
         fast = engine.verdict_logits(engine.encode([image]), [row], adapters)[0]
-        with torch.no_grad():
-            if adapters:
-                truth = stock_logits(model, engine, image, row)[-1]
-            else:
-                with model.disable_adapter():
-                    truth = stock_logits(model, engine, image, row)[-1]
+        with torch.no_grad(), switched(model, adapters):
+            truth = stock_logits(model, engine, image, row)[-1]
         # int8 rounds activations: a value within one fp32 rounding of a rounding boundary may land
         # a whole int8 step away.
         assert relative(fast, truth) < (1e-4 if "nf4" in kind else 2e-2)
@@ -119,30 +110,27 @@ def test_gradients_equal_those_of_the_dequantised_base(saved, kind, recompute):
     model = loaded(saved, kind)
     engine = FastEngine(Qwen3VL(model), TinyTokens())
     features, answers = sampled(engine, images(SIZES))
-    owner = [i for i in range(4) for _ in range(3)]
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(
-        engine.score(features, Answered(ROWS, answers, owner), True, recompute=recompute)
-        .square()
-        .sum(),
-        leaves,
-    )
+    answered = Answered(ROWS, answers, owners([3] * 4))
+    hidden = engine.score(features, answered, True, recompute=recompute)
+    grads = torch.autograd.grad(hidden.square().sum(), leaves(model))
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
-    for layer in model.get_base_model().model.language_model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for wrapper in [m for m in parent.children() if hasattr(m, "base_layer")]:
-                base = wrapper.base_layer
-                plain = nn.Linear(base.in_features, base.out_features, bias=False)
-                plain.weight = nn.Parameter(
-                    quantise.dequantised(base, torch.float32), requires_grad=False
-                )
-                wrapper.base_layer = plain
-    truth_engine = FastEngine(Qwen3VL(model), TinyTokens())
-    truth = torch.autograd.grad(
-        truth_engine.score(features, Answered(ROWS, answers, owner), True).square().sum(), leaves
-    )
+    dequantise(model)
+    hidden = FastEngine(Qwen3VL(model), TinyTokens()).score(features, answered, True)
+    truth = torch.autograd.grad(hidden.square().sum(), leaves(model))
     for a, b in zip(grads, truth, strict=True):
         assert relative(a, b) < (1e-4 if "nf4" in kind else 0.1)
+
+
+def dequantise(model):
+    """A plain linear in place of every quantised one."""
+    for wrapper in list(model.get_base_model().model.language_model.layers.modules()):
+        base = getattr(wrapper, "base_layer", None)
+        if base is None:
+            continue
+        plain = nn.Linear(base.in_features, base.out_features, bias=False)
+        weight = quantise.dequantised(base, torch.float32)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        wrapper.base_layer = plain
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_single", "int8_no_outliers"])
@@ -150,10 +138,10 @@ def test_a_row_does_not_depend_on_its_neighbours(saved, kind):
     engine = FastEngine(Qwen3VL(loaded(saved, kind)), TinyTokens())
     prefixes = engine.prefill(engine.encode(images(SIZES)), True)
     together = engine.prompt(prefixes, [0, 1, 2, 3], ROWS).last
+    bound = 1e-5 if "nf4" in kind else 2e-2
     for i in range(4):
-        assert relative(engine.prompt(prefixes, [i], [ROWS[i]]).last[0], together[i]) < (
-            1e-5 if "nf4" in kind else 2e-2
-        )
+        alone = engine.prompt(prefixes, [i], [ROWS[i]]).last[0]
+        assert relative(alone, together[i]) < bound
 
 
 def test_int8_product_is_llm_int8s(saved):
@@ -178,11 +166,9 @@ def test_random_bases_never_exist_in_full_precision(quant):
     config = Config()
     config.model.quant = quant
     model_config = build("gqa2", adapters=False).config
-    (
-        model_config.text_config.num_hidden_layers,
-        model_config.text_config.hidden_size,
-        model_config.text_config.intermediate_size,
-    ) = 12, 256, 1024
+    model_config.text_config.num_hidden_layers = 12
+    model_config.text_config.hidden_size = 256
+    model_config.text_config.intermediate_size = 1024
     model_config.vision_config.out_hidden_size = 256
     with torch.device("meta"):
         shell = AutoModelForImageTextToText.from_config(model_config, dtype=torch.float32)
@@ -192,47 +178,43 @@ def test_random_bases_never_exist_in_full_precision(quant):
     assert base.lm_head.weight is base.model.language_model.embed_tokens.weight
     assert quantise.check(base, quant) == (0 if quant == "none" else 84)
     largest = 4 * 256 * 1024
-    assert live.peak <= live.now + 4 * largest, (
-        "at most a few copies of one weight beside the model"
-    )
+    # at most a few copies of one weight beside the model
+    assert live.peak <= live.now + 4 * largest
     if quant != "none":
-        full = 4 * sum(
-            m.in_features * m.out_features
-            for n, m in base.named_modules()
-            if quantise.LANGUAGE.match(n) and hasattr(m, "in_features")
-        )
-        assert live.peak < 0.6 * full
+        modules = [m for name, m in base.named_modules() if quantise.LANGUAGE.match(name)]
+        linears = [m for m in modules if hasattr(m, "in_features")]
+        assert live.peak < 0.6 * 4 * sum(m.in_features * m.out_features for m in linears)
+
+
+def fresh():
+    """Parameters: one that 8-bit optimizers hold in 8 bits, and one that they do not."""
+    torch.manual_seed(3)
+    return {"big": nn.Parameter(torch.randn(16, 512)), "small": nn.Parameter(torch.randn(8, 8))}
+
+
+def advance(parameters, optimizer, steps):
+    for step in steps:
+        torch.manual_seed(100 + step)
+        for p in parameters.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_optimizer_state_round_trips_bitwise(tmp_path, name):
     config = Config()
-    config.optim.name, config.train.lr = name, 1e-2
-
-    def fresh():
-        torch.manual_seed(3)
-        return {"big": nn.Parameter(torch.randn(16, 512)), "small": nn.Parameter(torch.randn(8, 8))}
-
-    def advance(parameters, optimizer, steps):
-        for step in steps:
-            torch.manual_seed(100 + step)
-            for p in parameters.values():
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-
+    config.optim.name = name
+    config.train.lr = 1e-2
     straight = fresh()
     optimizer = make_optimizer(list(straight.values()), config)
     advance(straight, optimizer, range(3))
     moments, numbers = checkpoint.moments(optimizer, straight)
     if name != "adamw":
-        assert (
-            moments["big/state1"].dtype == torch.uint8
-            and moments["small/state1"].dtype == torch.float32
-        )
-    path = checkpoint.save(
-        tmp_path, 3, {"adapter": straight, "optimizer": moments}, {"numbers": numbers}, keep=1
-    )
+        assert moments["big/state1"].dtype == torch.uint8
+        assert moments["small/state1"].dtype == torch.float32
+    tensors = {"adapter": straight, "optimizer": moments}
+    path = checkpoint.save(tmp_path, 3, tensors, {"numbers": numbers}, keep=1)
     advance(straight, optimizer, range(3, 6))
 
     tensors, state = checkpoint.load(path)
@@ -243,7 +225,8 @@ def test_optimizer_state_round_trips_bitwise(tmp_path, name):
     checkpoint.restore_moments(again, resumed, tensors["optimizer"], state["numbers"])
     advance(resumed, again, range(3, 6))
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-    left, right = checkpoint.moments(optimizer, straight)[0], checkpoint.moments(again, resumed)[0]
+    left, _ = checkpoint.moments(optimizer, straight)
+    right, _ = checkpoint.moments(again, resumed)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
@@ -258,5 +241,7 @@ def test_a_missing_library_is_one_line(monkeypatch):
 
 
 def test_nothing_upcasts_the_base():
-    for file in (Path(__file__).parent.parent / "vise_fast").rglob("*.py"):
+    files = list((Path(__file__).parents[2] / "vise_fast").rglob("*.py"))
+    assert files
+    for file in files:
         assert "prepare_model_for_kbit_training(" not in file.read_text(), file
