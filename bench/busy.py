@@ -27,19 +27,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import _checkout
 import _measure as measure
 import torch
 
 from vise_fast.system.console import read_lines
+from vise_fast.system.threads import HOW_TO_WAIT, WAITING, said
 
 POLL_S = 0.1
 GOALS = {"beside / alone": 0.45, "two at once / alone": 0.8, "alone / old alone": 0.97}
 LOOP = "while True: pass"
 WITHOUT_END = ("--train.steps", "1000000", "--eval.scenes", "0", "--run.checkpoint_every", "0")
-UNSET = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""A checkout's own choice is measured, not that of whoever starts the bench."""
 
 
 class Held:
@@ -72,7 +72,7 @@ class Training(Held):
         self.batch = batch
         self.said = directory.with_suffix(".txt")
         words = [sys.executable, "-m", "vise_fast.train", "--run.dir", str(directory)]
-        environment = {name: text for name, text in os.environ.items() if name not in UNSET}
+        environment = {name: text for name, text in os.environ.items() if name not in HOW_TO_WAIT}
         environment["OMP_NUM_THREADS"] = str(threads)
         environment["PYTHONPATH"] = f"{checkout}:{checkout / 'kernels'}"
         with self.said.open("w") as said:
@@ -259,8 +259,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 def main(words: list[str]) -> None:
     args = parse(words)
+    signal.signal(signal.SIGTERM, _leave)  # so that the processes end here, too
     usable = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     print(f"{args.threads} threads a training on {usable} cores; load before the start {load:.1f}")
@@ -271,6 +276,7 @@ def main(words: list[str]) -> None:
     tell(summaries, compared)
     machine = measure.machine(torch.device("cpu"))
     machine |= {"cores": usable, "threads": args.threads, "clock": "wall", "load_before": load}
+    machine["waiting"] = said(WAITING)
     setting = {key: getattr(args, key) for key in ("threads", "batch", "repeats", "steps")}
     document = {"bench": "busy", "machine": machine, "setting": setting, "goals": GOALS}
     document |= {"old_commit": commit(args.old), "images_per_s": summaries, "ratios": compared}

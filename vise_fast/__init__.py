@@ -10,6 +10,6 @@ __version__ = "0.2.0"
 # nothing here needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# Before torch, whose OpenMP reads it once: threads that spin while they wait make a step beside one
-# busy process take 7 to 20 times as long, and those that sleep 1.3 to 2 times.
+# Before torch, whose OpenMP reads it once: beside one busy process a step takes 4 to 20 times as
+# long where waiting threads spin, and about twice as long where they soon sleep.
 threads.wait_asleep()

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_rollout_bench_runs():
     command = [sys.executable, str(ROOT / "bench" / "rollout.py"), "--smoke", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout.splitlines()[-1])
     (result,) = document["results"]

@@ -32,6 +32,7 @@ from vise_fast.doctor import (
 )
 from vise_fast.doctor.finding import Finding
 from vise_fast.system.errors import ConfigError
+from vise_fast.system.threads import COUNTS
 
 
 def sound(finding: Finding) -> bool:
@@ -87,6 +88,18 @@ def broken(monkeypatch, name: str, fault: Exception) -> None:
 
 
 # name: (what is wrong, the check, status, what it says)
+def asked_for_threads(monkeypatch, number):
+    monkeypatch.setenv("OMP_NUM_THREADS", number)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(number))
+
+
+def many_threads_on_one_core(monkeypatch):
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 999)
+
+
 MACHINES = {
     "old python": (
         lambda m: m.setattr(sys, "version_info", (3, 10, 1)),
@@ -275,10 +288,22 @@ MACHINES = {
         "twice",
     ),
     "too many threads": (
-        lambda m: m.setattr(torch, "get_num_threads", lambda: 999),
+        lambda m: asked_for_threads(m, "999"),
         resources.threads,
         "WARN",
         "OMP_NUM_THREADS",
+    ),
+    "threads, and why": (
+        lambda m: asked_for_threads(m, "1"),
+        resources.threads,
+        "OK",
+        "1 (OMP_NUM_THREADS=1), waiting: ",
+    ),
+    "threads are brought down to the cores": (
+        many_threads_on_one_core,
+        resources.threads,
+        "OK",
+        "1 (1 core allowed",
     ),
     "an old processor": (
         lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),

@@ -21,8 +21,6 @@ def test_the_image_kernels_compile(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path),
     }
     script = str(HERE / "compile_image_kernels.py")
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=500
-    )
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * (5 + 1 + 1 + 3)

@@ -22,8 +22,6 @@ def test_the_kernels_of_tokens_compile(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path),
     }
     script = str(HERE / "compile_token_kernels.py")
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * (3 + 4 + 5 + 2 + 2 + 4)

@@ -259,7 +259,6 @@ def started(run: Path) -> Iterator[subprocess.Popen]:
         process.stderr.close()
 
 
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(number, code, tmp_path):
     run = tmp_path / "run"

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -70,7 +72,7 @@ def test_other_threads_may_poll_but_not_install():
             thread.start()
             if target is poll:
                 os.kill(os.getpid(), signal.SIGINT)
-            thread.join(5)
+            thread.join()
     assert seen == [130] and len(fault) == 1
 
 
@@ -79,37 +81,46 @@ import sys, time
 from vise_fast.system.signals import Signals
 with Signals() as stop:
     print("ready", flush=True)
-    while not (stop.asked and {polite}):
+    while not stop.asked:
+        time.sleep(0.01)
+    print("heard", flush=True)
+    while not {polite}:
         time.sleep(0.01)
     print("saved", flush=True)
 sys.exit(stop.code)
 """
 
 
-def child(polite: bool) -> subprocess.Popen:
+@contextlib.contextmanager
+def child(polite: bool) -> Iterator[subprocess.Popen]:
+    """A process that is ready for a signal; it ends with the block, whatever happens there."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD.format(polite=polite)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert process.stdout.readline() == "ready\n"
-    return process
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @BOTH
 def test_a_polite_process_saves_and_leaves(number, code):
-    process = child(polite=True)
-    process.send_signal(number)
-    assert process.communicate(timeout=5)[0] == "saved\n" and process.returncode == code
+    with child(polite=True) as process:
+        process.send_signal(number)
+        assert process.communicate()[0] == "heard\nsaved\n" and process.returncode == code
 
 
 @pytest.mark.parametrize("second, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_a_process_that_hangs(first, second, code):
-    process = child(polite=False)
-    process.send_signal(first)
-    time.sleep(0.2)
-    assert process.poll() is None
-    process.send_signal(second)
-    assert process.communicate(timeout=5)[0] == "" and process.returncode == code
+    with child(polite=False) as process:
+        process.send_signal(first)
+        assert process.stdout.readline() == "heard\n" and process.poll() is None
+        process.send_signal(second)
+        assert process.communicate()[0] == "" and process.returncode == code

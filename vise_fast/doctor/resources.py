@@ -11,30 +11,27 @@ from pathlib import Path
 
 from vise_fast.doctor.finding import Finding, fail, ok, warn
 from vise_fast.doctor.packages import imported
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from vise_fast.system.threads import choose, said, usable_cores
 
 
 def cores() -> Finding:
-    """More than one core is usable."""
-    usable = _usable_cores()
-    if usable == 1:
-        return warn("cores", 1, "the default run takes about twice as long on one core")
-    return ok("cores", usable)
+    """More than one core is usable, by affinity and by CPU quota."""
+    found = usable_cores()
+    if found.usable == 1:
+        return warn("cores", found, "the default run takes about twice as long on one core")
+    return ok("cores", found)
 
 
 def threads() -> Finding:
-    """torch starts no more threads than there are cores."""
-    used = imported("torch").get_num_threads()
-    usable = _usable_cores()
-    if used > usable:
-        found = f"torch uses {used} on {usable} cores"
-        return warn("threads", found, f"start with OMP_NUM_THREADS={usable}")
-    return ok("threads", f"torch uses {used}")
+    """How many threads a run takes, why, and how they wait; no more than there are cores."""
+    chosen = choose(imported("torch").get_num_threads())
+    usable = usable_cores().usable
+    waiting = said() or "as OpenMP does by itself"
+    found = f"{chosen.count} ({chosen.reason}), waiting: {waiting}"
+    if chosen.count > usable:
+        advice = f"more than there are cores; start without, or with OMP_NUM_THREADS={usable}"
+        return warn("threads", found, advice)
+    return ok("threads", found)
 
 
 def cpu_instructions() -> Finding:
