@@ -9,6 +9,7 @@ numbers come from (held_out.py), what they are called (titles.py), how they look
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -76,12 +77,33 @@ class Results:
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Results:
-        """Raises KeyError or TypeError for something that `json` did not make."""
-        marks = {
-            name: (np.array(mark["top"], float), np.array(mark["bottom"], float))
-            for name, mark in content["marks"].items()
-        }
-        return cls(int(content["n"]), marks, dict(content["plain"]), list(content["layers"]))
+        """Raises KeyError, TypeError, ValueError or AttributeError for what `json` did not make."""
+        n = int(content["n"])
+        marks = {name: _mark(mark, n) for name, mark in content["marks"].items()}
+        plain = {name: float(value) for name, value in content["plain"].items()}
+        return cls(n, marks, plain, [float(share) for share in content["layers"]])
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, Any], name: str) -> Results | None:
+        """One arm of an evaluation.json; None where that evaluation was not made.
+
+        Raises ValueError for something that `json` did not make.
+        """
+        if name not in evaluation:
+            return None
+        try:
+            return cls.read(evaluation[name])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"no figures at '{name}'") from None
+
+
+def _mark(content: dict[str, Any], n: int) -> Mark:
+    """Raises ValueError where it is not of `n` scenes."""
+    top = np.array(content["top"], float)
+    bottom = np.array(content["bottom"], float)
+    if top.shape != (n,) or bottom.shape != (n,):
+        raise ValueError(f"not {n} scenes")
+    return top, bottom
 
 
 def join(parts: list[Marks]) -> Marks:

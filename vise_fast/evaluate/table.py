@@ -18,8 +18,8 @@ def side_by_side(
 
     `names`: the figures to show, those that were measured (titles.BRIEF for a short table).
     """
-    before = _arm(evaluation, "before")
-    after = _arm(evaluation, "after")
+    before = Results.of(evaluation, "before") or Results()
+    after = Results.of(evaluation, "after") or Results()
     known = before.values.keys() | after.values.keys()
     rows = {}
     for name in names:
@@ -27,11 +27,6 @@ def side_by_side(
             adapter = _shown(after, name) + _gain(before, after, name)
             rows[title(name)] = (_shown(before, name), adapter)
     return rows
-
-
-def _arm(evaluation: Mapping[str, dict], name: str) -> Results:
-    """Empty where that evaluation was not made."""
-    return Results.read(evaluation[name]) if name in evaluation else Results()
 
 
 def _shown(arm: Results, name: str) -> str:

@@ -6,6 +6,7 @@ Left out: finding the files (listing.py), decoding one (picture_file.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +39,9 @@ class BadFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reasons: dict[str, str] = {}
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        text = ""
+        with contextlib.suppress(OSError):  # none yet, or not to be read: a line may come twice
+            text = path.read_text(encoding="utf-8", errors="replace")
         self._written = set(text.splitlines())
 
     def add(self, name: str, reason: str) -> None:

@@ -24,8 +24,8 @@ from vise_fast.report.diagnosis import diagnose
 from vise_fast.report.plots import Plot, draw
 from vise_fast.report.samples import Sample, samples
 from vise_fast.report.stored_run import StoredRun, read
+from vise_fast.system import files
 from vise_fast.system.console import duration
-from vise_fast.system.errors import EnvironmentFault
 
 HERE = Path(__file__).parent
 TILES = (
@@ -41,6 +41,7 @@ TILES = (
     "distinct_queries",
 )
 TILE_COUNT = 6
+REMEDY = "free space or make the run's folder writable"
 PERCENTAGES = ("attention_share", "own_area", "own_area_large", "greedy_area", "sampled_area")
 
 
@@ -92,16 +93,9 @@ def write(directory: Path) -> Path:
     shown = samples(run)
     plots = draw(run)
     page = render(run, plots, shown)
-    try:
-        (directory / "plots").mkdir(exist_ok=True)
-        for plot in plots:
-            (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png)
-        (directory / "report.html").write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write the report of {directory}; {error.strerror or error}; free space or "
-            "make it writable"
-        ) from error
+    for plot in plots:
+        files.write(directory / "plots" / f"{plot.name}.png", plot.png, REMEDY)
+    files.write(directory / "report.html", page, REMEDY)
     return directory / "report.html"
 
 

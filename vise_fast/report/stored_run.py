@@ -7,18 +7,22 @@ A run that is still going on, or that ended early, reads as far as it got. Left 
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from vise_fast.config import schema as configuration
 from vise_fast.config.schema import Config
 from vise_fast.evaluate.results import Results
+from vise_fast.system import files
 from vise_fast.system.console import read_lines
 from vise_fast.system.errors import DataError
+
+LAST_STEP = 2**53
+"""Larger numbers are no steps."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class StoredRun:
     @property
     def steps(self) -> int:
         """The last step that was finished."""
-        return int(self.metrics[-1].get("step", len(self.metrics)))
+        return int(self.metrics[-1]["step"])
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric where it is a number; two empty arrays where it never is."""
-        known = [m for m in self.metrics if isinstance(m.get(name), (int, float))]
-        steps = np.array([m["step"] for m in known], int)
+        known = [m for m in self.metrics if _is_number(m.get(name))]
+        steps = np.array([m["step"] for m in known], np.int64)
         values = np.array([m[name] for m in known], float)
         return steps, values
 
@@ -51,15 +55,18 @@ class StoredRun:
         """Seconds per step of each phase, mean over the steps that recorded it."""
         seconds: dict[str, list[float]] = {}
         for m in self.metrics:
-            for name, value in (m.get("phases") or {}).items():
-                seconds.setdefault(name, []).append(value)
+            phases = m.get("phases")
+            for name, value in phases.items() if isinstance(phases, dict) else ():
+                if _is_number(value):
+                    seconds.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in seconds.items()}
 
     def alarms(self) -> dict[str, list[int]]:
         """The steps at which each alarm was on."""
         found: dict[str, list[int]] = {}
         for m in self.metrics:
-            for name in m.get("alarms") or []:
+            alarms = m.get("alarms")
+            for name in alarms if isinstance(alarms, list) else ():
                 found.setdefault(str(name), []).append(int(m["step"]))
         return found
 
@@ -100,30 +107,31 @@ def read(directory: Path) -> StoredRun:
 
 def _numbered(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file that say which step they belong to."""
-    return [line for line in read_lines(path) if isinstance(line.get("step"), int)]
+    return [line for line in read_lines(path) if _is_step(line.get("step"))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LAST_STEP
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} cannot be read; it is not the JSON object a run writes; delete it and write "
-            "the report again"
-        )
-    return content
+    return files.read_json(path, _refuse) or {}
+
+
+def _refuse(text: str) -> NoReturn:
+    raise DataError(f"{text}; it is what the report shows; delete it and write the report again")
 
 
 def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Results | None:
     try:
-        return Results.read(evaluation[name]) if name in evaluation else None
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return Results.of(evaluation, name)
+    except ValueError as fault:
         raise DataError(
-            f"{directory / 'evaluation.json'} is damaged at '{name}'; no figures there; delete it "
-            "and write the report again"
+            f"{directory / 'evaluation.json'} is damaged: {fault}; delete it and write the report "
+            "again"
         ) from None

@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
+from vise_fast.system import files
+from vise_fast.system.errors import ConfigError, DataError
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FORMAT = 1
@@ -51,31 +52,29 @@ def save(
     tensors: Tensors,
     state: Mapping[str, Any],
     keep: int,
-    files: Mapping[str, Path] | None = None,
+    copies: Mapping[str, Path] | None = None,
 ) -> Path:
     """Writes step `step` durably, then removes all but the newest `keep` and any later step (a
     future that a resume left); returns its directory.
 
-    tensors: {group: {name: tensor}}, on any device; state: anything JSON holds; files: {name in the
-    checkpoint: file to copy}. Raises EnvironmentFault when the disk refuses; what was there stays
-    good.
+    tensors: {group: {name: tensor}}, on any device; state: anything JSON holds; copies: {name in
+    the checkpoint: file to copy}. Raises EnvironmentFault when the disk refuses; what was there
+    stays good.
     """
     home = Path(run_dir) / "checkpoints"
     final = home / f"step_{step}"
     aside = home / f".step_{step}.partial"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(home)
-        aside.mkdir()
-        _write_all(aside, step, tensors, state, files or {})
-        _put_in_place(aside, final)
-        _prune(home, step, keep)
-    except OSError as fault:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise EnvironmentFault(
-            f"cannot write the checkpoint {final}: {fault.strerror or fault}; free space or give "
-            "--run.dir a writable place"
-        ) from fault
+    with files.refused(f"the checkpoint {final}"):
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(home)
+            aside.mkdir()
+            _write_all(aside, step, tensors, state, copies or {})
+            _put_in_place(aside, final)
+            _prune(home, step, keep)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     return final
 
 
@@ -154,18 +153,18 @@ def _step(path: Path) -> int:
 
 
 def _write_all(
-    aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any], files: Mapping[str, Path]
+    aside: Path, step: int, tensors: Tensors, state: Mapping[str, Any], copies: Mapping[str, Path]
 ) -> None:
     """Everything, each file synced, the manifest last, then the directory itself."""
     entries = {}
     for group, named in tensors.items():
         name = f"{group}.safetensors"
         entries[name] = _write(aside / name, _packed(named))
-    for name, source in files.items():
+    for name, source in copies.items():
         entries[name] = _write(aside / name, source.read_bytes())
     entries["state.json"] = _write(aside / "state.json", _json({**state, "step": step}))
     _write(aside / "manifest.json", _json({"format": FORMAT, "step": step, "files": entries}))
-    _sync(aside)
+    files.sync(aside)
 
 
 def _packed(named: Mapping[str, torch.Tensor]) -> bytes:
@@ -180,10 +179,7 @@ def _json(content: Any) -> bytes:
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Writes and syncs one file; returns its entry in the manifest."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    files.write_synced(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -197,18 +193,9 @@ def _put_in_place(aside: Path, final: Path) -> None:
     elif final.exists():
         os.rename(final, replaced)
     os.rename(aside, final)
-    _sync(final.parent)
+    files.sync(final.parent)
     if replaced.exists():
         _remove(replaced)
-
-
-def _sync(directory: Path) -> None:
-    """Makes the entries of a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _prune(home: Path, step: int, keep: int) -> None:
@@ -298,12 +285,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _complete(files: dict[str, dict[str, Any]]) -> bool:
+def _complete(entries: dict[str, dict[str, Any]]) -> bool:
     """Whether every entry has what is checked and lies in the checkpoint itself, state.json among
     them.
     """
-    described = all({"bytes", "sha256"} <= entry.keys() for entry in files.values())
-    return described and "state.json" in files and all(Path(n).name == n for n in files)
+    described = all({"bytes", "sha256"} <= entry.keys() for entry in entries.values())
+    return described and "state.json" in entries and all(Path(n).name == n for n in entries)
 
 
 def _unreadable(path: Path) -> Corrupt:

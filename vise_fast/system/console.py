@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import rich.console
 import rich.table
@@ -31,22 +30,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vise_fast.system.errors import EnvironmentFault, UserError
+from vise_fast.system import files, streams
+from vise_fast.system.errors import DataError, UserError
+from vise_fast.system.streams import Forgiving
 
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
-class _Rich(rich.console.Console):
-    """rich ends the process when a reader such as `head` goes away; a run goes on in silence."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 class Console:
     """Prints to `file` (standard output) and complaints to `errors` (standard error); `plain` None:
-    a live bar on terminals only.
+    a live bar on terminals only. A stream that is closed, broken or full ends nothing: what it
+    refuses is dropped.
     """
 
     def __init__(
@@ -120,7 +115,7 @@ class Console:
             task = bar.add_task(self._shown(label), total=total, completed=done, figures="")
             yield lambda figures: bar.update(task, advance=1, figures=self._shown(spread(figures)))
 
-    def _print(self, target: _Rich, text: str, style: str | None = None) -> None:
+    def _print(self, target: rich.console.Console, text: str, style: str | None = None) -> None:
         target.print(self._shown(text), style=style, soft_wrap=True)
 
     def _shown(self, text: str) -> str:
@@ -171,8 +166,8 @@ class _Lines:
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line; `last_step` cuts what a resumed run
-    will write again.
+    """A file of one JSON object per line, each there whole or not at all; `last_step` cuts what a
+    resumed run will write again.
 
     A last line cut short by a kill is dropped on opening. Raises EnvironmentFault when the disk
     refuses.
@@ -180,16 +175,19 @@ class JsonLines:
 
     def __init__(self, path: str | Path, last_step: int | None = None) -> None:
         self.path = Path(path)
-        with self._refused():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with files.refused(self.path):
             _cut(self.path, last_step)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = files.Appended(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; numbers that JSON has no word for (NaN, infinity) become null."""
-        with self._refused():
-            self._file.write(json.dumps(_finite(record)) + "\n")
-            self._file.flush()
+        with files.refused(self.path):
+            self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+
+    def sync(self) -> None:
+        """What was written outlives a power cut."""
+        with files.refused(self.path):
+            self._file.sync()
 
     def close(self) -> None:
         """Closes the file; what was written is in it already."""
@@ -201,30 +199,29 @@ class JsonLines:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _refused(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as fault:
-            raise EnvironmentFault(
-                f"cannot write {self.path}: {fault.strerror or fault}; free space or give "
-                "--run.dir a writable place"
-            ) from fault
-
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The whole records of a JSON-lines file; [] where there is none."""
-    if not Path(path).exists():
+    """The whole records of a JSON-lines file; [] where there is none. Raises DataError where it
+    cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as fault:
+        raise DataError(
+            f"{path} cannot be read: {fault.strerror}; make it readable or move it away"
+        ) from None
     records = [_record(line) for line in lines]
     return [record for record in records if record is not None]
 
 
 def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None = None) -> int:
     """The exit status of a command: a UserError becomes its one line and its code, Ctrl-C 130;
-    `--debug` adds the traceback.
+    `--debug` adds the traceback. A stream that breaks changes neither.
     """
+    streams.guard()
     words = sys.argv[1:] if words is None else words
     try:
         return main(words) or 0
@@ -260,7 +257,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _bar(screen: _Rich) -> Progress:
+def _bar(screen: rich.console.Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -273,9 +270,9 @@ def _bar(screen: _Rich) -> Progress:
     )
 
 
-def _rich(stream: TextIO, plain: bool | None) -> _Rich:
-    return _Rich(
-        file=stream,
+def _rich(stream: TextIO | None, plain: bool | None) -> rich.console.Console:
+    return rich.console.Console(
+        file=cast(TextIO, Forgiving(stream)),
         markup=False,
         highlight=False,
         emoji=False,
@@ -286,7 +283,7 @@ def _rich(stream: TextIO, plain: bool | None) -> _Rich:
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -303,14 +300,15 @@ def _cut(path: Path, last_step: int | None) -> None:
     ]
     new = "".join(keep).encode()
     if new != old:
-        aside = path.with_name(path.name + ".partial")
-        aside.write_bytes(new)
-        os.replace(aside, path)
+        files.write(path, new)
 
 
 def _kept(line: str, last_step: int | None) -> bool:
     record = _record(line)
-    return record is not None and (last_step is None or record.get("step", 0) <= last_step)
+    if record is None or last_step is None:
+        return record is not None
+    step = record.get("step", 0)
+    return isinstance(step, int) and step <= last_step
 
 
 def _finite(value: Any) -> Any:

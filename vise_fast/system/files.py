@@ -1,8 +1,9 @@
 """How a file or a folder of a run is written, and how a file is read back.
 
 Written aside, synced, renamed into place: after a kill or a full disk the old one or the new one is
-there, whole. Read back: a broken file counts as absent, and the caller is told, to say so. Left
-out: what is appended to (console.JsonLines), what is hashed (checkpoint.py, manifest.py).
+there, whole. What grows line by line is appended to: each piece is there whole or not at all. Read
+back: a broken file counts as absent, and the caller is told, to say so. Left out: what is hashed
+(checkpoint.py, manifest.py).
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ LARGEST_JSON = 256 * 2**20
 """Bytes of the largest JSON file that is read: an evaluation of 100,000 scenes is a tenth of it."""
 
 
+REMEDY = "free space or give --run.dir a writable place"
+
+
 @contextlib.contextmanager
-def refused(what: str | Path) -> Iterator[None]:
+def refused(what: str | Path, remedy: str = REMEDY) -> Iterator[None]:
     """An OSError inside becomes the one line about a disk that refuses."""
     try:
         yield
     except OSError as fault:
         raise EnvironmentFault(
-            f"cannot write {what}: {fault.strerror or fault}; free space or give --run.dir a "
-            "writable place"
+            f"cannot write {what}: {fault.strerror or fault}; {remedy}"
         ) from fault
 
 
-def write(path: Path, data: str | bytes) -> None:
+def write(path: Path, data: str | bytes, remedy: str = REMEDY) -> None:
     """Puts a file in place, durably. Raises EnvironmentFault; the old one then stays as it was."""
     aside = path.with_name(f".{path.name}.partial")
-    with refused(path):
+    with refused(path, remedy):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(aside, data if isinstance(data, bytes) else data.encode())
+            write_synced(aside, data if isinstance(data, bytes) else data.encode())
             os.replace(aside, path)
             sync(path.parent)
         except BaseException:
@@ -53,8 +56,44 @@ def write_json(path: Path, content: Any) -> None:
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+class Appended:
+    """A file that only grows, made where there is none. Raises OSError, as `write` and `sync`."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, data: bytes) -> None:
+        """Appends a piece; of one that does not fit nothing stays."""
+        before = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise
+
+    def sync(self) -> None:
+        """Makes durable what was written."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Nothing is held back: it is all written."""
+        self._file.close()
+
+
+def append(path: Path, data: bytes) -> None:
+    """One more piece at the end of a file. Raises EnvironmentFault."""
+    with refused(path), contextlib.closing(Appended(path)) as file:
+        file.write(data)
+
+
 def read_json(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or (said) where it is broken."""
+    """The object in a JSON file; None where there is none, or where it is broken, which `say` is
+    told in words.
+    """
     try:
         if not path.is_file():
             return None
@@ -65,7 +104,7 @@ def read_json(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as fault:
         reason = " ".join(str(fault).split())
-        say(f"{path} cannot be read ({reason}); the run goes on as if it were not there")
+        say(f"{path} cannot be read: {reason}")
         return None
     return content
 
@@ -83,10 +122,8 @@ def folder(final: Path) -> Iterator[Path]:
         try:
             aside.mkdir(parents=True)
             yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _sync_file(file)
-            sync(aside)
+            for path in [*aside.rglob("*"), aside]:
+                sync(path)
             put_in_place(aside, final)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -123,9 +160,9 @@ def put_in_place(aside: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def sync(directory: Path) -> None:
-    """Makes the entries of a directory durable. Raises OSError."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes the content of a file, or the entries of a folder, durable. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -140,13 +177,9 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """A file with its content on the disk, not in place durably yet. Raises OSError."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
         os.fsync(file.fileno())
