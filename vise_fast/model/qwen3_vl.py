@@ -122,7 +122,7 @@ class Qwen3VL:
         """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
         for linear in self.fused():
             linear.refresh(self.dtype)
-        self._packs = [Packs(*(linear.cached for linear in layer.linears)) for layer in self.layers]
+        self._packs = [layer.packs() for layer in self.layers]
 
     # ---- vision ----------------------------------------------------------------------------------
 
@@ -323,6 +323,10 @@ class _Layer:
         self.down = FusedLinear([mlp.down_proj])
         self.linears = [self.qkv, self.out, self.gate_up, self.down]
         self.qk_norms = (attn.q_norm.weight, attn.k_norm.weight)
+
+    def packs(self) -> Packs:
+        """The factors as of the last `refresh`."""
+        return Packs(*(linear.cached for linear in self.linears))
 
 
 class _Merger:
