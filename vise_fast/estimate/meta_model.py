@@ -8,13 +8,15 @@ out: what lies below torch (allocator rounding, workspaces of libraries, CUDA co
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
-from vise_kernels import sample
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.fast import FastEngine, Sheet
@@ -27,6 +29,8 @@ from vise_fast.model import quantise
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.qwen3_vl_vision import ENCODE_AT_ONCE
 from vise_fast.model.tree import Features
+from vise_fast.text.prompts import Style
+from vise_fast.text.tokens import Tokens
 
 META = torch.device("meta")
 
@@ -59,22 +63,22 @@ def _pointwise(args: tuple) -> Tensor | None:
     shape; else None.
     """
     tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
-    if (
-        not tensors
-        or any(t.dtype != tensors[0].dtype or not t.is_meta for t in tensors)
-        or not tensors[0].is_floating_point()
-    ):
+    if not tensors or not _alike(tensors):
         return None
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
     like = next((t for t in tensors if t.shape == shape), None)
     if like is None:
         return None
-    # empty_like knows what becomes of the strides of a view, and takes its time
-    return (
-        torch.empty(shape, dtype=like.dtype, device=META)
-        if like.is_contiguous()
-        else torch.empty_like(like)
-    )
+    if like.is_contiguous():
+        return torch.empty(shape, dtype=like.dtype, device=META)
+    # knows what becomes of the strides of a view, and takes its time
+    return torch.empty_like(like)
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    """All on meta, of one floating dtype."""
+    dtype = tensors[0].dtype
+    return dtype.is_floating_point and all(t.is_meta and t.dtype == dtype for t in tensors)
 
 
 class MetaLive(Live):
@@ -83,7 +87,8 @@ class MetaLive(Live):
     def __init__(self) -> None:
         super().__init__("meta")
 
-    def compute(self, function, args: tuple, kwargs: dict):
+    def compute(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """The op itself, or what its result would look like."""
         out = _pointwise(args) if function in POINTWISE else None
         return function(*args, **kwargs) if out is None else out
 
@@ -91,7 +96,7 @@ class MetaLive(Live):
 class NoScores(TorchFunctionMode):
     """Fused attention keeps no scores on any real device; on meta torch would write them out."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         if function is F.scaled_dot_product_attention:
             return torch.empty_like(args[0])
         return function(*args, **(kwargs or {}))
@@ -104,32 +109,32 @@ class Packed(nn.Module):
     CPU such scratch is nobody's tensor.
     """
 
-    def __init__(self, linear: nn.Linear, config: Config, device: str) -> None:
+    def __init__(self, linear: Any, config: Config, device: str) -> None:
         super().__init__()
         self.inside = device != "cpu"
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        size = linear.weight.numel()
-        blocks = -(-linear.weight.numel() // 64)
         self.int8 = config.model.quant == "int8"
+        held = torch.empty(self._held_bytes(config), dtype=torch.uint8, device=META)
+        self.weight = nn.Parameter(held, requires_grad=False)
+
+    def _held_bytes(self, config: Config) -> int:
+        """Of the weight and its scales."""
+        size = self.out_features * self.in_features
+        blocks = -(-size // 64)
         if self.int8:
-            held = size + 4 * linear.out_features
-        elif config.model.double_quant:
-            held = size // 2 + blocks + 4 * -(-blocks // 256) + 1024 + 68
-        else:
-            held = size // 2 + 4 * blocks + 64
-        self.weight = nn.Parameter(
-            torch.empty(held, dtype=torch.uint8, device=META), requires_grad=False
-        )
+            return size + 4 * self.out_features
+        if config.model.double_quant:
+            return size // 2 + blocks + 4 * -(-blocks // 256) + 1024 + 68
+        return size // 2 + 4 * blocks + 64
 
     def product(self, x: Tensor) -> Tensor:
         """Empty (n, out) in x's dtype."""
         rows, width = x.shape
         if self.int8:
-            half = x.new_empty(
-                rows, 2 * width, dtype=torch.uint8
-            )  # the fp16 copy that is quantised
+            # the fp16 copy that is quantised
+            half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
             held = x.new_empty(rows, width + 4, dtype=torch.uint8)
             del half
             sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
@@ -141,43 +146,37 @@ class Packed(nn.Module):
         return out
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Empty (out, in)."""
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
 
 
-class MetaStyle:
-    """Questions by their kind: `MetaTokens` knows their lengths."""
-
-    def ask(self) -> str:
-        return "ask"
-
-    def ground(self, query: str) -> str:
-        return "ground"
-
-    def verify(self, query: str) -> str:
-        return "verify"
+KINDS = Style("meta", ask_text="ask", ground_text="ground", verify_text="verify")
+"""Questions by their kind: `MetaTokens` knows their lengths."""
 
 
-class MetaTokens:
-    """The part of `tokens.Tokens` that a step reads, for rows of given lengths."""
-
-    image_token = 0
-    pad = 0
-    eos = (0,)
-    yes = (0,)
-    no = (1,)
-    style = MetaStyle()
+class MetaTokens(Tokens):
+    """What a step reads of `Tokens`, without a tokenizer: rows of given lengths."""
 
     def __init__(self, lengths: Lengths, vocabulary: int) -> None:
         self.lengths = lengths
         self.vocabulary = vocabulary
+        self.style = KINDS
         self.head = [0] * lengths.head
         self.tail = [0] * lengths.tail
+        self.image_token = 0
+        self.pad = 0
+        self.eos = [0]
+        self.yes = [0]
+        self.no = [1]
         self.read = 0
 
-    def row(self, kind: str) -> list[int]:
-        return [0] * getattr(self.lengths, kind)
+    def row(self, text: str) -> list[int]:
+        """A question of the kind `text`."""
+        return [0] * getattr(self.lengths, text)
 
-    verdict_row = row
+    def verdict_row(self, text: str) -> list[int]:
+        """The same: its length counts the opening."""
+        return self.row(text)
 
     def text(self, ids: list[int]) -> str:
         """An answer to either question: a query, and a box that no other answer names."""
@@ -188,6 +187,7 @@ class MetaTokens:
         return f"<query>thing</query><box>{left},{top},{right},{top + 300}</box>"
 
     def banned(self) -> Tensor:
+        """None of them."""
         return torch.zeros(self.vocabulary, dtype=torch.bool)
 
 
@@ -196,9 +196,12 @@ class MetaEngine(FastEngine):
 
     backbone: Qwen3VL
 
-    def __init__(self, backbone: Qwen3VL, tokens: MetaTokens, stages: Stages, device: str) -> None:
-        super().__init__(backbone, tokens)  # type: ignore[arg-type]
-        self.clock = stages  # type: ignore[assignment]
+    def __init__(self, backbone: Qwen3VL, tokens: Tokens, stages: Stages, device: str) -> None:
+        super().__init__(backbone, tokens)
+        self.clock = stages
+        # pictures of the same sizes, once more, need what they needed the first time
+        self._encoded: set[tuple] = set()
+        self._judged: set[tuple] = set()
         self.joins = device == "cpu"
 
     def home(self, values: Tensor) -> Tensor:
@@ -206,18 +209,26 @@ class MetaEngine(FastEngine):
         return torch.linspace(1, 0.9, values.numel(), dtype=values.dtype).view(values.shape)
 
     def encode(self, images: list[Tensor]) -> Features:
+        """Features of images whose patches nobody computes."""
         b = self.backbone
         grids = [(image.shape[0] // b.patch, image.shape[1] // b.patch) for image in images]
         count = sum(rows * columns for rows, columns in grids)
         with self.clock.phase("encode"):
+            if tuple(grids) in self._encoded:
+                held = [torch.empty(count, b.vision.width, dtype=b.dtype, device=META)]
+                held += [torch.empty_like(held[0]) for _ in b.vision.taps]
+                return Features(held[0], held[1:], grids)
+            self._encoded.add(tuple(grids))
             patches = torch.empty(count, 3 * b.patch**2, dtype=b.dtype, device=META)
             return b.vision.encode_patches(patches, grids)
 
     def prefill(self, features: Features, adapters: bool, *, graph: bool = False) -> Prefixes:
+        """As a stage."""
         with self.clock.phase("prefix" if adapters else "reference prefix"):
             return super().prefill(features, adapters, graph=graph)
 
     def prompt(self, prefixes: Prefixes, owner: list[int], rows: list[list[int]]) -> Prompts:
+        """As a stage."""
         with self.clock.phase("question"):
             return super().prompt(prefixes, owner, rows)
 
@@ -230,27 +241,28 @@ class MetaEngine(FastEngine):
         seeds: list[int],
         temperature: float = 1.0,
     ) -> Rollout:
+        """The first token and the last, when the keys and values of all are there."""
         with self.clock.phase("answers"):
             active = self._start(prompts, fan, limit, seeds)
             sheet = Sheet.blank(len(seeds), limit, self.tokens, self.device)
             logits = self.backbone.logits(prompts.last)[torch.tensor(active.owner, device=META)]
-            token = self._draw(logits, active.seeds, temperature)
+            token = self._drawn(logits, active.seeds, 0, temperature)[0]
             logits = self._next(active, token, limit - 1, prompts.prefixes.adapters)
-            self._draw(logits, active.seeds, temperature)
+            self._drawn(logits, active.seeds, limit - 1, temperature)
         home = [[0] * limit for _ in seeds]
         return Rollout(sheet.ids, sheet.logprob, [limit] * len(seeds), home)
 
-    def _draw(self, logits: Tensor, seeds: Tensor, temperature: float) -> Tensor:
-        token, _ = sample(
-            logits, temperature=temperature, banned=self.banned, seed=seeds, position=0
-        )
-        return token
-
     def verdict_logits(self, features: Features, rows: list[list[int]], adapters: bool) -> Tensor:
+        """As a stage."""
+        key = (tuple(features.grids), len(rows[0]), adapters)
         with self.clock.phase("verdicts"):
+            if key in self._judged:
+                return torch.empty(len(rows), self.tokens.vocabulary, device=META)
+            self._judged.add(key)
             return super().verdict_logits(features, rows, adapters)
 
     def score(self, features: Features, answered: Answered, adapters: bool, **options) -> Tensor:
+        """As a stage."""
         with self.clock.phase("scores" if adapters else "reference scores"):
             return super().score(features, answered, adapters, **options)
 
@@ -265,7 +277,13 @@ class MetaOptimizer:
     """
 
     def __init__(
-        self, parameters: list[Tensor], name: str, live: Live, *, paged: bool, accumulates: bool
+        self,
+        parameters: Sequence[Tensor],
+        name: str,
+        live: Live,
+        *,
+        paged: bool,
+        accumulates: bool,
     ) -> None:
         self.parameters = parameters
         self.name = name
@@ -286,6 +304,7 @@ class MetaOptimizer:
         self.accumulates = False
 
     def step(self) -> None:
+        """Takes what a step takes, and lets it go."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         self.live.relabel(grads, "LoRA gradients")
         scratch = grads if self.name == "adamw" else []
@@ -300,11 +319,13 @@ def _moment_bytes(p: Tensor, name: str) -> int:
 
 
 def meta_policy(
-    config: Config, model_config, lengths: Lengths, dtype: torch.dtype, device: str
+    config: Config, model_config: Any, lengths: Lengths, dtype: torch.dtype, device: str
 ) -> model.Policy:
     """The run's model on the meta device with its adapters; quantised linears are `Packed`."""
     with META:
-        base = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        base = AutoModelForImageTextToText.from_config(
+            model_config, dtype=dtype, trust_remote_code=False
+        )
     base.requires_grad_(False).eval()
     policy = model.attach(base, config)
     if config.model.quant != "none":
@@ -314,4 +335,4 @@ def meta_policy(
     tokens = MetaTokens(lengths, base.lm_head.weight.shape[0])
     backbone = model.FAMILIES[model_config.model_type].backbone(policy)
     backbone.vision.at_once = ENCODE_AT_ONCE if device == "cpu" else None
-    return model.Policy(policy, tokens, backbone, "")  # type: ignore[arg-type]
+    return model.Policy(policy, tokens, backbone, "")
