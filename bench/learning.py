@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -112,18 +111,6 @@ def _short(x):
     if isinstance(x, list):
         return [_short(value) for value in x]
     return round(x, 5) if isinstance(x, float) else x
-
-
-def truth_of(source: Scenes) -> Callable:
-    """The true box of a query that names exactly one object of the scene: for the oracle's reward
-    only.
-    """
-
-    def truth(image, query):
-        named = [thing for thing in source.scene(image.key).objects if thing.name == query]
-        return named[0].box_1000 if len(named) == 1 else None
-
-    return truth
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,7 @@ def train(study: Study) -> dict:
 
     config = study.config
     learner = Learner(study.policy, study.engine, config)
-    truth = truth_of(study.source) if config.reward.name == "oracle" else None
+    truth = study.source.truth if config.reward.name == "oracle" else None
     curve = []
     start = time.monotonic()
     for step in range(config.train.steps):

@@ -18,7 +18,7 @@ import json
 import sys
 
 import torch
-from learning import SPLIT_SEED, parted, truth_of
+from learning import SPLIT_SEED, parted
 from torch import Tensor
 
 from vise_fast.config import schema as configuration
@@ -89,7 +89,7 @@ def collect(scenes: int, extra: list[str]) -> dict[str, Tensor]:
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     source = Scenes(config)
-    truth = truth_of(source)
+    truth = source.truth
     size = config.train.batch
     parts: dict[str, list[Tensor]] = {}
     for step in range(-(-scenes // size)):

@@ -25,9 +25,9 @@ from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
-from vise_fast.images import geometry, views
-from vise_fast.images import picture_file as decode
+from vise_fast.images import geometry, picture_file, views
 from vise_fast.method import roles
+from vise_fast.method.evidence import VISIBLE
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.model.load import grid_multiple, load
 from vise_fast.system import threads
@@ -62,37 +62,39 @@ def answer(
     serve all questions about it. Raises NumericFault where a verdict is no number.
     """
     prefix = engine.prefill(engine.encode([pixels]), adapters)
-    asked = (
-        None
-        if query
-        else roles.ask(engine, prefix, [0], [0], Sampling(config.rollout.query_tokens, 0.0))
-    )
-    query = query or asked.texts[0]
+    written = None
+    if not query:
+        asked = roles.ask(engine, prefix, [0], [0], Sampling(config.rollout.query_tokens, 0.0))
+        query = asked.texts[0]
+        written = asked.written[0]
     sampling = Sampling(config.rollout.box_tokens, temperature=0.0)
     found = roles.ground(engine, prefix, [Question(0, query)], sampling)
     seen = float(roles.finite(roles.verify_forked(engine, prefix, [0], [query]))[0])
     box = found.box_1000[0] if bool(geometry.proper(found.box_1000)[0]) else None
     gone = None
     if box is not None:
-        ghost = views.ghost(
-            [pixels], torch.tensor([0]), box[None], config.ghost, literal=config.view.literal_pixels
-        )
-        hidden = engine.encode(ghost)
+        hidden = engine.encode(_ghost(pixels, box, config))
         gone = float(roles.finite(roles.verify(engine, hidden, [query], adapters))[0])
-    return Answer(query, asked.written[0] if asked else None, box, found.written[0], seen, gone)
+    return Answer(query, written, box, found.written[0], seen, gone)
+
+
+def _ghost(pixels: Tensor, box_1000: Tensor, config: Config) -> list[Tensor]:
+    """A copy of the image with the box (4,) hidden."""
+    literal = config.view.literal_pixels
+    return views.ghost([pixels], torch.tensor([0]), box_1000[None], config.ghost, literal=literal)
 
 
 def read_image(path: Path, config: Config) -> tuple[Pillow.Image, Tensor]:
     """The upright picture as it is, and its pixels on the model's grid. Raises DataError."""
     multiple = grid_multiple(config.model.path)
     try:
-        picture = decode.decode(path, config.data.max_header_pixels)
-    except decode.BadImage as fault:
+        picture = picture_file.decode(path, config.data.max_header_pixels)
+    except picture_file.BadImage as fault:
         raise DataError(
             f"--image {path} {fault}; it cannot be used; give a JPEG, PNG, WEBP, BMP, GIF, TIFF or "
             "PPM file"
         ) from None
-    pixels = decode.on_grid(picture, multiple, config.data.min_pixels, config.data.max_pixels)
+    pixels = picture_file.on_grid(picture, multiple, config.data.min_pixels, config.data.max_pixels)
     return picture, torch.from_numpy(pixels)
 
 
@@ -112,55 +114,46 @@ def draw(picture: Pillow.Image, box_1000: Tensor, path: Path) -> None:
 
 def say(console: Console, given: Answer, picture: Pillow.Image) -> None:
     """The answers, with the box in the picture's own pixels."""
-    console.say(
-        f"query    {given.query}"
-        + (f"   (written: {given.query_written})" if given.query_written else "")
-    )
-    if given.box_1000 is None:
-        console.say(f"box      none   (written: {given.box_written})")
-    else:
-        pixels = (
-            geometry.to_px(given.box_1000, picture.height, picture.width).round().int().tolist()
-        )
-        console.say(
-            f"box      {given.box_1000.round().int().tolist()} of 1000, pixels {pixels} of "
-            f"{picture.width} x {picture.height}"
-        )
-    console.say(f"visible  {'yes' if given.seen >= 0.5 else 'no'}, p {given.seen:.3f}")
+    written = f"   (written: {given.query_written})" if given.query_written else ""
+    console.say(f"query    {given.query}{written}")
+    console.say(f"box      {_box_words(given, picture)}")
+    console.say(f"visible  {'yes' if given.seen >= VISIBLE else 'no'}, p {given.seen:.3f}")
     if given.gone is not None:
-        console.say(
-            f"hidden   with the box hidden: {'still visible' if given.gone >= 0.5 else 'gone'}, p "
-            f"{given.gone:.3f}"
-        )
+        verdict = "still visible" if given.gone >= VISIBLE else "gone"
+        console.say(f"hidden   with the box hidden: {verdict}, p {given.gone:.3f}")
+
+
+def _box_words(given: Answer, picture: Pillow.Image) -> str:
+    if given.box_1000 is None:
+        return f"none   (written: {given.box_written})"
+    box = given.box_1000.round().int().tolist()
+    box_px = geometry.to_px(given.box_1000, picture.height, picture.width).round().int().tolist()
+    return f"{box} of 1000, pixels {box_px} of {picture.width} x {picture.height}"
 
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = SYNTAX.parse(words)
+    given = SYNTAX.parse(words)
     console = Console()
-    if options.help:
+    if given.help:
         console.say(__doc__)
         return 0
-    if options["image"] is None:
+    if given["image"] is None:
         raise ConfigError(
             "which image? infer answers about one picture; write python -m vise_fast.infer --image "
             "photo.jpg"
         )
-    config = origin.configuration(options)
+    config = origin.configuration(given)
     threads.settle(console.say)
-    picture, pixels = read_image(Path(options["image"]), config)
-    policy = load(config, options["adapter"], say=console.warn)
-    given = answer(
-        open_engine(policy, config),
-        pixels,
-        config,
-        options["query"],
-        adapters=options["adapter"] is not None,
-    )
-    say(console, given, picture)
-    if options["draw"] and given.box_1000 is not None:
-        draw(picture, given.box_1000, Path(options["draw"]))
-        console.say(f"drawn    {options['draw']}")
+    picture, pixels = read_image(Path(given["image"]), config)
+    adapter = given["adapter"]
+    policy = load(config, adapter, say=console.warn)
+    engine = open_engine(policy, config)
+    answered = answer(engine, pixels, config, given["query"], adapters=adapter is not None)
+    say(console, answered, picture)
+    if given["draw"] and answered.box_1000 is not None:
+        draw(picture, answered.box_1000, Path(given["draw"]))
+        console.say(f"drawn    {given['draw']}")
     return 0
 
 

@@ -16,10 +16,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
@@ -53,7 +55,8 @@ class Loss:
     unmoved: int = 0
     """of those, weights whose stored number did not change"""
 
-    def add(self, wanted: torch.Tensor, arrived: torch.Tensor) -> None:
+    def add(self, wanted: Tensor, arrived: Tensor) -> None:
+        """One matrix: the update it should have had, and the one it had; fp32."""
         self.matrices += 1
         self.wanted += float(wanted.double().square().sum())
         self.along += float((wanted.double() * arrived.double()).sum())
@@ -80,14 +83,20 @@ def merge(model: PeftModel, adapter: str = "default") -> Loss:
     loss = Loss()
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            weight = module.get_base_layer().weight
-            wanted = (
-                module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float()
-            ) * module.scaling[adapter]
+            base: Any = module.get_base_layer()
+            weight: Tensor = base.weight
+            wanted = _update(module, adapter)
             merged = (weight.float() + wanted).to(weight.dtype)
             loss.add(wanted, merged.float() - weight.float())
             weight.copy_(merged)
     return loss
+
+
+def _update(layer: Any, adapter: str) -> Tensor:
+    """What a LoRA layer adds to its base weight: scaling · B·A, fp32 (out, in)."""
+    down = layer.lora_A[adapter].weight.float()
+    up = layer.lora_B[adapter].weight.float()
+    return (up @ down) * layer.scaling[adapter]
 
 
 def load_for_merge(config: Config, adapter: str, say: Callable[[str], None]) -> PeftModel:
@@ -110,9 +119,10 @@ def save(model: PeftModel, source: str, out: Path) -> None:
     Raises EnvironmentFault.
     """
     aside = out.with_name(out.name + ".partial")
+    lora: Any = model.base_model
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        model.base_model.unload().save_pretrained(str(aside), safe_serialization=True)
+        lora.unload().save_pretrained(str(aside), safe_serialization=True)
         for path in side_files(source):
             if not (aside / path.name).exists():
                 shutil.copyfile(path, aside / path.name)
@@ -126,23 +136,29 @@ def save(model: PeftModel, source: str, out: Path) -> None:
 
 def main(words: Sequence[str]) -> int:
     """The command."""
-    options = SYNTAX.parse(words)
+    given = SYNTAX.parse(words)
     console = Console()
-    if options.help:
+    if given.help:
         console.say(__doc__)
         return 0
-    if options["adapter"] is None or options["out"] is None:
+    adapter = given["adapter"]
+    if adapter is None or given["out"] is None:
         raise ConfigError(
             "merge needs an adapter and a place for the result; write python -m vise_fast.merge "
             "--adapter RUN/adapter --out DIR"
         )
-    out = Path(options["out"])
+    out = Path(given["out"])
     if out.exists():
         raise ConfigError(
             f"--out {out} exists already; nothing is overwritten; name a new directory"
         )
-    config = origin.configuration(options)
-    model = load_for_merge(config, options["adapter"], console.warn)
+    merge_into(out, origin.configuration(given), adapter, console)
+    return 0
+
+
+def merge_into(out: Path, config: Config, adapter: str, console: Console) -> None:
+    """Loads, merges, says what was lost, saves."""
+    model = load_for_merge(config, adapter, console.warn)
     if config.model.quant != "none":
         console.warn(
             f"the adapter was trained on a base held in {config.model.quant}; it is merged into "
@@ -150,13 +166,14 @@ def main(words: Sequence[str]) -> int:
         )
     loss = merge(model)
     bases.check_finite(model.state_dict(), "the merged model")  # a narrow dtype may overflow
-    _say(console, loss, model.get_base_model().lm_head.weight.dtype)
+    base: Any = model.get_base_model()
+    _say(console, loss, base.lm_head.weight.dtype)
     save(model, resolve(config.model.path), out)
     console.say(f"merged   {out}")
-    return 0
 
 
 def _say(console: Console, loss: Loss, dtype: torch.dtype) -> None:
+    """How much of the update arrived in weights of this dtype."""
     name = str(dtype).removeprefix("torch.")
     console.say(f"merged   {loss.matrices} matrices in fp32, stored as {name}")
     console.say(

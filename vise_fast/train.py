@@ -26,7 +26,7 @@ from vise_fast.estimate import planner as estimate
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
-from vise_fast.method.experience import Played, Truth, attention_share, play_batch
+from vise_fast.method.experience import Played, Truth, attention_share, play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 from vise_fast.run.directory import Run
@@ -58,15 +58,17 @@ def main(words: Sequence[str]) -> int:
 def train(
     config: Config, truth: Truth | None = None, stated: Mapping[str, Any] | None = None
 ) -> int:
-    """One run, start to finish. stated: the settings that were asked for by name (those that differ
-    from their defaults): a resumed run takes the others from its own configuration.
+    """One run, start to finish. truth: tells true boxes, for a reward that asks for them (None: the
+    drawn scenes' own); stated: the settings that were asked for by name (those that differ from
+    their defaults): a resumed run takes the others from its own configuration.
 
     Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
     """
-    rewards.resolve(config.reward)
+    start = resolve(config, settings.changed(config) if stated is None else stated)
+    rewards.check(start.config.reward, truth is not None or start.config.data.dir is None)
     allocator.keep_freed_memory()
     with Signals() as stop:
-        run = Run(resolve(config, settings.changed(config) if stated is None else stated))
+        run = Run(start)
         try:
             whole(run, stop, truth)
         except Interrupted as reason:
@@ -92,7 +94,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
         run.opening(policy, source)
         stop.check()
         run.before(engine, source)
-        loop(run, engine, learner, source, truth)
+        loop(run, engine, learner, source, truth or truth_of(source, run.config.reward))
         run.finish(policy, engine, source)
 
 

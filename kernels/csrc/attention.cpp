@@ -183,6 +183,7 @@ VISE_INLINE void queries(const Attention& a, const std::vector<Bank>& banks, std
         const std::int64_t entry = bank.owner ? bank.owner[row] : row;
         std::int64_t seen = bank.length ? std::min(bank.length[entry], bank.tokens) : bank.tokens;
         if (bank.causal) seen = std::min(seen, block.token[count - 1] + 1);
+        if (seen <= 0) continue;
         const float* keys = bank.keys + entry * bank.key_entry + kv * bank.key_head;
         const float* values = bank.values + entry * bank.value_entry + kv * bank.value_head;
         for (std::int64_t first = 0; first < seen; first += kKeys) {

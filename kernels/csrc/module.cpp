@@ -46,13 +46,26 @@ void require(bool holds, const char* what) {
     if (!holds) throw nb::value_error(what);
 }
 
-int extent(const Source& image, int axis) { return static_cast<int>(image.shape(axis)); }
+// The kernels count the pixels of a side in 32 bits, three bytes each.
+constexpr int64_t kMostSide = 1 << 24;
+
+template <class Image>
+int extent(const Image& image, int axis) {
+    const std::size_t size = image.shape(axis);
+    require(size >= 1 && size < kMostSide, "an image without pixels, or too large");
+    return static_cast<int>(size);
+}
 
 void require_same_shapes(const std::vector<Source>& sources, const std::vector<Target>& outs) {
     require(sources.size() == outs.size(), "one output per image");
     for (std::size_t i = 0; i < sources.size(); ++i)
         require(sources[i].shape(0) == outs[i].shape(0) && sources[i].shape(1) == outs[i].shape(1),
                 "an output's size is not its image's");
+}
+
+// Warps count the pixels of an image and its border in 32 bits.
+void require_warpable(int64_t height, int64_t width) {
+    require((height + 3) * (width + 3) < int64_t{1} << 31, "an image too large to warp");
 }
 
 std::vector<double> to_vector(const Doubles& values) {
@@ -64,7 +77,8 @@ using Kernel = std::tuple<int, Doubles, Doubles>;  // radius, frequencies, ampli
 std::vector<vise::Cosines> to_cosines(const std::vector<Kernel>& kernels) {
     std::vector<vise::Cosines> cosines;
     for (const auto& [radius, frequency, amplitude] : kernels) {
-        require(radius >= 0 && frequency.shape(0) > 0 && frequency.shape(0) == amplitude.shape(0),
+        require(radius >= 0 && radius < kMostSide, "a kernel's radius is out of bounds");
+        require(frequency.shape(0) > 0 && frequency.shape(0) == amplitude.shape(0),
                 "a kernel's frequencies and amplitudes differ in number");
         cosines.push_back({radius, to_vector(frequency), to_vector(amplitude)});
     }
@@ -78,9 +92,14 @@ vise::Ghosting to_ghosting(const std::string& method) {
     return vise::Ghosting::kBlur;
 }
 
-void require_box(const vise::GhostJob& job) {
-    const bool inside = job.x1 >= 0 && job.y1 >= 0 && job.x2 <= job.width && job.y2 <= job.height;
-    require(inside && job.x1 <= job.x2 && job.y1 <= job.y2, "a box is not within its image");
+// x1, y1, x2, y2, half-open.
+void set_box(vise::GhostJob& job, const int64_t* box) {
+    const bool inside = box[0] >= 0 && box[1] >= 0 && box[2] <= job.width && box[3] <= job.height;
+    require(inside && box[0] <= box[2] && box[1] <= box[3], "a box is not within its image");
+    job.x1 = static_cast<int>(box[0]);
+    job.y1 = static_cast<int>(box[1]);
+    job.x2 = static_cast<int>(box[2]);
+    job.y2 = static_cast<int>(box[3]);
 }
 
 void ghost(std::vector<Source> sources, std::vector<Target> outs, Boxes boxes, std::string method,
@@ -94,22 +113,17 @@ void ghost(std::vector<Source> sources, std::vector<Target> outs, Boxes boxes, s
             "one box, kernel and cell per image");
     std::vector<vise::GhostJob> jobs;
     for (std::size_t i = 0; i < count; ++i) {
-        const int64_t* box = boxes.data() + 4 * i;
         const int64_t kernel = kernel_of.data()[i], cell = cells.data()[i];
-        require(kernel >= 0 && kernel < static_cast<int64_t>(cosines.size()) && cell >= 1,
-                "no such kernel, or an empty cell");
+        require(kernel >= 0 && kernel < static_cast<int64_t>(cosines.size()), "no such kernel");
+        require(cell >= 1 && cell < kMostSide, "a cell is empty or too large");
         vise::GhostJob job{};
         job.source = sources[i].data();
         job.out = outs[i].data();
         job.height = extent(sources[i], 0);
         job.width = extent(sources[i], 1);
-        job.x1 = static_cast<int>(box[0]);
-        job.y1 = static_cast<int>(box[1]);
-        job.x2 = static_cast<int>(box[2]);
-        job.y2 = static_cast<int>(box[3]);
+        set_box(job, boxes.data() + 4 * i);
         job.cell = static_cast<int>(cell);
         job.kernel = &cosines[kernel];
-        require_box(job);
         jobs.push_back(job);
     }
     nb::gil_scoped_release release;
@@ -124,6 +138,7 @@ void warp(std::vector<Source> sources, std::vector<Target> outs, Matrices invers
     std::vector<vise::WarpJob> jobs(sources.size());
     for (std::size_t i = 0; i < jobs.size(); ++i) {
         const int height = extent(sources[i], 0), width = extent(sources[i], 1);
+        require_warpable(height, width);
         jobs[i] = {sources[i].data(), outs[i].data(), height, width, {}};
         std::copy_n(inverses.data() + 9 * i, 9, jobs[i].inverse);
     }
@@ -137,10 +152,9 @@ vise::Axis to_axis(const AxisArrays& arrays, std::size_t inputs, std::size_t out
     const auto& [first, weight] = arrays;
     require(first.shape(0) == outputs && weight.shape(0) == outputs,
             "an axis does not fit its output");
-    const int64_t width = weight.shape(1);
+    const int64_t width = weight.shape(1), last = static_cast<int64_t>(inputs) - width;
     for (std::size_t i = 0; i < outputs; ++i)
-        require(first.data()[i] >= 0 && first.data()[i] + width <= static_cast<int64_t>(inputs),
-                "an axis reads beyond its input");
+        require(first.data()[i] >= 0 && first.data()[i] <= last, "an axis reads beyond its input");
     return {static_cast<int>(width), first.data(), weight.data()};
 }
 
@@ -154,9 +168,8 @@ void resize(std::vector<Source> sources, std::vector<Target> outs, std::vector<A
     for (std::size_t i = 0; i < count; ++i) {
         const Source& in = sources[i];
         const Target& out = outs[i];
-        jobs.push_back({in.data(), out.data(), extent(in, 0), extent(in, 1),
-                        static_cast<int>(out.shape(0)), static_cast<int>(out.shape(1)),
-                        to_axis(across[i], in.shape(1), out.shape(1)),
+        jobs.push_back({in.data(), out.data(), extent(in, 0), extent(in, 1), extent(out, 0),
+                        extent(out, 1), to_axis(across[i], in.shape(1), out.shape(1)),
                         to_axis(down[i], in.shape(0), out.shape(0)), down_first[i]});
     }
     nb::gil_scoped_release release;
@@ -172,6 +185,7 @@ void patchify(std::vector<Source> sources, AnyMatrix out, AnyMatrix table, int p
                 table.stride(0) == 256,
             "the table is (3, 256)");
     require(patch >= 1 && merge >= 1 && taps >= 1, "patch, merge and taps are at least 1");
+    const int64_t side = static_cast<int64_t>(patch) * merge;
     const std::size_t row = static_cast<std::size_t>(3) * taps * patch * patch;
     require(out.shape(1) == row && out.stride(1) == 1 && out.stride(0) == static_cast<int64_t>(row),
             "an output row holds one patch");
@@ -180,8 +194,9 @@ void patchify(std::vector<Source> sources, AnyMatrix out, AnyMatrix table, int p
     std::size_t done = 0;
     for (const Source& image : sources) {
         const int height = extent(image, 0), width = extent(image, 1);
-        require(height % (patch * merge) == 0 && width % (patch * merge) == 0,
+        require(height % side == 0 && width % side == 0,
                 "an image is not a whole number of merged patches");
+        if (inverses) require_warpable(height, width);
         const double* inverse = inverses ? inverses->data() + 9 * jobs.size() : nullptr;
         jobs.push_back({image.data(), static_cast<char*>(out.data()) + done * row * bytes, height,
                         width, inverse});
@@ -303,6 +318,7 @@ void swiglu_backward(Address x, Address dz, std::int64_t rows, std::int64_t widt
 vise::Heads to_heads(const std::vector<std::int64_t>& sizes, const std::vector<Address>& tables,
                      float eps, bool brain) {
     require(sizes.size() == 4 && tables.size() == 4, "four sizes, four tables");
+    require(sizes[1] >= 0 && sizes[2] >= 1 && sizes[3] >= 1, "heads without numbers");
     vise::Heads heads{};
     heads.rows = sizes[0];
     heads.queries = sizes[1];
@@ -340,7 +356,7 @@ using BankNumbers = std::tuple<Address, Address, Address, Address, std::vector<s
 void attention(Address q, const std::vector<std::int64_t>& sizes, float scale,
                const std::vector<BankNumbers>& numbers, bool causal, Address out, Address lse,
                int threads) {
-    require(sizes.size() == 5, "five sizes");
+    require(sizes.size() == 5 && sizes[3] >= 1, "five sizes, at least one key head");
     const auto longs = [](Address address) {
         return reinterpret_cast<const std::int64_t*>(address);
     };

@@ -1,5 +1,6 @@
 // Work items shared among threads: each worker makes its own scratch once, then takes the next item
-// until none is left.
+// until none is left. Nobody spins: a worker ends with its last item, the caller sleeps until all
+// have ended.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +9,14 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace vise {
 
-// work(index, scratch) for index in 0..count-1 on at most `threads` threads. The first exception
-// stops all and is rethrown.
+// work(index, scratch) for index in 0..count-1 on at most `threads` threads, on fewer where the
+// system gives no more. The first exception stops all and is rethrown.
 template <class Scratch, class Work>
 void for_each_parallel(std::size_t count, int threads, const Work& work) {
     std::atomic<std::size_t> next{0};
@@ -32,7 +34,11 @@ void for_each_parallel(std::size_t count, int threads, const Work& work) {
     };
     std::size_t helpers = std::min<std::size_t>(std::max(threads, 1), count);
     std::vector<std::thread> pool;
-    for (std::size_t i = 1; i < helpers; ++i) pool.emplace_back(worker);
+    pool.reserve(helpers);
+    try {
+        for (std::size_t i = 1; i < helpers; ++i) pool.emplace_back(worker);
+    } catch (const std::system_error&) {  // the threads that started do the work
+    }
     worker();
     for (std::thread& thread : pool) thread.join();
     if (failure) std::rethrow_exception(failure);

@@ -22,7 +22,7 @@ void put_patch(const uint8_t* corner, std::ptrdiff_t stride, const Value* table,
                int taps, Value* out) {
     const std::size_t plane = static_cast<std::size_t>(patch) * patch;
     for (int c = 0; c < 3; ++c) {
-        Value* first = out + c * taps * plane;
+        Value* first = out + static_cast<std::size_t>(c) * taps * plane;
         for (int y = 0; y < patch; ++y)
             for (int x = 0; x < patch; ++x)
                 first[y * patch + x] = table[c * 256 + corner[y * stride + 3 * x + c]];

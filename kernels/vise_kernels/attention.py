@@ -107,12 +107,14 @@ def _native(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`plain` in C++, which takes banks as they lie."""
+    banks = [Bank(*bank) for bank in zip(keys, values, owners, lengths, strict=True)]
+    _check(q, banks)
     _check_native(q, keys, values)
     q = q.contiguous()
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3])
     # held here: the numbers are addresses, which keep nothing alive
-    banks = [_ready(Bank(*bank)) for bank in zip(keys, values, owners, lengths, strict=True)]
+    banks = [_ready(bank) for bank in banks]
     # a product costs less than an element that is read and written
     threads = threads_for(q.numel() * sum(bank.keys.shape[2] for bank in banks) // 32)
     rows, tokens, heads, dim = q.shape
@@ -165,7 +167,7 @@ def _check(q: Tensor, banks: list[Bank]) -> None:
             f"attention: q must be (N,T,H,D), got {tuple(q.shape)}, over at least one bank"
         )
     for bank in banks:
-        if not _fits(q, bank, banks[0].keys.shape[1]):
+        if not _fits(q, bank, banks[0]):
             raise ValueError(
                 f"attention: keys {tuple(bank.keys.shape)} and values {tuple(bank.values.shape)} "
                 f"do not fit q {tuple(q.shape)}"
@@ -174,12 +176,15 @@ def _check(q: Tensor, banks: list[Bank]) -> None:
         _check_table("length", bank.length, len(bank.keys), q.device)
 
 
-def _fits(q: Tensor, bank: Bank, kv_heads: int) -> bool:
+def _fits(q: Tensor, bank: Bank, first: Bank) -> bool:
+    """One bank beside q and the first bank's key heads, of which there is at least one."""
     keys = bank.keys
-    alike = keys.dim() == 4 and keys.shape == bank.values.shape
-    if not alike or keys.shape[1] != kv_heads or keys.shape[3] != q.shape[3]:
+    if keys.dim() != 4 or keys.shape != bank.values.shape or keys.shape[3] != q.shape[3]:
         return False
-    return q.shape[2] % kv_heads == 0 and (bank.owner is not None or len(keys) == len(q))
+    heads = keys.shape[1]
+    if heads < 1 or q.shape[2] % heads or first.keys.shape[1:2] != keys.shape[1:2]:
+        return False
+    return bank.owner is not None or len(keys) == len(q)
 
 
 def _check_table(name: str, table: Tensor | None, size: int, device: torch.device) -> None:

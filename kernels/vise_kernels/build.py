@@ -15,6 +15,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent.parent
+WHERE = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
 
 
 def find_tool(name: str) -> str | None:
@@ -22,9 +23,9 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
-def build(options: list[str]) -> None:
-    """Configures, compiles and installs. RuntimeError: no CMake, no checkout; CalledProcessError:
-    the build failed.
+def build(options: list[str], where: Path = WHERE, prefix: Path = PACKAGE.parent) -> None:
+    """Configures, compiles in `where` and installs into `prefix`/vise_kernels. RuntimeError: no
+    CMake, no checkout; CalledProcessError: the build failed.
     """
     cmake = find_tool("cmake")
     if cmake is None:
@@ -33,12 +34,12 @@ def build(options: list[str]) -> None:
         )
     if not (ROOT / "CMakeLists.txt").is_file():
         raise RuntimeError(f"no CMakeLists.txt in {ROOT}; only a checkout is built in place")
-    where = str(ROOT / "build" / f"native-{sys.implementation.cache_tag}")
+    place = str(where)
     python = f"-DPython_EXECUTABLE={sys.executable}"
-    configure = [cmake, "-S", str(ROOT), "-B", where, *_ninja(), python, *options]
-    install = [cmake, "--install", where, "--prefix", str(PACKAGE.parent)]
+    configure = [cmake, "-S", str(ROOT), "-B", place, *_ninja(), python, *options]
+    install = [cmake, "--install", place, "--prefix", str(prefix)]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", where], check=True)
+    subprocess.run([cmake, "--build", place], check=True)
     subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -63,7 +63,8 @@ def locate(keys: list[Tensor], values: list[Tensor]) -> Tensor:
 def decode_attention(q: Tensor, banks: Banks, *, scale: float, path: str | None = None) -> Tensor:
     """q (N,H,D) over `banks`: (N,H,D) in q's dtype. A row that sees no token at all is zero.
 
-    ValueError: shapes that do not fit.
+    A length beyond its bank means all of it. ValueError: shapes that do not fit, and on a CPU an
+    owner that is not in its bank (on a GPU looking would cost a synchronisation).
     """
     _check(q, banks)
     if choose("decode_attention", q.device, path).path == "plain":
@@ -158,8 +159,8 @@ def _partial_kernel(
     found = tl.zeros([TILE, WIDE], tl.float32)
     for bank in tl.static_range(BANKS):
         entry = tl.load(owner + bank * rows + row)
-        count = tl.load(length + bank * rows + row)
         room = tl.load(table + bank * 3 + 2)
+        count = tl.minimum(tl.load(length + bank * rows + row), room)
         start = (entry * kv_heads + kv) * room * DIM
         keys = tl.load(table + bank * 3).to(tl.pointer_type(q.dtype.element_ty)) + start
         values = tl.load(table + bank * 3 + 1).to(tl.pointer_type(q.dtype.element_ty)) + start
@@ -221,22 +222,43 @@ def _check(q: Tensor, banks: Banks) -> None:
         raise ValueError(
             f"decode_attention: q must be a float tensor (N,H,D), got {q.dtype} {tuple(q.shape)}"
         )
-    want = (len(banks.keys), q.shape[0])
-    for name, table in (("owner", banks.owner), ("length", banks.length)):
-        if table.shape != want or table.dtype != torch.int64:
-            raise ValueError(
-                f"decode_attention: {name} must be int64 {want}, got {table.dtype} "
-                f"{tuple(table.shape)}"
-            )
+    if not banks.keys:
+        raise ValueError("decode_attention: needs at least one bank")
+    for name, width in (("owner", len(q)), ("length", len(q)), ("table", 3)):
+        _check_numbers(name, getattr(banks, name), (len(banks.keys), width))
     for keys, values in zip(banks.keys, banks.values, strict=True):
-        if not _fits(q, keys, values):
+        if not _fits(q, keys, values, banks.keys[0]):
             raise ValueError(
                 f"decode_attention: keys {tuple(keys.shape)} {keys.dtype} and values "
                 f"{tuple(values.shape)} do not fit q {tuple(q.shape)} {q.dtype}"
             )
+    if q.device.type == "cpu":
+        _check_owners(banks)
 
 
-def _fits(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+def _check_numbers(name: str, numbers: Tensor, want: tuple[int, int]) -> None:
+    if numbers.shape != want or numbers.dtype != torch.int64:
+        raise ValueError(
+            f"decode_attention: {name} must be int64 {want}, got {numbers.dtype} "
+            f"{tuple(numbers.shape)}"
+        )
+
+
+def _fits(q: Tensor, keys: Tensor, values: Tensor, first: Tensor) -> bool:
+    """One bank beside q and the first bank's key heads, of which there is at least one."""
     if keys.dim() != 4 or keys.shape != values.shape or keys.dtype != q.dtype:
         return False
-    return keys.shape[3] == q.shape[2] and q.shape[1] % max(keys.shape[1], 1) == 0
+    heads = keys.shape[1]
+    if heads < 1 or q.shape[1] % heads or first.shape[1:2] != keys.shape[1:2]:
+        return False
+    return keys.shape[3] == q.shape[2]
+
+
+def _check_owners(banks: Banks) -> None:
+    for bank, keys in enumerate(banks.keys):
+        owner = banks.owner[bank]
+        outside = (owner < 0) | (owner >= len(keys))
+        if bool((outside & (banks.length[bank] > 0)).any()):
+            raise ValueError(
+                f"decode_attention: owner of bank {bank} must lie in 0..{len(keys) - 1}"
+            )

@@ -38,6 +38,9 @@ from vise_kernels.pixels import (
 
 METHODS = ("blur", "mean", "pixelate")
 REGIONS = ("inside", "outside")
+MOST_SIGMA = 2**14  # pixels; wider than a picture, and a box of it one colour
+MOST_RADIUS = 2**16  # pixels
+LEAST_SIGMA = 2**-10  # below it no neighbour's tap is above zero in float64
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def ghost(
 
     images: uint8 (H,W,3) on one device, any sizes. image_index (N,) and boxes_px (N,4) integers
     x1,y1,x2,y2 (half-open, clipped to the image; empty ones leave an untouched copy) live on the
-    CPU. sigma and radius in pixels, one or (N,); radius None: ceil(3 sigma). path forces "plain",
-    "native" or "triton". ValueError: what does not fit, or a path that cannot run.
+    CPU. sigma (at most MOST_SIGMA) and radius in pixels, one or (N,); radius None: ceil(3 sigma).
+    path forces "plain", "native" or "triton". ValueError: what does not fit, or a path that cannot
+    run.
     """
     images = checked("ghost", images)
     if method not in METHODS or region not in REGIONS or not feather >= 0:
@@ -121,15 +125,17 @@ def _places(
 def _lengths(
     sigma: float | Tensor, radius: int | Tensor | None, count: int
 ) -> tuple[list[float], list[int]]:
-    """Sigma and radius of each box, in pixels."""
+    """Sigma and radius of each box, in pixels. ValueError: not a number, or out of bounds."""
     sigmas = _per_box("sigma", sigma, count, torch.float64)
+    if not bool((sigmas > 0).all() and (sigmas <= MOST_SIGMA).all()):
+        raise ValueError(f"ghost: sigma must be above 0 and at most {MOST_SIGMA} pixels")
     if radius is None:
         radii = (3 * sigmas).ceil().long()
     else:
         radii = _per_box("radius", radius, count, torch.int64)
-    if not bool((sigmas > 0).all() and sigmas.isfinite().all() and (radii >= 0).all()):
-        raise ValueError("ghost: sigma must be finite and above 0, radius at least 0")
-    return sigmas.tolist(), radii.tolist()
+    if not bool((radii >= 0).all() and (radii <= MOST_RADIUS).all()):
+        raise ValueError(f"ghost: radius must be 0 to {MOST_RADIUS} pixels")
+    return sigmas.clamp(min=LEAST_SIGMA).tolist(), radii.tolist()
 
 
 def _per_box(name: str, value: float | Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,8 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
     """dL/dqkv (n, (H + 2 KV) D) from the gradients of the parts; paths, dtypes and errors as
     `heads`.
     """
-    sizes = _sizes(qkv, turn, grads.q.shape[1])
+    sizes = _sizes(qkv, turn, grads.q.shape[1] if grads.q.dim() == 3 else 0)
+    _check_grads(sizes, grads)
     chosen = _path(path, qkv, turn, *grads)
     if chosen == "plain":
         return plain_backward(qkv, turn, grads)
@@ -298,11 +299,13 @@ def _places(*tensors: Tensor) -> list[int]:
 
 def _sizes(qkv: Tensor, turn: Turn, queries: int) -> Sizes:
     """ValueError: shapes that do not fit."""
-    half = turn.cos.shape[-1]
-    keys, rest = divmod(qkv.shape[-1] - queries * 2 * half, 4 * half) if half else (0, 1)
-    angles = turn.cos.shape == turn.sin.shape == (len(qkv), half)
+    half = turn.cos.shape[-1] if turn.cos.dim() == 2 else 0
+    keys, rest = (0, 1)
+    if half and qkv.dim() == 2:
+        keys, rest = divmod(qkv.shape[1] - queries * 2 * half, 4 * half)
+    angles = turn.cos.shape == turn.sin.shape == (*qkv.shape[:1], half)
     weights = turn.q_weight.shape == turn.k_weight.shape == (2 * half,)
-    if qkv.dim() != 2 or rest or keys < 1 or not angles or not weights:
+    if rest or keys < 1 or queries < 0 or not angles or not weights:
         shapes = [tuple(table.shape) for table in turn[:4]]
         named = zip(Turn._fields[:4], shapes, strict=True)
         told = ", ".join(f"{name} {shape}" for name, shape in named)
@@ -310,3 +313,11 @@ def _sizes(qkv: Tensor, turn: Turn, queries: int) -> Sizes:
             f"heads: qkv {tuple(qkv.shape)} with {queries} query heads, {told} do not fit"
         )
     return Sizes(len(qkv), queries, keys, half)
+
+
+def _check_grads(sizes: Sizes, grads: Parts) -> None:
+    rows, queries, keys, half = sizes
+    wanted = [(rows, count, 2 * half) for count in (queries, keys, keys)]
+    shapes = [tuple(grad.shape) for grad in grads]
+    if shapes != wanted:
+        raise ValueError(f"heads: gradients {shapes} do not fit; {wanted} are wanted")

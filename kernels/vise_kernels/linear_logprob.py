@@ -470,7 +470,8 @@ def _finish_triton(
 
 
 def _bytes(banned: Tensor | None) -> Tensor | None:
-    return None if banned is None else banned.view(torch.uint8)
+    """As the kernels read it: side by side."""
+    return None if banned is None else banned.contiguous().view(torch.uint8)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
@@ -527,6 +528,8 @@ def _check(op: str, hidden: Tensor, head: Tensor, ids: Tensor, banned: Tensor | 
         raise ValueError(
             f"{op}: hidden (N,H) and head (V,H) do not fit: {_describe(hidden)}, {_describe(head)}"
         )
+    if len(head) == 0:
+        raise ValueError(f"{op}: the head {_describe(head)} has no ids")
     if not hidden.is_floating_point() or hidden.dtype != head.dtype:
         raise ValueError(
             f"{op}: hidden and head must share one float dtype, got {hidden.dtype} and {head.dtype}"

@@ -88,6 +88,11 @@ def _check(images: Images, layout: Layout, values: Values) -> None:
             f"patchify: needs an image and a float dtype of at most 32 bits, got {len(images)} and "
             f"{values.dtype}"
         )
+    if min(layout.patch, layout.merge, layout.taps) < 1:
+        raise ValueError(
+            f"patchify: patch {layout.patch}, merge {layout.merge} and temporal {layout.taps} must "
+            "be at least 1"
+        )
     side = layout.patch * layout.merge
     for image in images:
         if image.shape[0] % side or image.shape[1] % side:

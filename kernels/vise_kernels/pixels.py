@@ -11,10 +11,14 @@ from torch import Tensor
 
 Images = Sequence[Tensor]
 Size = tuple[int, int]  # height, width
+MOST_SIDE = 2**24 - 1  # sums of a row's levels fit 32 bits
+MOST_PIXELS = 2**31 - 1  # with a border of three, so that kernels count pixels in 32 bits
 
 
 def checked(op: str, images: Images) -> list[Tensor]:
-    """The images, contiguous. ValueError: not uint8 (H,W,3), no pixels, or on different devices."""
+    """The images, contiguous. ValueError: not uint8 (H,W,3), no pixels, too large, or on different
+    devices.
+    """
     for image in images:
         if (
             image.dtype != torch.uint8
@@ -27,7 +31,18 @@ def checked(op: str, images: Images) -> list[Tensor]:
             )
         if image.device != images[0].device:
             raise ValueError(f"{op}: images on {image.device} and on {images[0].device}")
+        check_size(op, size_of(image))
     return [image.contiguous() for image in images]
+
+
+def check_size(op: str, size: Size) -> None:
+    """ValueError: an image of this size has too many pixels for the kernels."""
+    height, width = size
+    if max(size) > MOST_SIDE or (height + 3) * (width + 3) > MOST_PIXELS:
+        raise ValueError(
+            f"{op}: an image of {height} x {width} is too large; at most {MOST_SIDE} a side and "
+            f"{MOST_PIXELS} pixels"
+        )
 
 
 def on_host(op: str, name: str, values: Tensor) -> Tensor:

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from vise_kernels.dispatch import choose, compiled, jit, tl, triton
-from vise_kernels.pixels import Images, Size, addresses, checked, packed, size_of
+from vise_kernels.pixels import (
+    Images,
+    Size,
+    addresses,
+    check_size,
+    checked,
+    packed,
+    size_of,
+)
 
 
 def resize(images: Images, sizes: Sequence[Size], *, path: str | None = None) -> list[Tensor]:
@@ -35,6 +43,8 @@ def resize(images: Images, sizes: Sequence[Size], *, path: str | None = None) ->
     sizes = [(int(height), int(width)) for height, width in sizes]
     if len(sizes) != len(images) or any(min(size) < 1 for size in sizes):
         raise ValueError(f"resize: need {len(images)} sizes of at least one pixel, got {sizes}")
+    for size in sizes:
+        check_size("resize", size)
     if not images:
         return []
     path = choose("resize", images[0].device, path).path

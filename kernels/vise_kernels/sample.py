@@ -132,7 +132,7 @@ def _draw(
     splits = min(MAX_SPLITS, -(-PROGRAMS // rows), -(-columns // BLOCK))
     partials = logits.new_empty((3, rows, splits), dtype=torch.float32)
     best_ids = ids.new_empty((rows, splits), dtype=torch.int32)
-    given = (logits, None if banned is None else banned.view(torch.uint8))
+    given = (logits, None if banned is None else banned.contiguous().view(torch.uint8))
     per_row = (temperature.contiguous(), seed.contiguous(), position.contiguous())
     sizes = (logits.stride(0), splits)
     _partial_kernel[(rows, splits)](

@@ -239,6 +239,8 @@ def _check(logits: Tensor, ids: Tensor) -> None:
             f"token_logprob: logits must be a float tensor (N,V), got {logits.dtype} "
             f"{tuple(logits.shape)}"
         )
+    if len(logits) and logits.shape[1] == 0:
+        raise ValueError("token_logprob: logits (N,V) of no ids")
     if ids.shape != logits.shape[:1] or ids.dtype != torch.int64:
         raise ValueError(
             f"token_logprob: ids must be int64 ({len(logits)},), got {ids.dtype} {tuple(ids.shape)}"

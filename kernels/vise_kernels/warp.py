@@ -47,7 +47,7 @@ def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
     """(N,3,3) float64, view -> source, of `warp`'s arguments. ValueError: what does not fit, or a
     matrix that cannot be inverted.
     """
-    matrices = on_host(op, "matrices_px", matrices_px).double()
+    matrices = on_host(op, "matrices_px", matrices_px).detach().double()
     if matrices.shape != (len(images), 3, 3):
         raise ValueError(
             f"{op}: matrices_px must be ({len(images)},3,3), got {tuple(matrices.shape)}"
@@ -55,11 +55,9 @@ def inverted(op: str, images: Images, matrices_px: Tensor, fill: int) -> Tensor:
     if not 0 <= fill <= 255:
         raise ValueError(f"{op}: fill must be a grey level 0..255, got {fill}")
     inverses, fault = torch.linalg.inv_ex(matrices)
-    if bool(fault.any()) or not bool(inverses.isfinite().all()):
-        raise ValueError(
-            f"{op}: matrix {int((fault != 0).nonzero()[0]) if fault.any() else 0} cannot be "
-            "inverted"
-        )
+    bad = (fault != 0) | ~inverses.isfinite().flatten(1).all(1)
+    if bool(bad.any()):
+        raise ValueError(f"{op}: matrix {int(bad.nonzero()[0])} cannot be inverted")
     return inverses
 
 

@@ -3,24 +3,19 @@ line through shallow models.
 """
 
 import copy
-import sys
-from pathlib import Path
+import json
 
+import benches
 import pytest
 import torch
 from transformers import AutoConfig
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+from vise_fast.config.schema import Config
+from vise_fast.estimate.live_bytes import Live
+from vise_fast.estimate.rehearsal import Case, counted, rehearse
+from vise_fast.method.step_plan import Lengths
 
-from memory import CONFIGURATIONS, MODELS, compare, shape_of  # noqa: E402
-
-from vise_fast.config.schema import Config  # noqa: E402
-from vise_fast.estimate import rehearsal  # noqa: E402
-from vise_fast.estimate.live_bytes import Live  # noqa: E402
-from vise_fast.estimate.rehearsal import rehearse  # noqa: E402
-from vise_fast.method.step_plan import Lengths  # noqa: E402
-
+memory = benches.module("memory")
 BOUND = 0.05
 SAMPLED = [
     "nano-like, one slice an image",
@@ -34,14 +29,13 @@ SAMPLED = [
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_the_prediction_is_within_five_percent_of_the_count(name):
-    row = compare(name)
+    row = memory.compare(name)
     assert abs(row["error"]) <= BOUND, f"{name}: {row['error']:+.1%} in {row['phase']}"
 
 
 def test_the_bench_covers_enough():
-    assert len(CONFIGURATIONS) >= 12 and {shape for shape, *_ in CONFIGURATIONS.values()} == set(
-        MODELS
-    )
+    assert len(memory.CONFIGURATIONS) >= 12
+    assert {shape for shape, *_ in memory.CONFIGURATIONS.values()} == set(memory.MODELS)
 
 
 def test_live_counts_storages_not_views_and_forgets_the_dead():
@@ -81,30 +75,24 @@ def test_a_label_follows_its_tensor():
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    import json
-
     directory = tmp_path_factory.mktemp("shape")
-    (directory / "config.json").write_text(json.dumps(shape_of("narrow")))
+    (directory / "config.json").write_text(json.dumps(memory.shape_of("narrow")))
     return AutoConfig.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_line_through_two_shallow_models_meets_the_deep_one(shapes, checkpointing):
     config = Config()
-    config.train.batch, config.train.checkpointing = 2, checkpointing
-    arguments = (config, shapes, [(64, 96)] * 2, torch.float32)
-    line, whole = (
-        rehearse(*arguments, device="cpu"),
-        rehearsal._rehearse(*arguments, Lengths(), "cpu")[0],
-    )
+    config.train.batch = 2
+    config.train.checkpointing = checkpointing
+    sizes = [(64, 96)] * 2
+    line = rehearse(config, shapes, sizes, torch.float32, device="cpu")
+    whole = counted(Case(config, sizes, torch.float32, Lengths(), "cpu"), shapes).phases
     assert line.phases.keys() == whole.keys()
-    for phase, parts in whole.items():
-        assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=1e-2), (
-            phase
-        )
-    assert line.peak == pytest.approx(
-        max(sum(parts.values()) for parts in whole.values()), rel=1e-3
-    )
+    totals = {phase: sum(parts.values()) for phase, parts in whole.items()}
+    for phase, total in totals.items():
+        assert sum(line.phases[phase].values()) == pytest.approx(total, rel=1e-2), phase
+    assert line.peak == pytest.approx(max(totals.values()), rel=1e-3)
 
 
 def peak(shapes, **changes):
@@ -120,13 +108,11 @@ def test_every_knob_of_the_planner_saves_memory(shapes):
     deep = copy.deepcopy(shapes)
     deep.text_config.num_hidden_layers = 20
     base = peak(deep)
-    knobs = [
-        dict(train__micro_batch=1),
-        dict(model__quant="int8"),
-        dict(model__quant="nf4"),
-        dict(train__checkpointing=True),
-    ]
-    assert all(peak(deep, **knob) < base for knob in knobs), [
-        (knob, peak(deep, **knob), base) for knob in knobs
-    ]
-    assert peak(deep, model__quant="nf4") < peak(deep, model__quant="int8")
+    peaks = {
+        "micro-batch": peak(deep, train__micro_batch=1),
+        "int8": peak(deep, model__quant="int8"),
+        "nf4": peak(deep, model__quant="nf4"),
+        "checkpointing": peak(deep, train__checkpointing=True),
+    }
+    assert max(peaks.values()) < base, (peaks, base)
+    assert peaks["nf4"] < peaks["int8"]

@@ -152,7 +152,9 @@ def test_the_floor_is_one_image(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr("vise_fast.method.experience.play", never)
-    said = r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4"
+    said = (
+        r"one image at a time \(CUDA out of memory.*\); predicted 0\.\d\d GiB \(.*--model.quant nf4"
+    )
     with pytest.raises(MemoryFloor, match=said) as caught:
         run()
     assert caught.value.code == 5

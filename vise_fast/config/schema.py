@@ -262,7 +262,10 @@ class RewardConfig(Section):
     name: str = Field(
         "vise",
         min_length=1,
-        description="registered reward: vise, oracle, random, shuffled, area_only, or your own",
+        description=(
+            "registered reward: vise, random, shuffled, area_only, oracle (drawn scenes only), or "
+            "your own"
+        ),
     )
     sem: Literal["paper", "contrast"] = Field(
         "contrast", description="paper: hard 0/1; contrast: necessity minus control"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,24 +37,25 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.label = "other"
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.by: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self._known: dict[int, _Storage] = {}
         self._held: list[Tensor] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = self.compute(function, args, kwargs or {})
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
         return out
 
-    def compute(self, function, args: tuple, kwargs: dict):
+    def compute(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The op itself; a place for subclasses."""
         return function(*args, **kwargs)
 
-    def adopt(self, tensors, label: str) -> None:
+    def adopt(self, tensors: Iterable[Tensor], label: str) -> None:
         """Count tensors made earlier."""
         with self.labelled(label):
             for tensor in tensors:
@@ -77,9 +79,8 @@ class Live(TorchDispatchMode):
         size = storage.nbytes()
         if key in self._known or size == 0:
             return
-        self._known[key] = _Storage(
-            self.label, size, weakref.ref(storage, lambda _: self._forget(key))
-        )
+        alive = weakref.ref(storage, lambda _: self._forget(key))
+        self._known[key] = _Storage(self.label, size, alive)
         self.by[self.label] += size
         self.now += size
         if self.now > self.peak:
@@ -96,10 +97,10 @@ class Live(TorchDispatchMode):
         self._held += tensors
         self.relabel(tensors, label)
 
-    def relabel(self, tensors, label: str) -> None:
+    def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
         """What these tensors hold is counted under another label from now on."""
         for tensor in tensors:
-            known = self._known.get(tensor.untyped_storage()._cdata) if tensor is not None else None
+            known = self._known.get(tensor.untyped_storage()._cdata)
             if known is not None:
                 self.by[known.label] -= known.size
                 self.by[label] += known.size

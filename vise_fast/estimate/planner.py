@@ -13,21 +13,26 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
-from vise_fast.config import origin, places
+from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.estimate.rehearsal import Lengths, Rehearsed, rehearse
-from vise_fast.images import picture_file as decode
+from vise_fast.estimate.rehearsal import Rehearsed, rehearse
+from vise_fast.images import picture_file
 from vise_fast.images.sources import Source, open_source
+from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
+from vise_fast.model.base import read_tokenizer
 from vise_fast.system import console
-from vise_fast.system.errors import ConfigError, MemoryFloor
+from vise_fast.system.errors import ConfigError, EnvironmentFault, MemoryFloor
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
+
+Settings = dict[str, Any]
+"""Values by `section.key`."""
 
 GIB = 2**30
 SYNTAX = Syntax(options={"config": "FILE.yaml", "resume": "auto"}, settings=origin.SETTINGS)
@@ -42,51 +47,49 @@ fragments. Allowances, not measurements.
 
 @dataclass
 class Plan:
-    """A configuration with its predicted peak. `changes`: what was chosen over what was asked for;
-    `budget` in bytes, None: unknown.
+    """A configuration with its predicted peak. `budget`: bytes that can be used; `changes`: what
+    was chosen over what was asked for; `advice`: what would make it fit (empty: nothing does).
     """
 
     config: Config
     rehearsed: Rehearsed
-    budget: float | None
-    changes: dict[str, object] = field(default_factory=dict)
-    advice: dict[str, object] | None = None
+    budget: float
+    changes: Settings = field(default_factory=dict)
+    advice: Settings | None = None
 
     @property
     def fits(self) -> bool:
-        return self.budget is None or self.rehearsed.peak <= self.budget
+        """The predicted peak is within the budget."""
+        return self.rehearsed.peak <= self.budget
 
     def __str__(self) -> str:
+        lines = [self._peak(), self._verdict()]
+        if self.advice:
+            lines.append(f"would fit with {_words(self.advice)}")
+        elif self.advice is not None:
+            lines.append("nothing makes this model fit here; take a smaller one")
+        return "\n".join(f"memory   {line}" for line in lines)
+
+    def _peak(self) -> str:
         r = self.rehearsed
-        parts = ", ".join(
-            f"{name} {size / GIB:.2f}"
-            for name, size in sorted(r.at_peak.items(), key=lambda item: -item[1])
-            if size >= 0.01 * r.peak
-        )
-        lines = [f"memory   peak {r.peak / GIB:.2f} GiB predicted, in phase '{r.busiest}': {parts}"]
+        parts = sorted(r.at_peak.items(), key=lambda part: -part[1])
+        large = [f"{name} {size / GIB:.2f}" for name, size in parts if size >= 0.01 * r.peak]
+        where = f"in phase '{r.busiest}': {', '.join(large)}"
+        return f"peak {r.peak / GIB:.2f} GiB predicted, {where}"
+
+    def _verdict(self) -> str:
+        room = f"{self.budget / GIB:.1f} GiB"
         if self.changes:
-            lines.append(
-                f"memory   chosen to fit {self.budget / GIB:.1f} GiB: {_words(self.changes)}"
-            )
-        elif self.budget is not None:
-            lines.append(
-                f"memory   {'fits' if self.fits else 'does NOT fit'} the {self.budget / GIB:.1f} "
-                "GiB that can be used here"
-            )
-        if self.advice is not None:
-            lines.append(
-                f"memory   would fit with {_words(self.advice)}"
-                if self.advice
-                else "memory   nothing makes this model fit here; take a smaller one"
-            )
-        return "\n".join(lines)
+            return f"chosen to fit {room}: {_words(self.changes)}"
+        return f"{'fits' if self.fits else 'does NOT fit'} the {room} that can be used here"
 
 
-def _words(changes: dict[str, object]) -> str:
-    return " ".join(
-        f"--{key} {str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in changes.items()
-    )
+def _words(changes: Settings) -> str:
+    """As one would type them."""
+    words = []
+    for key, value in changes.items():
+        words.append(f"--{key} {str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(words)
 
 
 class Planner:
@@ -96,11 +99,10 @@ class Planner:
         self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.config = config
-        self.device = "cuda" if dtype else model.device_of(config.model.device).type
-        self.model_config = known_shapes(config.model.path)
-        self.dtype = dtype or model.dtype_of(
-            config.model.dtype, model.device_of(config.model.device)
-        )
+        device = torch.device("cuda") if dtype else model.device_of(config.model.device)
+        self.device = device.type
+        self.model_config = model.known_shapes(config.model.path)
+        self.dtype = dtype or model.dtype_of(config.model.dtype, device)
         self.lengths = lengths_of(config, self.model_config)
         self.sizes = _sizes(config, source)
         vision = self.model_config.vision_config
@@ -109,66 +111,50 @@ class Planner:
 
     def rehearse(self, config: Config) -> Rehearsed:
         """A step on the largest images of the folder."""
-        shrunk = [
-            decode.grid_size(h, w, self.multiple, config.data.min_pixels, config.data.max_pixels)
-            for h, w in self.sizes
-        ]
-        largest = sorted(shrunk, key=lambda size: -size[0] * size[1])
-        batch = (
-            (largest * config.train.batch)[: config.train.batch]
-            if len(largest) < config.train.batch
-            else largest[: config.train.batch]
-        )
+        batch = self._largest(config)
         train = config.train
-        key = repr(
-            (
-                config.model,
-                config.lora,
-                train.micro_batch,
-                train.checkpointing,
-                train.share_forward,
-                config.optim.name,
-                batch,
-            )
-        )
+        speed = (train.micro_batch, train.checkpointing, train.share_forward, config.optim.name)
+        key = repr((config.model, config.lora, speed, batch))
         if key not in self._peaks:
             self._peaks[key] = rehearse(
                 config, self.model_config, batch, self.dtype, self.lengths, self.device
             )
         return self._peaks[key]
 
-    def choose(self, budget: float) -> dict[str, object] | None:
+    def _largest(self, config: Config) -> list[tuple[int, int]]:
+        """The batch of the folder's largest images as the model would see them, over and over where
+        they are few.
+        """
+        limits = (self.multiple, config.data.min_pixels, config.data.max_pixels)
+        shrunk = [picture_file.grid_size(h, w, *limits) for h, w in self.sizes]
+        largest = sorted(shrunk, key=lambda size: -size[0] * size[1])
+        times = -(-config.train.batch // len(largest))
+        return (largest * times)[: config.train.batch]
+
+    def choose(self, budget: float) -> Settings | None:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity
         first; None where nothing does.
         """
-        fits = lambda base, knobs: (
-            self.rehearse(_with(self.config, {**base, **knobs})).peak <= budget
-        )
         leanest = _knobs(1, True, LEANEST)
-        if not fits(
-            {
-                "model.quant": "nf4",
-                "data.max_pixels": int(PIXEL_SHARES[-1] * self.config.data.max_pixels),
-            },
-            leanest,
-        ):
+        bases = list(self._bases())
+        if not self._fits(bases[-1] | leanest, budget):
             return None
-        for base in self._bases():
-            if not fits(base, leanest):
-                continue
-            micro = next(
-                m for m in self._micro_batches() if m == 1 or fits(base, _knobs(m, True, LEANEST))
-            )
-            knobs = next(k for k in self._speeds(micro) if fits(base, k))
-            return {
-                key: value
-                for key, value in {**base, **knobs}.items()
-                if value != _get(self.config, key)
-            }
-        return None
+        base = next(base for base in bases if self._fits(base | leanest, budget))
+        found = base | self._quickest(base, budget)
+        return {key: value for key, value in found.items() if value != _get(self.config, key)}
 
-    def _bases(self) -> Iterator[dict[str, object]]:
-        """Fewer bits before fewer pixels."""
+    def _fits(self, changes: Settings, budget: float) -> bool:
+        return self.rehearse(_with(self.config, changes)).peak <= budget
+
+    def _quickest(self, base: Settings, budget: float) -> Settings:
+        """The knobs with which a step on `base` fits, the largest micro-batch first."""
+        for micro in self._micro_batches():
+            if micro == 1 or self._fits(base | _knobs(micro, True, LEANEST), budget):
+                break
+        return next(knobs for knobs in self._speeds(micro) if self._fits(base | knobs, budget))
+
+    def _bases(self) -> Iterator[Settings]:
+        """Fewer bits before fewer pixels; the leanest comes last."""
         kinds = ["none", "int8", "nf4"]
         for share in PIXEL_SHARES:
             for quant in kinds[kinds.index(self.config.model.quant) :]:
@@ -188,19 +174,17 @@ class Planner:
             yield 0 if micro == whole > 1 else micro
             micro //= 2
 
-    def _speeds(self, micro: int) -> Iterator[dict[str, object]]:
+    def _speeds(self, micro: int) -> Iterator[Settings]:
         """At one micro-batch: stored activations before computing layers again, exact moments
         before 8-bit ones, those before paged ones, and the rollout's forward pass kept for the
         update before a second one.
         """
         train = self.config.train
         for checkpointing in dict.fromkeys([train.checkpointing, True]):
+            # a step that computes its layers again shares nothing
+            shares = [train.share_forward] if checkpointing else [train.share_forward, False]
             for name in dict.fromkeys([self.config.optim.name, "adamw8bit", LEANEST]):
-                for share in (
-                    [train.share_forward]
-                    if checkpointing
-                    else dict.fromkeys([train.share_forward, False])
-                ):
+                for share in dict.fromkeys(shares):
                     yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
@@ -219,15 +203,22 @@ def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None
     if config.memory.budget_gb is None:
         return Plan(config, asked, budget, advice=changes or {})
     if changes is None:
-        floor = planner.rehearse(_with(config, {"model.quant": "nf4", **_knobs(1, True, LEANEST)}))
-        raise MemoryFloor(
-            f"{config.model.path} needs {floor.peak / GIB:.1f} GiB at least (nf4, one image at a "
-            f"time), of which {budget / GIB:.1f} GiB can be used; "
-            f"memory.budget_gb is {config.memory.budget_gb}; take a smaller model, a smaller "
-            "data.max_pixels or a larger card"
-        )
+        raise _floor(planner, budget)
     chosen = _with(config, changes)
     return Plan(chosen, planner.rehearse(chosen), budget, changes)
+
+
+def _floor(planner: Planner, budget: float) -> MemoryFloor:
+    """What the leanest step would need."""
+    config = planner.config
+    leanest = _with(config, {"model.quant": "nf4"} | _knobs(1, True, LEANEST))
+    need = planner.rehearse(leanest).peak
+    return MemoryFloor(
+        f"{config.model.path} needs {need / GIB:.1f} GiB at least (nf4, one image at a time), of "
+        f"which {budget / GIB:.1f} GiB can be used; memory.budget_gb is "
+        f"{config.memory.budget_gb}; take a smaller model, a smaller data.max_pixels or a larger "
+        "card"
+    )
 
 
 def usable(config: Config) -> float:
@@ -235,47 +226,42 @@ def usable(config: Config) -> float:
     asked = config.memory.budget_gb
     device = model.device_of(config.model.device)
     if isinstance(asked, float):
-        return asked * GIB * (1 - FRAGMENTS) - CONTEXT
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1] * (1 - FRAGMENTS) - CONTEXT
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - FRAGMENTS) - CONTEXT
+        total = asked * GIB
+    elif device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total * (1 - FRAGMENTS) - CONTEXT
 
 
-def known_shapes(path: str):
-    """The model's transformers config; for the published sizes from configs/models where the model
-    itself is not at hand.
-    """
-    file = places.SHAPES / f"{path.rsplit('/', 1)[-1].lower().removesuffix('-instruct')}.json"
-    if not Path(path).is_dir() and file.is_file():
-        return AutoConfig.from_pretrained(file)
-    return model.read_config(path)
-
-
-def lengths_of(config: Config, model_config) -> Lengths:
+def lengths_of(config: Config, model_config: Any) -> Lengths:
     """Tokens of each question, with a query as long as `rollout.query_tokens` allows; without a
     tokenizer at hand, those of `Lengths`.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.resolve(config.model.path), local_files_only=True
-        )
-    except (OSError, ValueError, ConfigError):
+    tokens = _tokens_at_hand(config, model_config)
+    if tokens is None:
         return Lengths()
-    tokens = Tokens(
-        tokenizer,
-        style_for(model_config),
-        model_config.text_config.vocab_size,
-        model_config.image_token_id,
-    )
     style = tokens.style
     query = config.rollout.query_tokens
     return Lengths(
-        len(tokens.head),
-        len(tokens.tail),
-        len(tokens.row(style.ask())),
-        len(tokens.row(style.ground(""))) + query,
-        len(tokens.verdict_row(style.verify(""))) + query,
+        head=len(tokens.head),
+        tail=len(tokens.tail),
+        ask=len(tokens.row(style.ask())),
+        ground=len(tokens.row(style.ground(""))) + query,
+        verify=len(tokens.verdict_row(style.verify(""))) + query,
     )
+
+
+def _tokens_at_hand(config: Config, model_config: Any) -> Tokens | None:
+    """Nothing is downloaded for them."""
+    path = config.model.path
+    vocabulary = model_config.text_config.vocab_size
+    try:
+        source = model.resolve(path)
+        tokenizer = read_tokenizer(source, path, vocabulary, local_files_only=True)
+    except (ConfigError, EnvironmentFault):
+        return None
+    return Tokens(tokenizer, style_for(model_config), vocabulary, model_config.image_token_id)
 
 
 def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
@@ -287,7 +273,7 @@ def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
     return [(config.scenes.size, config.scenes.size)] if config.data.dir is None else [(4800, 6400)]
 
 
-def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> dict[str, object]:
+def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> Settings:
     return {
         "train.micro_batch": micro_batch,
         "train.checkpointing": checkpointing,
@@ -295,12 +281,12 @@ def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> dict[str, o
     }
 
 
-def _get(config: Config, key: str):
+def _get(config: Config, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
 
-def _with(config: Config, changes: dict[str, object]) -> Config:
+def _with(config: Config, changes: Settings) -> Config:
     """A copy with some settings changed."""
     values = config.model_dump()
     for key, value in changes.items():
@@ -321,10 +307,10 @@ def main(words: Sequence[str]) -> int:
     if config.data.dir is None or Path(config.data.dir).is_dir():
         source = open_source(config, model.grid_multiple(config.model.path))
     found = plan(config, source)
-    phases = [
-        [name, *(f"{sum(parts.values()) / GIB:.3f}", f"{parts.get('weights', 0) / GIB:.3f}")]
-        for name, parts in found.rehearsed.phases.items()
-    ]
+    phases = []
+    for name, parts in found.rehearsed.phases.items():
+        weights = parts.get("weights", 0)
+        phases.append([name, f"{sum(parts.values()) / GIB:.3f}", f"{weights / GIB:.3f}"])
     out.table("peak of each phase", ["", "GiB", "of which weights"], phases)
     out.say(str(found))
     return 0 if found.fits else MemoryFloor.code

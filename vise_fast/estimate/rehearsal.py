@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +32,24 @@ from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths, StepPlan
 from vise_fast.model.load import Policy
 
+Phases = dict[str, dict[str, int]]
+"""Bytes alive at the peak of each phase, by component."""
+
 STEP = 1
 ANYWHERE = (100.0, 100.0, 500.0, 500.0)
 """A true box, for the oracle."""
+USUAL = Lengths()
 
 
 @dataclass
 class Rehearsed:
-    """Bytes alive at the peak of each phase, by component."""
+    """What a step needs, by phase and component."""
 
-    phases: dict[str, dict[str, int]]
+    phases: Phases
 
     @property
     def peak(self) -> int:
+        """Bytes at the worst moment."""
         return sum(self.at_peak.values())
 
     @property
@@ -53,15 +59,36 @@ class Rehearsed:
 
     @property
     def busiest(self) -> str:
+        """The phase of that moment."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is rehearsed, beside the model: `sizes` (height, width) in pixels, one per image of the
+    batch; `device`: the type it would run on.
+    """
+
+    config: Config
+    sizes: list[tuple[int, int]]
+    dtype: torch.dtype
+    lengths: Lengths
+    device: str
+
+
+class Counted(NamedTuple):
+    """A step of one model, and the bytes of one vision block."""
+
+    phases: Phases
+    block: int
 
 
 def rehearse(
     config: Config,
-    model_config,
+    model_config: Any,
     sizes: list[tuple[int, int]],
     dtype: torch.dtype,
-    lengths: Lengths = Lengths(),
+    lengths: Lengths = USUAL,
     device: str = "cuda",
 ) -> Rehearsed:
     """One step on images of these (height, width) in pixels, one entry per image of the batch, as
@@ -71,28 +98,32 @@ def rehearse(
     through them drawn on to the full depth. In the shallowest a phase may need most at another
     moment than in deep ones.
     """
+    case = Case(config, sizes, dtype, lengths, device)
     depth = model_config.text_config.num_hidden_layers
     shallow = len(model_config.vision_config.deepstack_visual_indexes) + 3
     if depth <= shallow + 1:
-        return Rehearsed(_rehearse(config, model_config, sizes, dtype, lengths, device)[0])
-    (near, block), (far, _) = (
-        _rehearse(config, _shallow(model_config, layers), sizes, dtype, lengths, device)
-        for layers in (shallow, shallow + 1)
-    )
-    missing = block * (model_config.vision_config.depth - shallow)
-    phases = {}
-    for phase, first in near.items():
-        second = far[phase]
-        line = {
-            name: first.get(name, 0)
-            + (depth - shallow) * (second.get(name, 0) - first.get(name, 0))
-            for name in first | second
-        }
-        phases[phase] = line | {"weights": line["weights"] + missing}
+        return Rehearsed(counted(case, model_config).phases)
+    near = counted(case, _shallow(model_config, shallow))
+    far = counted(case, _shallow(model_config, shallow + 1))
+    phases = _drawn_on(near.phases, far.phases, depth - shallow)
+    for components in phases.values():
+        components["weights"] += near.block * (model_config.vision_config.depth - shallow)
     return Rehearsed(phases)
 
 
-def _shallow(model_config, layers: int):
+def _drawn_on(near: Phases, far: Phases, layers: int) -> Phases:
+    """The line through two models that differ by a layer, `layers` beyond the first."""
+    phases: Phases = {}
+    for phase, first in near.items():
+        second = far[phase]
+        phases[phase] = {}
+        for name in first | second:
+            start = first.get(name, 0)
+            phases[phase][name] = start + layers * (second.get(name, 0) - start)
+    return phases
+
+
+def _shallow(model_config: Any, layers: int) -> Any:
     """The same model with fewer layers; the vision tower keeps as many taps, and blocks to tap (no
     pass stores more for having more).
     """
@@ -104,44 +135,42 @@ def _shallow(model_config, layers: int):
     return small
 
 
-def _rehearse(
-    config: Config,
-    model_config,
-    sizes: list[tuple[int, int]],
-    dtype: torch.dtype,
-    lengths: Lengths,
-    device: str,
-) -> tuple[dict[str, dict[str, int]], int]:
-    """(components at the peak of each phase, bytes of one vision block).
+def counted(case: Case, model_config: Any) -> Counted:
+    """A step of this very model.
 
     The largest slice of the batch is played, as if last: what the other slices keep for the update
     is as large.
     """
-    config = config.model_copy(deep=True)
+    config = case.config.model_copy(deep=True)
     config.train.attention_every = 0  # its shares would have to be read home
-    size = config.train.micro_batch or len(sizes)
-    largest = sorted(sizes, key=lambda s: -s[0] * s[1])[:size]
-    others = -(-len(sizes) // size) - 1
+    size = config.train.micro_batch or len(case.sizes)
+    largest = sorted(case.sizes, key=lambda s: -s[0] * s[1])[:size]
+    others = -(-len(case.sizes) // size) - 1
     pixels = [torch.empty(*side, 3, dtype=torch.uint8, device=META) for side in largest]
     with MetaLive() as live, NoScores():
         with live.labelled("weights"):
-            policy = meta_policy(config, model_config, lengths, dtype, device)
+            policy = meta_policy(config, model_config, case.lengths, case.dtype, case.device)
         _sort_lora(live, policy)
-        if device != "cpu":  # images come from the host
+        if case.device != "cpu":  # images come from the host
             live.adopt(pixels, "images and vision features")
-        kept = others * _kept_bytes(config, policy, largest)
-        held = torch.empty(kept, dtype=torch.uint8, device=META)
-        live.hold([held], "kept of other slices")
-        peaks = _step(config, policy, pixels, live, device=device, accumulates=others > 0)
-    blocks = policy.backbone.vision.visual.blocks
-    return peaks, sum(p.numel() * p.dtype.itemsize for p in blocks[0].parameters())
+        _keep(live, others * _kept_bytes(config, policy, largest))
+        peaks = _step(config, policy, pixels, live, device=case.device, accumulates=others > 0)
+    block = policy.backbone.vision.visual.blocks[0]
+    return Counted(peaks, sum(p.numel() * p.dtype.itemsize for p in block.parameters()))
+
+
+def _keep(live: Live, size: int) -> None:
+    """So many bytes of the slices before this one."""
+    held = torch.empty(size, dtype=torch.uint8, device=META)
+    live.hold([held], "kept of other slices")
 
 
 def _sort_lora(live: Live, policy: Policy) -> None:
     """The adapters' bytes under their own names."""
-    live.relabel(list(policy.parameters().values()), "LoRA masters")
-    packs = [linear.cached for linear in policy.backbone.fused() if linear.cached]
-    live.relabel([t for pack in packs for t in pack.factors()], "LoRA in compute dtype")
+    live.relabel(policy.parameters().values(), "LoRA masters")
+    for linear in policy.backbone.fused():
+        if linear.cached is not None:
+            live.relabel(linear.cached.factors(), "LoRA in compute dtype")
 
 
 def _kept_bytes(config: Config, policy: Policy, sizes: list[tuple[int, int]]) -> int:
@@ -161,18 +190,14 @@ def _step(
     *,
     device: str,
     accumulates: bool,
-) -> dict[str, dict[str, int]]:
+) -> Phases:
     """The step itself: components at the peak of each of its stages."""
     stages = Stages(live)
-    engine = MetaEngine(policy.backbone, policy.tokens, stages, device)  # type: ignore[arg-type]
+    engine = MetaEngine(policy.backbone, policy.tokens, stages, device)
     name = config.optim.name
-    optimizer = MetaOptimizer(
-        list(policy.parameters().values()),
-        name,
-        live,
-        paged=name.startswith("paged") and device == "cuda",
-        accumulates=accumulates,
-    )
+    paged = name.startswith("paged") and device == "cuda"
+    masters = list(policy.parameters().values())
+    optimizer = MetaOptimizer(masters, name, live, paged=paged, accumulates=accumulates)
     learner = Learner(policy, engine, config, optimizer)
     images = [Image(image, f"image {i}", i) for i, image in enumerate(pixels)]
     played = play(engine, images, config, Draws(0, STEP), lambda image, query: ANYWHERE)

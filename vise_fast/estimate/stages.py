@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from vise_fast.estimate.live_bytes import Live
+from vise_fast.system.clock import Clock
 
 LABELS = {
     "views": "images and vision features",
@@ -22,13 +23,14 @@ LABELS = {
 """Under which component what is made in a stage is counted; elsewhere it is the rollout's."""
 
 
-class Stages:
-    """Stands where an engine's clock stands. A stage inside another is one of its own, named after
-    both, and what comes before and after it belongs to the outer one: through two depths a line can
-    be drawn only if each stretch has one moment that needs most.
+class Stages(Clock):
+    """Stands where an engine's clock stands; its phases are the stages. A stage inside another is
+    one of its own, named after both, and what comes before and after it belongs to the outer one:
+    through two depths a line can be drawn only if each stretch has one moment that needs most.
     """
 
     def __init__(self, live: Live) -> None:
+        super().__init__()
         self.live = live
         self.peaks: dict[str, dict[str, int]] = {}
         self._names: list[str] = []

@@ -61,6 +61,7 @@ class _Sheet:
         self.shares: list[Tensor] = []
 
     def answer(self, look: Look, truths: Truths | None) -> None:
+        """Every question about one batch."""
         own = look.own_queries(self.arm)
         marks, share = label_free.measure(look, self.arm, own)
         if truths is not None:
@@ -82,6 +83,7 @@ class _Sheet:
         }
 
     def results(self, n: int) -> Results:
+        """Of all `n` images together."""
         plain = {f"{kind}_scale": scale for kind, scale in self.scales.items()}
         if self.queries:
             plain["distinct_queries"] = len(set(self.queries)) / len(self.queries)

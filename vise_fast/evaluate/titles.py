@@ -143,9 +143,9 @@ BRIEF = (
     "attention_share",
 )
 """The figures of a short table."""
-ENTRIES: dict[str, Entry] = {
-    name: entry for group in GROUPS.values() for name, entry in group.items()
-}
+ENTRIES: dict[str, Entry] = {}
+for _group in GROUPS.values():
+    ENTRIES |= _group
 
 
 def title(name: str) -> str:

@@ -17,7 +17,8 @@ from vise_fast.system.errors import ConfigError
 
 
 class Scenes:
-    """The embedded source. The truth of an image is `scene(image.key)`; training never asks for it.
+    """The embedded source. The truth of an image is `scene(image.key)`; of training only the
+    oracle's reward asks for it.
 
     Raises ConfigError where scenes.size does not fit a model grid of `multiple` pixels.
     """
@@ -52,6 +53,13 @@ class Scenes:
         """The scene of an image, with its objects."""
         rng = np.random.Generator(np.random.Philox(key))
         return scenes.draw(rng, size=self.settings.size, max_objects=self.settings.max_objects)
+
+    def truth(self, image: Image, query: str) -> tuple[float, float, float, float] | None:
+        """The true box in 0..1000 of a query that names exactly one object of the scene: for a
+        reward that asks for it (the oracle).
+        """
+        named = [thing for thing in self.scene(image.key).objects if thing.name == query]
+        return named[0].box_1000 if len(named) == 1 else None
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every image to come: one entry stands for all."""

@@ -20,8 +20,8 @@ class Source(Protocol):
     """Images for training, others for evaluation. Every height and width is a multiple of the
     model's grid.
 
-    A source that knows the truth also has `scene(key)`, the scenes.Scene of an image; evaluation
-    asks for it, training never does.
+    A source that knows the truth also has `scene(key)`, the scenes.Scene of an image, for the
+    evaluation, and `truth(image, query)`, for a reward that asks for it.
     """
 
     def batch(self, step: int, n: int) -> list[Image]:

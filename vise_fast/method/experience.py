@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vise_fast.config.schema import Config
+from vise_fast.config.schema import Config, RewardConfig
 from vise_fast.engine.attention_meter import image_share
 from vise_fast.engine.rollout import Engine, Held
 from vise_fast.images import geometry, views
 from vise_fast.images.image import Image
-from vise_fast.method import roles
+from vise_fast.images.sources import Source
+from vise_fast.method import rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.method.step_plan import GhostKind, StepPlan
@@ -31,12 +32,19 @@ from vise_fast.system import randomness
 from vise_fast.text import sides
 
 Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
-"""The true box of a query on an image: for the oracle study only; training never has one."""
+"""The true box of a query on an image: for the oracle's reward, or one of the user's; no other sees
+it.
+"""
 
 GHOSTS_AT_ONCE = 8
 """Ghosts encoded and judged together, per image of the slice: bounds their memory as the
 micro-batch does everything else's.
 """
+
+
+def truth_of(source: Source, config: RewardConfig) -> Truth | None:
+    """What tells true boxes; None where the reward asks for none, or the source knows none."""
+    return getattr(source, "truth", None) if rewards.wants_truth(config) else None
 
 
 @dataclass(frozen=True)

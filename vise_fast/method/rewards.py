@@ -27,12 +27,9 @@ tests/method/test_rewards.py`.
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +37,7 @@ from torch import Tensor
 
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
-from vise_fast.method import as_released
+from vise_fast.method import as_released, invented, plugin
 from vise_fast.method.evidence import VISIBLE, Evidence, beaf_cells, r_geo
 from vise_fast.system.errors import ConfigError, NumericFault
 
@@ -87,6 +84,8 @@ def register(name: str) -> Callable[[Reward], Reward]:
     """Decorator: make a reward known under this name. Raises ConfigError when the name is taken."""
 
     def add(function: Reward) -> Reward:
+        if not isinstance(name, str):
+            raise ConfigError('register needs a name; write @register("mine") above the function')
         if name in _REGISTRY:
             raise ConfigError(
                 f"reward {name!r} is registered twice; names are unique; rename one of them"
@@ -98,37 +97,17 @@ def register(name: str) -> Callable[[Reward], Reward]:
 
 
 def load_plugin(path: str) -> None:
-    """Run a python file once, for the rewards it registers.
+    """Run a python file once, for the rewards it registers; a file that fails registers none.
 
-    Raises ConfigError when it is missing or is not python.
+    Raises ConfigError, with the file's own line, when it is missing, is not python, or raises.
     """
-    file = Path(path).expanduser().resolve()
-    name = "vise_fast_plugin_" + "".join(c if c.isalnum() else "_" for c in str(file))
-    if name in sys.modules:
-        return
-    if not file.is_file():
-        raise ConfigError(
-            f"reward.plugin {path}: no such file; it should be a python file that registers "
-            "rewards; correct the path"
-        )
+    before = dict(_REGISTRY)
     try:
-        sys.modules[name] = _run(name, file, path)
-    except (SyntaxError, ImportError) as fault:
-        raise ConfigError(
-            f"reward.plugin {path}: {fault}; the file could not be imported; correct it"
-        ) from fault
-
-
-def _run(name: str, file: Path, path: str) -> ModuleType:
-    """The module `name` that a file is; `path` as it was given."""
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(
-            f"reward.plugin {path}: not a python file; its name should end in .py; rename it"
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        plugin.load(path, "reward.plugin")
+    except ConfigError:
+        _REGISTRY.clear()
+        _REGISTRY.update(before)
+        raise
 
 
 def resolve(config: RewardConfig) -> Reward:
@@ -143,6 +122,80 @@ def resolve(config: RewardConfig) -> Reward:
         hint = f"did you mean {near[0]!r}" if near else f"known: {', '.join(sorted(_REGISTRY))}"
         raise ConfigError(f"unknown reward {config.name!r}; no such name is registered; {hint}")
     return _REGISTRY[config.name]
+
+
+def wants_truth(config: RewardConfig) -> bool:
+    """Whether the reward may look at true boxes: the oracle does, a reward of the user's may."""
+    return config.name == "oracle" or config.plugin is not None
+
+
+def check(config: RewardConfig, truth: bool) -> None:
+    """One call of the configured reward on invented evidence, so that what is wrong with it is
+    known before anything is loaded. truth: the run's images come with true boxes.
+
+    Raises ConfigError.
+    """
+    resolve(config)
+    if config.name == "oracle" and not truth:
+        raise ConfigError(
+            "reward oracle needs true boxes, which photographs do not have; leave data.dir out "
+            "(the drawn scenes have them) or choose another reward.name"
+        )
+    made = invented.evidence(config, truth)
+    try:
+        score(made, config, np.random.default_rng(0))
+    except NumericFault as fault:
+        raise ConfigError(f"{fault} (tried on invented evidence)") from fault
+    if not invented.same(made, invented.evidence(config, truth)):
+        raise ConfigError(
+            f"reward {config.name!r} ({plugin.where(_REGISTRY[config.name])}) changes the evidence "
+            "it is given; figures and other rewards read it too; work on copies"
+        )
+
+
+def ask(
+    evidence: Evidence, parts: Parts, config: RewardConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """What the configured reward says: (reward (N,), known (N,) bool).
+
+    Raises ConfigError, with the place in the user's file, where a reward of the user's fails or
+    returns something else.
+    """
+    function = resolve(config)
+    if getattr(function, "__module__", None) == __name__:
+        return function(evidence, parts, config, rng)
+    with plugin.blamed(f"reward {config.name!r} failed", function):
+        given = function(evidence, parts, config, rng)
+    complaint = _complaint(given, evidence)
+    if complaint is not None:
+        raise ConfigError(
+            f"reward {config.name!r} ({plugin.where(function)}) {complaint}; a reward returns two "
+            "tensors, (N,) numbers and (N,) bool; correct it"
+        )
+    reward, known = given
+    return reward.detach(), known
+
+
+def _complaint(given: Any, evidence: Evidence) -> str | None:
+    """What is wrong with the answer of a reward; None where it is right."""
+    if not isinstance(given, tuple) or len(given) != 2:
+        return f"returned {_described(given)}"
+    rows = evidence.readable
+    for name, value in zip(("reward", "known"), given, strict=True):
+        if not isinstance(value, Tensor):
+            return f"returned {_described(value)} as {name}"
+        if value.shape != rows.shape or value.device != rows.device:
+            return f"returned {name} of shape {tuple(value.shape)} for {len(rows)} boxes"
+    reward, known = given
+    if reward.is_complex() or reward.dtype == torch.bool:
+        return f"returned {reward.dtype} as reward"
+    return None if known.dtype == torch.bool else f"returned {known.dtype} as known"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def lowest(config: RewardConfig) -> float:
@@ -324,11 +377,11 @@ def score(evidence: Evidence, config: RewardConfig, rng: np.random.Generator) ->
     """The configured reward of every row, which rows carry gradient, and the figures that are
     always logged.
 
-    Raises ConfigError for an unknown reward, ValueError when evidence it needs is missing,
-    NumericFault when it is not finite.
+    Raises ConfigError for an unknown reward and for one of the user's that fails, ValueError when
+    evidence it needs is missing, NumericFault when it is not finite.
     """
     parts = dissect(evidence, config)
-    reward, known = resolve(config)(evidence, parts, config, rng)
+    reward, known = ask(evidence, parts, config, rng)
     carries = known & parts.open
     if not reward[carries].isfinite().all():
         raise NumericFault(

@@ -12,19 +12,20 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.utils import logging
 
@@ -107,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_weights(
     source: str, path: str, model_config: PreTrainedConfig, **settings: Any
-) -> nn.Module:
+) -> PreTrainedModel:
     """The whole model with the weights of a directory or hub id; `settings` are from_pretrained's.
 
     Raises ConfigError where there are no safetensors, EnvironmentFault where a file is damaged or
@@ -116,13 +117,14 @@ def read_weights(
     if Path(source).is_dir():
         _check_files(Path(source), path, model_config)
     with believed(f"the weights of {path}"), quiet():
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             **settings,
         )
+    model, found = loaded
     _check_whole(found, path)
     if settings.get("quantization_config") is None:
         check_finite(model.state_dict(), f"model.path {path}")
@@ -193,7 +195,7 @@ def _check_files_finite(source: str, path: str) -> None:
                 check_finite({name: opened.get_tensor(name)}, f"model.path {path}")
 
 
-def check_finite(tensors: dict[str, Tensor], what: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Every number is finite: one sum per tensor, one pass over the weights, one host sync.
 
     Raises NumericFault with the first tensor's name.

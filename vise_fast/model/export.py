@@ -19,6 +19,7 @@ from vise_fast.config.schema import Config
 from vise_fast.model.load import Policy
 from vise_fast.system import files, manifest
 
+TEMPLATE = Path(__file__).parent / "model_card.md"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,9 +37,13 @@ SIDE_FILES = (
 
 
 def export(
-    policy: Policy, config: Config, directory: Path, figures: Mapping[str, tuple] | None = None
+    policy: Policy,
+    config: Config,
+    directory: Path,
+    figures: Mapping[str, tuple[str, str]] | None = None,
 ) -> Path:
-    """Write the adapter to `directory`, replacing an older one; its files are hashed.
+    """Write the adapter to `directory`, replacing an older one; its files are hashed. `figures`:
+    title -> (base, adapter), for the model card.
 
     Raises EnvironmentFault where the disk refuses; the older one then stays.
     """
@@ -46,7 +51,7 @@ def export(
         _save_weights(policy, aside)
         for path in side_files(policy.source):
             shutil.copyfile(path, aside / path.name)
-        (aside / "README.md").write_text(card(config, figures or {}), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(config, figures or {}), encoding="utf-8")
         manifest.write(aside)
     return directory
 
@@ -61,33 +66,19 @@ def _save_weights(policy: Policy, directory: Path) -> None:
 
 def side_files(source: str) -> list[Path]:
     """The base model's small files, from its directory or from the local hub cache."""
-    home = (
-        Path(source)
-        if Path(source).is_dir()
-        else Path(snapshot_download(source, allow_patterns=list(SIDE_FILES), local_files_only=True))
-    )
+    home = Path(source)
+    if not home.is_dir():
+        names = list(SIDE_FILES)
+        home = Path(snapshot_download(source, allow_patterns=names, local_files_only=True))
     return [home / name for name in SIDE_FILES if (home / name).is_file()]
 
 
-def card(config: Config, figures: Mapping[str, tuple]) -> str:
-    """The model card: what this is, how it was made, measured figures, and a snippet for
-    transformers 5.
-    """
-    rows = "".join(
-        f"| {name} | {before} | {after} |\n" for name, (before, after) in figures.items()
-    )
-    table = (
-        (
-            "\n## Measured by the run itself, before and after\n\n| | base | adapter "
-            f"|\n|---|---|---|\n{rows}"
-        )
-        if rows
-        else ""
-    )
-    base = "vise_fast's embedded nano model" if config.model.path == "nano" else config.model.path
-    return CARD.format(
-        base=base,
-        load=config.model.path if config.model.path != "nano" else "BASE_DIRECTORY",
+def model_card(config: Config, figures: Mapping[str, tuple[str, str]]) -> str:
+    """What this is, how it was made, measured figures, and a snippet for transformers 5."""
+    nano = config.model.path == "nano"
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        base="vise_fast's embedded nano model" if nano else config.model.path,
+        load="BASE_DIRECTORY" if nano else config.model.path,
         version=__version__,
         steps=config.train.steps,
         batch=config.train.batch,
@@ -96,33 +87,15 @@ def card(config: Config, figures: Mapping[str, tuple]) -> str:
         lr=config.train.lr,
         seed=config.train.seed,
         r=config.lora.r,
-        table=table,
+        table=_table(figures),
     )
 
 
-CARD = """---
-library_name: peft
-base_model: {load}
-tags: [vise, self-evolution, visual-grounding, lora]
----
-# LoRA adapter for {base}, trained without labels by VISE
-
-VISE (Visual Invariance Self-Evolution, arXiv 2606.27373) lets a vision-language model reward itself for boxes that agree across
-transformed views and that hide their object when blurred. Trained with vise_fast {version}: preset `{preset}`, {steps} updates of
-{batch} images with {samples} boxes each, learning rate {lr:g}, LoRA rank {r}, seed {seed}.
-{table}
-## Use (transformers 5, peft)
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-base = AutoModelForImageTextToText.from_pretrained("{load}", dtype="auto")
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY").eval()
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
-```
-
-`AutoProcessor.from_pretrained` on this directory builds the image processor where torchvision is installed. The adapter is stored in
-fp32: at small learning rates a bf16 merge would round much of the update away (`python -m vise_fast.merge` says how much).
-"""
+def _table(figures: Mapping[str, tuple[str, str]]) -> str:
+    """Title -> (base, adapter) as Markdown; nothing where nothing was measured."""
+    if not figures:
+        return ""
+    lines = ["", "## Measured by the run itself, before and after", ""]
+    lines += ["| | base | adapter |", "|---|---|---|"]
+    lines += [f"| {title} | {before} | {after} |" for title, (before, after) in figures.items()]
+    return "\n".join([*lines, ""])

@@ -20,7 +20,7 @@ import vise_kernels
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from vise_kernels.dispatch import Choice
 
@@ -61,6 +61,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
+        """Where the model lies."""
         return self.backbone.device
 
     @property
@@ -123,6 +124,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on a GPU, fp32 on a CPU; else the one of that name."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
@@ -143,7 +145,7 @@ def at_hand(path: str) -> bool:
     return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
-def known_shapes(path: str):
+def known_shapes(path: str) -> PreTrainedConfig:
     """The model's transformers config; for the published sizes from configs/models, where the model
     itself is not at hand.
     """
@@ -183,7 +185,8 @@ def load(
     quantise.check(base, config.model.quant)
     model = attach(base, config, adapter)
     check_targets(model)
-    tokens = _tokens(config, model_config, base.lm_head.weight.shape[0])
+    head: Any = base.lm_head
+    tokens = _tokens(config, model_config, head.weight.shape[0])
     backbone = FAMILIES[model_config.model_type].backbone(model)
     if config.model.attention == "plain":
         backbone.attend = attend_plain
@@ -206,7 +209,8 @@ def _tokens(config: Config, model_config: PreTrainedConfig, vocabulary: int) -> 
 
 def _load_base(
     config: Config, model_config: PreTrainedConfig, device: torch.device, weights: str | None
-) -> nn.Module:
+) -> PreTrainedModel:
+    """The whole model, frozen or not, on its device; quantised where asked for."""
     dtype = dtype_of(config.model.dtype, device)
     if weights == "random":
         with torch.device("meta"):
@@ -224,7 +228,7 @@ def _load_base(
     return bases.read_weights(resolve(path), path, model_config, **settings)
 
 
-def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftModel:
+def attach(base: PreTrainedModel, config: Config, adapter: str | None = None) -> PeftModel:
     """LoRA on the anchored targets, fp32 masters; seeded, so that two runs start from the same
     adapter.
     """
@@ -233,20 +237,20 @@ def attach(base: nn.Module, config: Config, adapter: str | None = None) -> PeftM
     targets = FAMILIES[base.config.model_type].lora_targets
     lora = LoraConfig(
         r=config.lora.r,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=config.lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # between PEFT and transformers; nothing a user can act on
+        # Between PEFT and transformers; nothing a user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.train.seed)
         return _fp32_adapters(get_peft_model(base, lora).eval())
 
 
 def _fp32_adapters(model: PeftModel) -> PeftModel:
+    """LoRA tensors as fp32 masters, in place."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

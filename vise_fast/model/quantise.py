@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import logging
 import re
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from vise_fast.config.schema import Config
 from vise_fast.system.errors import ConfigError, EnvironmentFault
@@ -23,9 +26,10 @@ from vise_fast.system.errors import ConfigError, EnvironmentFault
 LANGUAGE = re.compile(r"(?:model\.)?language_model\.layers\.\d+\.")
 KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 KEPT = [r"model\.visual", "visual", "lm_head"]  # what transformers must leave alone
+WHOLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def bitsandbytes():
+def bitsandbytes() -> ModuleType:
     """The library, imported on first use. Raises EnvironmentFault where it is missing."""
     try:
         import bitsandbytes as library
@@ -40,13 +44,11 @@ def bitsandbytes():
     return library
 
 
-def settings(config: Config, dtype: torch.dtype):
+def settings(config: Config, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """transformers' BitsAndBytesConfig of `model.quant`, None for an unquantised base."""
     if config.model.quant == "none":
         return None
     bitsandbytes()
-    from transformers import BitsAndBytesConfig
-
     if config.model.quant == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -62,13 +64,12 @@ def settings(config: Config, dtype: torch.dtype):
     )
 
 
-def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def random_model(shell: PreTrainedModel, config: Config, device: torch.device) -> PreTrainedModel:
     """`shell`, a transformers model on the meta device, with random weights: module by module, so
     that no full-precision whole ever exists.
     """
-    for name in [
-        name for name, _ in shell.named_modules()
-    ]:  # names only: a list of the modules would keep what is replaced
+    # Names only: a list of the modules would keep what is replaced.
+    for name in [name for name, _ in shell.named_modules()]:
         module = shell.get_submodule(name)
         if any(True for _ in module.children()):
             continue
@@ -79,48 +80,57 @@ def random_model(shell: nn.Module, config: Config, device: torch.device) -> nn.M
             parent, _, child = name.rpartition(".")
             setattr(shell.get_submodule(parent), child, quantised(module, config))
     shell.tie_weights()
-    shell.is_loaded_in_8bit = config.model.quant == "int8"
-    shell.is_loaded_in_4bit = config.model.quant == "nf4"
+    marks: Any = shell
+    marks.is_loaded_in_8bit = config.model.quant == "int8"
+    marks.is_loaded_in_4bit = config.model.quant == "nf4"
     return shell
 
 
 def quantised(linear: nn.Linear, config: Config) -> nn.Module:
     """A bitsandbytes linear holding the weights of `linear`, on its device."""
+    made = _int8(linear, config) if config.model.quant == "int8" else _nf4(linear, config)
+    made.bias = linear.bias
+    return made
+
+
+def _int8(linear: nn.Linear, config: Config) -> nn.Module:
+    library = bitsandbytes()
+    made = library.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=config.model.int8_threshold,
+        device="meta",
+    )
+    weight = linear.weight.data
+    packed = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    made.weight = packed.to(weight.device)
+    return made
+
+
+def _nf4(linear: nn.Linear, config: Config) -> nn.Module:
     library = bitsandbytes()
     weight = linear.weight.data
-    bias = linear.bias
-    shape = (linear.in_features, linear.out_features, bias is not None)
-    if config.model.quant == "int8":
-        new = library.nn.Linear8bitLt(
-            *shape, has_fp16_weights=False, threshold=config.model.int8_threshold, device="meta"
-        )
-        new.weight = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(
-            weight.device
-        )
-    else:
-        new = library.nn.Linear4bit(
-            *shape,
-            compute_dtype=weight.dtype,
-            compress_statistics=config.model.double_quant,
-            quant_type="nf4",
-            device="meta",
-        )
-        packed = library.nn.Params4bit(
-            weight,
-            requires_grad=False,
-            compress_statistics=config.model.double_quant,
-            quant_type="nf4",
-            module=new,
-        )
-        new.weight = packed.to(weight.device)
-    new.bias = bias
-    return new
+    form = {"compress_statistics": config.model.double_quant, "quant_type": "nf4"}
+    made = library.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        compute_dtype=weight.dtype,
+        device="meta",
+        **form,
+    )
+    packed = library.nn.Params4bit(weight, requires_grad=False, module=made, **form)
+    made.weight = packed.to(weight.device)
+    return made
 
 
 def settle(model: nn.Module) -> None:
     """After loading: int8 scales where they belong, and no repacking of 4-bit weights on a CPU (the
     packed layout has no backward).
     """
+    module: Any
     for module in model.modules():
         if type(module).__name__ == KINDS["int8"] and module.weight.CB is not None:
             module.init_8bit_state()
@@ -131,74 +141,67 @@ def settle(model: nn.Module) -> None:
 def check(model: nn.Module, quant: str) -> int:
     """The number of quantised linears.
 
-    Asserts by class and dtype that all language linears are `quant` and that all else is 16- or
-    32-bit.
+    Raises ConfigError unless, by class and dtype, all language linears are `quant` and all else is
+    16- or 32-bit.
     """
     wanted = KINDS.get(quant, "Linear")
     found = 0
     for name, module in model.named_modules():
         kind = type(module).__name__
-        inside = bool(LANGUAGE.match(name)) and (
-            kind in KINDS.values() or type(module) is nn.Linear
-        )
-        if inside and kind != wanted or not inside and kind in KINDS.values():
+        quantises = kind in KINDS.values()
+        inside = bool(LANGUAGE.match(name)) and (quantises or type(module) is nn.Linear)
+        if (kind != wanted) if inside else quantises:
             raise ConfigError(
                 f"{name} is a {kind}; with model.quant {quant} language linears are {wanted} and "
                 "nothing else is quantised; save the base unquantised"
             )
+        if not inside:
+            _check_whole(name, module)
         found += inside and quant != "none"
-        held = (
-            []
-            if inside
-            else [
-                x
-                for x in module.parameters(recurse=False)
-                if x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-            ]
-        )
-        if held:
-            raise ConfigError(
-                f"{name} holds {held[0].dtype}; only language linears may be quantised; save the "
-                "base unquantised"
-            )
     return found
 
 
-def product(base: nn.Module, x: Tensor) -> Tensor:
+def _check_whole(name: str, module: nn.Module) -> None:
+    """Raises ConfigError for parameters of the module's own that are not 16- or 32-bit."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.dtype not in WHOLE:
+            raise ConfigError(
+                f"{name} holds {parameter.dtype}; only language linears may be quantised; save the "
+                "base unquantised"
+            )
+
+
+def product(base: Any, x: Tensor) -> Tensor:
     """x (n, in) times the quantised weight of `base`, transposed, plus its bias: (n, out) in x's
     dtype. No gradient: see `dequantised`.
     """
     if hasattr(base, "product"):
         return base.product(x)
     if type(base).__name__ == KINDS["nf4"]:
-        return bitsandbytes().matmul_4bit(
-            x, base.weight, bias=base.bias, quant_state=base.weight.quant_state
-        )
+        state = base.weight.quant_state
+        return bitsandbytes().matmul_4bit(x, base.weight, bias=base.bias, quant_state=state)
     state = base.state
     # The scaling below divides by the row's largest value, so the fp16 copy must exist even for
     # fp32 rows.
     rows, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
         x.to(torch.float16), threshold=state.threshold
     )
+    weight = base.weight.data
     if state.threshold > 0:
-        return torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            x, rows, base.weight.data, scale, state.SCB, outliers, base.bias
-        )[0]
-    return torch.ops.bitsandbytes.int8_scaled_mm(
-        rows, base.weight.data, scale, state.SCB, bias=base.bias, dtype=x.dtype
-    )
+        multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+        return multiply(x, rows, weight, scale, state.SCB, outliers, base.bias)[0]
+    multiply = torch.ops.bitsandbytes.int8_scaled_mm
+    return multiply(rows, weight, scale, state.SCB, bias=base.bias, dtype=x.dtype)
 
 
-def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
+def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that `product` stands for: what a gradient of the input is multiplied
     by.
     """
     if hasattr(base, "dequantised"):
         return base.dequantised(dtype)
+    weight = base.weight.data
     if type(base).__name__ == KINDS["nf4"]:
-        return (
-            bitsandbytes()
-            .functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-            .to(dtype)
-        )
-    return base.weight.data.to(dtype) * (base.state.SCB / 127.0).to(dtype)[:, None]
+        whole = bitsandbytes().functional.dequantize_4bit(weight, base.weight.quant_state)
+        return whole.to(dtype)
+    return weight.to(dtype) * (base.state.SCB / 127.0).to(dtype)[:, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MEMORY = 0.8
 SETTLE = 5
@@ -38,9 +39,10 @@ class Alarms:
         if self.seen == SETTLE:
             self.first_area = self.averages["area"]
         said = self._said() if self.seen >= SETTLE else {}
-        self.since = (
-            None if not any(said.values()) else self.since if self.since is not None else step
-        )
+        if not any(said.values()):
+            self.since = None
+        elif self.since is None:
+            self.since = step
         return said
 
     def _said(self) -> dict[str, str | None]:
@@ -49,17 +51,13 @@ class Alarms:
         rules = {
             "area": (
                 a["area"] > GROWTH * first,
-                (
-                    f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the "
-                    "start; the reward is being paid for size"
-                ),
+                f"boxes cover {a['area']:.2f} of the image, {a['area'] / first:.1f} times the "
+                "start; the reward is being paid for size",
             ),
             "area_large": (
                 a["area_large"] > LARGE_SHARE,
-                (
-                    f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the "
-                    "policy collapses to the full image"
-                ),
+                f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the "
+                "policy collapses to the full image",
             ),
             "parse_rate": (
                 a["parse_rate"] < PARSE_FLOOR,
@@ -67,15 +65,14 @@ class Alarms:
             ),
             "kl": (
                 a["kl"] > KL_LIMIT * self.tau,
-                (
-                    f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} "
-                    "times its target; lower train.lr"
-                ),
+                f"the KL to the reference is {a['kl']:.2f} nat per token, over {KL_LIMIT:.0f} "
+                "times its target; lower train.lr",
             ),
         }
         return {name: text if holds else None for name, (holds, text) in rules.items()}
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; `load` is the inverse."""
         return {
             "averages": self.averages,
             "first_area": self.first_area,
@@ -83,7 +80,8 @@ class Alarms:
             "since": self.since,
         }
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave."""
         self.averages = state["averages"]
         self.first_area = state["first_area"]
         self.seen = state["seen"]

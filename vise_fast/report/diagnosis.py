@@ -49,6 +49,7 @@ class _Arms(NamedTuple):
     after: Results
 
     def gain(self, name: str) -> Estimate:
+        """What training changed."""
         return paired_gain(self.before, self.after, name)
 
     def change(self, name: str) -> str:

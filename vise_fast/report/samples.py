@@ -22,6 +22,7 @@ from torch import Tensor
 from vise_fast.config.schema import Config
 from vise_fast.images import geometry, picture_file, views
 from vise_fast.images.picture_file import BadImage
+from vise_fast.method.evidence import VISIBLE
 from vise_fast.method.step_plan import WITHOUT_GHOSTS
 from vise_fast.report.stored_run import StoredRun
 from vise_fast.system.errors import DataError
@@ -62,7 +63,7 @@ class Verdict:
     @property
     def right(self) -> bool:
         """Whether the judge said what was wanted; 0.5 counts as yes."""
-        return (self.p >= 0.5) == self.wanted
+        return (self.p >= VISIBLE) == self.wanted
 
 
 @dataclass(frozen=True)

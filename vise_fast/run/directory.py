@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import PIL.Image
 
 from vise_fast.config import schema
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate.held_out import held_out
+from vise_fast.evaluate.results import Results
 from vise_fast.evaluate.table import side_by_side
 from vise_fast.evaluate.titles import BRIEF
 from vise_fast.images.sources import Source
@@ -60,15 +63,25 @@ class Run:
         self.done = 0
         self.saved = -1
         self.opened = False
+        self.unwritten: deque[Callable[[], None]] = deque()
+        self.free = identity.is_free(self.directory)
         self.lock = identity.Lock(self.directory)
         for note in start.notes:
             self.console.warn(note)
+        if not self.lock.known:
+            self.console.warn(
+                f"{self.directory} lies on a file system without locks; do not let two processes "
+                "write there"
+            )
 
     def close(self) -> None:
         """Let others write here; a folder in which nothing was begun goes."""
-        self.lock.release()
-        if not self.opened:
+        if self.opened:
+            self.metrics.close()
+            self.samples.close()
+        elif self.free:
             identity.leave(self.directory)
+        self.lock.release()
 
     # ---- the start -------------------------------------------------------------------------------
 
@@ -93,11 +106,11 @@ class Run:
             files.settle(self.directory / "adapter")
         self._check_data(source)
         identity.mark(self.directory, source.identity())
-        self.opened = True
         files.write(self.directory / "config.yaml", schema.to_yaml(self.config))
         files.write_json(self.directory / "env.json", environment(policy))
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
+        self.opened = True
         self._check_metrics()
         settings = self.config.model_dump(mode="json")
         loggers = self.config.run.loggers
@@ -118,8 +131,9 @@ class Run:
 
     def _check_metrics(self) -> None:
         """Steps that the metrics lack are said: figures and report have a gap there."""
-        known = {record.get("step") for record in read_lines(self.directory / "metrics.jsonl")}
-        missing = [step for step in range(1, self.first + 1) if step not in known]
+        records = read_lines(self.directory / "metrics.jsonl")
+        known = [record.get("step") for record in records]
+        missing = sorted(set(range(1, self.first + 1)) - {n for n in known if isinstance(n, int)})
         if missing:
             self.console.warn(
                 f"metrics.jsonl lacks {len(missing)} of the {self.first} steps before the "
@@ -128,12 +142,24 @@ class Run:
 
     def before(self, engine: Engine, source: Source) -> None:
         """The base's figures on held-out images, once per run."""
+        self.evaluation = self._known_evaluation() if self.first > 0 else {}
+        if "before" not in self.evaluation:
+            self._evaluate("before", engine, source, adapters=False)
+
+    def _known_evaluation(self) -> dict[str, dict]:
+        """What evaluation.json says; nothing, and that is said, where it is damaged."""
         path = self.directory / "evaluation.json"
-        known = files.read_json(path, self.console.warn) if self.first > 0 else None
-        if known is not None and "before" in known:
-            self.evaluation = known
-            return
-        self._evaluate("before", engine, source, adapters=False)
+        known = files.read_json(path, self._evaluated_again) or {}
+        try:
+            for name in ("before", "after"):
+                Results.of(known, name)
+        except ValueError as fault:
+            self._evaluated_again(f"{path} is damaged: {fault}")
+            return {}
+        return known
+
+    def _evaluated_again(self, text: str) -> None:
+        self.console.warn(f"{text}; the base is evaluated again")
 
     def _evaluate(self, name: str, engine: Engine, source: Source, adapters: bool) -> None:
         if self.config.eval.scenes == 0:
@@ -151,10 +177,8 @@ class Run:
         steps = self.config.train.steps
         with (
             self.console.progress(steps, "train", self.first) as bar,
-            contextlib.ExitStack() as stack,
+            contextlib.closing(self.loggers),
         ):
-            for stream in (self.metrics, self.samples, self.loggers):
-                stack.callback(stream.close)
             yield Steps(self, bar)
 
     def alarmed(self) -> bool:
@@ -170,7 +194,22 @@ class Run:
         if due and not self.alarmed():
             self._save()
 
+    def write_down(self) -> None:
+        """What there is to tell of the steps, in its order. What a disk refuses stays, and is tried
+        again before the next checkpoint.
+        """
+        while self.unwritten:
+            self.unwritten[0]()
+            self.unwritten.popleft()
+
     def _save(self) -> None:
+        """A checkpoint, and before it the lines of its steps: none of them is lost."""
+        self.write_down()
+        self.metrics.sync()
+        self.samples.sync()
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
         assert self.learner is not None
         tensors, state = self.learner.state()
         content = {"step": self.done, "learner": state, "alarms": self.alarms.state()}
@@ -227,10 +266,22 @@ class Run:
             self.console.warn(f"the last good checkpoint is that of step {self.saved}")
             return
         try:
-            self._save()
+            with contextlib.suppress(EnvironmentFault):  # then the gap is said when the run goes on
+                self.write_down()
+            self._checkpoint()
             self.console.say(f"saved after step {self.done}")
         except EnvironmentFault as fault:
-            self.console.warn(f"what was done since step {max(self.saved, 0)} is lost: {fault}")
+            self.saved = self._newest()
+            if self.saved < self.done:
+                self.console.warn(f"what was done since step {max(self.saved, 0)} is lost: {fault}")
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint on disk, -1 where there is none."""
+        try:
+            newest = checkpoint.latest(self.directory)
+        except checkpoint.Corrupt:
+            return -1
+        return -1 if newest is None else checkpoint.step_of(newest)
 
     def fall_back(self) -> None:
         """After an alarm ended the run: return to the last healthy checkpoint."""
@@ -267,12 +318,13 @@ class Steps:
         for name, text in said.items():
             run.console.alarm(name, text)
         record["alarms"] = [name for name, text in said.items() if text]
-        run.metrics.write(record)
-        run.loggers.log(run.done, record)
-        self.bar({name: record[name] for name in SHOWN})
+        run.unwritten.append(partial(run.metrics.write, record))
         last = run.done == run.config.train.steps
         if run.done == 1 or run.done % run.config.run.samples_every == 0 or last:
             self._samples(slices[0])
+        run.write_down()
+        run.loggers.log(run.done, record)
+        self.bar({name: record[name] for name in SHOWN})
 
     def _speed(self) -> dict[str, float]:
         now = time.monotonic()
@@ -287,8 +339,9 @@ class Steps:
             name = f"samples/step_{run.done}_{index}.png"
             picture = io.BytesIO()
             PIL.Image.fromarray(played.images[index].pixels.numpy()).save(picture, "PNG")
-            files.write(run.directory / name, picture.getvalue())
-            run.samples.write({"step": run.done, "image": name, **sample(played, index)})
+            line = {"step": run.done, "image": name, **sample(played, index)}
+            run.unwritten.append(partial(files.write, run.directory / name, picture.getvalue()))
+            run.unwritten.append(partial(run.samples.write, line))
 
 
 def _counted(data: Mapping) -> str:

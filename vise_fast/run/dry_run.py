@@ -24,7 +24,7 @@ from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
-from vise_fast.method.experience import play_batch
+from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
 from vise_fast.model import load as model
@@ -38,7 +38,7 @@ T = TypeVar("T")
 def dry_run(config: Config) -> int:
     """Explain, then try. Returns the exit code: 0, or that of the first fault."""
     console = Console()
-    rewards.resolve(config.reward)
+    rewards.check(config.reward, truth=config.data.dir is None)
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -134,7 +134,8 @@ def _update(
     engine: Engine, learner: Learner, source: Source, config: Config, step: int
 ) -> Mapping[str, float]:
     images = source.batch(step, config.train.batch)
-    return learner.learn(play_batch(engine, images, config, step), step)
+    truth = truth_of(source, config.reward)
+    return learner.learn(play_batch(engine, images, config, step, truth), step)
 
 
 def _comes_back(learner: Learner, scratch: Path) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vise_fast import __version__
+from vise_fast.images.sources import LOG
 from vise_fast.system import files
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
@@ -22,6 +24,10 @@ MARKER = "run.json"
 LOCK = ".lock"
 KIND = "vise_fast run"
 FORMAT = 1
+LEFT_BEHIND = frozenset({LOCK, LOG, f".{MARKER}.partial"})
+"""What a run that never began may leave in its folder: the next one begins there all the same."""
+BEGINNING = (MARKER, "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", LOCK)
+"""What a run writes before it does anything."""
 OLD_SECTIONS = frozenset({"model:", "lora:", "train:", "rollout:", "reward:", "run:"})
 
 
@@ -43,11 +49,11 @@ def _holds_settings(file: Path) -> bool:
 
 
 def is_free(directory: Path) -> bool:
-    """Whether a new run may begin there: nothing is there, or nothing but what a lock left."""
-    if not directory.exists():
-        return True
+    """Whether a new run may begin there: nothing is there, or what one that never began left."""
     try:
-        return directory.is_dir() and all(entry.name == LOCK for entry in directory.iterdir())
+        if not directory.exists():
+            return True
+        return {entry.name for entry in directory.iterdir()} <= LEFT_BEHIND
     except OSError:
         return False
 
@@ -62,9 +68,9 @@ def fresh(wanted: Path) -> Path:
     """`wanted`, or the first of wanted-2, wanted-3, … that is free: no earlier run and no folder of
     somebody else's is touched.
     """
-    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
+    others = (wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))
     try:
-        return next(path for path in names if is_free(path))
+        return next(path for path in itertools.chain([wanted], others) if is_free(path))
     except (StopIteration, ValueError, OSError) as fault:
         raise ConfigError(
             f"run.dir {str(wanted)[:80]} cannot be used: {fault or 'ten thousand such runs'}; give "
@@ -85,14 +91,18 @@ def data_of(directory: Path) -> dict[str, Any] | None:
 
 
 def leave(directory: Path) -> None:
-    """Of a folder in which nothing was begun, nothing stays: not the lock, nor an empty folder."""
+    """Of a run that could not begin in a free folder, nothing stays, nor the folder if it is empty
+    then.
+    """
     with contextlib.suppress(OSError):
-        (directory / LOCK).unlink(missing_ok=True)
+        for name in BEGINNING:
+            (directory / name).unlink(missing_ok=True)
         directory.rmdir()
 
 
 class Lock:
-    """The right to write to a run; held until `release` or the end of the process.
+    """The right to write to a run; held until `release` or the end of the process. `known`: whether
+    the file system knows locks.
 
     Raises EnvironmentFault where another process holds it.
     """
@@ -100,24 +110,26 @@ class Lock:
     def __init__(self, directory: Path) -> None:
         with files.refused(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            self._file = open(directory / LOCK, "ab+", buffering=0)  # noqa: SIM115
+        self.known = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = self._holder()
             self._file.close()
             raise EnvironmentFault(
                 f"{directory} is in use by another process{holder}; two would mix their steps; "
                 "wait for it, end it, or give --run.dir another place"
             ) from None
+        except OSError:  # some network file systems
+            self.known = False
         with contextlib.suppress(OSError):  # only for the message above
             self._file.truncate(0)
-            self._file.write(f"{os.getpid()}\n")
-            self._file.flush()
+            self._file.write(f"{os.getpid()}\n".encode())
 
     def _holder(self) -> str:
         self._file.seek(0)
-        word = self._file.read(32).strip()
+        word = self._file.read(32).strip().decode("ascii", "replace")
         return f" ({word})" if word.isdecimal() else ""
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ written where, with which configuration. Nothing is written here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from vise_fast.config import schema, settings
 from vise_fast.config.schema import Config
 from vise_fast.run import identity
 from vise_fast.system import checkpoint
-from vise_fast.system.checkpoint import Choice
 from vise_fast.system.errors import ConfigError
 
 MAY_CHANGE = frozenset(
@@ -83,12 +82,31 @@ def _auto(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
         )
     choice = checkpoint.choose("auto", place)
     if choice.path is None:
-        raise ConfigError(
-            f"the run {place} has no checkpoint to go on from; it ended before its first one; "
-            "start anew with another --run.dir, or delete the folder"
-        )
+        return _anew(config, stated, place)
     own = _own_config(choice.path, place)
-    return _going_on(config, stated, own, choice, place)
+    return _going_on(config, stated, own, choice.path, place, choice.notes)
+
+
+def _anew(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
+    """A run that ended before its first checkpoint begins again where it was, with its own settings
+    and those that are stated now.
+    """
+    if (place / "adapter").exists():
+        raise ConfigError(
+            f"the run {place} has no checkpoint to go on from, but an adapter, which would be "
+            "overwritten; start anew with another --run.dir, or delete the folder"
+        )
+    merged = config.model_copy(deep=True)
+    own = place / "config.yaml"
+    if own.is_file():
+        changes = _changes(config, stated, schema.load(own))
+        merged = schema.with_changes(
+            schema.load(own), {key: new for key, (_, new) in changes.items()}
+        )
+    merged.train.resume = config.train.resume
+    merged.run.dir = str(place)
+    note = f"the run {place} ended before its first checkpoint: it begins again"
+    return Start(merged, place, notes=[note])
 
 
 def _from(config: Config, stated: Mapping[str, Any], wanted: Path) -> Start:
@@ -110,7 +128,7 @@ def _from(config: Config, stated: Mapping[str, Any], wanted: Path) -> Start:
     if home is None or place.resolve() != home.resolve():
         _refuse_occupied(place, wanted)
         choice.notes.append(f"{place} goes on from {choice.path}, which stays as it is")
-    return _going_on(config, stated, own, choice, place)
+    return _going_on(config, stated, own, choice.path, place, choice.notes)
 
 
 def _refuse_occupied(place: Path, wanted: Path) -> None:
@@ -135,17 +153,22 @@ def _own_config(path: Path, home: Path | None) -> Config:
 
 
 def _going_on(
-    config: Config, stated: Mapping[str, Any], own: Config, choice: Choice, place: Path
+    config: Config,
+    stated: Mapping[str, Any],
+    own: Config,
+    path: Path,
+    place: Path,
+    notes: Sequence[str],
 ) -> Start:
-    """The run's own configuration with the changes that are allowed."""
+    """From the checkpoint `path`, with its own configuration and the changes that are allowed."""
     changes = _changes(config, stated, own)
-    home = identity.run_of(choice.path) or choice.path
+    home = identity.run_of(path) or path
     for key, (old, new) in changes.items():
         _refuse(key, old, new, own, home)
     merged = schema.with_changes(own, {key: new for key, (_, new) in changes.items()})
     merged.train.resume = config.train.resume
     merged.run.dir = str(place)
-    return Start(merged, place, choice.path, list(choice.notes))
+    return Start(merged, place, path, list(notes))
 
 
 def _changes(config: Config, stated: Mapping[str, Any], own: Config) -> dict[str, tuple[Any, Any]]:

@@ -142,10 +142,11 @@ def _newest_good(run_dir: Path) -> Choice:
 def _candidates(home: Path) -> list[Path]:
     """Checkpoint directories, newest step first, a replaced one after its replacement."""
     found = [path for path in home.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (-_step(path), path.name))
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
     return int(path.name.removesuffix(".replaced").removeprefix("step_"))
 
 
@@ -204,7 +205,7 @@ def _prune(home: Path, step: int, keep: int) -> None:
     """
     found = _candidates(home)
     replaced = [path for path in found if path.suffix and path.with_suffix("") in found]
-    spent = [path for path in found if _step(path) > step or path in replaced]
+    spent = [path for path in found if step_of(path) > step or path in replaced]
     rest = [path for path in found if path not in spent]
     for path in spent + rest[keep:]:
         _remove(path)
