@@ -52,7 +52,7 @@ FILES = {
     "raises": ("x = 1\nraise ValueError('two\\nlines')", "line 2: ValueError: two lines"),
     "raises below": ("def f():\n    return {}['a']\n\nf()", "line 2: KeyError"),
     "exits": ("import sys\nsys.exit()", "line 2: SystemExit"),
-    "registers twice": (HEAD + GOOD.format(name="a_b", body="1") * 2, "line 9: reward 'a_b' is"),
+    "registers twice": (HEAD + GOOD.format(name="a_b", body="1") * 2, "line 8: reward 'a_b' is"),
     "takes a shipped name": (HEAD + GOOD.format(name="vise", body="1"), "line 4: reward 'vise' is"),
     "registers without a name": (HEAD + "@register\ndef mine(*_): ...", "line 4: register needs"),
     "not UTF-8": (b"x = '\xff'", "SyntaxError"),

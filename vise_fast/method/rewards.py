@@ -83,9 +83,10 @@ _REGISTRY: dict[str, Reward] = {}
 def register(name: str) -> Callable[[Reward], Reward]:
     """Decorator: make a reward known under this name. Raises ConfigError when the name is taken."""
 
+    if not isinstance(name, str):
+        raise ConfigError('register needs a name; write @register("mine") above the function')
+
     def add(function: Reward) -> Reward:
-        if not isinstance(name, str):
-            raise ConfigError('register needs a name; write @register("mine") above the function')
         if name in _REGISTRY:
             raise ConfigError(
                 f"reward {name!r} is registered twice; names are unique; rename one of them"
