@@ -25,7 +25,7 @@ WHERE = ROOT / "build" / "sanitize"
 COPY = WHERE / "package"
 REPORT = WHERE / "report"
 FLAGS = (
-    "-O3 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow "
+    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow "
     "-fno-sanitize-recover=all"
 )
 SETTINGS = f"""[pytest]
@@ -42,7 +42,9 @@ LEFT_OUT = (
     "test_without_native.py",
     "test_no_sync.py",
 )
-WORDS = "not triton and not gives and not gpu"
+# does_not_give: in a process of its own. shape5: watched loops are not vectorised, and a sum of
+# 2048 floats one after the other is less exact than one in lanes.
+WORDS = "not triton and not gpu and not does_not_give and not shape5-dtype0-native"
 LANES = {16: (), 8: ("few_rows", "bank_attention", "ghost", "warp"), 4: ("few_rows", "warp")}
 
 
