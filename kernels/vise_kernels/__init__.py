@@ -5,6 +5,7 @@ native C++, Triton).
 trainer.
 """
 
+from vise_kernels.add_layer_norm import add_layer_norm
 from vise_kernels.attention import attention
 from vise_kernels.decode_attention import decode_attention
 from vise_kernels.dispatch import available, prefer
@@ -12,15 +13,22 @@ from vise_kernels.few_rows import few_rows
 from vise_kernels.ghost import ghost
 from vise_kernels.heads import heads, heads_backward
 from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
+from vise_kernels.merge_attention import merge_attention
 from vise_kernels.patchify import patchify
+from vise_kernels.raised import raised_heads, raised_norm, raised_swiglu
+from vise_kernels.recast import Recast
 from vise_kernels.resize import resize
 from vise_kernels.rms_norm import rms_norm, rms_norm_backward
+from vise_kernels.rotate import rotate
 from vise_kernels.sample import sample
 from vise_kernels.swiglu import swiglu, swiglu_backward
 from vise_kernels.token_logprob import token_logprob
+from vise_kernels.up_gradient import up_gradient
 from vise_kernels.warp import warp
 
 __all__ = [
+    "Recast",
+    "add_layer_norm",
     "attention",
     "available",
     "decode_attention",
@@ -30,14 +38,20 @@ __all__ = [
     "heads_backward",
     "linear_logprob",
     "linear_logprob_kl",
+    "merge_attention",
     "patchify",
     "prefer",
+    "raised_heads",
+    "raised_norm",
+    "raised_swiglu",
     "resize",
     "rms_norm",
     "rms_norm_backward",
+    "rotate",
     "sample",
     "swiglu",
     "swiglu_backward",
     "token_logprob",
+    "up_gradient",
     "warp",
 ]

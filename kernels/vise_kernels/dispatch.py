@@ -5,12 +5,15 @@ Also the one guarded import of Triton: op files take `triton`, `tl` and `jit` fr
 they load on machines without it. Leaves out the ops themselves.
 """
 
+import contextlib
 import contextvars
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +41,16 @@ NATIVE_OPS = {
     "heads": True,
     "swiglu": True,
     "decode_attention": False,  # a CPU decodes in a way of its own
+    "recast": False,  # a CPU copies them one by one
+    "add_layer_norm": False,  # PyTorch's own is as quick on a CPU
+    "rotate": False,
+    "raised_norm": False,  # a CPU's products take the low-rank term along (few_rows)
+    "raised_swiglu": False,
+    "raised_heads": False,
+    "up_gradient": False,  # small products: PyTorch's own
+    "merge_attention": False,  # a CPU's kernel takes all parts at once
 }
-CPU_ONLY = {"attention", "few_rows", "rms_norm"}  # no Triton version
+CPU_ONLY = {"attention", "few_rows"}  # no Triton version
 PATHS = ("plain", "native", "triton")
 FLOATS = {
     "native": (torch.float32, torch.bfloat16),
@@ -48,6 +59,11 @@ FLOATS = {
 ONLY_FLOAT32 = {"attention", "few_rows"}  # of the native ops without gradients
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "preferred path", default=None
+)
+Listener = Callable[[str, int, int, int], None]
+"""(name, kernels, FLOPs, bytes) of a launch that does not happen"""
+_LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
+    "who hears of launches", default=None
 )
 
 
@@ -66,6 +82,43 @@ def jit(function=None, **options):
     if function is None:
         return functools.partial(jit, **options)
     return function if triton is None else triton.jit(function, **options)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a Triton kernel over `grid`; where the first argument is a tensor without data, only
+    tell whoever listens that it would be.
+    """
+    if isinstance(args[0], Tensor) and args[0].is_meta:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        announce(kernel.__name__, moved=sum(t.numel() * t.dtype.itemsize for t in tensors))
+    else:
+        kernel[grid](*args, **options)
+
+
+def announce(name: str, count: int = 1, *, flops: int = 0, moved: int = 0) -> None:
+    """Tell whoever listens of `count` launches, which tensors without data do not have, of a kernel
+    that does so many FLOPs and moves so many bytes.
+    """
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(name, count, flops, moved)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(listener: Listener) -> Iterator[None]:
+    """Inside, tensors without data (meta) take every path that a GPU's would take, and `listener`
+    hears name, number, FLOPs and bytes of each kernel that would be launched.
+    """
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def stands_for_a_gpu(device: torch.device) -> bool:
+    """Whether tensors on `device` have no data and stand for a GPU's (`as_on_a_gpu`)."""
+    return device.type == "meta" and _LISTENER.get() is not None
 
 
 def interpreted() -> bool:
@@ -172,6 +225,8 @@ def prefer(path: str | None) -> None:
 def _automatic(op: str, device: torch.device) -> Choice:
     if _PREFERRED.get() == "plain":
         return Choice("plain", "asked for by `prefer`")
+    if stands_for_a_gpu(device):
+        return Choice("plain" if op in CPU_ONLY else "triton", "stands for a GPU")
     preferred = "triton" if device.type == "cuda" else "native"
     obstacle = _obstacle(op, device, preferred)
     if obstacle:

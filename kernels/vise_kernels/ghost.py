@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from vise_kernels import cosines
-from vise_kernels.dispatch import choose, compiled, jit, tl
+from vise_kernels.dispatch import choose, compiled, jit, launch, stands_for_a_gpu, tl
 from vise_kernels.pixels import (
     Images,
     addresses,
@@ -99,9 +99,10 @@ def ghost(
     plan = Plan(index, boxes, sigmas, radii, method, float(feather), outside)
     if not plan.images:
         return []
-    if images[0].is_meta:  # shapes only: what a step would hold
+    device = images[0].device
+    if images[0].is_meta and not stands_for_a_gpu(device):  # shapes only: what a step would hold
         return [torch.empty_like(images[i]) for i in plan.images]
-    chosen = choose("ghost", images[0].device, path).path
+    chosen = choose("ghost", device, path).path
     return {"plain": plain, "native": _native, "triton": _triton}[chosen](images, plan)
 
 
@@ -497,8 +498,8 @@ def _triton(images: Images, plan: Plan) -> list[Tensor]:
         return outs
     geometry = torch.cat([size, plan.boxes, region], 1)
     table = _Table(addresses(sources), addresses(outs), geometry, extent, sources[0].device)
-    launch = _launch_blur if plan.method == "blur" else _launch_cells
-    launch(table, plan)
+    run = _launch_blur if plan.method == "blur" else _launch_cells
+    run(table, plan)
     return outs
 
 
@@ -515,11 +516,11 @@ def _launch_blur(boxes: _Table, plan: Plan) -> None:
     radius = torch.tensor(plan.radius)
     table = boxes.on_device(scratch_at, taps_at, radius, torch.ones_like(radius))
     tiles = (boxes.extent + TILE - 1) // TILE
-    _across_kernel[(int(tiles.prod(1).max()), len(table))](table, COLUMNS, TILE, STRETCH)
+    grid = (int(tiles.prod(1).max()), len(table))
+    launch(_across_kernel, grid, table, COLUMNS, TILE, STRETCH)
     tiles = (boxes.extent * torch.tensor([3, 1]) + TILE - 1) // TILE
-    _down_kernel[(int(tiles.prod(1).max()), len(table))](
-        table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside
-    )
+    grid = (int(tiles.prod(1).max()), len(table))
+    launch(_down_kernel, grid, table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside)
 
 
 def _launch_cells(boxes: _Table, plan: Plan) -> None:
@@ -532,9 +533,8 @@ def _launch_cells(boxes: _Table, plan: Plan) -> None:
     table = boxes.on_device(none, none, none, cell)
     tiles = (boxes.extent + cell[:, None] - 1) // cell[:, None]
     hole = plan.outside and plan.method == "mean"
-    _cells_kernel[(int(tiles.prod(1).max()), len(table))](
-        table, plan.feather, COLUMNS, PIXELS, hole, plan.outside
-    )
+    grid = (int(tiles.prod(1).max()), len(table))
+    launch(_cells_kernel, grid, table, plan.feather, COLUMNS, PIXELS, hole, plan.outside)
 
 
 def _starts(counts: Tensor) -> Tensor:

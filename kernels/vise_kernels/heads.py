@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import compiled, jit, threads_for, tl, triton, without_gradients
+from vise_kernels.dispatch import compiled, jit, launch, threads_for, tl, triton, without_gradients
 
 HEADS = 8  # of a Triton program
 
@@ -71,8 +71,9 @@ def heads(qkv: Tensor, turn: Turn, queries: int, *, path: str | None = None) -> 
         tensors = _places(qkv, q, k)
         threads = threads_for(qkv.numel())
         compiled().heads(sizes, _places(*turn[:4]), turn.eps, *tensors, brain, threads)
-    elif qkv.numel() and not qkv.is_meta:
-        _kernel[_grid(sizes)](qkv, q, k, *turn, queries, keys, **_constants(half))
+    elif qkv.numel():
+        given = (qkv, q, k, *turn, queries, keys)
+        launch(_kernel, _grid(sizes), *given, **_constants(half))
     return Parts(q, k, qkv.view(rows, queries + 2 * keys, 2 * half)[:, queries + keys :])
 
 
@@ -94,11 +95,9 @@ def heads_backward(qkv: Tensor, turn: Turn, grads: Parts, *, path: str | None = 
         tensors = _places(qkv, *grads, dqkv)
         threads = threads_for(qkv.numel())
         compiled().heads_backward(sizes, _places(*turn[:4]), turn.eps, *tensors, brain, threads)
-    elif qkv.numel() and not qkv.is_meta:
-        counts = (sizes.queries, sizes.keys)
-        _backward_kernel[_grid(sizes)](
-            qkv, *grads, *turn[:4], dqkv, turn.eps, *counts, **_constants(sizes.half)
-        )
+    elif qkv.numel():
+        given = (qkv, *grads, *turn[:4], dqkv, turn.eps, sizes.queries, sizes.keys)
+        launch(_backward_kernel, _grid(sizes), *given, **_constants(sizes.half))
     return dqkv
 
 

@@ -32,7 +32,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from vise_kernels.dispatch import choose, jit, tl, triton
+from vise_kernels.dispatch import (
+    announce,
+    choose,
+    jit,
+    launch,
+    stands_for_a_gpu,
+    tl,
+    triton,
+)
 
 CHUNK_LOGITS = 2**23  # logits in flight: 32 MB in float32
 # hidden rows per walk over the head (policy and reference together): enough to keep a product
@@ -227,15 +235,27 @@ class _Walk:
         z = self.logits[: kinds * rows * len(weight)].view(kinds, rows, -1)
         _product(self.states.flatten(0, 1), weight.T, z.flatten(0, 1), add=False)
         skip = None if self.head.banned is None else self.head.banned[piece]
-        merge = _merge_triton if self.head.path == "triton" else merge_plain
-        ids = self.ids - piece.start
         if self.gathered is None:
-            merge(z, ids, skip, self.sums, None, None)
+            self._merge(z, skip, piece.start, None, None)
             return
         w = self.gathered.weights[: z.numel()].view_as(z)
         averages = self.gathered.averages
-        merge(z, ids, skip, self.sums, w, averages if piece.start else None)
+        self._merge(z, skip, piece.start, w, averages if piece.start else None)
         _product(w.flatten(0, 1), weight, averages.flatten(0, 1), add=piece.start > 0)
+
+    def _merge(
+        self,
+        z: Tensor,
+        skip: Tensor | None,
+        first: int,
+        weights: Tensor | None,
+        averages: Tensor | None,
+    ) -> None:
+        """`merge_plain` of the chunk whose ids begin with `first`."""
+        if self.head.path == "triton":
+            _merge_triton(z, self.ids, skip, self.sums, weights, averages, first=first)
+        else:
+            merge_plain(z, self.ids - first, skip, self.sums, weights, averages)
 
 
 def _walk(states: Tensor, ids: Tensor, head: Head, slope: Tensor | None) -> Tensor:
@@ -314,11 +334,12 @@ def _kept(banned, column, inside):
     return inside
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _merge_kernel(
     logits,
     weights,
     ids,
+    first,
     banned,
     top,
     total,
@@ -380,7 +401,7 @@ def _merge_kernel(
     if kind == 0:
         tl.store(drift + row, tl.load(drift + row) * scale + tl.sum(moved_sum, 0))
         tl.store(factor + row, scale)
-    id = tl.load(ids + row)
+    id = tl.load(ids + row) - first
     here = (id >= 0) & (id < width)
     own = tl.load(z_row + id, mask=here, other=0.0)
     tl.store(target + mine, tl.where(_kept(banned, id, here), own, -float("inf")), mask=here)
@@ -446,17 +467,19 @@ def _merge_triton(
     sums: Sums,
     weights: Tensor | None,
     averages: Tensor | None,
+    *,
+    first: int,
 ) -> None:
     kinds, rows, width = logits.shape
     factor = torch.empty_like(sums.drift)
     state = (sums.top, sums.total, sums.target, sums.drift, factor)
-    given = (logits, weights, ids, _bytes(banned))
+    given = (logits, weights, ids, first, _bytes(banned))
     options = {"BLOCK": BLOCK, "num_warps": 8}
-    _merge_kernel[(rows, kinds)](*given, *state, width, PAIRED=kinds == 2, **options)
+    launch(_merge_kernel, (rows, kinds), *given, *state, width, PAIRED=kinds == 2, **options)
     if averages is not None:
         width = averages.shape[2]
         grid = (kinds * rows, triton.cdiv(width, BLOCK))
-        _rescale_kernel[grid](averages, factor, rows, width, **options)
+        launch(_rescale_kernel, grid, averages, factor, rows, width, **options)
 
 
 def _finish_triton(
@@ -466,7 +489,8 @@ def _finish_triton(
     grid = (rows, triton.cdiv(width, BLOCK))
     tensors = averages, sums.total, sums.drift, head, ids, _bytes(banned), slope
     sizes = slope.stride(0), len(head), width, *head.stride()
-    _finish_kernel[grid](*tensors, *sizes, PAIRED=kinds == 2, BLOCK=BLOCK, num_warps=8)
+    options = {"PAIRED": kinds == 2, "BLOCK": BLOCK, "num_warps": 8}
+    launch(_finish_kernel, grid, *tensors, *sizes, **options)
 
 
 def _bytes(banned: Tensor | None) -> Tensor | None:
@@ -478,6 +502,11 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
     """out = left right, or out += left right; 16-bit factors with a float32 result are multiplied
     as they are on a GPU.
     """
+    if stands_for_a_gpu(left.device):
+        work = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        size = sum(t.numel() * t.dtype.itemsize for t in (left, right, out))
+        announce("mm", flops=work, moved=size)
+        return
     if left.dtype != out.dtype and left.device.type != "cuda":
         left = left.to(out.dtype)
         right = right.to(out.dtype)

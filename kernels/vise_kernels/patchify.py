@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, compiled, jit, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, launch, tl, triton
 from vise_kernels.pixels import Images, addresses, checked
 from vise_kernels.warp import inverted, sampled
 from vise_kernels.warp import plain as warp_plain
@@ -260,9 +260,10 @@ def _triton(
     shape = (layout.patch, layout.merge, layout.taps)
     if inverses is None:
         grid = (triton.cdiv(3 * most, VALUES), len(images))
-        _patchify_kernel[grid](table, levels, out, COLUMNS, VALUES, *shape)
+        launch(_patchify_kernel, grid, table, levels, out, COLUMNS, VALUES, *shape)
     else:
         turns = inverses.float().contiguous().to(device, non_blocking=True)
         grid = (triton.cdiv(most, PIXELS), len(images))
-        _warped_kernel[grid](table, levels, out, turns, float(fill), COLUMNS, PIXELS, *shape)
+        given = (table, levels, out, turns, float(fill), COLUMNS, PIXELS, *shape)
+        launch(_warped_kernel, grid, *given)
     return out

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, compiled, jit, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, launch, tl, triton
 from vise_kernels.pixels import (
     Images,
     Size,
@@ -214,4 +214,4 @@ def _launch(sources: Images, outs: Images, downs: list[bool]) -> None:
     ends = [addresses(sources)[:, None], addresses(outs)[:, None]]
     table = torch.cat([*ends, torch.tensor(rows)], 1).to(device, non_blocking=True)
     grid = (triton.cdiv(max(out.numel() for out in outs), VALUES), len(outs))
-    _axis_kernel[grid](table, COLUMNS, VALUES)
+    launch(_axis_kernel, grid, table, COLUMNS, VALUES)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels.dispatch import compiled, jit, threads_for, tl, triton, without_gradients
+from vise_kernels.dispatch import compiled, jit, launch, threads_for, tl, triton, without_gradients
 
 BLOCK = 1024  # columns of a Triton program
 
@@ -33,8 +33,8 @@ def swiglu(x: Tensor, *, path: str | None = None) -> Tensor:
         brain = x.dtype == torch.bfloat16
         threads = threads_for(x.numel())
         compiled().swiglu(x.data_ptr(), rows, width, z.data_ptr(), brain, threads)
-    elif z.numel() and not z.is_meta:
-        _kernel[_grid(rows, width)](x, z, width, BLOCK=BLOCK)
+    elif z.numel():
+        launch(_kernel, _grid(rows, width), x, z, width, BLOCK=BLOCK)
     return z
 
 
@@ -50,8 +50,8 @@ def swiglu_backward(x: Tensor, dz: Tensor, *, path: str | None = None) -> Tensor
     if chosen == "native":
         places = (x.data_ptr(), dz.data_ptr(), rows, width, dx.data_ptr())
         compiled().swiglu_backward(*places, x.dtype == torch.bfloat16, threads_for(x.numel()))
-    elif dx.numel() and not dx.is_meta:
-        _backward_kernel[_grid(rows, width)](x, dz, dx, width, BLOCK=BLOCK)
+    elif dx.numel():
+        launch(_backward_kernel, _grid(rows, width), x, dz, dx, width, BLOCK=BLOCK)
     return dx
 
 

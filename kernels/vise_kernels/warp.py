@@ -11,7 +11,7 @@ drawing the matrices, and antialiasing: views enlarge or shrink by little.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vise_kernels.dispatch import choose, compiled, jit, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, launch, stands_for_a_gpu, tl, triton
 from vise_kernels.pixels import (
     Images,
     addresses,
@@ -37,9 +37,10 @@ def warp(
     inverses = inverted("warp", images, matrices_px, fill)
     if not images:
         return []
-    if images[0].is_meta:  # shapes only: what a step would hold
+    device = images[0].device
+    if images[0].is_meta and not stands_for_a_gpu(device):  # shapes only: what a step would hold
         return [torch.empty_like(image) for image in images]
-    path = choose("warp", images[0].device, path).path
+    path = choose("warp", device, path).path
     return {"plain": plain, "native": _native, "triton": _triton}[path](images, inverses, fill)
 
 
@@ -158,11 +159,6 @@ def _triton(images: Images, inverses: Tensor, fill: int) -> list[Tensor]:
         device, non_blocking=True
     )
     grid = (triton.cdiv(int(size.prod(1).max()), PIXELS), len(images))
-    _warp_kernel[grid](
-        table,
-        inverses.float().contiguous().to(device, non_blocking=True),
-        float(fill),
-        COLUMNS,
-        PIXELS,
-    )
+    turns = inverses.float().contiguous().to(device, non_blocking=True)
+    launch(_warp_kernel, grid, table, turns, float(fill), COLUMNS, PIXELS)
     return outs

@@ -72,7 +72,7 @@ def linear_logprob(h):
     for paired, weights, banned in ((False, None, None), (True, h, BYTES)):
         constants = {"PAIRED": paired, "BLOCK": 2048}
         ids = {"ids": LONGS, "banned": banned}
-        logits = {"logits": FLOATS, "weights": weights}
+        logits = {"logits": FLOATS, "weights": weights, "first": INT}
         yield "_merge_kernel", {**logits, **ids, **sums, "width": INT}, constants
         yield "_finish_kernel", {**totals, "head": h, **ids, "slope": h, **sizes}, constants
 
@@ -95,6 +95,69 @@ def decode_attention(q):
 def swiglu(x):
     yield "_kernel", {"x": x, "z": x, "width": INT}, {"BLOCK": 1024}
     yield "_backward_kernel", {"x": x, "dz": x, "dx": x, "width": INT}, {"BLOCK": 1024}
+
+
+def rms_norm(x):
+    sizes = {"width": INT, "eps": "fp32"}
+    for block in (2048, 4096):
+        yield "_kernel", {"x": x, "weight": x, "z": x, **sizes}, {"BLOCK": block}
+        yield (
+            "_backward_kernel",
+            {"x": x, "weight": x, "dz": x, "dx": x, **sizes},
+            {"BLOCK": block},
+        )
+
+
+def merge_attention(x):
+    given = {"merged": x, "total": FLOATS, "tokens": INT, "heads": INT}
+    for p in range(3):
+        strides = [f"{name}{p}_{axis}" for name in ("out", "lse") for axis in "mftkr"]
+        given |= dict.fromkeys([f"fan{p}", f"repeat{p}", *strides], INT)
+        given |= {f"out{p}": x, f"lse{p}": FLOATS}
+    for parts, dim, wide in ((2, 40, 64), (3, 128, 128)):
+        yield "_kernel", given, {"PARTS": parts, "DIM": dim, "WIDE": wide, "HEADS": 8}
+
+
+def up_gradient(x):
+    ends = dict.fromkeys(("rows", "end0", "end1", "end2"), INT)
+    scales = dict.fromkeys(("scale0", "scale1", "scale2"), "fp32")
+    given = {"grad": x, "high": x, "out": FLOATS, **ends, **scales}
+    for rank, wide in ((16, 16), (40, 64)):
+        sizes = {"RANK": rank, "WIDE": wide, "OUTS": 64, "ROWS": 64, "EXACT": x == "*fp32"}
+        yield "_kernel", given, sizes
+
+
+def raised(x):
+    strides = dict.fromkeys(("wide_stride", "up_stride"), INT)
+    angles = {"q_weight": x, "k_weight": x, "cos": FLOATS, "sin": FLOATS}
+    counts = dict.fromkeys(("rows", "queries", "keys"), INT)
+    for rank, up in ((16, x), (0, None)):
+        sizes = {"RANK": rank, "RANKS": 16, "ROWS": 16, "EXACT": x == "*fp32"}
+        given = {"wide": x, "up": up, **strides}
+        columns = {"BLOCK": 128, **sizes}
+        rows = {"rows": INT, "width": INT}
+        sums = {"x": x, "weight": x, "y": x, "z": x, "eps": "fp32"}
+        yield "_norm_kernel", {**given, **sums, **rows}, columns
+        yield "_swiglu_kernel", {**given, "z": x, **rows}, columns
+        parts = {"q": x, "k": x, "v": x, **angles, **counts, "eps": "fp32"}
+        yield "_heads_kernel", {**given, **parts}, {**sizes, "HALF": 64, "LANES": 64}
+
+
+def add_layer_norm(x):
+    rows = dict.fromkeys(("x", "b", "weight", "bias", "y", "z"), x)
+    yield "_kernel", {**rows, "width": INT, "eps": "fp32"}, {"BLOCK": 1024}
+
+
+def rotate(x):
+    tables = {"cos": FLOATS, "sin": FLOATS}
+    strides = dict.fromkeys(("heads", "row_stride", "head_stride"), INT)
+    for half, lanes in ((32, 32), (36, 64)):
+        sizes = {"HALF": half, "LANES": lanes, "HEADS": 8}
+        yield "_kernel", {"x": x, "out": x, **tables, **strides}, sizes
+
+
+def recast(x):
+    yield "_kernel", {"table": LONGS, "like": x}, {"VALUES": 1024}
 
 
 def heads(x):
@@ -125,7 +188,8 @@ def compiled(kernel, arguments, constants, capability):
 
 
 if __name__ == "__main__":
-    for op in (token_logprob, sample, linear_logprob, decode_attention, swiglu, heads):
+    ops = (token_logprob, sample, linear_logprob, decode_attention, swiglu, rms_norm, heads)
+    for op in (*ops, merge_attention, up_gradient, raised, recast, add_layer_norm, rotate):
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
             for name, arguments, constants in op(dtype):

@@ -24,6 +24,14 @@ OPS = {
     "sample",
     "decode_attention",
     "few_rows",
+    "merge_attention",
+    "recast",
+    "up_gradient",
+    "raised_norm",
+    "raised_swiglu",
+    "raised_heads",
+    "add_layer_norm",
+    "rotate",
 }
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -39,7 +47,7 @@ def fresh():
 
 def test_every_public_op_has_a_path_and_a_reason():
     table = vise_kernels.available()
-    public = {name for name in vise_kernels.__all__ if not name.endswith("_backward")}
+    public = {name.lower() for name in vise_kernels.__all__ if not name.endswith("_backward")}
     assert set(table) == OPS == public - {"available", "prefer"}
     for path, reason in table.values():
         assert path in dispatch.PATHS and reason

@@ -25,8 +25,7 @@ DTYPES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def paths(op):
-    return ["plain", "native"] + ["triton"] * (op != "rms_norm")
+PATHS = ("plain", "native", "triton")
 
 
 def runs(op, path, device="cpu"):
@@ -72,11 +71,13 @@ def written_out(qkv, turn, queries):
     return tuple(torch.stack(part, 1) for part in parts)
 
 
-@pytest.mark.parametrize("path", paths("rms_norm"))
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_and_its_gradient(path, shape, dtype):
     runs("rms_norm", path)
+    if path == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter does not know it")
     x = draw(*shape).to(dtype)
     weight = (1 + 0.3 * draw(shape[1], seed=1)).to(dtype)
     dz = draw(*shape, seed=2).to(dtype)
@@ -95,7 +96,7 @@ def test_rms_norm_and_its_gradient(path, shape, dtype):
     assert_close(found, by_autograd(norm, x, [dz]), absolute=2 * bound * scale)
 
 
-@pytest.mark.parametrize("path", paths("swiglu"))
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu_and_its_gradient(path, shape, dtype):
@@ -130,7 +131,7 @@ def test_swiglu_of_large_gates_is_finite(path):
     assert swiglu(x, path=path).isnan().nonzero().tolist() == [[0, 3]]
 
 
-@pytest.mark.parametrize("path", paths("heads"))
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", HEADS)
 def test_heads_are_parted_normed_and_turned_and_back(path, shape, dtype):
@@ -231,7 +232,7 @@ def small_turn(rows):
         (lambda: swiglu(draw(3, 5), path="native"), "do not fit"),
         (lambda: swiglu_backward(draw(3, 4), draw(3, 3), path="native"), "do not fit"),
         (lambda: rms_norm(draw(3, 4), draw(5), EPS, path="native"), "do not fit"),
-        (lambda: rms_norm(draw(3, 4), draw(4), EPS, path="triton"), "PyTorch is the GPU path"),
+        (lambda: rms_norm(draw(3, 4).double(), draw(4), EPS, path="triton"), "float32"),
         (lambda: heads(draw(3, 8), small_turn(3), 3, path="native"), "do not fit"),
         (lambda: heads(draw(3, 8), small_turn(3)._replace(cos=draw(2, 1)), 2), "do not fit"),
         (lambda: swiglu(draw(3, 3)), "do not fit"),

@@ -24,4 +24,4 @@ def test_the_kernels_of_tokens_compile(tmp_path):
     script = str(HERE / "compile_token_kernels.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 2 * (3 + 4 + 5 + 2 + 2 + 4)
+    assert len(done.stdout.splitlines()) == 2 * (3 + 4 + 5 + 2 + 2 + 4 + 4 + 2 + 2 + 1 + 6 + 1 + 2)

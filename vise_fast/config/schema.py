@@ -22,6 +22,10 @@ from vise_fast.config import places, settings
 from vise_fast.system.errors import ConfigError
 
 
+Switch = bool | Literal["auto"]
+"""On, off, or where it gains."""
+
+
 class Section(BaseModel):
     """A part of the configuration; what is assigned to a field is checked as what is read."""
 
@@ -36,7 +40,7 @@ class Section(BaseModel):
         field = cls.model_fields[info.field_name]
         if isinstance(value, str) and "tuple" in str(field.annotation):
             return [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, bool) and field.annotation is not bool:
+        if isinstance(value, bool) and field.annotation not in (bool, Switch):
             raise ValueError("true / false is not accepted here")
         return value
 
@@ -70,11 +74,11 @@ class ModelConfig(Section):
     engine: Literal["fast", "stock"] = Field(
         "fast", description="fast: own forward over the same weights; stock: transformers' forward"
     )
-    graphs: bool = Field(
-        False,
+    graphs: Switch = Field(
+        "auto",
         description=(
-            "decode by CUDA graphs, on a GPU, with unquantised weights; not measured on a GPU yet, "
-            "so off"
+            "decode by CUDA graphs; auto: on a GPU with unquantised weights, where a graph gives "
+            "what the step by hand gives"
         ),
     )
     kernels: Literal["auto", "plain"] = Field(
@@ -142,11 +146,12 @@ class TrainConfig(Section):
     checkpointing: bool = Field(
         False, description="recompute activations layer by layer in the update"
     )
-    share_forward: bool = Field(
-        True,
+    share_forward: Switch = Field(
+        "auto",
         description=(
             "the rollout's forward pass over image and question serves the update too; whole "
-            "batches without checkpointing only"
+            "batches without checkpointing only; auto: on a GPU only where the pass it saves "
+            "takes longer than the launches it adds"
         ),
     )
     attention_every: int = Field(
@@ -505,7 +510,7 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
         )
-    if model.graphs and (model.engine != "fast" or model.quant != "none"):
+    if model.graphs is True and (model.engine != "fast" or model.quant != "none"):
         yield (
             f"model.graphs needs engine fast and quant none, not {model.engine} and "
             f"{model.quant}; change them or leave model.graphs false"

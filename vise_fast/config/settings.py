@@ -135,7 +135,8 @@ def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
         if name is None:
             raise ConfigError(f"unexpected word '{text}'; settings are written --section.key value")
         _check_key(name, "the command line", schema)
-        if text is None and known[name].annotation is not bool:
+        annotation = known[name].annotation
+        if text is None and bool not in (annotation, *get_args(annotation)):
             raise ConfigError(f"--{name} has no value; expected {expected(known[name])}")
         values[name] = _scalar("true" if text is None else text, known[name])
     return values

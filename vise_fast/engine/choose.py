@@ -17,7 +17,10 @@ def open_engine(policy: Policy, config: Config) -> Engine:
     """
     if config.model.engine == "stock":
         return StockEngine(StockBackbone(policy.model), policy.tokens)
-    if not config.model.graphs:
+    graphs = config.model.graphs
+    if graphs == "auto":
+        graphs = policy.device.type == "cuda" and config.model.quant == "none"
+    if not graphs:
         return FastEngine(policy.backbone, policy.tokens)
     if policy.device.type != "cuda":
         raise EnvironmentFault(

@@ -10,7 +10,7 @@ what is sampled. Knows no model family: it asks a `Backbone` (model/tree.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -29,10 +29,18 @@ from vise_fast.engine.rollout import (
 )
 from vise_fast.model.tree import Backbone, Features, Grid, Level, Parent, Ragged, Segment
 from vise_fast.system.clock import Clock
+from vise_fast.system.staging import put
 from vise_fast.text.tokens import Tokens
 
 # fewer rows alive than this share: finished ones are dropped, so that they stop costing
 COMPACT_BELOW = 0.75
+# On a GPU a shared forward pass saves the update one over prefixes and questions, and costs so many
+# more launches a layer, for three backward graphs instead of one (bench/launches.py).
+LAUNCHES_OF_SHARING = 260
+SECONDS_A_LAUNCH = 6e-6
+FLOPS_A_SECOND = 4e14
+QUESTION = 150
+"""tokens of a question about a box"""
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Sheet:
             torch.full((rows, limit), tokens.pad, device=device),
             torch.zeros(rows, limit, device=device),
             torch.full((rows,), limit, device=device),
-            torch.tensor(tokens.eos, device=device),
+            put(tokens.eos, device),
             tokens.pad,
         )
 
@@ -119,6 +127,7 @@ class FastEngine:
         self.banned = tokens.banned().to(self.device)
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
         self.joins = self.device.type == "cpu"
+        self.chains = not self.joins
         self.chunk = chunk
         self._interrupted: Callable[[], None] = lambda: None
         self.clock = Clock(self.device)
@@ -132,6 +141,15 @@ class FastEngine:
     def interrupted(self, poll: Callable[[], None]) -> None:
         self._interrupted = poll
         self.backbone.listen(poll)
+
+    def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
+        """See `rollout.Engine`. On a CPU always: there a launch costs next to nothing."""
+        if self.device.type == "cpu":
+            return True
+        side = self.backbone.patch * self.backbone.merge_size
+        tokens = sum(h * w // side**2 + QUESTION for h, w in sizes)
+        saved = 2 * tokens * self.backbone.decoder_weights / FLOPS_A_SECOND
+        return saved > LAUNCHES_OF_SHARING * self.backbone.depth * SECONDS_A_LAUNCH
 
     def forget(self) -> None:
         """Nothing is kept between calls."""
@@ -157,32 +175,50 @@ class FastEngine:
 
     def prefix_level(self, features: Features, adapters: bool) -> tuple[Level, list[int]]:
         """The level of head + image + tail per image, and each image's next rope position."""
+        level = self._chain(features, [[]] * len(features), adapters)
+        level.read = "none"
+        return level, [self._span(grid)[1] for grid in features.grids]
+
+    def _chain(self, features: Features, rows: list[list[int]], adapters: bool) -> Level:
+        """The level of head + image + tail per image, each followed by a row of its own."""
         merged, deep = self.backbone.merge(features, adapters)
-        rows = [self._prefix_ids(grid) for grid in features.grids]
-        image_rows = self._image_rows(rows).to(self.device)
-        known = {grid: self._span(grid) for grid in set(features.grids)}
-        spans = [known[grid] for grid in features.grids]
-        embeds = self.backbone.embed(torch.tensor(_flat(rows), device=self.device))
+        ids = [self._prefix_ids(grid) for grid in features.grids]
+        whole = [prefix + row for prefix, row in zip(ids, rows, strict=True)]
+        sizes = [len(prefix) for prefix in ids]
+        image_rows = put(self._image_rows(whole, sizes), self.device)
+        embeds = self.backbone.embed(put(_flat(whole), self.device))
         embeds = embeds.index_copy(0, image_rows, merged.to(self.backbone.dtype))
         self.counters.prefixes += len(features)
-        positions = torch.cat([position for position, _ in spans], 1).to(self.device)
-        rag = Ragged([len(row) for row in rows], self.device)
-        level = Level(embeds, positions, rag, deep_rows=image_rows, deep=deep, read="none")
-        return level, [following for _, following in spans]
+        positions = put(self._chain_positions(features.grids, rows), self.device)
+        rag = Ragged([len(row) for row in whole], self.device)
+        return Level(embeds, positions, rag, deep_rows=image_rows, deep=deep)
+
+    def _chain_positions(self, grids: list[tuple[int, int]], rows: list[list[int]]) -> Tensor:
+        """Rope positions (3, n) of prefixes, each followed by its row."""
+        known = {grid: self._span(grid) for grid in set(grids)}
+        pieces: list[Tensor] = []
+        for grid, row in zip(grids, rows, strict=True):
+            positions, following = known[grid]
+            pieces.append(positions)
+            if row:
+                pieces.append(torch.arange(following, following + len(row)).expand(3, -1))
+        return torch.cat(pieces, 1)
 
     def _prefix_ids(self, grid: tuple[int, int]) -> list[int]:
         merge = self.backbone.merge_size
         places = (grid[0] // merge) * (grid[1] // merge)
         return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail
 
-    def _image_rows(self, rows: list[list[int]]) -> Tensor:
-        """Where the image tokens lie among the packed tokens of all prefixes."""
+    def _image_rows(self, rows: list[list[int]], sizes: list[int]) -> Tensor:
+        """Where the image tokens lie among the packed tokens of all rows; sizes: of the prefixes
+        that they begin with.
+        """
         head = len(self.tokens.head)
         tail = len(self.tokens.tail)
         runs = []
         start = 0
-        for row in rows:
-            runs.append(torch.arange(start + head, start + len(row) - tail))
+        for row, size in zip(rows, sizes, strict=True):
+            runs.append(torch.arange(start + head, start + size - tail))
             start += len(row)
         return torch.cat(runs)
 
@@ -205,8 +241,8 @@ class FastEngine:
         places: list[int] = []
         for row, start in zip(rows, starts, strict=True):
             places += range(start, start + len(row))
-        ids = torch.tensor(_flat(rows), device=self.device)
-        positions = torch.tensor(places, device=self.device).expand(3, -1)
+        ids = put(_flat(rows), self.device)
+        positions = put(places, self.device).expand(3, -1)
         rag = Ragged([len(row) for row in rows], self.device)
         return Level(self.backbone.embed(ids), positions, rag, parents, read="last")
 
@@ -217,7 +253,8 @@ class FastEngine:
         prefixes carry them.
         """
         starts = [prefixes.following[i] for i in owner]
-        parents = [Parent(prefixes.segment, Grid(owner, len(prefixes), self.device))]
+        seen = max(owner) + 1  # the views' prefixes lie behind the images'
+        parents = [Parent(prefixes.segment.first(seen), Grid(owner, seen, self.device))]
         with torch.set_grad_enabled(prefixes.segment.keys[0].requires_grad):
             level = self.text_level(rows, starts, parents)
             (hidden,), (segment,) = self._forward([level], prefixes.adapters)
@@ -233,11 +270,21 @@ class FastEngine:
         for start in range(0, len(features), self.chunk):
             chosen = list(range(start, min(start + self.chunk, len(features))))
             some = [rows[i] for i in chosen]
-            levels, _ = self._tree(features.select(chosen), some, adapters)
-            (_, hidden), _ = self._forward(levels, adapters, keep=False)
+            hidden = self._last_hidden(features.select(chosen), some, adapters)
             outs.append(self.backbone.logits(hidden))
         self.counters.verdicts += len(features)
         return torch.cat(outs)
+
+    def _last_hidden(self, features: Features, rows: list[list[int]], adapters: bool) -> Tensor:
+        """(R, E) of the last token of each image's question."""
+        if self.chains:
+            level = self._chain(features, rows, adapters)
+            level.read = "last"
+            (hidden,), _ = self._forward([level], adapters, keep=False)
+            return hidden
+        levels, _ = self._tree(features, rows, adapters)
+        (_, hidden), _ = self._forward(levels, adapters, keep=False)
+        return hidden
 
     @torch.no_grad()
     def forked_verdict_logits(
@@ -272,7 +319,7 @@ class FastEngine:
         """
         active = self._start(prompts, fan, limit, seeds)
         sheet = Sheet.blank(len(seeds), limit, self.tokens, self.device)
-        logits = self.backbone.logits(prompts.last)[torch.tensor(active.owner, device=self.device)]
+        logits = self.backbone.logits(prompts.last)[put(active.owner, self.device)]
         for step in range(limit):
             token, score = self._drawn(logits, active.seeds, step, temperature)
             sheet.write(step, active.where, token, score)
@@ -289,9 +336,9 @@ class FastEngine:
     def _start(self, prompts: Prompts, fan: list[int], limit: int, seeds: list[int]) -> Active:
         """All rows, before their first token."""
         owner = owners(fan)
-        following = torch.tensor([prompts.following[p] for p in owner], device=self.device)
+        following = put([prompts.following[p] for p in owner], self.device)
         where = torch.arange(len(owner), device=self.device)
-        seed = torch.tensor(seeds, device=self.device)
+        seed = put(seeds, self.device)
         buffer, start = self._continuation(prompts, fan, limit)
         active = Active(list(range(len(owner))), owner, where, following, seed, buffer, start)
         self._attach(active, prompts)
@@ -327,7 +374,7 @@ class FastEngine:
         """
         if not self.joins or set(fan) != {1}:
             return self.backbone.buffer(sum(fan), limit), 0
-        owner = torch.tensor(prompts.owner, device=self.device)
+        owner = put(prompts.owner, self.device)
         bank = prompts.prefixes.segment.join(owner, prompts.segment, limit)
         return bank, bank.tokens - limit
 
@@ -352,7 +399,7 @@ class FastEngine:
         if sum(alive) > COMPACT_BELOW * len(alive):
             return token
         places = [place for place, lives in enumerate(alive) if lives]
-        keep = torch.tensor(places, device=self.device)
+        keep = put(places, self.device)
         active.select(alive, keep)
         self._attach(active, prompts)
         return token[keep]
@@ -377,13 +424,50 @@ class FastEngine:
         """
         if prompts is not None:
             hidden = self._score_answers(prompts, answered, recompute)
+        elif self.chains and prefixes is None and answered.one_each:
+            return self._score_chains(features, answered, adapters, recompute)
+        elif self.chains and prefixes is None:
+            hidden = self._score_fans(features, answered, adapters, recompute)
         else:
             levels, following = self._questions(features, answered.rows, adapters, prefixes)
             self._add_answers(levels, following, answered, prefixes)
             hidden, _ = self._forward(levels, adapters, recompute, keep=False)
         lengths = answered.answers.lengths
         places = _scored_rows(answered.owner, lengths, len(answered.rows))
-        return torch.cat(hidden)[places.to(self.device)]
+        return torch.cat(hidden)[put(places, self.device)]
+
+    def _score_chains(
+        self, features: Features, answered: Answered, adapters: bool, recompute: bool
+    ) -> Tensor:
+        """`score` where every question has one answer: image, question and answer are one row."""
+        answers = answered.answers.rows()
+        pairs = list(zip(answered.rows, answers, strict=True))
+        level = self._chain(features, [row + ids[:-1] for row, ids in pairs], adapters)
+        places: list[int] = []
+        end = 0
+        for size, ids in zip(level.rag.lengths, answers, strict=True):
+            end += size
+            places += range(end - len(ids), end)
+        level.read = put(places, self.device)
+        (hidden,), _ = self._forward([level], adapters, recompute, keep=False)
+        return hidden
+
+    def _score_fans(
+        self, features: Features, answered: Answered, adapters: bool, recompute: bool
+    ) -> list[Tensor]:
+        """Hidden states of questions and answers: image and question are one row, which all answers
+        to the question continue.
+        """
+        level = self._chain(features, answered.rows, adapters)
+        level.read = "last"
+        levels = [level]
+        if max(answered.answers.lengths) > 1:
+            ends = [self._span(grid)[1] for grid in features.grids]
+            starts = [end + len(row) for end, row in zip(ends, answered.rows, strict=True)]
+            grid = Grid(answered.owner, len(starts), self.device)
+            levels.append(self._answer_level(answered, starts, [Parent(0, grid)]))
+        hidden, _ = self._forward(levels, adapters, recompute, keep=False)
+        return hidden
 
     def score_released(
         self, features: Features, answered: Answered, adapters: bool
@@ -416,7 +500,7 @@ class FastEngine:
             start = len(self.tokens.head) + 1 + len(self.tokens.tail) + len(row)
             states.append(torch.cat([image[i], question[i], answer[n]])[start - 1 :])
             ids = (prefixes[i] + row + answers[n])[start:]
-            scored.append(torch.tensor(ids, device=self.device))
+            scored.append(put(ids, self.device))
         return ReleasedSpan(torch.cat(states), torch.cat(scored), [len(ids) for ids in scored])
 
     def _questions(

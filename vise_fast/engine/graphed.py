@@ -23,6 +23,7 @@ from vise_kernels.decode_attention import Banks, locate
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Prompts, Rollout, owners
 from vise_fast.model.tree import Backbone, Segment
+from vise_fast.system.staging import put
 from vise_fast.text.tokens import Tokens
 
 PREFIX, PROMPT, OWN = range(3)
@@ -95,7 +96,7 @@ class Decoder:
         self.banned = banned
         self.pad = tokens.pad
         self.shape = shape
-        self.eos = torch.tensor(tokens.eos, device=backbone.device)
+        self.eos = put(tokens.eos, backbone.device)
         rows, limit, *_ = shape
         self.step = self._whole(1)
         self.token = self._whole(rows)
@@ -129,13 +130,13 @@ class Decoder:
         """Take the prompts, answer r continuing prompt owner[r], and draw the first tokens."""
         n = len(owner)
         device = self.backbone.device
-        index = torch.tensor(owner, device=device)
-        images = torch.tensor([prompts.owner[p] for p in owner], device=device)
+        index = put(owner, device)
+        images = put([prompts.owner[p] for p in owner], device)
         self._place(PREFIX, prompts.prefixes.segment, images)
         self._place(PROMPT, prompts.segment, index)
         self._locate()
-        self.first[:n] = torch.tensor(prompts.following, device=device)[index]
-        self.seeds[:n] = torch.tensor(seeds, device=device)
+        self.first[:n] = put([prompts.following[p] for p in owner], device)
+        self.seeds[:n] = put(seeds, device)
         self.logits[:n] = self.backbone.logits(prompts.last)[index]
         self.step.zero_()
         self.ids.fill_(self.pad)
@@ -215,7 +216,8 @@ class Decoder:
         self.done_at.copy_(torch.where(ended, self.step + 1, self.done_at))
 
     def _locate(self) -> None:
-        self.tables.copy_(torch.stack([locate(bank.keys, bank.values) for bank in self.banks]))
+        places = torch.stack([locate(bank.keys, bank.values) for bank in self.banks])
+        self.tables.copy_(put(places, self.tables.device))
 
     def capture(self) -> None:
         """Record one step as a CUDA graph; an answer of one token has none."""

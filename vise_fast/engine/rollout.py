@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vise_fast.model.tree import Segment
 from vise_fast.system.clock import Clock
+from vise_fast.system.staging import put
 from vise_fast.text.tokens import Tokens
 
 Held = Any
@@ -108,7 +109,8 @@ class Prompts:
         prefixes = self.prefixes.select([self.owner[r] for r in rows])
         following = [self.following[r] for r in rows]
         segment = self.segment.select(rows)
-        return Prompts(prefixes, list(range(len(rows))), segment, following, self.last[rows])
+        last = self.last[put(rows, self.last.device)]
+        return Prompts(prefixes, list(range(len(rows))), segment, following, last)
 
     def over(self, prefixes: Prefixes) -> Prompts:
         """The same questions without their graph; `prefixes` begin with the ones they were asked
@@ -142,7 +144,7 @@ class Rollout:
     def mask(self) -> Tensor:
         """fp32 (N, T): 1 on sampled tokens."""
         steps = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (steps < torch.tensor(self.lengths, device=self.ids.device)[:, None]).float()
+        return (steps < put(self.lengths, self.ids.device)[:, None]).float()
 
     def rows(self) -> list[list[int]]:
         """The sampled ids of each answer."""
@@ -155,12 +157,14 @@ class Rollout:
         places: list[int] = []
         for row, length in enumerate(self.lengths):
             places += range(row * width, row * width + length)
-        return self.ids.flatten()[torch.tensor(places, device=self.ids.device)]
+        return self.ids.flatten()[put(places, self.ids.device)]
 
     def select(self, rows: list[int]) -> Rollout:
         """Some answers, in that order."""
         home = None if self.home is None else [self.home[r] for r in rows]
-        return Rollout(self.ids[rows], self.logprob[rows], [self.lengths[r] for r in rows], home)
+        index = put(rows, self.ids.device)
+        lengths = [self.lengths[r] for r in rows]
+        return Rollout(self.ids[index], self.logprob[index], lengths, home)
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,11 @@ class Answered:
     rows: list[list[int]]
     answers: Rollout
     owner: list[int]
+
+    @property
+    def one_each(self) -> bool:
+        """Every question has one answer, in the order of the questions."""
+        return self.owner == list(range(len(self.rows)))
 
 
 class ReleasedSpan(NamedTuple):
@@ -202,6 +211,11 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device:
         """Where ids and features are."""
+
+    def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
+        """Whether an update on images of these (height, width) is quicker when it goes on from the
+        rollout's forward pass.
+        """
 
     def forget(self) -> None:
         """Drop what is kept between calls, when memory runs out."""

@@ -13,7 +13,7 @@ counters say so. Left out: batching (rows would need padding), quick answers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,6 +125,10 @@ class StockEngine:
     """See `rollout.Engine`; the arguments and results are the same."""
 
     keeps_keys = False
+
+    def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
+        """There is nothing to share."""
+        return False
 
     def __init__(self, backbone: StockBackbone, tokens: Tokens) -> None:
         self.backbone = backbone

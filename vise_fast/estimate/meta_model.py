@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
+from vise_kernels.dispatch import announce
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.fast import FastEngine, Sheet
@@ -116,6 +117,7 @@ class Packed(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.int8 = config.model.quant == "int8"
+        self.unpacking = _unpacking(config)
         held = torch.empty(self._held_bytes(config), dtype=torch.uint8, device=META)
         self.weight = nn.Parameter(held, requires_grad=False)
 
@@ -131,6 +133,7 @@ class Packed(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Empty (n, out) in x's dtype."""
+        announce("quantised product", self.unpacking + 1)
         rows, width = x.shape
         if self.int8:
             # the fp16 copy that is quantised
@@ -139,7 +142,9 @@ class Packed(nn.Module):
             del half
             sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
         else:
-            held = self.dequantised(x.dtype) if self.inside else x
+            held = x
+            if self.inside:
+                held = torch.empty(self.out_features, width, dtype=x.dtype, device=META)
             sums = held
         out = x.new_empty(rows, self.out_features)
         del held, sums
@@ -147,7 +152,18 @@ class Packed(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Empty (out, in)."""
+        announce("dequantise", self.unpacking)
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
+
+
+def _unpacking(config: Config) -> int:
+    """Kernels before a quantised product, as bitsandbytes launches them: for int8 the cast of the
+    input, its quantisation and the scaling of the result; for nf4 the weight's, with
+    `double_quant` its scales' too, a product and a sum.
+    """
+    if config.model.quant == "int8":
+        return 3
+    return 3 if config.model.double_quant else 1
 
 
 KINDS = Style("meta", ask_text="ask", ground_text="ground", verify_text="verify")
@@ -203,6 +219,7 @@ class MetaEngine(FastEngine):
         self._encoded: set[tuple] = set()
         self._judged: set[tuple] = set()
         self.joins = device == "cpu"
+        self.chains = not self.joins
 
     def home(self, values: Tensor) -> Tensor:
         """Numbers that can be probabilities, no two alike."""

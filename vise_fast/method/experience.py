@@ -118,8 +118,8 @@ def play(
     engine: Engine, images: list[Image], config: Config, draws: Draws, truth: Truth | None = None
 ) -> Played:
     """Draw views; ask and box; judge; pack the evidence."""
-    plan = StepPlan.of(config, engine.keeps_keys)
     pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
+    plan = StepPlan.of(config, _can_share(engine, config, pixels))
     part = Slice(engine, config, plan, draws, pixels)
     drawn = draw_views(part)
     answers = ask_and_box(part, drawn)
@@ -136,6 +136,13 @@ def play(
         reference=answers.reference,
         attention=answers.attention,
     )
+
+
+def _can_share(engine: Engine, config: Config, pixels: list[Tensor]) -> bool:
+    """Whether the update may go on from the rollout's forward pass; `auto`: where it gains."""
+    if not engine.keeps_keys or config.train.share_forward is True:
+        return engine.keeps_keys
+    return engine.gains_by_sharing([(image.shape[0], image.shape[1]) for image in pixels])
 
 
 def play_batch(

@@ -27,6 +27,7 @@ from vise_fast.model.load import Policy
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import NumericFault
 from vise_fast.system.randomness import generator
+from vise_fast.system.staging import put
 
 MAX_SKIPPED = 5
 
@@ -211,7 +212,7 @@ class Learner:
             scores.table(scores.kl),
             scores.mask,
         )
-        advantage = target.advantage[chosen].to(tokens.mask.device)
+        advantage = put(target.advantage[chosen], tokens.mask.device)
         kind = self.config.update.kl
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
         del scores, tokens  # the graph keeps what it needs of them
@@ -255,13 +256,17 @@ class Learner:
         """
         if not sums:
             return {"grad_norm": 0.0}
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip)
+        norm = self._clip()
         totals = sums[0]
         for more in sums[1:]:
             totals = {name: total + more[name] for name, total in totals.items()}
         values = torch.stack([value.float() for value in [*totals.values(), norm]])
         home = self.engine.home(values).tolist()
         return dict(zip([*totals, "grad_norm"], home, strict=True))
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients to at most `train.clip` together; their norm before, 0-d."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.clip)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -384,7 +389,7 @@ def _unique_queries(slices: list[Played]) -> float:
 def token_mask(lengths: list[int], device: torch.device) -> Tensor:
     """Bool (N, T): True on the first lengths[n] positions of row n."""
     steps = torch.arange(max(lengths), device=device)
-    return steps < torch.tensor(lengths, device=device)[:, None]
+    return steps < put(lengths, device)[:, None]
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vise_fast.engine.rollout import Engine, Held, Rollout, owners
 from vise_fast.images import geometry
 from vise_fast.system.errors import NumericFault
+from vise_fast.system.staging import put
 from vise_fast.text import prompts
 
 UNREADABLE_QUERY = "object"
@@ -163,6 +164,6 @@ def _probability(engine: Engine, logits: Tensor) -> Tensor:
     """P(yes) / (P(yes) + P(no)), float64 (N,), from next-token logits (N, V); all one-token
     spellings count.
     """
-    yes = logits[:, engine.tokens.yes].logsumexp(-1)
-    no = logits[:, engine.tokens.no].logsumexp(-1)
+    yes = logits[:, put(engine.tokens.yes, logits.device)].logsumexp(-1)
+    no = logits[:, put(engine.tokens.no, logits.device)].logsumexp(-1)
     return torch.sigmoid(yes - no).double()

@@ -70,8 +70,10 @@ class StepPlan:
     """the reference judge's prefixes serve the update's reference scores"""
 
     @classmethod
-    def of(cls, config: Config, keeps_keys: bool = True) -> StepPlan:
-        """The step of a configuration. keeps_keys: the engine's prefixes hold keys and values."""
+    def of(cls, config: Config, can_share: bool = True) -> StepPlan:
+        """The step of a configuration. can_share: the engine's forward pass may serve the update
+        (it keeps keys and values, and gains by it).
+        """
         rollout = config.rollout
         policy_boxes_views = rollout.regrounder == "policy"
         alike = rollout.view_temperature == rollout.temperature
@@ -86,7 +88,7 @@ class StepPlan:
             kinds=_kinds(config),
             judges_ghosts=reads_ghosts,
             trains_views=config.update.views_too,
-            shares_forward=keeps_keys and _shares_forward(config),
+            shares_forward=can_share and _shares_forward(config),
             keeps_reference=config.reward.judge == "reference" and _whole(config),
         )
 
@@ -127,5 +129,5 @@ def _shares_forward(config: Config) -> bool:
     """Not where memory is short: the activations of prefixes and questions live until the update,
     those of a batch in slices all at once.
     """
-    wanted = config.train.share_forward and not config.train.checkpointing
+    wanted = config.train.share_forward is not False and not config.train.checkpointing
     return wanted and _whole(config) and config.reward.preset != "as_released"

@@ -18,12 +18,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vise_kernels import attention
+from torch.autograd.function import once_differentiable
+from vise_kernels import attention, merge_attention
 from vise_kernels.attention import DIM_STEP, Bank
 from vise_kernels.dispatch import choose as choose_kernel
 
-from vise_fast.model.flash import Gradients, Inputs, Result, choose, kernel
-from vise_fast.model.tree import Part
+from vise_fast.model.flash import (
+    Gradients,
+    Inputs,
+    Result,
+    Rows,
+    choose,
+    kernel,
+    packed_backward,
+    packed_forward,
+    takes_packed,
+)
+from vise_fast.model.tree import Part, Ragged
 
 
 def _fold(part: Part, q: Tensor) -> Tensor:
@@ -43,30 +54,39 @@ def _unfold(part: Part, x: Tensor, tokens: int) -> Tensor:
     """
     if part.causal:
         return x.transpose(1, 2)
-    fan = part.grid.fan if part.grid else 1
-    table = x.unflatten(2, (fan, tokens, -1))
-    order = (0, 2, 3, 1, 4) + ((5,) if table.dim() == 6 else ())
-    table = table.permute(order).flatten(3, 4)
+    table = _grouped(part, x, tokens).flatten(3, 4)
     return part.grid.gather(table) if part.grid else table[:, 0]
 
 
-def _banks(part: Part, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as the folded queries have."""
-    repeat = heads // part.keys.shape[1] if part.causal else 1
-    if repeat == 1:
+def _grouped(part: Part, x: Tensor, tokens: int) -> Tensor:
+    """A view (M, F, T, KV, rep[, D]) of outputs or log-sum-exps of a part that is not causal."""
+    fan = part.grid.fan if part.grid else 1
+    table = x.unflatten(2, (fan, tokens, -1))
+    return table.permute((0, 2, 3, 1, 4) + ((5,) if table.dim() == 6 else ()))
+
+
+def _banks(part: Part, q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the folded queries have, or as the kernel wants."""
+    repeat = q.shape[2] // part.keys.shape[1] if part.causal else 1
+    if repeat == 1 or kernel(q, bias).shares_heads:
         return part.keys, part.values
     return part.keys.repeat_interleave(repeat, 1), part.values.repeat_interleave(repeat, 1)
 
 
 def _inputs(part: Part, q: Tensor, scale: float) -> Inputs:
     """What a kernel takes for one part."""
-    banks = _banks(part, q.shape[2])
-    return Inputs(_fold(part, q), *banks, part.key_bias(), part.causal, scale)
+    bias = part.key_bias()
+    return Inputs(_fold(part, q), *_banks(part, q, bias), bias, part.causal, scale)
 
 
 def _part_forward(part: Part, q: Tensor, scale: float) -> Result:
-    """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part."""
+    """Output (N, T, H, D) and fp32 log-sum-exp (N, T, H) of one part, or in groups as
+    `merge_attention` takes them.
+    """
     out, lse = _folded_forward(part, q, scale)
+    in_order = part.grid is None or part.grid.uniform
+    if in_order and not part.causal and q.device.type != "cpu":  # merged without a copy
+        return Result(_grouped(part, out, q.shape[1]), _grouped(part, lse, q.shape[1]))
     return Result(_unfold(part, out, q.shape[1]), _unfold(part, lse, q.shape[1]))
 
 
@@ -96,16 +116,8 @@ def _part_backward(part: Part, grad: Tensor, q: Tensor, merged: Result, scale: f
 
 def _merge(results: list[Result]) -> Result:
     """Outputs of the parts, weighted by the share of the softmax mass each holds."""
-    if len(results) == 1:
-        return results[0]
-    stacked = torch.stack([result.lse for result in results])
-    total = stacked.logsumexp(0)
-    first, *others = (result.output for result in results)
-    weights = (stacked - total).exp_().to(first.dtype)[..., None]
-    merged = first * weights[0]
-    for out, weight in zip(others, weights[1:], strict=True):
-        merged = torch.addcmul(merged, out, weight)
-    return Result(merged, total)
+    outputs = [result.output for result in results]
+    return Result(*merge_attention(outputs, [result.lse for result in results]))
 
 
 def _in_one(q: Tensor, parts: list[Part]) -> bool:
@@ -173,6 +185,33 @@ def attend(q: Tensor, parts: list[Part], scale: float) -> Tensor:
     if len(parts) == 1 and q.shape[1] == 1:
         return _part_output(parts[0], q, scale)
     return _forward(q, parts, scale).output
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
+        found = packed_forward(q, k, v, rows, scale)
+        ctx.save_for_backward(q, k, v, *found)
+        ctx.rows = rows
+        ctx.scale = scale
+        return found.output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *x, out, lse = ctx.saved_tensors
+        found = packed_backward(grad, tuple(x), Result(out, lse), ctx.rows, ctx.scale)
+        return *found, None, None
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, rag: Ragged, scale: float) -> Tensor:
+    """Causal attention of rows that lie side by side, each over itself: q (n, H, D), k and v
+    (n, KV, D) to (n, H, D); differentiable. Where no kernel takes them so, they are padded.
+    """
+    if takes_packed(q):
+        return _Packed.apply(q, k, v.contiguous(), Rows(rag.ends, rag.longest), scale)
+    keys, values = (rag.pad(t).transpose(1, 2) for t in (k, v))
+    return rag.pack(attend(rag.pad(q), [Part(keys, values, causal=True)], scale))
 
 
 def attend_plain(q: Tensor, parts: list[Part], scale: float) -> Tensor:

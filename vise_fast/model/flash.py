@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels.dispatch import Choice
+from vise_kernels.dispatch import Choice, stands_for_a_gpu
 
 aten = torch.ops.aten
 # rows of the memory-efficient kernel's log-sum-exp: a multiple of this, +inf beyond the last query
@@ -73,6 +73,8 @@ class Kernel:
     name: str
     forward: Callable[[Inputs], Result]
     backward: Callable[[Tensor, Inputs, Result], Gradients]
+    shares_heads: bool = False
+    """takes fewer key heads than query heads, each for its neighbours"""
 
 
 def look(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -109,12 +111,20 @@ def _needs_ampere(capability: tuple[int, int]) -> str:
     return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
 
 
-choose = functools.cache(look)  # asked in every layer
+_looked = functools.cache(look)  # asked in every layer
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """`look`, remembered; tensors without data that stand for a GPU's take what a new one has."""
+    if not stands_for_a_gpu(device):
+        return _looked(device, dtype)
+    kind = "efficient" if dtype == torch.float32 else "flash"
+    return Choice(kind, "stands for a GPU")
 
 
 def kernel(q: Tensor, bias: Tensor | None) -> Kernel:
     """The kernel for these queries; only where `choose` does not say "plain"."""
-    if q.device.type != "cuda":
+    if q.device.type != "cuda" and not stands_for_a_gpu(q.device):
         return CPU
     fits = bias is None and q.shape[-1] <= 256 and choose(q.device, q.dtype).path == "flash"
     return FLASH if fits else EFFICIENT
@@ -224,6 +234,46 @@ def _spread(bias: Tensor | None, heads: int, queries: int) -> Tensor | None:
     )
 
 
+def takes_packed(q: Tensor) -> bool:
+    """Whether rows of different lengths can be attended side by side, without padding: 16 bits on a
+    GPU with FlashAttention.
+    """
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if q.device.type != "cuda" and not stands_for_a_gpu(q.device):
+        return False
+    fits = q.shape[-1] <= 256 and q.shape[-1] % WIDTH == 0
+    return fits and choose(q.device, q.dtype).path == "flash"
+
+
+class Rows(NamedTuple):
+    """Which packed tokens belong together: `ends` int32 (N + 1,), the longest row."""
+
+    ends: Tensor
+    longest: int
+
+
+def packed_forward(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Result:
+    """Causal attention within each row: q (n, H, D), k and v (n, KV, D); output (n, H, D) and
+    log-sum-exp (H, n).
+    """
+    spans = (rows.ends, rows.ends, rows.longest, rows.longest)
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, *spans, 0.0, True, False, scale=scale)
+    return Result(out, lse)
+
+
+def packed_backward(grad: Tensor, x: tuple[Tensor, ...], result: Result, rows: Rows, scale: float):
+    """Gradients of x = (q, k, v), in their shapes."""
+    spans = (rows.ends, rows.ends, rows.longest, rows.longest)
+    # of the dropout, which there is not: never read
+    seed = grad.new_empty(2, dtype=torch.uint64)
+    return Gradients(
+        *aten._flash_attention_backward(
+            grad.contiguous(), *x, *result, *spans, 0.0, True, seed, grad.new_empty(0), scale=scale
+        )
+    )
+
+
 CPU = Kernel("cpu", _cpu_forward, _cpu_backward)
-FLASH = Kernel("flash", _flash_forward, _flash_backward)
+FLASH = Kernel("flash", _flash_forward, _flash_backward, shares_heads=True)
 EFFICIENT = Kernel("efficient", _efficient_forward, _efficient_backward)

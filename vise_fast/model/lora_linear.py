@@ -24,13 +24,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from vise_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward, up_gradient
 
 from vise_fast.model import products, quantise
 
 ADAPTER = "default"
-# elements of a block-diagonal B: in larger ones the zeros cost more than extra calls
+# elements of a block-diagonal B: in larger ones the zeros cost more than extra calls, and a call
+# costs more on a GPU
 BLOCKS_UP_TO = 2**18
+BLOCKS_UP_TO_ON_A_GPU = 2**20
 Before = Callable[[Tensor], Tensor]
 """What happens to the input before the product: (n, anything) to (n, in); must be cheap, for it is
 done again in the backward pass.
@@ -51,6 +53,14 @@ class Pack(NamedTuple):
         """All tensors, `down` first."""
         return [self.down, *self.up]
 
+    def up_of(self, module: int, widths: list[int], rank: int) -> Tensor:
+        """The place (out, r) of one module's factor; widths: outs of each module."""
+        if len(self.up) > 1 or len(widths) == 1:
+            return self.up[module]
+        start = sum(widths[:module])
+        rows = self.up[0][start : start + widths[module]]
+        return rows[:, module * rank : (module + 1) * rank]
+
     def raise_(self, y: Tensor, low: Tensor) -> Tensor:
         """y (n, sum of outs) += low (n, k·r) · upᵀ."""
         if len(self.up) == 1:
@@ -67,6 +77,14 @@ class Pack(NamedTuple):
             return grad @ self.up[0]
         pieces = grad.split([len(up) for up in self.up], 1)
         return torch.cat([piece @ up for piece, up in zip(pieces, self.up, strict=True)], 1)
+
+
+class Copy(NamedTuple):
+    """A master, where its copy in the compute dtype lies, and the factor in between."""
+
+    source: Tensor
+    target: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -100,25 +118,66 @@ class FusedLinear:
     input, outputs side by side.
     """
 
-    def __init__(self, modules: list[Any]) -> None:
+    def __init__(self, modules: list[Any], joins: bool = False) -> None:
+        """joins: lay the LoRA down factors, in the weights' dtype, below the weights."""
         self.modules = modules
         self.bases: list[Any] = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
         self.stacked = all(type(base) is nn.Linear for base in self.bases)
         self.adapted = isinstance(modules[0], LoraLayer)
         self.cached: Pack | None = None
         """The factors in the compute dtype, as of the last `refresh`."""
+        self.joined: Tensor | None = None
+        """Weights and, below them, LoRA down factors (sum of outs + k·r, in)."""
         if self.stacked:
-            self.weight, self.bias = _stack(self.bases)
+            room = self._rank() * len(modules) if joins and self.adapted else 0
+            stack, self.bias = _stack(self.bases, room)
+            self.weight = stack[: sum(self._widths())]
+            if room and self.bias is None:
+                self.joined = stack
+
+    @property
+    def size(self) -> int:
+        """Elements of the frozen weights."""
+        return sum(base.in_features * base.out_features for base in self.bases)
 
     @torch.no_grad()
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Take over changed masters; in place, once there is a pack."""
-        fresh = self.pack(dtype)
-        if self.cached is None or fresh is None:
-            self.cached = fresh
+    def open(self, dtype: torch.dtype) -> list[Copy]:
+        """Make the pack, once, and say what has to be copied where whenever the masters change."""
+        self.cached = self.pack(dtype)
+        if self.cached is None:
+            return []
+        if self.joined is not None:
+            self._lay_below(self.cached)
+        downs, ups = self.masters_by_kind()
+        targets = zip(downs, self.cached.down.split(len(downs[0])), strict=True)
+        copies = [Copy(source, target, 1.0) for source, target in targets]
+        for index, (source, module) in enumerate(zip(ups, self.modules, strict=True)):
+            target = self.cached.up_of(index, self._widths(), source.shape[1])
+            copies.append(Copy(source, target, module.scaling[ADAPTER]))
+        return copies
+
+    def _lay_below(self, pack: Pack) -> None:
+        """Move the down factors below the weights; not where there are several up factors."""
+        if self.joined is None or len(pack.up) > 1:
+            self.joined = None
             return
-        for held, new in zip(self.cached.factors(), fresh.factors(), strict=True):
-            held.copy_(new)
+        below = self.joined[len(self.weight) :]
+        below.copy_(pack.down)
+        self.cached = Pack(below, pack.up)
+
+    def wide(self, x: Tensor, pack: Pack | None) -> Tensor:
+        """x (n, in) times the frozen weights and, with a pack, the down factors below them: (n, sum
+        of outs [+ k·r]). Only where there is `joined`; no gradients.
+        """
+        return F.linear(x, self.weight if pack is None else self._below())
+
+    def _below(self) -> Tensor:
+        if self.joined is None:
+            raise ValueError("these projections have no LoRA factors below their weights")
+        return self.joined
+
+    def _rank(self) -> int:
+        return len(self.modules[0].lora_A[ADAPTER].weight)
 
     def pack(self, dtype: torch.dtype) -> Pack | None:
         """The LoRA factors in `dtype`; differentiable in the masters; None without adapters."""
@@ -126,13 +185,19 @@ class FusedLinear:
             return None
         down = torch.cat([m.lora_A[ADAPTER].weight for m in self.modules])
         ups = [(m.lora_B[ADAPTER].weight * m.scaling[ADAPTER]).to(dtype) for m in self.modules]
-        blocks = len(ups) > 1 and sum(map(len, ups)) * len(down) <= BLOCKS_UP_TO
+        most = BLOCKS_UP_TO if down.device.type == "cpu" else BLOCKS_UP_TO_ON_A_GPU
+        blocks = len(ups) > 1 and sum(map(len, ups)) * len(down) <= most
         return Pack(down.to(dtype), (torch.block_diag(*ups),) if blocks else tuple(ups))
 
     def masters(self) -> list[nn.Parameter]:
         """The fp32 factors: A of each module, then B of each."""
+        downs, ups = self.masters_by_kind()
+        return downs + ups
+
+    def masters_by_kind(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """A (r, in) of each module, and B (out, r) of each."""
         downs = [m.lora_A[ADAPTER].weight for m in self.modules]
-        return downs + [m.lora_B[ADAPTER].weight for m in self.modules]
+        return downs, [m.lora_B[ADAPTER].weight for m in self.modules]
 
     def _widths(self) -> list[int]:
         """Outputs of each module."""
@@ -179,11 +244,9 @@ class FusedLinear:
         rank = down.shape[0] // len(self.modules)
         high = F.linear(x, down)
         dtype = self.modules[0].lora_A[ADAPTER].weight.dtype
-        found = list((low.T @ x).to(dtype).split(rank))
-        pieces = zip(self.modules, grad.split(self._widths(), 1), high.split(rank, 1), strict=True)
-        for module, piece, raised in pieces:
-            found.append((piece.T @ raised).to(dtype) * module.scaling[ADAPTER])
-        return found
+        scales = [module.scaling[ADAPTER] for module in self.modules]
+        found = list(products.wide(low.T, x, dtype).split(rank))
+        return found + up_gradient(grad, high, self._widths(), scales, dtype)
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
@@ -256,12 +319,16 @@ class _Recomputed(torch.autograd.Function):
         return _gradient(ctx.function, x, grad), None
 
 
-def _stack(bases: list[Any]) -> tuple[Tensor, Tensor | None]:
-    """Stack weights and biases; the modules' own parameters become views of the stack."""
-    if len(bases) == 1:
+def _stack(bases: list[Any], room: int) -> tuple[Tensor, Tensor | None]:
+    """Stack weights, with so many rows of room below them, and biases; the modules' own parameters
+    become views of the stack.
+    """
+    if len(bases) == 1 and not room:
         return bases[0].weight, bases[0].bias
     with torch.no_grad():
-        weight = torch.cat([base.weight for base in bases])
+        first = bases[0].weight
+        below = first.new_zeros(room, first.shape[1])
+        weight = torch.cat([*(base.weight for base in bases), below])
         bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
         start = 0
         for base in bases:

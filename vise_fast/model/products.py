@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import mm_flop, register_flop_formula
+from vise_kernels.dispatch import announce, stands_for_a_gpu
 from vise_kernels.few_rows import gains
 
 FEW_ROWS = range(3, 65)  # fewer: MKL streams the weight too; more: both run at the cores' speed
@@ -67,12 +68,33 @@ def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
     return linear(x, weight, bias).addmm_(low, up.T)
 
 
+def wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left (m, k) times right (k, n) in `dtype`; 16-bit factors of a float32 result are multiplied
+    as they are on a GPU and not rounded in between.
+    """
+    narrow = left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    if narrow and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    if narrow and stands_for_a_gpu(left.device):
+        out = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
+        size = sum(t.numel() * t.dtype.itemsize for t in (left, right, out))
+        announce("mm", flops=2 * left.numel() * right.shape[1], moved=size)
+        return out
+    return (left @ right).to(dtype)
+
+
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU in its tanh form of x (n, in) times weight (out, in) plus bias (out,)."""
+    if _on_a_gpu(x) and bias is not None:  # the tanh form there, in the product's own kernel
+        return torch.ops.aten._addmm_activation(bias, x, weight.T, use_gelu=True)
     operator = _operator() if _applies(x) else None
     if operator is None:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     return operator(x, weight, bias, "gelu", [], "tanh")
+
+
+def _on_a_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" or stands_for_a_gpu(x.device)
 
 
 def _few(x: Tensor, weight: Tensor) -> bool:

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from vise_kernels import heads, heads_backward
+from vise_kernels import Recast, heads, heads_backward
+from vise_kernels.dispatch import stands_for_a_gpu
 from vise_kernels.heads import Parts, Turn
+from vise_kernels.raised import Normed
 
-from vise_fast.model.attention import attend
-from vise_fast.model.lora_linear import FusedLinear, Norm, Pack, Swiglu, recomputed
+from vise_fast.model.attention import attend, attend_packed
+from vise_fast.model.lora_linear import Copy, FusedLinear, Norm, Pack, Swiglu, recomputed
 from vise_fast.model.products import linear as product
 from vise_fast.model.qwen3_vl_vision import VisionTower
+from vise_fast.model.raised_layer import RaisedLayer
 from vise_fast.model.tree import (
     Attend,
     Features,
@@ -70,7 +73,8 @@ OFF = Packs(None, None, None, None)
 class Qwen3VL:
     """The fast forward of one Qwen3-VL model; a `Backbone`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, joins: bool | None = None) -> None:
+        """joins: lay LoRA down factors below the weights (raised_layer.py); None: on a GPU."""
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         text = core.config.text_config
         self.config = core.config
@@ -87,14 +91,21 @@ class Qwen3VL:
         self.vision = VisionTower(visual)
         self.patch = self.vision.patch
         self.merge_size = self.vision.merge_size
-        self.layers = [_Layer(layer) for layer in self._text.layers]
+        if joins is None:
+            joins = self.device.type == "cuda" or stands_for_a_gpu(self.device)
+        self.layers = [_Layer(layer, joins) for layer in self._text.layers]
+        self.depth = len(self.layers)
+        self.decoder_weights = sum(linear.size for linear in self._products())
         self.mergers = [_Merger(m) for m in [visual.merger, *visual.deepstack_merger_list]]
         self.norm = Norm(self._text.norm.weight, self.eps)
         self.rope_inverse = self._text.rotary_emb.inv_freq.float().to(self.device)
         sections = text.rope_parameters.get("mrope_section", MROPE_SECTION)
         self.rope_axis = _interleaved(sections, len(self.rope_inverse)).to(self.device)
         self.listen(lambda: None)
-        self.refresh()
+        self._recast = self._open()
+        self._packs = [layer.packs() for layer in self.layers]
+        self.raised = self._raised() if RaisedLayer.takes(self._products()) else None
+        """Layers without gradients, where the weights are laid out for them."""
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +120,13 @@ class Qwen3VL:
             found += group.linears
         return found
 
+    def _products(self) -> list[FusedLinear]:
+        """Those of the decoder layers."""
+        found: list[FusedLinear] = []
+        for layer in self.layers:
+            found += layer.linears
+        return found
+
     def listen(self, poll: Callable[[], None]) -> None:
         """Call `poll` between layers, forwards and backwards; it may raise."""
         self._poll = poll
@@ -118,11 +136,25 @@ class Qwen3VL:
         """Between two layers of a backward pass; the gradient stays as it is."""
         self._poll()
 
+    def _open(self) -> Recast | None:
+        """The LoRA factors in the compute dtype, and what takes changed masters over."""
+        copies: list[Copy] = []
+        for linear in self.fused():
+            copies += linear.open(self.dtype)
+        if not copies:
+            return None
+        sources, targets, scales = zip(*copies, strict=True)
+        return Recast(list(sources), list(targets), list(scales))
+
+    def _raised(self) -> list[RaisedLayer]:
+        norms = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
+        pairs = zip(self.layers, norms, strict=True)
+        return [RaisedLayer(layer.linears, layer.norm2, norm) for layer, norm in pairs]
+
     def refresh(self) -> None:
         """Recast the LoRA masters, in place (addresses stay valid for captured graphs)."""
-        for linear in self.fused():
-            linear.refresh(self.dtype)
-        self._packs = [layer.packs() for layer in self.layers]
+        if self._recast is not None:
+            self._recast()
 
     # ---- vision ----------------------------------------------------------------------------------
 
@@ -171,18 +203,60 @@ class Qwen3VL:
         x = torch.cat([level.embeds for level in levels])
         turn = self.rope(torch.cat([level.positions for level in levels], 1))
         segments = [Segment([], [], level.rag.valid) for level in levels]
+        if self.raised is not None and not torch.is_grad_enabled():
+            return self._forward_raised(x, turn, levels, adapters, keep, observe)
         run = self._recomputed if recompute else self._whole_layer
         for index in range(len(self.layers)):
             self._poll()
             if x.requires_grad:
                 x.register_hook(self._heard)
-            x, banks = run(index, x, turn, levels, self.pack(index, adapters), observe)
+            x, banks = run(index, x, turn, levels, self.pack(index, adapters), observe, keep)
             for segment, bank in zip(segments if keep else [], banks, strict=keep):
                 segment.keep(bank)
             if len(x) == len(turn.cos):
                 x = self._deepstack(x, index, levels)
         hidden = recomputed(self.norm, x)
         return list(hidden.split([level.rows_read() for level in levels])), segments if keep else []
+
+    def _forward_raised(
+        self,
+        x: Tensor,
+        turn: Rotation,
+        levels: list[Level],
+        adapters: bool,
+        keep: bool,
+        observe: Observe | None,
+    ) -> tuple[list[Tensor], list[Segment]]:
+        """`forward` without gradients, layer by raised layer."""
+        assert self.raised is not None
+        segments = [Segment([], [], level.rag.valid) for level in levels]
+        both = Normed(x, self.layers[0].norm1(x))
+        for index, layer in enumerate(self.raised):
+            self._poll()
+            packs = self.pack(index, adapters)
+            norms = Turn(*self.layers[index].qk_norms, *turn, self.eps)
+            parts = layer.heads(both.norm, norms, self.heads, packs.qkv)
+            if observe is not None:
+                observe(index, parts.q, parts.k)
+            found = self._attend_levels(index, both.sum, parts, levels, keep)
+            for segment, bank in zip(segments if keep else [], found.banks, strict=keep):
+                segment.keep(bank)
+            if found.attended is None:
+                both = Normed(x[:0], x[:0])
+                continue
+            middle = layer.after_attention(found.x, found.attended, packs.out)
+            both = layer.mlp(middle, packs.gate_up, packs.down)
+            if len(both.sum) == len(turn.cos):
+                both = self._deepened(both, index, levels, layer)
+        hidden = both.norm.split([level.rows_read() for level in levels])
+        return list(hidden), segments if keep else []
+
+    def _deepened(
+        self, both: Normed, index: int, levels: list[Level], layer: RaisedLayer
+    ) -> Normed:
+        """After the deepstack; normed again where that changed anything."""
+        x = self._deepstack(both.sum, index, levels)
+        return both if x is both.sum else Normed(x, layer.following(x))
 
     def _recomputed(self, *args: Any) -> tuple[Tensor, list[KeysValues]]:
         """`_whole_layer`, run again for the backward pass."""
@@ -196,11 +270,12 @@ class Qwen3VL:
         levels: list[Level],
         packs: Packs,
         observe: Observe | None,
+        keep: bool,
     ) -> tuple[Tensor, list[KeysValues]]:
         parts = self.qkv(index, x, turn, packs)
         if observe is not None:
             observe(index, parts.q, parts.k)
-        return self.layer(index, x, parts, levels, packs)
+        return self.layer(index, x, parts, levels, packs, keep)
 
     def qkv(self, index: int, x: Tensor, turn: Rotation, packs: Packs) -> Parts:
         """q (n, H, D) and k (n, KV, D), normed and rotated, and v (n, KV, D) of decoder layer
@@ -211,13 +286,31 @@ class Qwen3VL:
         return _parted(wide, Turn(*layer.qk_norms, *turn, self.eps), self.heads)
 
     def layer(
-        self, index: int, x: Tensor, parts: Parts, levels: list[Level], packs: Packs
+        self,
+        index: int,
+        x: Tensor,
+        parts: Parts,
+        levels: list[Level],
+        packs: Packs,
+        keep: bool = True,
     ) -> tuple[Tensor, list[KeysValues]]:
         """Decoder layer `index` behind its queries, keys and values: hidden states of all tokens
         (in the last layer of those that are read) and the keys and values of each level.
         """
+        found = self._attend_levels(index, x, parts, levels, keep)
+        if found.attended is None:
+            return x[:0], found.banks
         layer = self.layers[index]
+        x = found.x + layer.out(found.attended, packs.out)
+        return self._mlp(layer, x, packs), found.banks
+
+    def _attend_levels(
+        self, index: int, x: Tensor, parts: Parts, levels: list[Level], keep: bool
+    ) -> _LayerAttention:
+        """Every level over what it sees; in the last layer only what is read."""
         final = index + 1 == len(self.layers)
+        if self._stands_alone(levels, keep):
+            return self._attend_alone(x, parts, levels[0], final)
         sizes = [level.rag.count for level in levels]
         kept: list[Tensor] = []
         outs: list[Tensor] = []
@@ -229,12 +322,27 @@ class Qwen3VL:
             if final and level.read == "none":
                 continue
             last = level.rag.last() if final and level.read == "last" else None
-            outs.append(self._attended(level, q, seen, banks[-1], last))
-            kept.append(x_ if last is None else x_[last])
+            out = self._attended(level, q, seen, banks[-1], last)
+            picked = last
+            if final and isinstance(level.read, Tensor):
+                picked = level.read
+                out = out[picked]
+            outs.append(out)
+            kept.append(x_ if picked is None else x_[picked])
         if not outs:
-            return x[:0], banks
-        x = _together(kept) + layer.out(_together(outs), packs.out)
-        return self._mlp(layer, x, packs), banks
+            return _LayerAttention(x[:0], None, banks)
+        return _LayerAttention(_together(kept), _together(outs), banks)
+
+    def _stands_alone(self, levels: list[Level], keep: bool) -> bool:
+        """Rows that see nothing but themselves, and whose keys nobody asks for."""
+        return len(levels) == 1 and not keep and not levels[0].parents and self.attend is attend
+
+    def _attend_alone(self, x: Tensor, parts: Parts, level: Level, final: bool) -> _LayerAttention:
+        out = attend_packed(*parts, level.rag, self.scale).flatten(1)
+        if not final or level.read == "all":
+            return _LayerAttention(x, out, [])
+        read = level.rag.last() if level.read == "last" else level.read
+        return _LayerAttention(x[read], out[read], [])
 
     def _attended(
         self, level: Level, q: Tensor, seen: list[Part], own: KeysValues, last: Tensor | None
@@ -271,12 +379,25 @@ class Qwen3VL:
         """
         x = self.embed(ids)
         turn = self.rope(positions.expand(3, -1))
+        if self.raised is not None:
+            return self._decode_raised(x, turn, see, adapters)
         for index, layer in enumerate(self.layers):
             packs = self.pack(index, adapters)
             out = see(index, *self.qkv(index, x, turn, packs))
             x = x + layer.out(out.flatten(1), packs.out)
             x = self._mlp(layer, x, packs)
         return self.norm(x)
+
+    def _decode_raised(self, x: Tensor, turn: Rotation, see: See, adapters: bool) -> Tensor:
+        assert self.raised is not None
+        both = Normed(x, self.layers[0].norm1(x))
+        for index, layer in enumerate(self.raised):
+            packs = self.pack(index, adapters)
+            norms = Turn(*self.layers[index].qk_norms, *turn, self.eps)
+            out = see(index, *layer.heads(both.norm, norms, self.heads, packs.qkv))
+            middle = layer.after_attention(both.sum, out.flatten(1), packs.out)
+            both = layer.mlp(middle, packs.gate_up, packs.down)
+        return both.norm
 
     def growing(self, parents: Sequence[Parent], buffer: Segment, at: int) -> See:
         """For `decode`: rows see their parents (segments) and what `buffer` holds; the new keys and
@@ -308,19 +429,29 @@ class Qwen3VL:
         return product(hidden, self.head.weight).float()
 
 
+class _LayerAttention(NamedTuple):
+    """Of one layer: the hidden states that go on (n, E), what they saw (n, H·D; None: nobody reads
+    any), and the keys and values of each level.
+    """
+
+    x: Tensor
+    attended: Tensor | None
+    banks: list[KeysValues]
+
+
 class _Layer:
     """One decoder layer's tensors."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, joins: bool) -> None:
         attn = layer.self_attn
         mlp = layer.mlp
         eps = attn.config.rms_norm_eps
         self.norm1 = Norm(layer.input_layernorm.weight, eps)
         self.norm2 = Norm(layer.post_attention_layernorm.weight, eps)
-        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
-        self.out = FusedLinear([attn.o_proj])
-        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj])
-        self.down = FusedLinear([mlp.down_proj])
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], joins)
+        self.out = FusedLinear([attn.o_proj], joins)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], joins)
+        self.down = FusedLinear([mlp.down_proj], joins)
         self.linears = [self.qkv, self.out, self.gate_up, self.down]
         self.qk_norms = (attn.q_norm.weight, attn.k_norm.weight)
 

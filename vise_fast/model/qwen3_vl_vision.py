@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vise_kernels import patchify
+from vise_kernels import add_layer_norm, patchify, rotate
+from vise_kernels.add_layer_norm import Affine
 
 from vise_fast.model.products import linear_gelu_tanh
 from vise_fast.model.tree import Features
+from vise_fast.system.staging import put
 
 # On a CPU: patches that go through the tower together, so that a block's activations stay in the
 # cache.
@@ -29,7 +31,7 @@ ENCODE_AT_ONCE = 1024
 
 
 class Places(NamedTuple):
-    """What the position of patches adds: embedding (P, C), rotary cos and sin (P, d)."""
+    """What the position of patches adds: embedding (P, C), rotary cos and sin (P, d / 2)."""
 
     embedding: Tensor
     cos: Tensor
@@ -77,7 +79,7 @@ class VisionTower:
             images, patch=self.patch, merge=self.merge_size, dtype=self.dtype, single_tap=True
         )
         grids = [(image.shape[0] // self.patch, image.shape[1] // self.patch) for image in images]
-        return self.encode_patches(patches.to(self.device), grids)
+        return self.encode_patches(put(patches, self.device), grids)
 
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, grids: list[tuple[int, int]]) -> Features:
@@ -96,17 +98,24 @@ class VisionTower:
         runs = _runs([rows * columns for rows, columns in grids])
         x = F.linear(patches, self.patch_weight, self.patch_bias) + places.embedding
         taps = []
-        for index, block in enumerate(self.visual.blocks):
+        blocks = list(self.visual.blocks)
+        normed = blocks[0].norm1(x)
+        for index, block in enumerate(blocks):
             self.poll()
-            x = x + self._attention(block.attn, block.norm1(x), places, runs)
-            x = x + self._mlp(block.mlp, block.norm2(x))
+            attended = self._attention(block.attn, normed, places, runs)
+            x, normed = add_layer_norm(x, attended, _affine(block.norm2))
+            widened = self._mlp(block.mlp, normed)
+            if index + 1 < len(blocks):
+                x, normed = add_layer_norm(x, widened, _affine(blocks[index + 1].norm1))
+            else:
+                x = x + widened
             if index in self.taps:
                 taps.append(x)
         return Features(x, taps, grids)
 
     def _attention(self, attn: Any, x: Tensor, places: Places, runs: list[SameSize]) -> Tensor:
         qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, -1)
-        qk = _rotate(qkv[:, :2], places.cos[:, None, None], places.sin[:, None, None])
+        qk = rotate(qkv[:, :2].flatten(1, 2), places.cos, places.sin).unflatten(1, (2, -1))
         outs = [_attend(qk, qkv[:, 2], run) for run in runs]
         return attn.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
 
@@ -128,10 +137,13 @@ class VisionTower:
             weight = self.visual.pos_embed.weight
             table = _bilinear(weight.float(), grid, rows, columns).to(self.dtype)
             inverse = self.visual.rotary_pos_emb.inv_freq.float().to(self.device)
-            axes = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], 1)
-            angles = axes.repeat(1, 2)
+            angles = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], 1)
             self._places[grid] = Places(table, angles.cos(), angles.sin())
         return self._places[grid]
+
+
+def _affine(norm: Any) -> Affine:
+    return Affine(norm.weight, norm.bias, norm.eps)
 
 
 def _attend(qk: Tensor, v: Tensor, run: SameSize) -> Tensor:
@@ -142,18 +154,6 @@ def _attend(qk: Tensor, v: Tensor, run: SameSize) -> Tensor:
     k = qk[where, 1].unflatten(0, shape).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v[where].unflatten(0, shape).transpose(1, 2))
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, x cos + rotate_half(x) sin, in fp32 and back; without gradients."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    out = wide * cos
-    left, right = wide.chunk(2, -1)
-    low, high = out.chunk(2, -1)
-    before, after = sin.chunk(2, -1)
-    low.addcmul_(right, before, value=-1)
-    high.addcmul_(left, after)
-    return out.to(x.dtype)
 
 
 def _slices(

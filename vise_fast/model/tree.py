@@ -12,8 +12,10 @@ heads, KV key heads, D head dimension.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vise_fast.model.flash import BIAS_ROW
+from vise_fast.system.staging import put
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """(layer, q (n, H, D), k (n, KV, D)) of the packed tokens of a forward pass, to be looked at."""
@@ -47,8 +50,8 @@ class Grid:
         self.fan = max(ranks) + 1
         slots = [entry * self.fan + rank for entry, rank in zip(owner, ranks, strict=True)]
         self.uniform = slots == list(range(entries * self.fan))
-        self._slot = None if self.uniform else torch.tensor(slots, device=device)
-        self.owner = torch.tensor(owner, device=device)
+        self._slot = None if self.uniform else put(slots, device)
+        self.owner = put(owner, device)
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows (N, ...) to (M, F, ...); slots without a row are zero."""
@@ -121,7 +124,7 @@ class Features:
         """The features of some images, in that order."""
         if images == list(range(len(self))):
             return self
-        pick = self._patches(images).to(self.last.device)
+        pick = put(self._patches(images), self.last.device)
         return Features(
             self.last[pick], [tap[pick] for tap in self.taps], [self.grids[i] for i in images]
         )
@@ -156,6 +159,15 @@ class Segment:
         """T: of the longest row."""
         return self.keys[0].shape[2]
 
+    def first(self, rows: int) -> Segment:
+        """Views of the first rows; nothing is copied."""
+        if rows == self.rows:
+            return self
+        lengths = None if self.lengths is None else self.lengths[:rows]
+        bias = None if self.bias is None else self.bias[:rows]
+        keys = [k[:rows] for k in self.keys]
+        return Segment(keys, [v[:rows] for v in self.values], lengths, bias)
+
     def part(self, layer: int, grid: Grid | None, stop: int | None = None) -> Part:
         """One layer's bank, of the first `stop` tokens."""
         keys = self.keys[layer][:, :, :stop]
@@ -170,6 +182,7 @@ class Segment:
 
     def select(self, rows: Tensor | list[int]) -> Segment:
         """A copy of some rows."""
+        rows = put(rows, self.keys[0].device)
         lengths = None if self.lengths is None else self.lengths[rows]
         bias = None if self.bias is None else self.bias[rows]
         return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths, bias)
@@ -245,8 +258,8 @@ class Ragged:
         self.longest = max(lengths)
         self.count = sum(lengths)
         uniform = min(lengths) == self.longest
-        self.valid = None if uniform else torch.tensor(lengths, device=device)
-        self._slots = None if uniform else torch.tensor(self._places(), device=device)
+        self.valid = None if uniform else put(lengths, device)
+        self._slots = None if uniform else put(self._places(), device)
 
     def _places(self) -> list[int]:
         """Where each packed token lies in the padded table, row after row."""
@@ -255,9 +268,14 @@ class Ragged:
             places += range(row * self.longest, row * self.longest + length)
         return places
 
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """Where rows begin and end among the packed tokens, int32 (N + 1,)."""
+        return put(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
+
     def last(self) -> Tensor:
         """Packed index of each row's last token."""
-        return torch.tensor(self.lengths, device=self.device).cumsum(0) - 1
+        return put([end - 1 for end in accumulate(self.lengths)], self.device)
 
     def pad(self, x: Tensor) -> Tensor:
         """(n, ...) to (N, T, ...), zeros on padding."""
@@ -287,7 +305,7 @@ class Level:
 
     embeds (n, E) packed; positions (3, n); deep: packed image rows and what each early layer adds
     there; read: whose final hidden states are wanted: "all" tokens, the "last" of each row, or
-    "none".
+    "none"; or those of some, in order: places of packed tokens, int64 (R,).
     """
 
     embeds: Tensor
@@ -296,10 +314,12 @@ class Level:
     parents: list[Parent] = field(default_factory=list)
     deep_rows: Tensor | None = None
     deep: list[Tensor] = field(default_factory=list)
-    read: Literal["all", "last", "none"] = "all"
+    read: Literal["all", "last", "none"] | Tensor = "all"
 
     def rows_read(self) -> int:
         """How many hidden states come back."""
+        if isinstance(self.read, Tensor):
+            return len(self.read)
         return {"all": self.rag.count, "last": len(self.rag.lengths), "none": 0}[self.read]
 
 
@@ -323,6 +343,10 @@ class Backbone(Protocol):
     """of the attention scores"""
     dtype: torch.dtype
     attend: Attend
+    depth: int
+    """decoder layers"""
+    decoder_weights: int
+    """elements of the decoder layers' frozen products"""
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,190 @@
+"""What one step makes a GPU's host do, counted without a GPU and without weights, and a forecast of
+what that means on five cards.
+
+    python bench/launches.py --write                all cases at Qwen3-VL-2B shapes (two minutes)
+    python bench/launches.py --case paper_1 -v      one case, with the operators of every phase
+    python bench/launches.py --smoke                does it run?
+
+The real code of a step runs on tensors without data, every branch a GPU takes is taken
+(vise_fast/estimate/launches.py). Terms: a *launch* is a kernel or a graph replay that the host
+issues, operators of several kernels counted as many; a *blocking copy* waits for the stream; a
+*read* brings values home. Kernels inside replays stand apart. The forecast is arithmetic on these
+counts (vise_fast/profile/cards.py), not a measurement. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import _checkout
+import _measure as measure
+import torch
+from transformers import AutoConfig
+
+from vise_fast.config.places import SHAPES
+from vise_fast.config.schema import load
+from vise_fast.estimate.launches import count_step
+from vise_fast.method.step_plan import StepPlan
+from vise_fast.profile.cards import CARDS, forecast
+from vise_fast.profile.launches import Launches, Tally
+from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
+
+SIZE = (480, 640)
+MIXED = [(480, 640), (384, 512), (640, 480), (512, 512), (352, 640), (480, 480), (640, 640)]
+RESULT = _checkout.ROOT / "bench" / "results" / "launches-{model}.json"
+GOALS = {"paper_1": 0.110, "paper_32": 32 / 22}
+"""Seconds of a step on an H200 (S1, S2)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: the preset, the (height, width) of each image, words of the configuration."""
+
+    preset: str
+    sizes: tuple[tuple[int, int], ...]
+    words: tuple[str, ...] = ()
+
+
+CASES = {
+    "paper_1": Case("paper", (SIZE,)),
+    "paper_32": Case("paper", (SIZE,) * 32),
+    "robust_8": Case("robust", (SIZE,) * 8),
+    "paper_1_nf4": Case("paper", (SIZE,), ("--model.quant=nf4",)),
+    "paper_1_int8": Case("paper", (SIZE,), ("--model.quant=int8",)),
+    "paper_8_mixed": Case("paper", tuple(MIXED[i % len(MIXED)] for i in range(8))),
+    "paper_1_eager": Case("paper", (SIZE,), ("--model.graphs=false",)),
+}
+
+
+def counted(name: str, case: Case) -> tuple[Launches, float]:
+    """The counts of one case at a model's shapes, and executed over minimal FLOPs."""
+    words = [
+        f"--model.path=Qwen/{name}",
+        "--model.dtype=bfloat16",
+        f"--reward.preset={case.preset}",
+        f"--train.batch={len(case.sizes)}",
+        f"--rollout.query_tokens={PINNED.query}",
+        f"--rollout.box_tokens={PINNED.box}",
+        *case.words,
+    ]
+    config = load(None, words)
+    shapes = AutoConfig.from_pretrained(SHAPES / f"{name}.json")
+    seen = count_step(config, shapes, case.sizes)
+    plan = StepPlan.of(config)
+    sizes = Shapes.of(shapes, config.lora.r)
+    least = sum(sum(minimal_step(sizes, plan, PINNED, size).values()) for size in case.sizes)
+    done = sum(flops * count for (flops, _), count in seen.total.kernels.items())
+    return seen, done / least
+
+
+def table(seen: Launches, verbose: bool) -> None:
+    """Phase by phase."""
+    print(f"{'phase':32}{'launches':>9}{'blocking':>9}{'reads':>6}{'replays':>8}{'inside':>8}")
+    for name, tally in [*seen.by_phase.items(), ("step", seen.total)]:
+        _row(name, tally)
+        if verbose and name != "step":
+            for operator, count in tally.names.most_common(12):
+                print(f"    {count:7} {operator}")
+
+
+def _row(name: str, t: Tally) -> None:
+    numbers = f"{t.launches:9}{t.blocking_copies:9}{t.reads:6}{t.replays:8}{t.inside:8}"
+    print(f"{name:32}{numbers}")
+
+
+def forecasts(seen: Launches) -> dict[str, dict[str, float]]:
+    """Milliseconds by card and rule."""
+    found = {}
+    for card in CARDS:
+        seconds = forecast(seen, card)
+        found[card.name] = {rule: 1e3 * value for rule, value in seconds._asdict().items()}
+    return found
+
+
+def show(found: dict[str, dict[str, float]], images: int, goal: float | None) -> None:
+    """The forecast, labelled as one."""
+    print("forecast, ms a step (arithmetic on counts, not measured): floor / max rule / sum rule")
+    for card, ms in found.items():
+        speed = images / ms["sum"] * 1e3
+        print(
+            f"    {card:20}{ms['floor']:8.0f} /{ms['max']:7.0f} /{ms['sum']:7.0f}   "
+            f"{speed:6.1f} images/s by the sum rule"
+        )
+    if goal is not None:
+        print(f"    goal on an H200: {1e3 * goal:.0f} ms")
+
+
+def document(seen: Launches, ratio: float, found: dict) -> dict:
+    """One case of the result file."""
+    total = seen.total
+    return {
+        "launches": total.launches,
+        "blocking_copies": total.blocking_copies,
+        "reads": total.reads,
+        "replays": total.replays,
+        "kernels_inside_replays": total.inside,
+        "executed_over_minimal_flops": ratio,
+        "phases": {
+            name: {
+                "launches": t.launches,
+                "blocking_copies": t.blocking_copies,
+                "reads": t.reads,
+                "inside": t.inside,
+            }
+            for name, t in seen.by_phase.items()
+        },
+        "forecast_ms": found,
+    }
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="qwen3-vl-2b", help="a name in configs/models")
+    add("--case", nargs="+", choices=CASES, default=list(CASES))
+    add("-v", "--verbose", action="store_true", help="the operators of every phase")
+    add("--write", action="store_true", help="put the document under bench/results/")
+    add("--smoke", action="store_true")
+    args = parser.parse_args(words)
+    if args.smoke:
+        args.model = "mid-100m"
+        args.case = ["paper_1"]
+    return args
+
+
+def main(words: list[str]) -> None:
+    """Count, show, write."""
+    args = parse(words)
+    torch.set_num_threads(1)
+    cases = {}
+    for name in args.case:
+        case = CASES[name]
+        seen, ratio = counted(args.model, case)
+        found = forecasts(seen)
+        cases[name] = document(seen, ratio, found)
+        print(f"\n== {name}: {args.model}, executed over minimal FLOPs {ratio:.3f}")
+        table(seen, args.verbose)
+        show(found, len(case.sizes), GOALS.get(name) if args.model == "qwen3-vl-2b" else None)
+    if args.write:
+        path = Path(str(RESULT).format(model=args.model))
+        results = {
+            "bench": "launches",
+            "machine": measure.machine(torch.device("cpu")),
+            "cards": [card._asdict() for card in CARDS],
+            "command": " ".join(["python", "bench/launches.py", *words]),
+            "cases": cases,
+        }
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    keys = ("launches", "blocking_copies", "reads")
+    print(json.dumps({name: {key: case[key] for key in keys} for name, case in cases.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

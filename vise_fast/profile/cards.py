@@ -1,0 +1,68 @@
+"""What a step would take on cards that are not at hand: a forecast from counts (launches.py), never
+a measurement.
+
+Each kernel takes at least what its FLOPs or its bytes take at the card's ceilings, and no less than
+SHORTEST; together that is the card's floor. Two rules add the host:
+
+    sum    floor + launches · 6 us                 nothing overlaps
+    max    per phase the larger of floor and launches · 5 us
+
+Left out: what lies between a kernel and its ceiling, and whatever a library does on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vise_fast.profile.launches import Launches, Tally
+
+SHORTEST = 1.5e-6
+"""seconds a kernel takes at least"""
+SECONDS_IN_LINE = 6e-6
+"""a launch where the card waits for the host (the sum rule)"""
+SECONDS_AHEAD = 5e-6
+"""a launch where the host runs ahead (the max rule)"""
+
+
+class Card(NamedTuple):
+    """16-bit matrix FLOP/s (float32 sums, dense) and bytes/s of memory, and where they are from."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    source: str
+
+
+CARDS = (
+    Card("H100 80 GB", 798e12, 3.0e12, "measured: matrix product and copy"),
+    Card("H200 141 GB", 790e12, 4.3e12, "measured: matrix product and copy"),
+    Card("RTX 4090 24 GB", 165e12, 1.0e12, "NVIDIA Ada whitepaper: 165.2 TFLOP/s, 1,008 GB/s"),
+    Card("RTX 3090 24 GB", 71e12, 0.936e12, "NVIDIA GA102 whitepaper: 71 TFLOP/s, 936 GB/s"),
+    Card("RTX 4060 Ti 16 GB", 44e12, 0.288e12, "twice its 22.06 TFLOP/s of float32; 288 GB/s"),
+)
+
+
+class Forecast(NamedTuple):
+    """Seconds of a step: the card's floor, and both rules."""
+
+    floor: float
+    sum: float
+    max: float
+
+
+def floor(tally: Tally, card: Card) -> float:
+    """Seconds that the kernels of one phase take at least."""
+    total = 0.0
+    for (flops, moved), count in tally.kernels.items():
+        total += count * max(flops / card.flops, moved / card.bandwidth, SHORTEST)
+    return total
+
+
+def forecast(seen: Launches, card: Card) -> Forecast:
+    """Of a counted step."""
+    phases = seen.by_phase.values()
+    floors = [floor(tally, card) for tally in phases]
+    hosts = [tally.launches * SECONDS_AHEAD for tally in phases]
+    overlapped = sum(max(pair) for pair in zip(floors, hosts, strict=True))
+    waiting = seen.total.launches * SECONDS_IN_LINE
+    return Forecast(sum(floors), sum(floors) + waiting, overlapped)
