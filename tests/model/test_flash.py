@@ -15,7 +15,7 @@ from small_engines import ROWS, SIZES, engine_of
 from tiny import SHAPES as SMALL_MODELS
 from tiny import images
 
-from vise_fast.engine.rollout import Answered
+from vise_fast.engine.rollout import Answered, owners
 from vise_fast.model import attention, flash
 from vise_fast.model.attention import attend, attend_plain
 from vise_fast.model.load import Policy
@@ -55,14 +55,31 @@ def check_operands(causal, *tensors):
     for x in tensors:
         assert x.shape[3] % 8 == 0 and x.stride(3) == 1, "head dimension"
         assert not any(stride % 8 for stride in x.stride()[:3]), "rows not at 16 bytes"
-    assert len({x.shape[1] for x in tensors}) == 1, "heads"
     assert not causal or q.shape[2] == k.shape[2], (
         "the two operators align a causal rectangle differently"
     )
 
 
+def equal_heads(*tensors):
+    assert len({x.shape[1] for x in tensors}) == 1, "heads"
+
+
+def for_each_query(q, *banks):
+    """Keys and values as FlashAttention shares them: those of head h // (H / KV) for query head h
+    ("the number of heads in key/value must divide the number of heads in query").
+    """
+    assert q.shape[1] % banks[0].shape[1] == 0, "heads"
+    return [bank.repeat_interleave(q.shape[1] // bank.shape[1], 1) for bank in banks]
+
+
+def shared(k, *grads):
+    """The gradients of shared keys and values: sums over the query heads."""
+    return [grad.unflatten(1, (k.shape[1], -1)).sum(2) for grad in grads]
+
+
 def flash_forward(q, k, v, dropout, causal, debug_mask, *, scale):
     check_operands(causal, q, k, v)
+    k, v = for_each_query(q, k, v)
     found = scores(flash.Inputs(q, k, v, None, causal, scale))
     lengths = (None, None, q.shape[2], k.shape[2])
     return found.softmax(-1) @ v, found.logsumexp(-1), *lengths, None, None, None
@@ -74,7 +91,44 @@ def flash_backward(grad, q, k, v, out, *rest, scale):
     assert cum_q is None and cum_k is None
     assert (most_q, most_k) == (q.shape[2], k.shape[2])
     assert lse.shape == q.shape[:3] and lse.is_contiguous()  # its address alone is handed on
-    return gradients(grad, flash.Inputs(q, k, v, None, causal, scale), out, lse)
+    inputs = flash.Inputs(q, *for_each_query(q, k, v), None, causal, scale)
+    dq, *others = gradients(grad, inputs, out, lse)
+    return dq, *shared(k, *others)
+
+
+def rows_of(ends, longest, *tensors):
+    """The rows (1, H, L, D) of packed tensors (n, H, D)."""
+    assert ends.dtype == torch.int32 and int(ends[0]) == 0 and int(ends[-1]) == len(tensors[0])
+    assert int(ends.diff().max()) == longest
+    for x in tensors:
+        assert x.shape[2] % 8 == 0 and x.stride(2) == 1, "head dimension"
+    pieces = [x.split(ends.diff().tolist()) for x in tensors]
+    return [[t.transpose(0, 1)[None] for t in row] for row in zip(*pieces, strict=True)]
+
+
+def packed_forward(q, k, v, ends, same, longest, most, dropout, causal, debug_mask, *, scale):
+    assert causal and same is ends and most == longest
+    outs = []
+    tops = []
+    for row in rows_of(ends, longest, q, k, v):
+        inputs = flash.Inputs(row[0], *for_each_query(*row), None, causal, scale)
+        found = scores(inputs)
+        outs.append((found.softmax(-1) @ inputs.values)[0].transpose(0, 1))
+        tops.append(found.logsumexp(-1)[0])
+    return torch.cat(outs), torch.cat(tops, 1), None, None, None
+
+
+def packed_backward(grad, q, k, v, out, lse, ends, same, longest, most, *rest, scale):
+    assert same is ends and most == longest and grad.is_contiguous()
+    assert lse.shape == (q.shape[1], len(q))
+    found = []
+    rows = rows_of(ends, longest, grad, q, k, v, out)
+    for row, top in zip(rows, lse.split(ends.diff().tolist(), 1), strict=True):
+        dz, *operands, result = row
+        inputs = flash.Inputs(operands[0], *for_each_query(*operands), None, True, scale)
+        dq, *others = gradients(dz, inputs, result, top[None])
+        found.append([x[0].transpose(0, 1) for x in (dq, *shared(operands[1], *others))])
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def check_bias(bias, q, k):
@@ -86,6 +140,7 @@ def check_bias(bias, q, k):
 def efficient_forward(q, k, v, bias, compute_log_sumexp, *rest, scale):
     _, causal = rest
     check_operands(causal, q, k, v)
+    equal_heads(q, k, v)
     check_bias(bias, q, k)
     assert compute_log_sumexp
     found = scores(flash.Inputs(q, k, v, bias, causal, scale))
@@ -97,6 +152,7 @@ def efficient_forward(q, k, v, bias, compute_log_sumexp, *rest, scale):
 def efficient_backward(grad, q, k, v, bias, out, *rest, scale):
     lse, _, _, _, wanted, causal = rest
     check_operands(causal, q, k, v, out, grad)
+    equal_heads(q, k, v, out, grad)
     check_bias(bias, q, k)
     batch, heads, queries, dim = q.shape
     rows = -(-queries // 32) * 32
@@ -109,6 +165,8 @@ def efficient_backward(grad, q, k, v, bias, out, *rest, scale):
 
 
 STANDINS = types.SimpleNamespace(
+    _flash_attention_forward=packed_forward,
+    _flash_attention_backward=packed_backward,
     _scaled_dot_product_flash_attention=flash_forward,
     _scaled_dot_product_flash_attention_backward=flash_backward,
     _scaled_dot_product_efficient_attention=efficient_forward,
@@ -160,8 +218,13 @@ def with_standins(monkeypatch, best):
         used.append(chosen.name)
         return chosen
 
+    def packed(q):
+        used.append("packed")
+        return best == "flash" and q.shape[-1] % 8 == 0
+
     monkeypatch.setattr(flash, "aten", STANDINS)
     monkeypatch.setattr(attention, "kernel", kernel)
+    monkeypatch.setattr(attention, "takes_packed", packed)
     return used
 
 
@@ -193,14 +256,37 @@ def test_an_engine_gives_gpu_kernels_what_they_assume(monkeypatch, shape):
         assert (found - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1e-3)
 
 
-def played(model, engine):
-    """Greedy ids, scored hidden states and the adapters' gradients of two answers to each of four
+@pytest.mark.parametrize("best", ["flash", "efficient"])
+@pytest.mark.parametrize("shape", SMALL_MODELS)
+@pytest.mark.parametrize("fan", [1, 2])
+def test_rows_side_by_side_give_gpu_kernels_what_they_assume(monkeypatch, best, shape, fan):
+    """Image, question and answer as one row, or answers behind rows of image and question."""
+    model, engine = engine_of(shape)
+    engine.joins = False
+    ids, hidden, grads = played(model, engine, fan)
+    verdicts = engine.verdict_logits(engine.encode(images(SIZES)), ROWS, True)
+    used = with_standins(monkeypatch, best)
+    engine.chains = True
+    found_ids, found_hidden, found_grads = played(model, engine, fan)
+    assert torch.equal(found_ids, ids)
+    assert (found_hidden - hidden).abs().max() <= 1e-5 * hidden.abs().max()
+    for found, truth in zip(found_grads, grads, strict=True):
+        assert (found - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1e-3)
+    found = engine.verdict_logits(engine.encode(images(SIZES)), ROWS, True)
+    assert (found - verdicts).abs().max() <= 1e-5 * verdicts.abs().max()
+    assert "packed" in used and best in used
+
+
+def played(model, engine, fan=2):
+    """Greedy ids, scored hidden states and the adapters' gradients of `fan` answers to each of four
     questions.
     """
     features = engine.encode(images(SIZES))
     prompts = engine.prompt(engine.prefill(features, True), [0, 1, 2, 3], ROWS)
-    answers = engine.generate(prompts, [2] * 4, 4, list(range(8)), temperature=0.0)
-    hidden = engine.score(features, Answered(ROWS, answers, [0, 0, 1, 1, 2, 2, 3, 3]), True)
+    seeds = list(range(4 * fan))
+    answers = engine.generate(prompts, [fan] * 4, 4, seeds, temperature=0.0)
+    owner = owners([fan] * 4)
+    hidden = engine.score(features, Answered(ROWS, answers, owner), True)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
     found = torch.autograd.grad(
