@@ -148,7 +148,7 @@ def main(words: Sequence[str]) -> int:
     picture, pixels = read_image(Path(given["image"]), config)
     adapter = given["adapter"]
     policy = load(config, adapter, say=console.warn)
-    engine = open_engine(policy, config)
+    engine = open_engine(policy, config, console.warn)
     answered = answer(engine, pixels, config, given["query"], adapters=adapter is not None)
     say(console, answered, picture)
     if given["draw"] and answered.box_1000 is not None:

@@ -153,7 +153,7 @@ def test_a_wrong_override_is_one_line(words, parts):
         (["--view.crop", "0.9,1.1"], "view.crop"),
         (["--view.crop", "0,1"], "view.crop"),
         (["--optim.betas", "0.9,1"], "optim.betas"),
-        (["--model.graphs", "true", "--model.quant", "nf4"], "model.graphs"),
+        (["--model.graphs", "true", "--model.quant", "int8"], "model.graphs"),
         (["--model.graphs", "true", "--model.engine", "stock"], "model.graphs"),
         (
             ["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"],

@@ -11,9 +11,9 @@ import torch
 from tiny import SHAPES, TinyTokens, build, images
 
 from vise_fast.config.schema import load
-from vise_fast.engine.choose import open_engine
+from vise_fast.engine.choose import graphs_of, open_engine
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.graphed import GraphedEngine, bucket
+from vise_fast.engine.graphed import MOST, Decoder, GraphedEngine, bucket, decoder_bytes
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.system.errors import EnvironmentFault
 
@@ -143,3 +143,117 @@ def test_replayed_graphs_sample_what_the_plain_engine_samples(shape):
         plain.backbone.refresh()
     assert len(graphed.decoders) == 2
     assert all(decoder.graph is not None for decoder in graphed.decoders.values())
+
+
+# ---- graphs that prove themselves ----------------------------------------------------------------
+
+
+class Replay:
+    """Stands for a captured graph: does the step, and then whatever a faulty one would."""
+
+    def __init__(self, decoder, fault=lambda decoder: None):
+        self.decoder = decoder
+        self.fault = fault
+
+    def replay(self):
+        self.decoder._advance()
+        self.fault(self.decoder)
+
+
+def capturing(monkeypatch, capture):
+    """A graphed engine whose decoders are captured by `capture`; and the lines it said."""
+    said = []
+    plain, graphed = engines("gqa2")
+    graphed.captures = True
+    graphed.say = said.append
+    monkeypatch.setattr(Decoder, "capture", capture)
+    return plain, graphed, said
+
+
+def test_a_graph_that_does_what_the_step_does_is_used(monkeypatch):
+    def capture(decoder):
+        decoder.graph = Replay(decoder)
+
+    plain, graphed, said = capturing(monkeypatch, capture)
+    for seed in (0, 7):
+        wanted = rollout(plain, images(SIZES), seed=seed)
+        assert_same(rollout(graphed, images(SIZES), seed=seed), wanted)
+    (decoder,) = graphed.decoders.values()
+    assert decoder.proved and not said
+
+
+FAULTY = {
+    "other logits": lambda decoder: decoder.logits.mul_(1.05),
+    "one row of others": lambda decoder: decoder.logits[1].neg_(),
+    "nothing done": lambda decoder: decoder.logits.zero_(),
+    "not a number": lambda decoder: decoder.logits.fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_graph_that_gives_other_logits_is_off_and_said(monkeypatch, fault):
+    def capture(decoder):
+        decoder.graph = Replay(decoder, FAULTY[fault])
+
+    plain, graphed, said = capturing(monkeypatch, capture)
+    for seed in (0, 7):
+        wanted = rollout(plain, images(SIZES), seed=seed)
+        assert_same(rollout(graphed, images(SIZES), seed=seed), wanted)
+    assert graphed.off and not graphed.decoders
+    assert len(said) == 1 and "gives other logits" in said[0] and "off in this run" in said[0]
+
+
+def test_a_graph_that_cannot_be_captured_is_off_and_said(monkeypatch):
+    def capture(decoder):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    plain, graphed, said = capturing(monkeypatch, capture)
+    wanted = rollout(plain, images(SIZES))
+    assert_same(rollout(graphed, images(SIZES)), wanted)
+    assert graphed.off and len(said) == 1
+    assert "operation not permitted" in said[0] and "more" not in said[0]
+
+
+def test_memory_that_runs_out_while_capturing_is_not_a_faulty_graph(monkeypatch):
+    def capture(decoder):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, graphed, said = capturing(monkeypatch, capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        rollout(graphed, images(SIZES))
+    assert not graphed.off and not said
+
+
+def test_decoders_are_few():
+    _, graphed = engines("gqa2")
+    for limit in range(2, 2 + 2 * MOST):
+        rollout(graphed, images(SIZES[:1]), limit=limit)
+    assert len(graphed.decoders) == MOST
+    kept = [shape.limit for shape in graphed.decoders]
+    rollout(graphed, images(SIZES[:1]), limit=kept[0])
+    assert [shape.limit for shape in graphed.decoders] == [*kept[1:], kept[0]]
+
+
+@pytest.mark.parametrize(
+    "words, device, graphs",
+    [
+        ([], "cuda", True),
+        ([], "cpu", False),
+        (["--model.graphs=false"], "cuda", False),
+        (["--model.quant=nf4"], "cuda", True),
+        (["--model.quant=int8"], "cuda", False),
+        (["--model.quant=int8", "--model.int8_threshold=0"], "cuda", True),
+        (["--model.engine=stock"], "cuda", False),
+    ],
+)
+def test_where_graphs_are_on_by_themselves(words, device, graphs):
+    assert graphs_of(load(None, words), device) is graphs
+
+
+def test_what_a_decoder_keeps_is_foretold():
+    plain, graphed = engines("gqa2")
+    rollout(graphed, images(SIZES), limit=11)
+    (decoder,) = graphed.decoders.values()
+    held = [*decoder.buffer.keys, *decoder.buffer.values, decoder.logits]
+    size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
+    assert decoder_bytes(plain.backbone, sum(FAN), 11) == size

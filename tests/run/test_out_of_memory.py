@@ -14,8 +14,9 @@ from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 from vise_fast.model.lora_linear import FusedLinear
 from vise_fast.model.qwen3_vl import Qwen3VL
-from vise_fast.run.out_of_memory import CPU_ALLOCATOR, Halving, exhausted
+from vise_fast.run.out_of_memory import Halving
 from vise_fast.system.errors import MemoryFloor
+from vise_fast.system.memory import CPU_ALLOCATOR, exhausted
 
 SMALL = [
     "--train.batch=4",
@@ -45,6 +46,14 @@ FAULTS = {
         "allocate 99 bytes"
     ),
     "python": MemoryError(),
+    "cublas": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "runtime": RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+    ),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
 }
 
 
@@ -108,6 +117,11 @@ def test_every_kind_of_exhaustion_is_recognised(monkeypatch, undisturbed, fault)
     failing(monkeypatch, FastEngine, "prefill", 1, FAULTS[fault])
     adapter, _, halving = run()
     assert halving.halvings == 1 and exhausted(FAULTS[fault])
+
+
+def test_other_faults_are_not_taken_for_exhaustion():
+    for words in ("out of resource: shared memory", "CUDA error: an illegal memory access"):
+        assert not exhausted(RuntimeError(words))
 
 
 def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):

@@ -21,7 +21,6 @@ from vise_fast import nano
 from vise_fast.config import places, settings
 from vise_fast.system.errors import ConfigError
 
-
 Switch = bool | Literal["auto"]
 """On, off, or where it gains."""
 
@@ -77,8 +76,8 @@ class ModelConfig(Section):
     graphs: Switch = Field(
         "auto",
         description=(
-            "decode by CUDA graphs; auto: on a GPU with unquantised weights, where a graph gives "
-            "what the step by hand gives"
+            "decode by CUDA graphs; auto: on a GPU, where a graph gives what the "
+            "step by hand gives; not for int8 with outliers"
         ),
     )
     kernels: Literal["auto", "plain"] = Field(
@@ -510,10 +509,11 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
         )
-    if model.graphs is True and (model.engine != "fast" or model.quant != "none"):
+    outliers = model.quant == "int8" and model.int8_threshold > 0
+    if model.graphs is True and (model.engine != "fast" or outliers):
         yield (
-            f"model.graphs needs engine fast and quant none, not {model.engine} and "
-            f"{model.quant}; change them or leave model.graphs false"
+            f"model.graphs needs engine fast, and with quant int8 int8_threshold 0, not "
+            f"{model.engine} and {model.int8_threshold:g}; change them or leave model.graphs auto"
         )
 
 

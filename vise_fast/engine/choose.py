@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vise_fast.config.schema import Config
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.graphed import GraphedEngine
@@ -11,20 +13,29 @@ from vise_fast.model.load import Policy
 from vise_fast.system.errors import EnvironmentFault
 
 
-def open_engine(policy: Policy, config: Config) -> Engine:
-    """The engine that `model.engine` and `model.graphs` ask for. Raises EnvironmentFault for graphs
-    without a GPU.
+def graphs_of(config: Config, device: str) -> bool:
+    """Whether tokens are decoded as graphs on this type of device; under `auto` on a GPU, where no
+    product chooses its path on the host (int8 with outliers does).
+    """
+    if config.model.graphs != "auto":
+        return config.model.graphs
+    outliers = config.model.quant == "int8" and config.model.int8_threshold > 0
+    return device == "cuda" and config.model.engine == "fast" and not outliers
+
+
+def open_engine(
+    policy: Policy, config: Config, say: Callable[[str], None] = lambda line: None
+) -> Engine:
+    """The engine that `model.engine` and `model.graphs` ask for; say: where it tells that a fast
+    path is off. Raises EnvironmentFault for graphs without a GPU.
     """
     if config.model.engine == "stock":
         return StockEngine(StockBackbone(policy.model), policy.tokens)
-    graphs = config.model.graphs
-    if graphs == "auto":
-        graphs = policy.device.type == "cuda" and config.model.quant == "none"
-    if not graphs:
+    if not graphs_of(config, policy.device.type):
         return FastEngine(policy.backbone, policy.tokens)
     if policy.device.type != "cuda":
         raise EnvironmentFault(
             f"model.graphs captures CUDA graphs and the model is on {policy.device.type}; leave it "
             "false, or use a GPU"
         )
-    return GraphedEngine(policy.backbone, policy.tokens)
+    return GraphedEngine(policy.backbone, policy.tokens, say=say)

@@ -5,14 +5,19 @@ once per shape as a CUDA graph and replayed.
 tokens, rollouts and updates is data at fixed addresses: where prefixes and prompts lie and who sees
 them (`vise_kernels.decode_attention`), the LoRA copies (refreshed in place), seeds, the step. So a
 graph outlives optimizer steps, and prefixes are shared, not copied. Finished rows stay until all
-are done: where a step's time is the weights' bytes they cost next to nothing. Left out: quantised
-bases, whose products choose their path on the host.
+are done: where a step's time is the weights' bytes they cost next to nothing.
+
+A graph proves itself before it is used: its first replay must give the logits of the same step by
+hand. One that cannot be captured or gives others is not used, nor any other in this run: that costs
+speed, and is said. Left out: int8 with outliers, whose products choose their path on the host.
 
 Run: `pytest tests/engine/test_graphed.py`; with a GPU `pytest -m gpu tests/engine/test_graphed.py`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +28,13 @@ from vise_kernels.decode_attention import Banks, locate
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Prompts, Rollout, owners
 from vise_fast.model.tree import Backbone, Segment
+from vise_fast.system.memory import exhausted
 from vise_fast.system.staging import put
 from vise_fast.text.tokens import Tokens
 
 PREFIX, PROMPT, OWN = range(3)
+MOST = 4  # decoders kept: the longest unused one goes
+TOLERANCE = 0.01  # between logits of a replay and of the step by hand, of the largest
 WARM_UPS = 2  # runs before a capture: libraries choose their kernels, Triton compiles
 
 
@@ -42,10 +50,21 @@ class Shape(NamedTuple):
 class GraphedEngine(FastEngine):
     """The engine with graphed decoding; without a GPU the same step runs by hand."""
 
-    def __init__(self, backbone: Backbone, tokens: Tokens, **options) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: Tokens,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        **options,
+    ) -> None:
+        """say: where the line goes that graphs are off."""
         super().__init__(backbone, tokens, **options)
         self.captures = self.device.type == "cuda"
         self.decoders: dict[Shape, Decoder] = {}
+        self.off = False
+        """A graph could not be captured, or gave other logits: tokens are decoded by hand."""
+        self.say = say
 
     @torch.no_grad()
     def generate(
@@ -59,8 +78,12 @@ class GraphedEngine(FastEngine):
         """As `FastEngine.generate`."""
         owner = owners(fan)
         shape = Shape(bucket(len(owner)), limit, prompts.prefixes.adapters, temperature)
-        decoder = self._decoder(shape)
-        decoder.start(prompts, owner, seeds)
+        decoder = None if self.off else self._decoder(shape)
+        if decoder is not None:
+            decoder.start(prompts, owner, seeds)
+            decoder = self._proved(decoder)
+        if decoder is None:
+            return super().generate(prompts, fan, limit, seeds, temperature)
         for written in range(1, limit + 1):
             if written == limit or self._polls(written):
                 self.interrupted()
@@ -77,13 +100,43 @@ class GraphedEngine(FastEngine):
         """Drop all graphs and their buffers; the next rollout captures anew."""
         self.decoders.clear()
 
-    def _decoder(self, shape: Shape) -> Decoder:
-        if shape not in self.decoders:
-            decoder = Decoder(self.backbone, self.tokens, self.banned, shape)
-            if self.captures:
-                decoder.capture()
-            self.decoders[shape] = decoder
-        return self.decoders[shape]
+    def _decoder(self, shape: Shape) -> Decoder | None:
+        """The one for this shape; None where its graph cannot be captured."""
+        decoder = self.decoders.pop(shape, None) or self._made(shape)
+        if decoder is not None:
+            self.decoders[shape] = decoder  # now the last one used
+            while len(self.decoders) > MOST:
+                del self.decoders[next(iter(self.decoders))]
+        return decoder
+
+    def _made(self, shape: Shape) -> Decoder | None:
+        decoder = Decoder(self.backbone, self.tokens, self.banned, shape)
+        if not self.captures:
+            return decoder
+        try:
+            decoder.capture()
+        except Exception as fault:  # whatever a driver, a library or a compiler raises
+            if exhausted(fault):
+                raise
+            self._give_up(f"cannot be captured ({_first_line(fault)})")
+            return None
+        return decoder
+
+    def _proved(self, decoder: Decoder) -> Decoder | None:
+        """The decoder, started, if its graph does what the step does; asked once."""
+        if decoder.graph is None or decoder.proved:
+            return decoder
+        gap = decoder.gap()
+        if gap <= TOLERANCE:
+            decoder.proved = True
+            return decoder
+        self._give_up(f"gives other logits than the step by hand (off by {gap:.2g} of the largest)")
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        self.off = True
+        self.decoders.clear()
+        self.say(f"decoding as a CUDA graph {reason}: off in this run, several times slower")
 
 
 class Decoder:
@@ -109,6 +162,7 @@ class Decoder:
         self.buffer = backbone.buffer(rows, limit)
         self._make_banks()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.proved = False
 
     def _whole(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.backbone.device)
@@ -162,6 +216,21 @@ class Decoder:
             self._advance()
         else:
             self.graph.replay()
+
+    def gap(self) -> float:
+        """How far the logits of a replay are from those of the step by hand, of the largest; the
+        state stays as it was. Reads home.
+        """
+        state = (self.step, self.token, self.ids, self.logprob, self.done_at, self.logits)
+        before = [tensor.clone() for tensor in state]
+        self._advance()
+        by_hand = self.logits.clone()
+        _restore(state, before)
+        self.replay()
+        far = (self.logits - by_hand).abs().max() / by_hand.abs().max().clamp_min(1e-6)
+        _restore(state, before)
+        gap = float(far)
+        return gap if math.isfinite(gap) else math.inf
 
     def let_go(self) -> None:
         """Hold prefixes and prompts no longer; their addresses in the tables mean nothing until the
@@ -236,6 +305,23 @@ class Decoder:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._advance()
         self.graph = graph
+
+
+def _restore(state: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for tensor, held in zip(state, before, strict=True):
+        tensor.copy_(held)
+
+
+def _first_line(fault: BaseException) -> str:
+    return next(iter(str(fault).splitlines()), type(fault).__name__)
+
+
+def decoder_bytes(backbone: Backbone, rows: int, limit: int) -> int:
+    """What a decoder for so many answers keeps: keys and values, logits."""
+    rows = bucket(rows)
+    buffer = backbone.buffer(rows, limit)
+    held = sum(t.numel() * t.dtype.itemsize for t in (*buffer.keys, *buffer.values))
+    return held + rows * len(backbone.head.weight) * 4
 
 
 def bucket(rows: int) -> int:

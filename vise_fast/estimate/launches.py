@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vise_fast.config.schema import Config
+from vise_fast.engine.choose import graphs_of
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.graphed import Decoder, GraphedEngine, Shape
 from vise_fast.engine.rollout import Prefixes, Prompts, Rollout
@@ -105,11 +106,10 @@ class _Fast(_Counted, FastEngine):
 
 
 class _Graphed(_Counted, GraphedEngine):
-    def _decoder(self, shape: Shape) -> Decoder:
-        if shape not in self.decoders:
-            self.decoders[shape] = _Replayed(self.backbone, self.tokens, self.banned, shape)
-            self.decoders[shape].seen = self.seen
-        return self.decoders[shape]
+    def _made(self, shape: Shape) -> Decoder:
+        decoder = _Replayed(self.backbone, self.tokens, self.banned, shape)
+        decoder.seen = self.seen
+        return decoder
 
 
 class _Replayed(Decoder):
@@ -125,10 +125,7 @@ class _Replayed(Decoder):
 
 def _engine(policy: Policy, config: Config, seen: Launches) -> FastEngine:
     """The engine that the configuration would open on a GPU."""
-    graphs = config.model.graphs
-    if graphs == "auto":
-        graphs = config.model.quant == "none"
-    kind = _Graphed if graphs else _Fast
+    kind = _Graphed if graphs_of(config, "cuda") else _Fast
     engine = kind(policy.backbone, policy.tokens)
     engine.seen = seen
     engine.clock = seen.clock

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vise_fast.config.schema import Config
+from vise_fast.engine.choose import graphs_of
+from vise_fast.engine.graphed import decoder_bytes
 from vise_fast.estimate.live_bytes import Live
 from vise_fast.estimate.meta_model import (
     META,
@@ -182,6 +184,18 @@ def _kept_bytes(config: Config, policy: Policy, sizes: list[tuple[int, int]]) ->
     return vectors * backbone.vision.width * backbone.dtype.itemsize
 
 
+def _hold_decoders(live: Live, policy: Policy, config: Config, images: int) -> None:
+    """The buffers of graphed decoding, which stay from one step to the next."""
+    plan = StepPlan.of(config)
+    rollout = config.rollout
+    boxes = [plan.boxes] if plan.one_batch else [plan.samples, plan.views]
+    size = decoder_bytes(policy.backbone, images, rollout.query_tokens)
+    for rows in boxes:
+        size += decoder_bytes(policy.backbone, rows * images, rollout.box_tokens)
+    held = torch.empty(size, dtype=torch.uint8, device=META)
+    live.hold([held], "graphed decoders")
+
+
 def _step(
     config: Config,
     policy: Policy,
@@ -199,6 +213,8 @@ def _step(
     masters = list(policy.parameters().values())
     optimizer = MetaOptimizer(masters, name, live, paged=paged, accumulates=accumulates)
     learner = Learner(policy, engine, config, optimizer)
+    if graphs_of(config, device):
+        _hold_decoders(live, policy, config, len(pixels))
     images = [Image(image, f"image {i}", i) for i, image in enumerate(pixels)]
     played = play(engine, images, config, Draws(0, STEP), lambda image, query: ANYWHERE)
     learner.learn([played], STEP)

@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     policy = load(config, adapter, say=screen.warn)
     arms = f" with and without {adapter}" if adapter else ""
     screen.say(f"evaluating {config.model.path}{arms} on {source.describe()}")
-    engine = open_engine(policy, config)
+    engine = open_engine(policy, config, screen.warn)
     results = examine(engine, source, config, (False, True) if adapter else (False,))
     names = ("before", "after")
     evaluation = {name: arm.json() for name, arm in zip(names, results, strict=False)}

@@ -110,7 +110,7 @@ def _try_out(
     console: Console, config: Config, policy: model.Policy, source: Source, scratch: Path
 ) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
-    engine = open_engine(policy, config)
+    engine = open_engine(policy, config, console.warn)
     learner = Learner(policy, engine, config)
     _update(engine, learner, source, config, 0)
     start = time.monotonic()

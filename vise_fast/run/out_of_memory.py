@@ -22,9 +22,9 @@ from vise_fast.estimate import planner as estimate
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.system.errors import MemoryFloor, UserError
+from vise_fast.system.memory import exhausted
 
 T = TypeVar("T")
-CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 class Halving:
@@ -88,11 +88,6 @@ class Halving:
         self.engine.forget()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def exhausted(fault: BaseException) -> bool:
-    """Whether an exception says that memory ran out: on a GPU, on a CPU, in Python."""
-    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or CPU_ALLOCATOR in str(fault)
 
 
 def _prediction(config: Config) -> str:
