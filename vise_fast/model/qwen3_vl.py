@@ -341,7 +341,7 @@ class Qwen3VL:
         out = attend_packed(*parts, level.rag, self.scale).flatten(1)
         if not final or level.read == "all":
             return _LayerAttention(x, out, [])
-        read = level.rag.last() if level.read == "last" else level.read
+        read = level.read if isinstance(level.read, Tensor) else level.rag.last()
         return _LayerAttention(x[read], out[read], [])
 
     def _attended(
