@@ -115,7 +115,7 @@ class DataConfig(Section):
         description="images whose header promises more are skipped before decoding",
     )
     max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="stop when a larger share of the files is unreadable"
+        0.05, ge=0, le=1, description="do not start when a larger share of the files is unreadable"
     )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
 
