@@ -35,7 +35,7 @@ def rows():
 
 
 def collected(files):
-    """Cases per file, counted by a pytest in a forked child (an import of everything takes long)."""
+    """Cases per file, counted by a pytest in a forked child: an import of everything takes long."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

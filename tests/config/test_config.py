@@ -202,8 +202,8 @@ def test_several_wrong_values_are_counted():
         ("train:\n  ? {a: b}\n  : 1\n", ["YAML"]),
         (b"\xff\xfe\x00train", ["UTF-8"]),
         (b"train:\n  steps: \x00\n", ["YAML"]),
-        ("&a [*a]\n", ["no settings"]),
-        ("train: &a\n  x: *a\n", ["YAML"]),
+        ("&a [*a]\n", ["line 1", "YAML", "alias *a"]),
+        ("train: &a\n  x: *a\n", ["line 2", "YAML", "alias *a"]),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, parts):

@@ -502,7 +502,7 @@ def test_a_folder_that_vanishes_ends_the_run(tmp_path):
     folder = fill(tmp_path / "p", 4)
     source = opened(tmp_path, folder, "--data.max_bad_share", "1", "--data.workers", "0")
     shutil.rmtree(folder)
-    with pytest.raises(DataError, match="none of the"):
+    with pytest.raises(DataError, match="the images are gone"):
         source.batch(1, 4)
 
 

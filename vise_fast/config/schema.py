@@ -10,12 +10,14 @@ files and words (settings.py).
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
@@ -32,13 +34,44 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: Any) -> Any:
-        """Texts of list fields are split at commas; true / false are no numbers."""
+        """Texts of list fields are split at commas; true / false are no numbers; other texts can be
+        names and be written down.
+        """
         field = cls.model_fields[info.field_name]
         if isinstance(value, str) and "tuple" in str(field.annotation):
             return [part.strip() for part in value.split(",") if part.strip()]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("true / false is not accepted here")
+        text = field.annotation in (str, str | None) and isinstance(value, str)
+        if text and not _writable(value):
+            raise PydanticCustomError(
+                settings.UNUSABLE,
+                "expected UTF-8 text without control characters, as long as a path may be",
+            )
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        """Numbers are such that arithmetic holds them."""
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int | float) and abs(part) > LARGEST[type(part)]:
+                raise PydanticCustomError(settings.UNUSABLE, "too large for any computation")
+        return value
+
+
+LARGEST = {bool: 1, int: 2**64 - 1, float: 1e30}
+"""What a number may be at most: as large as seeds can be, as float32 holds with room."""
+LONGEST_PATH = 4095
+LONGEST_NAME = 255
+
+
+def _writable(text: str) -> bool:
+    """Whether a text can be a path, and be written down."""
+    if {unicodedata.category(letter) for letter in text} & {"Cc", "Cs"}:
+        return False
+    name = max(text.split("/"), key=lambda part: len(part.encode()))
+    return len(text.encode()) <= LONGEST_PATH and len(name.encode()) <= LONGEST_NAME
 
 
 class ModelConfig(Section):

@@ -2,8 +2,8 @@
 may ask for minutes or gigabytes.
 
 Limits: BYTES_PER_PIXEL of memory times the pixel cap (50 Mpx: 0.6 GB), SECONDS of one CPU, SCANS of
-a JPEG, CHUNKS of a PNG, STRIPS of a TIFF, BESIDE bytes of anything but pixels. Photographs stay far
-below each. Left out: formats and the pixel cap (picture_file.py).
+a JPEG, CHUNKS of a PNG, STRIPS of a TIFF, BESIDE and EXIF bytes of anything but pixels. Photographs
+stay far below each. Left out: formats and the pixel cap (picture_file.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ STRIPS = 400_000
 """Numbers in one entry of a TIFF: a strip for each row of the tallest pictures, in four planes."""
 BESIDE = 64 * 2**20
 """Bytes beside the pixels (profiles, thumbnails, texts) that are read into memory."""
+BESIDE_JPEG = 16 * 2**20
+"""The same of a JPEG, whose EXIF Pillow turns into lists: 25 bytes for each of the file."""
+EXIF = 2**20
+"""Bytes of an EXIF block that is searched for the orientation, for the same reason."""
 
 RGB = 4
 """Bytes of a pixel as Pillow holds colours; eight-bit greys and palettes take one."""
@@ -39,44 +43,40 @@ class Reader(io.BufferedReader):
     """A file as Pillow reads it: piece by piece, so that its limits are looked at again and again.
 
     Reading raises Costly once this thread has worked SECONDS since the file was opened, or where
-    more than BESIDE bytes are read before `pixels_follow`.
+    more than `beside` bytes are read before `pixels_follow`.
     """
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw, 2**16)
         self._end = time.thread_time() + SECONDS
-        self._left: float = BESIDE
+        self.beside: float = BESIDE
+        """How many bytes more may be read."""
 
     def pixels_follow(self) -> None:
         """What is read from here on are the pixels, as many as there are."""
-        self._left = float("inf")
+        self.beside = float("inf")
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes; all that is left where that is negative."""
         if time.thread_time() > self._end:
             raise Costly(f"takes more than {SECONDS:g} seconds to decode")
-        if size is not None and size > BESIDE:
-            raise Costly(_beside())
-        if size is None or size < 0:
-            data = super().read(BESIDE + 1)
-            if len(data) > BESIDE:
-                raise Costly(_beside())
-        else:
-            data = super().read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise Costly(_beside())
+        whole = size is None or size < 0
+        data = super().read(BESIDE + 1 if whole else min(size, BESIDE + 1))
+        self.beside -= len(data)
+        if len(data) > BESIDE or self.beside < 0:
+            raise Costly(BIG)
         return data
 
 
-def _beside() -> str:
-    return f"has more than {BESIDE // 2**20} MiB beside its pixels"
+BIG = "has too much beside its pixels"
 
 
-def refuse_directory(file: Reader) -> None:
-    """The first directory of a TIFF, before Pillow makes lists of what it says. Raises Costly."""
+def before_opening(file: Reader) -> None:
+    """What Pillow would make long lists of while it opens a file. Raises Costly."""
     start = file.read(16)
-    if start[:2] in (b"II", b"MM"):
+    if start[:2] == b"\xff\xd8":
+        file.beside = BESIDE_JPEG
+    elif start[:2] in (b"II", b"MM"):
         for count in _entry_counts(file, start):
             if count > STRIPS:
                 raise Costly(f"lists {count} pieces, more than {STRIPS}")
@@ -134,7 +134,7 @@ def refuse_costly(image: Any, file: Reader, max_pixels: int) -> None:
 
 # ---- JPEG ----------------------------------------------------------------------------------------
 
-MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 SOS = 0xDA
 EOI = 0xD9
 LENGTHS_FROM = 0xC0  # what lies below is skipped as a marker alone, as libjpeg may do
@@ -189,7 +189,7 @@ def _refuse_chunks(file: Reader) -> None:
         length = int.from_bytes(head[:4], "big")
         beside += 0 if head[4:] in (b"IDAT", b"fdAT") else length
         if beside > BESIDE:
-            raise Costly(_beside())
+            raise Costly(BIG)
         file.seek(length + 4, io.SEEK_CUR)
     raise Costly(f"has more than {CHUNKS} chunks")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from vise_fast.images.cost import Costly, Reader, refuse_costly, refuse_directory
+from vise_fast.images.cost import EXIF, Costly, Reader, before_opening, refuse_costly
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_RATIO = 200  # the longest side over the shortest; Qwen's own processor refuses more
@@ -162,7 +162,7 @@ def _opened(path: Path, max_pixels: int, whole: bool = False) -> Iterator[Pillow
         raw = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
         with raw, Reader(raw) as file:
             _refuse_kind(os.fstat(file.fileno()))
-            refuse_directory(file)
+            before_opening(file)
             with Pillow.open(file, formats=FORMATS) as image:
                 _refuse_size(*image.size, max_pixels)
                 if whole:
@@ -198,9 +198,11 @@ def _refuse_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Pillow.Image) -> int:
-    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may
-    still be good).
+    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged or huge (the pixels
+    may still be good).
     """
+    if len(image.info.get("exif", b"")) > EXIF:
+        return 1
     try:
         # the method of PNGs would decode all pixels first
         value = Pillow.Image.getexif(image).get(ORIENTATION, 1)
