@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from itertools import chain
@@ -436,7 +437,7 @@ def test_broken_pixels_are_known_before_a_model_is_loaded(tmp_path):
     folder = fill(tmp_path / "p", 12)
     spoil(folder, "x1.png", "x2.png", "x3.png")
     said = refusal(tmp_path, folder, "--data.max_bad_share", "0.15", "--data.holdout", "0")
-    assert "3 of 15 images" in said and "x1.png cannot be decoded" in said
+    assert "3 of 15 images" in said and re.search(r"x[123]\.png cannot be decoded", said)
     assert set(lines(tmp_path)) == {"x1.png", "x2.png", "x3.png"}
     opened(tmp_path, folder, "--data.max_bad_share", "0.2")  # exactly as many as are allowed
 

@@ -60,8 +60,8 @@ class Section(BaseModel):
         return value
 
 
-LARGEST = {bool: 1, int: 2**64 - 1, float: 1e30}
-"""What a number may be at most: as large as seeds can be, as float32 holds with room."""
+LARGEST = {bool: 1, int: 2**64 - 1, float: 1e12}
+"""What a number may be at most: what seeds can be, and far more than any other setting means."""
 LONGEST_PATH = 4095
 LONGEST_NAME = 255
 
@@ -486,7 +486,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
     preset = stated.get("reward.preset", embedded.get("reward.preset", "robust"))
-    below = embedded | PRESETS.get(str(preset), {})
+    below = embedded | (PRESETS.get(preset, {}) if isinstance(preset, str) else {})
     merged = _shortened(_shortened(below, written), typed)
     try:
         return Config.model_validate(settings.nest(merged))

@@ -125,10 +125,9 @@ def refuse_costly(image: Any, file: Reader, max_pixels: int) -> None:
     elif image.format == "TIFF":
         _refuse_pieces(image, size)
     need = _bytes_per_pixel(image, scans, size) * image.width * image.height
-    if need > BYTES_PER_PIXEL * max_pixels:
-        raise Costly(
-            f"takes {need / 1e9:.1f} GB to decode, more than {BYTES_PER_PIXEL * max_pixels / 1e9:g}"
-        )
+    most = BYTES_PER_PIXEL * max_pixels
+    if need > most:
+        raise Costly(f"takes {need / 1e6:.0f} MB to decode, more than {most / 1e6:.0f}")
     file.seek(place)
 
 

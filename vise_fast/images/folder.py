@@ -101,12 +101,11 @@ class Folder:
         self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
         # oddities of single files; the unusable ones are logged by name
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        self._say = say
-        self._unsaid = False
+        self._say = silent  # what is found at the start is in `describe`
         self._scan()
         self._try_some()
         self._prove_one_decodes()
-        self._unsaid = True  # from here on the first fault is said
+        self._say = say
 
     @property
     def bad(self) -> dict[str, str]:
@@ -298,12 +297,11 @@ class Folder:
     def _note(self, name: str, reason: str) -> None:
         """A file that turned out unusable; the first one after the start is said."""
         self._bad.add(name, reason)
-        if self._unsaid:
-            self._unsaid = False
-            self._say(
-                f"{described(name, reason)}: another image takes its place, as for every one that "
-                f"turns out unusable from here on; they are listed in {self._bad.path}"
-            )
+        self._say(
+            f"{described(name, reason)}: another image takes its place, as for every one that "
+            f"turns out unusable from here on; they are listed in {self._bad.path}"
+        )
+        self._say = silent
 
     def _decode(self, entry: Entry) -> Tensor:
         """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
