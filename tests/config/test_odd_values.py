@@ -8,9 +8,12 @@ import threading
 import pytest
 import yaml
 
-from vise_fast import train
+from vise_fast import infer, merge, train
 from vise_fast.config import settings
 from vise_fast.config.schema import Config, load
+from vise_fast.estimate import __main__ as estimate
+from vise_fast.evaluate import __main__ as evaluate
+from vise_fast.report import __main__ as report
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
 
@@ -214,6 +217,27 @@ def test_a_pipe_may_be_a_configuration(tmp_path):
 def test_the_trainer_says_one_line(word, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert console.run(train.main, [word, *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+LONG = "x" * 300
+COMMANDS = {
+    "evaluate": (evaluate.main, ["--adapter", LONG]),
+    "merge": (merge.main, ["--adapter", LONG, "--out", "merged"]),
+    "merge into": (merge.main, ["--adapter", "adapter", "--out", LONG]),
+    "infer": (infer.main, ["--adapter", LONG, "--image", "photo.jpg"]),
+    "report": (report.main, [LONG]),
+    "estimate": (estimate.main, ["--config", LONG]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_one_line_to_a_long_name(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main, words = COMMANDS[name]
+    assert console.run(main, words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image as Pillow
@@ -86,11 +87,20 @@ def decode(path: Path, max_pixels: int) -> Pillow.Image:
 
     Raises BadImage.
     """
+    lying = _as_stored(path, max_pixels)
+    return lying.picture if lying.turn is None else lying.picture.transpose(lying.turn)
+
+
+class _Lying(NamedTuple):
+    picture: Pillow.Image
+    turn: Pillow.Transpose | None
+
+
+def _as_stored(path: Path, max_pixels: int) -> _Lying:
+    """RGB, and how to turn it upright; what was decoded is let go before it is turned."""
     with _opened(path, max_pixels, whole=True) as image:
         image.load()
-        turn = TURNS.get(_orientation(image))
-        picture = to_rgb(image, image.format or "")
-    return picture if turn is None else picture.transpose(turn)
+        return _Lying(to_rgb(image, image.format or ""), TURNS.get(_orientation(image)))
 
 
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
