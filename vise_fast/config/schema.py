@@ -277,9 +277,11 @@ class GhostConfig(Section):
     method: Literal["blur", "mean", "pixelate"] = Field(
         "blur", description="Gaussian blur, mean colour or mosaic"
     )
-    sigma_px: float = Field(25.0, gt=0, description="Gaussian sigma at a short side of 480 px")
+    sigma_px: float = Field(
+        25.0, ge=0.001, le=500, description="Gaussian sigma at a short side of 480 px"
+    )
     radius_sigmas: float = Field(
-        3.0, gt=0, description="taps reach this many sigmas (as released: 1)"
+        3.0, gt=0, le=10, description="taps reach this many sigmas (as released: 1)"
     )
     feather_px: float = Field(
         0.0, ge=0, description="soft edge of the ghost, at a short side of 480 px"

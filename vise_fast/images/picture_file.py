@@ -87,20 +87,22 @@ def decode(path: Path, max_pixels: int) -> Pillow.Image:
 
     Raises BadImage.
     """
-    lying = _as_stored(path, max_pixels)
-    return lying.picture if lying.turn is None else lying.picture.transpose(lying.turn)
+    stored = _stored(path, max_pixels)
+    return stored.picture if stored.turn is None else stored.picture.transpose(stored.turn)
 
 
-class _Lying(NamedTuple):
+class _Stored(NamedTuple):
+    """RGB pixels as they lie in the file, and what makes them upright."""
+
     picture: Pillow.Image
     turn: Pillow.Transpose | None
 
 
-def _as_stored(path: Path, max_pixels: int) -> _Lying:
-    """RGB, and how to turn it upright; what was decoded is let go before it is turned."""
+def _stored(path: Path, max_pixels: int) -> _Stored:
+    """A function of its own: what the decoder made is let go before the picture is turned."""
     with _opened(path, max_pixels, whole=True) as image:
         image.load()
-        return _Lying(to_rgb(image, image.format or ""), TURNS.get(_orientation(image)))
+        return _Stored(to_rgb(image, image.format or ""), TURNS.get(_orientation(image)))
 
 
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
