@@ -242,6 +242,17 @@ def test_a_resumed_run_is_held_to_its_own_reward(tmp_path, capsys, monkeypatch):
 # ---- the oracle ----------------------------------------------------------------------------------
 
 
+def test_help_names_the_rewards_there_are():
+    described = RewardConfig.model_fields["name"].description
+    listed = described.removeprefix("registered reward: ").removesuffix(", or your own")
+    shipped = {
+        name
+        for name, function in rewards._REGISTRY.items()
+        if function.__module__ == rewards.__name__
+    }
+    assert {name.split(" ")[0] for name in listed.split(", ")} == shipped
+
+
 def test_the_oracle_works_on_drawn_scenes(tmp_path, capsys):
     words = ["--reward.name", "oracle", "--run.dir", str(tmp_path / "run"), "--eval.scenes", "0"]
     assert console.run(train.main, [*SMALL, *words, "--train.steps", "1"]) == 0
