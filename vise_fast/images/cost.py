@@ -231,8 +231,8 @@ def _bytes_per_pixel(image: Any, scans: int, size: int) -> float:
 
 def _decoder_bytes(image: Any, scans: int, size: int) -> float:
     """Bytes per pixel that the decoder itself holds."""
-    if image.format == "WEBP":  # two canvases, the frame, and the whole file
-        return 3 * RGB + size / (image.width * image.height)
+    if image.format == "WEBP":  # two canvases, the frame, its alpha, and the whole file
+        return 3 * RGB + 1 + size / (image.width * image.height)
     if image.format in ("JPEG", "MPO") and scans > 1:  # two bytes per coefficient
         areas = [h * v for _, h, v, _ in image.layer]
         return 2 * sum(areas) / max(areas)
