@@ -4,6 +4,7 @@
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
 #   make bench-smoke    every bench at its smallest, to see that it runs
+#   make sanitize       the C++ kernels' own tests, with every access to memory watched (some minutes)
 #   make lint           format, linter and types, as CI asks for them
 #   make clean          what was built, and .venv; never runs/
 
@@ -14,7 +15,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke lint clean
+.PHONY: train test native bench-smoke sanitize lint clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -25,6 +26,10 @@ test: native
 
 bench-smoke: native
 	for bench in bench/[a-z]*.py; do echo "== $$bench"; $(RUN) $$bench --smoke || exit 1; done
+
+# the watched module is built beside, under build/: the one that runs stays as it is
+sanitize: $(VENV)/checkout.stamp
+	$(RUN) tests/kernels/sanitize.py $(ARGS)
 
 native: $(VENV)/native.stamp
 

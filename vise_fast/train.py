@@ -73,7 +73,7 @@ def train(
             whole(run, stop, truth)
         except Interrupted as reason:
             return run.interrupted(reason)
-        except Exception:
+        except BaseException:  # SystemExit too: a reward of the user's may call it
             run.save_finished()
             raise
         finally:
@@ -96,6 +96,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
         run.before(engine, source)
         loop(run, engine, learner, source, truth or truth_of(source, run.config.reward))
         run.finish(policy, engine, source)
+        stop.check()
 
 
 def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Truth | None) -> None:
@@ -130,7 +131,8 @@ class Step:
     def __call__(self) -> tuple[list[Played], dict]:
         """Play the batch and learn from it: (slices, metrics)."""
         slices = play_batch(self.engine, self.images, self.config, self.number, self.truth)
-        return slices, self.learner.learn(slices, self.number) | attention_share(slices)
+        attention = attention_share(slices)  # before the adapter moves: it may run out of memory
+        return slices, self.learner.learn(slices, self.number) | attention
 
 
 def fitted_source(run: Run) -> Source:
@@ -139,7 +141,7 @@ def fitted_source(run: Run) -> Source:
     """
     config = run.config
     multiple = model.grid_multiple(config.model.path)
-    source = open_source(config, multiple, run.directory)
+    source = open_source(config, multiple, run.directory, run.console.warn)
     if config.memory.budget_gb is None:
         return source
     plan = estimate.plan(config, source)
@@ -150,7 +152,7 @@ def fitted_source(run: Run) -> Source:
     if plan.config.data.max_pixels == config.data.max_pixels:
         return source
     source.close()
-    return open_source(plan.config, multiple, run.directory)
+    return open_source(plan.config, multiple, run.directory, run.console.warn)
 
 
 if __name__ == "__main__":

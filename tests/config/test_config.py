@@ -115,6 +115,12 @@ def test_an_override_is_taken(words, key, value):
         (["--memory.budget_gb", "-3"], ["memory.budget_gb", "positive"]),
         (["--lora.dropout", "1"], ["lora.dropout", "< 1"]),
         (["--train.seed", "-1"], ["train.seed", ">= 0"]),
+        (["--train.seed", str(2**64)], ["train.seed", "too large"]),
+        (["--train.lr", "1e300"], ["train.lr", "too large"]),
+        (["--ghost.sigma_px", "1e-320"], ["ghost.sigma_px", "a number >= 0.001 and <= 500"]),
+        (["--ghost.sigma_px", "1e4"], ["ghost.sigma_px", "a number >= 0.001 and <= 500"]),
+        (["--ghost.radius_sigmas", "1e10"], ["ghost.radius_sigmas", "<= 10"]),
+        (["--data.max_header_pixels", "1e9"], ["data.max_header_pixels", "<= 89000000"]),
         (["--steps", "5"], ["'steps'", "did you mean train.steps?"]),
         (["--lr=1"], ["'lr'", "did you mean train.lr?"]),
         (["--trian.steps", "5"], ["'trian.steps'", "did you mean train.steps?"]),
@@ -202,8 +208,8 @@ def test_several_wrong_values_are_counted():
         ("train:\n  ? {a: b}\n  : 1\n", ["YAML"]),
         (b"\xff\xfe\x00train", ["UTF-8"]),
         (b"train:\n  steps: \x00\n", ["YAML"]),
-        ("&a [*a]\n", ["no settings"]),
-        ("train: &a\n  x: *a\n", ["YAML"]),
+        ("&a [*a]\n", ["line 1", "YAML", "alias *a"]),
+        ("train: &a\n  x: *a\n", ["line 2", "YAML", "alias *a"]),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, parts):

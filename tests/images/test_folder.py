@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from itertools import chain
@@ -403,33 +404,89 @@ def test_one_bad_file_costs_one_line(tmp_path, name):
     assert set(lines(tmp_path)) == {name} and part in lines(tmp_path)[name]
 
 
-def test_late_faults_get_a_drawn_substitute(tmp_path):
-    """Files whose pixels turn out broken: the same substitute in any history, with and without
-    threads.
+def spoil(folder: Path, *names: str) -> None:
+    """Cuts the pixels of files whose headers stay good."""
+    for name in names:
+        (folder / name).write_bytes(zoo.rgb()[:-60])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_faults_get_a_drawn_substitute(tmp_path, when):
+    """Files whose pixels turn out broken, at the start or later: the same substitute in any
+    history, with and without threads.
     """
     folder = fill(tmp_path / "p", 12)
-    for name in ("x1.png", "x2.png", "x3.png"):
-        (folder / name).write_bytes(zoo.rgb()[:-60])
+    broken = ("x1.png", "x2.png", "x3.png")
+    for name in broken:
+        (folder / name).write_bytes(zoo.rgb())
+    if when == "before":
+        spoil(folder, *broken)
     words = ["--data.max_bad_share", "1", "--data.holdout", "0"]
     first = opened(tmp_path, folder, *words)
     second = Folder(
         folder, settings(tmp_path, *words, "--data.workers", "0"), 16, log=tmp_path / "second.jsonl"
     )
+    spoil(folder, *broken)
     steps = [names(first.batch(step, 5)) for step in range(9)]
     assert not any(name.startswith("x") for name in chain.from_iterable(steps))
     assert [names(second.batch(step, 5)) for step in reversed(range(9))] == steps[::-1]
     assert set(lines(tmp_path)) == {"x1.png", "x2.png", "x3.png"} == set(first.bad)
 
 
-def test_late_faults_stop_the_run_when_too_many(tmp_path):
+def test_broken_pixels_are_known_before_a_model_is_loaded(tmp_path):
     folder = fill(tmp_path / "p", 12)
-    for name in ("x1.png", "x2.png", "x3.png"):
-        (folder / name).write_bytes(zoo.rgb()[:-60])
-    source = opened(tmp_path, folder, "--data.max_bad_share", "0.15", "--data.holdout", "0")
-    with pytest.raises(DataError, match="3 of 15") as caught:
-        for step in range(9):
-            source.batch(step, 5)
-    assert caught.value.code == 3
+    spoil(folder, "x1.png", "x2.png", "x3.png")
+    said = refusal(tmp_path, folder, "--data.max_bad_share", "0.15", "--data.holdout", "0")
+    assert "3 of 15 images" in said and re.search(r"x[123]\.png cannot be decoded", said)
+    assert set(lines(tmp_path)) == {"x1.png", "x2.png", "x3.png"}
+    opened(tmp_path, folder, "--data.max_bad_share", "0.2")  # exactly as many as are allowed
+
+
+def test_a_late_fault_never_ends_a_run(tmp_path):
+    """Each is skipped, listed and counted; one line is said."""
+    folder = fill(tmp_path / "p", 12)
+    said: list[str] = []
+    config = settings(tmp_path, "--data.max_bad_share", "0", "--data.holdout", "0")
+    source = Folder(folder, config, 16, say=said.append)
+    late = ("0003.png", "0004.png", "0007.png")
+    spoil(folder, *late)
+    assert source.figures() == {"bad_images": 0} and said == []
+    seen = [name for step in range(4) for name in names(source.batch(step, 5))]
+    assert len(seen) == 20 and source.figures() == {"bad_images": 3} == {"bad_images": len(late)}
+    assert set(lines(tmp_path)) == set(late)
+    assert len(said) == 1 and "\n" not in said[0] and said[0].split()[0] in late
+    assert "bad_images.jsonl" in said[0]
+
+
+def test_what_is_tried_is_chosen_by_names(tmp_path, monkeypatch):
+    """A folder of more files than are tried: the same ones every time, wherever the folder lies,
+    and the share among them stands for all.
+    """
+    monkeypatch.setattr(module, "TRIED", 8)
+    folder = fill(tmp_path / "p", 40)
+    tried: list[str] = []
+    real = Folder._fault_of
+
+    def noting(self, entry):
+        tried.append(entry.name)
+        return real(self, entry)
+
+    monkeypatch.setattr(Folder, "_fault_of", noting)
+    opened(tmp_path, folder, "--data.workers", "0")
+    first = list(tried)
+    tried.clear()
+    shutil.copytree(folder, tmp_path / "q")
+    opened(tmp_path, tmp_path / "q", "--data.workers", "3", "--train.seed", "5")
+    assert len(first) == 8 and sorted(tried) == sorted(first)
+    untried = sorted(set(os.listdir(folder)) - set(first))
+    spoil(folder, *untried[:9])
+    opened(tmp_path, folder)  # 9 of 40, but none of the tried ones
+    spoil(folder, first[0])
+    (folder / "more.png").write_bytes(b"")
+    words = ["--data.max_bad_share", "0.14"]  # (1 + 40 / 8) / 41 is 0.146
+    said = refusal(tmp_path, folder, *words)
+    assert "1 of 8 images that were tried, and 1 headers" in said
+    opened(tmp_path, folder, "--data.max_bad_share", "0.15")
 
 
 def test_a_file_that_vanishes_is_a_late_fault(tmp_path):
@@ -446,7 +503,7 @@ def test_a_folder_that_vanishes_ends_the_run(tmp_path):
     folder = fill(tmp_path / "p", 4)
     source = opened(tmp_path, folder, "--data.max_bad_share", "1", "--data.workers", "0")
     shutil.rmtree(folder)
-    with pytest.raises(DataError, match="none of the"):
+    with pytest.raises(DataError, match="the images are gone"):
         source.batch(1, 4)
 
 

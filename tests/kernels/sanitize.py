@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
@@ -57,6 +58,14 @@ def compiled() -> None:
     (WHERE / "pytest.ini").write_text(SETTINGS)
 
 
+def refuse_another() -> None:
+    """The tests must run what was compiled here, and not what lies in the checkout."""
+    code = "from vise_kernels import dispatch; print(dispatch.native().__file__)"
+    told = watched(["-c", code], capture_output=True)
+    if not Path(told.stdout.strip()).is_relative_to(COPY):
+        raise SystemExit(f"the tests would run {told.stdout or told.stderr}")
+
+
 def runtime() -> str:
     """The libraries that have to be there before all others: the watching allocator, and what C++
     throws with, which Python itself does not load.
@@ -75,12 +84,11 @@ def found(name: str) -> str | None:
     return told if Path(told).is_file() else None
 
 
-def tested(lanes: int, files: list[str], words: list[str]) -> int:
-    """pytest's exit status with vectors of so many floats at most."""
-    watching = f"log_path={REPORT}:detect_leaks=0:allocator_may_return_null=1"
+def watched(words: list[str], lanes: int = 16, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Python with the watched module, and vectors of so many floats at most."""
     environment = os.environ | {
         "LD_PRELOAD": runtime(),
-        "ASAN_OPTIONS": watching,
+        "ASAN_OPTIONS": f"log_path={REPORT}:detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": f"log_path={REPORT}:print_stacktrace=1",
         "PYTHONPATH": str(COPY),
         "PYTHONSAFEPATH": "1",
@@ -88,14 +96,21 @@ def tested(lanes: int, files: list[str], words: list[str]) -> int:
         "OMP_NUM_THREADS": "1",
         "VISE_LANES": str(lanes),
     }
-    command = [sys.executable, "-m", "pytest", "-c", str(WHERE / "pytest.ini"), "-k", WORDS]
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=WHERE, env=environment, text=True, **options)
+
+
+def tested(lanes: int, files: list[str], words: list[str]) -> int:
+    """pytest's exit status."""
     print(f"== vectors of {lanes} floats", flush=True)
-    return subprocess.run([*command, *files, *words], cwd=WHERE, env=environment).returncode
+    pytest = ["-m", "pytest", "-c", str(WHERE / "pytest.ini"), "-k", WORDS]
+    return watched([*pytest, *files, *words], lanes).returncode
 
 
 def main(words: list[str]) -> None:
     """Exit status 1: a test failed or a sanitizer found something."""
     compiled()
+    refuse_another()
     for old in WHERE.glob("report.*"):
         old.unlink()
     failed = False

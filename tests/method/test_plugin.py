@@ -2,6 +2,8 @@
 known before a model is loaded.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -240,9 +242,22 @@ def test_a_resumed_run_is_held_to_its_own_reward(tmp_path, capsys, monkeypatch):
 # ---- the oracle ----------------------------------------------------------------------------------
 
 
+def test_help_names_the_rewards_there_are():
+    described = RewardConfig.model_fields["name"].description
+    listed = described.removeprefix("registered reward: ").removesuffix(", or your own")
+    shipped = {
+        name
+        for name, function in rewards._REGISTRY.items()
+        if function.__module__ == rewards.__name__
+    }
+    assert {name.split(" ")[0] for name in listed.split(", ")} == shipped
+
+
 def test_the_oracle_works_on_drawn_scenes(tmp_path, capsys):
     words = ["--reward.name", "oracle", "--run.dir", str(tmp_path / "run"), "--eval.scenes", "0"]
     assert console.run(train.main, [*SMALL, *words, "--train.steps", "1"]) == 0
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["carries"] > 0  # queries name objects, so the truth is known
     assert console.run(train.main, [*SMALL, *words, "--dry-run"]) == 0
     assert "error" not in capsys.readouterr().err
 

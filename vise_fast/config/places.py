@@ -6,6 +6,7 @@ files say (schema.py reads presets, model/load.py shapes).
 
 from __future__ import annotations
 
+from os.path import isfile  # of names that no file can have, too; Path.is_file raises
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -24,4 +25,4 @@ def config_file(typed: str | Path) -> Path:
     path = Path(typed)
     preset = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
     named_so = path.parent in (Path("."), Path("configs"))
-    return preset if named_so and not path.is_file() and preset.is_file() else path
+    return preset if named_so and not isfile(path) and isfile(preset) else path

@@ -10,12 +10,14 @@ files and words (settings.py).
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
@@ -35,13 +37,44 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: Any) -> Any:
-        """Texts of list fields are split at commas; true / false are no numbers."""
+        """Texts of list fields are split at commas; true / false are no numbers; other texts can be
+        names and be written down.
+        """
         field = cls.model_fields[info.field_name]
         if isinstance(value, str) and "tuple" in str(field.annotation):
             return [part.strip() for part in value.split(",") if part.strip()]
         if isinstance(value, bool) and field.annotation not in (bool, Switch):
             raise ValueError("true / false is not accepted here")
+        text = field.annotation in (str, str | None) and isinstance(value, str)
+        if text and not _writable(value):
+            raise PydanticCustomError(
+                settings.UNUSABLE,
+                "expected UTF-8 text without control characters, as long as a path may be",
+            )
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        """Numbers are such that arithmetic holds them."""
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int | float) and abs(part) > LARGEST[type(part)]:
+                raise PydanticCustomError(settings.UNUSABLE, "too large for any computation")
+        return value
+
+
+LARGEST = {bool: 1, int: 2**64 - 1, float: 1e12}
+"""What a number may be at most: what seeds can be, and far more than any other setting means."""
+LONGEST_PATH = 4095
+LONGEST_NAME = 255
+
+
+def _writable(text: str) -> bool:
+    """Whether a text can be a path, and be written down."""
+    if {unicodedata.category(letter) for letter in text} & {"Cc", "Cs"}:
+        return False
+    name = max(text.split("/"), key=lambda part: len(part.encode()))
+    return len(text.encode()) <= LONGEST_PATH and len(name.encode()) <= LONGEST_NAME
 
 
 class ModelConfig(Section):
@@ -118,7 +151,7 @@ class DataConfig(Section):
         description="images whose header promises more are skipped before decoding",
     )
     max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="stop when a larger share of the files is unreadable"
+        0.05, ge=0, le=1, description="do not start when a larger share of the files is unreadable"
     )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
 
@@ -248,9 +281,11 @@ class GhostConfig(Section):
     method: Literal["blur", "mean", "pixelate"] = Field(
         "blur", description="Gaussian blur, mean colour or mosaic"
     )
-    sigma_px: float = Field(25.0, gt=0, description="Gaussian sigma at a short side of 480 px")
+    sigma_px: float = Field(
+        25.0, ge=0.001, le=500, description="Gaussian sigma at a short side of 480 px"
+    )
     radius_sigmas: float = Field(
-        3.0, gt=0, description="taps reach this many sigmas (as released: 1)"
+        3.0, gt=0, le=10, description="taps reach this many sigmas (as released: 1)"
     )
     feather_px: float = Field(
         0.0, ge=0, description="soft edge of the ghost, at a short side of 480 px"
@@ -457,7 +492,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
     preset = stated.get("reward.preset", embedded.get("reward.preset", "robust"))
-    below = embedded | PRESETS.get(str(preset), {})
+    below = embedded | (PRESETS.get(preset, {}) if isinstance(preset, str) else {})
     merged = _shortened(_shortened(below, written), typed)
     try:
         return Config.model_validate(settings.nest(merged))

@@ -20,6 +20,10 @@ from pydantic.fields import FieldInfo
 from vise_fast.config.command_line import nearest, split
 from vise_fast.system.errors import ConfigError
 
+LARGEST_FILE = 2**20
+"""Bytes of a configuration; every setting with its value takes 4,000."""
+DEEPEST = 10
+"""Brackets and indentations inside each other; a setting takes three."""
 Schema = type[BaseModel]
 KINDS = {
     int: "an integer",
@@ -28,6 +32,8 @@ KINDS = {
     bool: "true or false",
     type(None): "null",
 }
+UNUSABLE = "unusable"
+"""The type of a pydantic fault whose own words say what is expected."""
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -89,9 +95,13 @@ def expected(field: FieldInfo) -> str:
     bounds = []
     patterns = []
     for rule in field.metadata:
-        bounds += [f"{SIGNS[s]} {getattr(rule, s):g}" for s in SIGNS if hasattr(rule, s)]
+        bounds += [f"{SIGNS[s]} {_short(getattr(rule, s))}" for s in SIGNS if hasattr(rule, s)]
         patterns += [field.description or ""] if getattr(rule, "pattern", None) else []
     return " ".join([*(patterns or [_kind(field.annotation)]), " and ".join(bounds)]).strip()
+
+
+def _short(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def read(path: str | Path, schema: Schema) -> dict[str, Any]:
@@ -100,9 +110,9 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
     """
     text = _text(path)
     try:
-        content = yaml.safe_load(text)
+        content = _loaded(text)
         _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+    except yaml.YAMLError as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         reason = getattr(fault, "problem", None) or " ".join(str(fault).split())
@@ -111,17 +121,56 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
 
 
 def _text(path: str | Path) -> str:
+    """A file, or what a pipe has to say. Raises ConfigError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as fault:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {fault.strerror}; give --config an existing "
-            "YAML file"
-        ) from None
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        text = data.decode()
     except UnicodeDecodeError:
         raise ConfigError(
             f"cannot read the configuration {path}: not UTF-8 text; give --config a YAML file"
         ) from None
+    except (OSError, ValueError) as fault:  # ValueError: a name with a null character
+        reason = getattr(fault, "strerror", None) or fault
+        raise ConfigError(
+            f"cannot read the configuration {show(path)}: {reason}; give --config an existing YAML "
+            "file"
+        ) from None
+    if len(data) > LARGEST_FILE:
+        raise ConfigError(
+            f"the configuration {path} is larger than {LARGEST_FILE // 2**20} MiB; settings take a "
+            "few lines; give --config a YAML file of settings"
+        )
+    return text
+
+
+def _loaded(text: str) -> Any:
+    """What a YAML text says. Aliases are refused, since a few lines of them say more than memory
+    holds, and so are texts deeper than DEEPEST. Raises yaml.YAMLError.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(f"the alias *{event.anchor}; write out what it stands for", event)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise _refused(f"more than {DEEPEST} levels", event)
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """A number or a date that Python does not take stays text; the type check names it."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError:
+            return node.value
+
+
+def _refused(problem: str, event: yaml.Event) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def parse(words: Sequence[str], schema: Schema) -> dict[str, Any]:
@@ -153,8 +202,8 @@ def _scalar(text: str, field: FieldInfo) -> Any:
     if text.lower() == "none" and type(None) in get_args(field.annotation):
         return None
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        return _loaded(text)
+    except yaml.YAMLError:
         return text  # the type check names key and value
 
 
@@ -166,8 +215,8 @@ def _refuse_repeated(node: yaml.Node | None, path: str | Path) -> None:
     for key, value in node.value:
         if key.value in seen:
             raise ConfigError(
-                f"{path} line {key.start_mark.line + 1} states '{key.value}' twice; keep one of "
-                "them"
+                f"{path} line {key.start_mark.line + 1} states {show(key.value)} twice; keep one "
+                "of them"
             )
         seen.add(key.value)
         _refuse_repeated(value, path)
@@ -184,9 +233,9 @@ def _flatten(content: Any, where: str, schema: Schema) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, inside in content.items():
         if isinstance(inside, dict) and section in schema.model_fields:
-            flat |= {f"{section}.{name}": value for name, value in inside.items()}
+            flat |= {f"{section}.{_text_of(name)}": value for name, value in inside.items()}
         elif inside is not None or section not in schema.model_fields:
-            flat[str(section)] = inside
+            flat[_text_of(section)] = inside
     for key in flat:
         _check_key(key, where, schema)
     return flat
@@ -212,7 +261,7 @@ def _check_key(key: str, where: str, schema: Schema) -> None:
         )
     close = nearest(key, keys)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists every key"
-    raise ConfigError(f"unknown key '{key}' in {where}; {hint}")
+    raise ConfigError(f"unknown key {show(key)} in {where}; {hint}")
 
 
 def complaint(fault: ValidationError, schema: Schema) -> str:
@@ -224,19 +273,30 @@ def complaint(fault: ValidationError, schema: Schema) -> str:
     if key not in known:
         return first["msg"].removeprefix("Value error, ")
     more = len({error["loc"][:2] for error in errors}) - 1
-    return f"{key} cannot be {show(first['input'])}; expected {expected(known[key])}" + (
+    wanted = f"expected {expected(known[key])}"
+    if first["type"] == UNUSABLE:
+        wanted = first["msg"]
+    return f"{key} cannot be {show(first['input'])}; {wanted}" + (
         f" ({more} more like this)" if more else ""
     )
 
 
 def show(value: Any) -> str:
-    """A value in a message, shortened."""
+    """A value in a message: on one line, shortened."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = f"'{','.join(map(str, value)) if isinstance(value, tuple | list) else value}'"
+    parts = value if isinstance(value, tuple | list) else (value,)
+    text = "\\n".join(f"'{','.join(map(_text_of, parts))}'".splitlines())
     return text if len(text) <= 60 else text[:56] + "...'"
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def _kind(annotation: Any) -> str:

@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     limit = given.count("scenes")
     config = origin.configuration(given, [] if limit is None else [f"--eval.scenes={limit}"])
     threads.settle(screen.say)
-    source = open_source(config, grid_multiple(config.model.path))
+    source = open_source(config, grid_multiple(config.model.path), say=screen.warn)
     adapter = given["adapter"]
     policy = load(config, adapter, say=screen.warn)
     arms = f" with and without {adapter}" if adapter else ""

@@ -1,7 +1,9 @@
 """A folder of photographs as a source: a seeded order per epoch, decoded some threads ahead.
 
-A file that cannot be used is skipped, with one line in bad_images.jsonl and a drawn substitute.
-Left out: finding the files (listing.py), decoding one (picture_file.py).
+Whether the folder is good enough is decided once, at the start: every header is read, and TRIED
+files are decoded. A file that turns out unusable later is skipped, with one line in
+bad_images.jsonl and a drawn substitute. Left out: finding the files (listing.py), decoding one
+(picture_file.py).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +31,8 @@ from vise_fast.system import files, randomness
 from vise_fast.system.errors import ConfigError, DataError
 
 LOG = "bad_images.jsonl"
+TRIED = 256
+"""Files that are decoded at the start, chosen by their names: always the same."""
 
 
 class BadFiles:
@@ -54,9 +59,17 @@ class BadFiles:
         files.append(self.path, line.encode() + b"\n")
 
     def first(self) -> str:
-        """The first file and its reason, as printable text (names are bytes; some are no text)."""
-        name, reason = next(iter(self.reasons.items()))
-        return f"{name.encode('utf-8', 'backslashreplace').decode('utf-8')} {reason}"
+        """The first file and its reason."""
+        return described(*next(iter(self.reasons.items())))
+
+
+def described(name: str, reason: str) -> str:
+    """A file and its reason as printable text (names are bytes; some are no text)."""
+    return f"{name.encode('utf-8', 'backslashreplace').decode('utf-8')} {reason}"
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
 
 
 class Folder:
@@ -64,14 +77,19 @@ class Folder:
     files are no pictures by their name.
 
     Raises DataError when there is nothing to train on, or when more than `data.max_bad_share` of
-    the files cannot be used; ConfigError when `data.max_pixels` holds no cell of the grid.
+    the files seem unusable; ConfigError when `data.max_pixels` holds no cell of the grid.
     """
 
     def __init__(
-        self, dir: str | Path, config: Config, multiple: int, log: Path | None = None
+        self,
+        dir: str | Path,
+        config: Config,
+        multiple: int,
+        log: Path | None = None,
+        say: Callable[[str], None] = silent,
     ) -> None:
         """multiple: of which every height and width is one; log: the file that gets a line per
-        unusable file (None: bad_images.jsonl in run.dir).
+        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know.
         """
         self.root = Path(dir).expanduser()
         self.data = config.data
@@ -83,8 +101,11 @@ class Folder:
         self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
         # oddities of single files; the unusable ones are logged by name
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        self._say = silent  # what is found at the start is in `describe`
         self._scan()
+        self._try_some()
         self._prove_one_decodes()
+        self._say = say
 
     @property
     def bad(self) -> dict[str, str]:
@@ -92,8 +113,8 @@ class Folder:
         return self._bad.reasons
 
     def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0. Raises DataError when too many files turn
-        out unusable.
+        """The `n` images of step `step`, counted from 0. Raises DataError when no file can be used
+        any more.
         """
         first = step * n
         self._decode_ahead(range(first, first + n))
@@ -162,7 +183,7 @@ class Folder:
         parts = listing.split(entries, self.data.holdout)
         self.held = parts.held
         self.train = parts.train
-        self._refuse_share()
+        self._refuse_share(len(self.bad) / self.total, f"{len(self.bad)} of {self.total} images")
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -189,10 +210,34 @@ class Folder:
             ) from None
         return Entry(name, path, listing.key_of(name), size)
 
-    def _prove_one_decodes(self) -> None:
-        """A header says little: decodes in the order of the first epoch until one picture comes out
-        whole.
+    def _try_some(self) -> None:
+        """A header says little: decodes TRIED files whose names decide, all where there are fewer,
+        and judges the others by them.
         """
+        entries = self.held + self.train
+        headless = len(self.bad)
+        tried = sorted(entries, key=lambda entry: listing.key_of(f"tried {entry.name}"))[:TRIED]
+        run = map if self._pool is None else self._pool.map
+        for entry, reason in zip(tried, run(self._fault_of, tried), strict=True):
+            if reason is not None:
+                self._bad.add(entry.name, reason)
+        broken = len(self.bad) - headless
+        share = (headless + broken * len(entries) / len(tried)) / self.total
+        counted = f"{len(self.bad)} of {self.total} images"
+        if len(tried) < len(entries):
+            counted = f"{broken} of {len(tried)} images that were tried, and {headless} headers,"
+        self._refuse_share(share, counted)
+
+    def _fault_of(self, entry: Entry) -> str | None:
+        """Why a file cannot be decoded; None where it can. Runs in a decode thread."""
+        try:
+            self._decode(entry)
+        except BadImage as fault:
+            return str(fault)
+        return None
+
+    def _prove_one_decodes(self) -> None:
+        """Decodes in the order of the first epoch until one picture comes out whole."""
         for slot in range(len(self.train)):
             if self._pixels(self._at(slot)) is not None:
                 return
@@ -245,9 +290,18 @@ class Folder:
         try:
             return self._decode(entry) if ahead is None else ahead.result()
         except BadImage as fault:
-            self._bad.add(entry.name, str(fault))
-            self._refuse_share()
+            self._refuse_gone()
+            self._note(entry.name, str(fault))
             return None
+
+    def _note(self, name: str, reason: str) -> None:
+        """A file that turned out unusable; the first one after the start is said."""
+        self._bad.add(name, reason)
+        self._say(
+            f"{described(name, reason)}: another image takes its place, as for every one that "
+            f"turns out unusable from here on; they are listed in {self._bad.path}"
+        )
+        self._say = silent
 
     def _decode(self, entry: Entry) -> Tensor:
         """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
@@ -257,6 +311,18 @@ class Folder:
         )
 
     # -- refusals ----------------------------------------------------------------------------------
+
+    def _refuse_gone(self) -> None:
+        """A folder that was moved away or unmounted is one fault, not one of each of its files."""
+        try:
+            there = any(self.root.iterdir())
+        except OSError:
+            there = False
+        if not there:
+            raise DataError(
+                f"the images are gone: {self.root} is empty or not there any more; it was there "
+                "when the run began; bring it back, and go on with --train.resume auto"
+            )
 
     def _refuse_all(self) -> NoReturn:
         if not self.bad:
@@ -270,10 +336,10 @@ class Folder:
             f"{self._bad.first()}; all reasons are in {self._bad.path}"
         )
 
-    def _refuse_share(self) -> None:
-        if len(self.bad) > self.data.max_bad_share * self.total:
+    def _refuse_share(self, share: float, counted: str) -> None:
+        if share > self.data.max_bad_share:
             raise DataError(
-                f"{len(self.bad)} of {self.total} images under {self.root} cannot be used, more "
-                f"than data.max_bad_share {self.data.max_bad_share:g}: {self._bad.first()}; remove "
-                f"those listed in {self._bad.path} or raise --data.max_bad_share"
+                f"{counted} under {self.root} cannot be used, more than data.max_bad_share "
+                f"{self.data.max_bad_share:g}: {self._bad.first()}; remove those listed in "
+                f"{self._bad.path} or raise --data.max_bad_share"
             )

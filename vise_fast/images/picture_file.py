@@ -1,9 +1,9 @@
 """One image file -> upright 8-bit RGB pixels, or a reason why not. The file is taken for hostile.
 
 Allow-listed formats by content (never by name), a pixel cap read from the header before anything is
-decoded, EXIF orientation applied, deep greys scaled (not clipped), transparency laid over white (as
-the Qwen-VL tools do), the first frame of animations. Left out: colour profiles, and everything
-about folders (folder.py).
+decoded, limits on time and memory (cost.py), EXIF orientation applied, deep greys scaled (not
+clipped), transparency laid over white (as the Qwen-VL tools do), the first frame of animations.
+Left out: colour profiles, and everything about folders (folder.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image as Pillow
 
+from vise_fast.images.cost import EXIF, Costly, Reader, before_opening, refuse_costly
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_RATIO = 200  # the longest side over the shortest; Qwen's own processor refuses more
 WHITE = (255, 255, 255, 255)
+BAND = 2**20  # pixels that are converted at once
 ORIENTATION = 0x0112
 TURNS = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -79,34 +83,72 @@ def header(path: Path, max_pixels: int) -> Header:
 
 
 def decode(path: Path, max_pixels: int) -> Pillow.Image:
-    """The upright picture, mode RGB. Raises BadImage."""
-    with _opened(path, max_pixels) as image:
+    """The upright picture, mode RGB. Takes at most 12 bytes of memory per pixel of `max_pixels`.
+
+    Raises BadImage.
+    """
+    stored = _stored(path, max_pixels)
+    return stored.picture if stored.turn is None else stored.picture.transpose(stored.turn)
+
+
+class _Stored(NamedTuple):
+    """RGB pixels as they lie in the file, and what makes them upright."""
+
+    picture: Pillow.Image
+    turn: Pillow.Transpose | None
+
+
+def _stored(path: Path, max_pixels: int) -> _Stored:
+    """A function of its own: what the decoder made is let go before the picture is turned."""
+    with _opened(path, max_pixels, whole=True) as image:
         image.load()
-        turn = TURNS.get(_orientation(image))
-        upright = image.transpose(turn) if turn is not None else image
-        return to_rgb(upright, image.format or "")
+        return _Stored(to_rgb(image, image.format or ""), TURNS.get(_orientation(image)))
 
 
 def to_rgb(image: Pillow.Image, format: str = "") -> Pillow.Image:
     """8-bit RGB of a picture of any mode. Raises BadImage for values that mean nothing (NaN)."""
     if image.mode.startswith(("I", "F")):
-        grey = _eight_bits(np.asarray(image), image.mode, format)
-        return Pillow.fromarray(grey, "L").convert("RGB")
+        return _eight_bits(image, format)
     if image.has_transparency_data:
-        over = image.convert("RGBA")
-        return Pillow.alpha_composite(Pillow.new("RGBA", over.size, WHITE), over).convert("RGB")
+        return _over_white(image)
     if image.mode == "RGB":
         return image
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, mode: str, format: str) -> np.ndarray:
-    """Deep greys (H, W) of any number type as uint8."""
-    if not np.isfinite(values).all():
-        raise BadImage("has pixels that are not finite")
-    bottom, top = _span(float(values.min()), float(values.max()), mode, format)
-    scaled = (values.astype(np.float64) - bottom) * (255.0 / (top - bottom))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+def _bands(image: Pillow.Image) -> Iterator[tuple[int, Pillow.Image]]:
+    """The picture in bands of rows, each with its first row: so what is made of one is small."""
+    step = max(1, BAND // image.width)
+    for top in range(0, image.height, step):
+        yield top, image.crop((0, top, image.width, min(top + step, image.height)))
+
+
+def _over_white(image: Pillow.Image) -> Pillow.Image:
+    """A picture with transparency, laid over white."""
+    done = Pillow.new("RGB", image.size)
+    for top, band in _bands(image):
+        over = band.convert("RGBA")
+        white = Pillow.new("RGBA", over.size, WHITE)
+        done.paste(Pillow.alpha_composite(white, over).convert("RGB"), (0, top))
+    return done
+
+
+def _eight_bits(image: Pillow.Image, format: str) -> Pillow.Image:
+    """Deep greys of any number type, scaled to 0..255."""
+    lows, highs = [], []
+    for _, band in _bands(image):
+        values = np.asarray(band)
+        if not np.isfinite(values).all():
+            raise BadImage("has pixels that are not finite")
+        lows.append(float(values.min()))
+        highs.append(float(values.max()))
+    bottom, top = _span(min(lows), max(highs), image.mode, format)
+    done = Pillow.new("L", image.size)
+    for row, band in _bands(image):
+        scaled = (np.asarray(band).astype(np.float64) - bottom) * (255.0 / (top - bottom))
+        grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        done.paste(Pillow.fromarray(grey, "L"), (0, row))
+    return done.convert("RGB")
 
 
 def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float]:
@@ -123,23 +165,25 @@ def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Pillow.Image]:
-    """The file as an image whose pixels are not decoded yet; every fault inside the block leaves as
-    BadImage.
+def _opened(path: Path, max_pixels: int, whole: bool = False) -> Iterator[Pillow.Image]:
+    """The file as an image whose pixels are not decoded yet, but may be where `whole`; every fault
+    inside the block leaves as BadImage.
     """
     try:
         # not blocking: a name may have become a pipe since the folder was listed
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("is no regular file")
-            if status.st_size == 0:
-                raise BadImage("is empty")
+        raw = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
+        with raw, Reader(raw) as file:
+            _refuse_kind(os.fstat(file.fileno()))
+            before_opening(file)
             with Pillow.open(file, formats=FORMATS) as image:
                 _refuse_size(*image.size, max_pixels)
+                if whole:
+                    refuse_costly(image, file, max_pixels)
                 yield image
     except BadImage:
         raise
+    except Costly as cost:
+        raise BadImage(str(cost)) from None
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
         raise BadImage(f"promises more than {max_pixels} pixels") from None
     except Pillow.UnidentifiedImageError:
@@ -147,6 +191,13 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Pillow.Image]:
     except FAULTS as fault:
         reason = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
         raise BadImage(" ".join(f"cannot be decoded: {reason}".split())[:200]) from None
+
+
+def _refuse_kind(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage("is no regular file")
+    if status.st_size == 0:
+        raise BadImage("is empty")
 
 
 def _refuse_size(width: int, height: int, max_pixels: int) -> None:
@@ -159,9 +210,11 @@ def _refuse_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Pillow.Image) -> int:
-    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged (the pixels may
-    still be good).
+    """EXIF orientation 1..8; 1 where the tag is absent or its block is damaged or huge (the pixels
+    may still be good).
     """
+    if len(image.info.get("exif", b"")) > EXIF:
+        return 1
     try:
         # the method of PNGs would decode all pixels first
         value = Pillow.Image.getexif(image).get(ORIENTATION, 1)

@@ -7,12 +7,13 @@ in `open_source`. Left out: the sources themselves (folder.py, drawn.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from vise_fast.config.schema import Config
 from vise_fast.images.drawn import Scenes
-from vise_fast.images.folder import LOG, Folder
+from vise_fast.images.folder import LOG, Folder, silent
 from vise_fast.images.image import Image
 
 
@@ -50,14 +51,20 @@ class Source(Protocol):
         """Releases threads and files; no batch is asked for afterwards."""
 
 
-def open_source(config: Config, multiple: int, directory: Path | None = None) -> Source:
+def open_source(
+    config: Config,
+    multiple: int,
+    directory: Path | None = None,
+    say: Callable[[str], None] = silent,
+) -> Source:
     """The user's folder, or the embedded scenes where data.dir is not set.
 
     multiple: pixels per image token side (model.load.grid_multiple), which every height and width
-    is a multiple of; directory: where bad_images.jsonl goes (None: run.dir). Raises ConfigError
-    where sizes do not fit the grid, DataError where the folder cannot be used.
+    is a multiple of; directory: where bad_images.jsonl goes (None: run.dir); say: takes what a
+    person should know of the images. Raises ConfigError where sizes do not fit the grid, DataError
+    where the folder cannot be used.
     """
     if config.data.dir is None:
         return Scenes(config, multiple)
     log = None if directory is None else directory / LOG
-    return Folder(config.data.dir, config, multiple, log)
+    return Folder(config.data.dir, config, multiple, log, say)

@@ -90,7 +90,9 @@ class Learner:
         self.beta = loss.Beta(update.beta, update.tau, update.eta, update.beta_min, update.beta_max)
         self.skipped = 0
         self.moving = False
-        """The adapter is being changed: a step that fails now cannot be done again."""
+        """The adapter, or what steers it, is being changed: a step that fails now cannot be done
+        again, nor saved.
+        """
 
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
         """One update from the whole batch. Raises NumericFault after several non-finite gradients
@@ -113,6 +115,7 @@ class Learner:
                 self.beta.update(metrics["kl"])
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
+        self.moving = False
         return scores.metrics | metrics | {"unique_queries": _unique_queries(slices)}
 
     def _score(self, slices: list[Played], step: int) -> rewards.Scores:

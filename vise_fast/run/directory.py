@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -247,7 +248,7 @@ class Run:
         if self.saved >= 0:
             self.console.warn(
                 f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
-                f"--run.dir {self.directory}"
+                f"--run.dir {shlex.quote(str(self.directory))}"
             )
         else:
             self.console.warn(f"{reason} before anything was trained; start again as you did")

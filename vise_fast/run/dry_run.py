@@ -42,7 +42,7 @@ def dry_run(config: Config) -> int:
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = _try(faults, lambda: _open(config, Path(scratch)))
+        source = _try(faults, lambda: _open(config, Path(scratch), console))
         if source is not None:
             console.say(f"data     {source.describe()}")
         plan = _try(faults, lambda: estimate.plan(config, source))
@@ -67,8 +67,8 @@ def _try(faults: list[UserError], work: Callable[[], T]) -> T | None:
         return None
 
 
-def _open(config: Config, scratch: Path) -> Source:
-    return open_source(config, model.grid_multiple(config.model.path), scratch)
+def _open(config: Config, scratch: Path, console: Console) -> Source:
+    return open_source(config, model.grid_multiple(config.model.path), scratch, console.warn)
 
 
 def explain(console: Console, config: Config) -> None:

@@ -8,6 +8,7 @@ out: tensorboard and its like (loggers.py).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ from rich.progress import (
 )
 
 from vise_fast.system import files, streams
-from vise_fast.system.errors import DataError, UserError
+from vise_fast.system.errors import ConfigError, DataError, UserError
 from vise_fast.system.streams import Forgiving
 
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
@@ -226,11 +227,22 @@ def run(main: Callable[[Sequence[str]], int | None], words: Sequence[str] | None
     try:
         return main(words) or 0
     except UserError as fault:
-        Console().error(fault, debug="--debug" in words)
-        return fault.code
+        return _ended_by(fault, words)
+    except OSError as fault:
+        if fault.errno != errno.ENAMETOOLONG:
+            raise
+        named = f"{fault.filename!s:.40}…"
+        return _ended_by(
+            ConfigError(f"{named} is longer than the name of a file may be; shorten it"), words
+        )
     except KeyboardInterrupt:
         Console().error(KeyboardInterrupt("interrupted"), debug="--debug" in words)
         return 130
+
+
+def _ended_by(fault: UserError, words: Sequence[str]) -> int:
+    Console().error(fault, debug="--debug" in words)
+    return fault.code
 
 
 def figure(value: Any) -> str:

@@ -1,0 +1,83 @@
+"""A signal ends a run at whatever it does, in good order: exit code 129, 130 or 143, saved after
+the last complete update, and the words that are printed lead to the result of a run that was not
+stopped.
+"""
+
+import os
+import re
+import shlex
+import signal
+
+import pytest
+import torch
+from faults.forked import again, go, words
+from faults.left import left, sound, steps_saved
+
+from vise_fast import train
+from vise_fast.method import experience
+from vise_fast.method.learner import Learner
+from vise_fast.model import export
+from vise_fast.report import page
+from vise_fast.run import directory as run_directory
+from vise_fast.run.directory import Run
+from vise_fast.system import checkpoint
+
+CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+PLACES = {  # what is called there, the how manieth call, the update that is saved
+    "loading": (train.model, "load", 1, None),
+    "opening": (Run, "opening", 1, 0),
+    "first evaluation": (run_directory, "held_out", 1, 0),
+    "views": (experience, "draw_views", 2, 1),
+    "ask": (experience, "_ask", 2, 1),
+    "ground": (experience, "_ground", 2, 1),
+    "verify": (experience, "judge", 1, 0),
+    "update forward": (Learner, "_logprobs", 2, 1),
+    "backward": (torch.Tensor, "backward", 1, 0),
+    "optimizer": (Learner, "_apply", 1, 1),
+    "metrics": (run_directory.Steps, "advance", 1, 1),
+    "checkpoint": (checkpoint, "_write_all", 1, 1),
+    "final evaluation": (run_directory, "held_out", 2, 2),
+    "export": (export, "_save_weights", 1, 2),
+    "report": (page, "render", 1, 2),
+}
+CASES = [(place, number) for place in PLACES for number in CODES]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that nothing happened to."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert go(words(directory), directory).code == 0
+    return directory
+
+
+def sending(number, owner, name, nth):
+    """Sends this process a signal when a function is called for the nth time."""
+    plain = getattr(owner, name)
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == nth:
+            os.kill(os.getpid(), number)
+        return plain(*args, **kwargs)
+
+    return lambda: setattr(owner, name, called)
+
+
+@pytest.mark.parametrize("place, number", CASES, ids=[f"{p} {n.name}" for p, n in CASES])
+def test_a_signal_saves_and_the_printed_words_go_on(place, number, undisturbed, tmp_path):
+    owner, name, nth, saved = PLACES[place]
+    directory = tmp_path / "run"
+    outcome = go(words(directory), directory, prepare=sending(number, owner, name, nth))
+    assert outcome.code == CODES[number], outcome.err
+    assert len(outcome.complaints) == 1 and f"signal {int(number)}" in outcome.err, outcome.err
+    if saved is None:
+        assert "start again as you did" in outcome.err and not directory.exists()
+        return
+    sound(directory)
+    assert steps_saved(directory) == saved and f"saved after step {saved};" in outcome.err
+    printed = shlex.split(re.search(r"go on with (.*)", outcome.err)[1])
+    assert printed == again(directory)
+    assert go(printed, directory).code == 0
+    assert left(directory) == left(undisturbed)
