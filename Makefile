@@ -4,6 +4,7 @@
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
 #   make bench-smoke    every bench at its smallest, to see that it runs
+#   make soak           200 kills of whole short runs (ten minutes), into bench/results/soak.json
 #   make lint           format, linter and types, as CI asks for them
 #   make clean          what was built, and .venv; never runs/
 
@@ -14,7 +15,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke lint clean
+.PHONY: train test native bench-smoke soak lint clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -25,6 +26,9 @@ test: native
 
 bench-smoke: native
 	for bench in bench/[a-z]*.py; do echo "== $$bench"; $(RUN) $$bench --smoke || exit 1; done
+
+soak: native
+	OMP_NUM_THREADS=1 $(RUN) bench/soak.py --write $(ARGS)
 
 native: $(VENV)/native.stamp
 
