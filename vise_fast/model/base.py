@@ -97,16 +97,15 @@ def _content(source: str, path: str) -> dict[str, Any]:
 
 def refuse_special(home: Path, what: str, advice: str = AGAIN) -> None:
     """Libraries would wait at a pipe and read a device without end. Raises EnvironmentFault where a
-    directory holds something that is neither a file nor a folder, or a text without end.
+    text in a directory is no regular file, or one without end.
     """
     for path in sorted(home.iterdir()):
-        if path.exists() and not path.is_dir():
-            regular = path.is_file()
-            if not regular or (path.suffix in TEXTS and path.stat().st_size > files.LARGEST_JSON):
-                why = "larger than any such file" if regular else "no regular file"
-                raise EnvironmentFault(
-                    f"{what} {home} cannot be used: {path.name} is {why}; {advice}"
-                )
+        if path.suffix not in TEXTS or not path.exists() or path.is_dir():
+            continue
+        regular = path.is_file()
+        if not regular or path.stat().st_size > files.LARGEST_JSON:
+            why = "larger than any such file" if regular else "no regular file"
+            raise EnvironmentFault(f"{what} {home} cannot be used: {path.name} is {why}; {advice}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

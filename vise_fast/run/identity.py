@@ -117,9 +117,15 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
+        new = not directory.exists()
         with files.refused(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(directory / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            try:
+                self._file = open(directory / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            except OSError:
+                if new:
+                    directory.rmdir()
+                raise
         self.known = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
