@@ -5,6 +5,7 @@
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
 #   make bench-smoke    every bench at its smallest, to see that it runs
 #   make sanitize       the C++ kernels' own tests, with every access to memory watched (some minutes)
+#   make soak           200 kills of whole short runs (ten minutes), into bench/results/soak.json
 #   make lint           format, linter and types, as CI asks for them
 #   make clean          what was built, and .venv; never runs/
 
@@ -15,7 +16,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke sanitize lint clean
+.PHONY: train test native bench-smoke sanitize soak lint clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -30,6 +31,9 @@ bench-smoke: native
 # the watched module is built beside, under build/: the one that runs stays as it is
 sanitize: $(VENV)/checkout.stamp
 	$(RUN) tests/kernels/sanitize.py $(ARGS)
+
+soak: native
+	OMP_NUM_THREADS=1 $(RUN) bench/soak.py --write $(ARGS)
 
 native: $(VENV)/native.stamp
 

@@ -87,6 +87,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
     with contextlib.closing(fitted_source(run)) as source:
         stop.check()
         policy = model.load(run.config, say=run.console.warn)
+        stop.check()
         engine = open_engine(policy, run.config, run.console.warn)
         engine.interrupted = stop.check
         learner = Learner(policy, engine, run.config)

@@ -9,6 +9,7 @@ would take longer than the run), but written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ import torch
 from faults.calls import Call, watch
 
 from vise_fast import train
+from vise_fast.config import schema
+from vise_fast.model.load import load
 from vise_fast.report import page
 from vise_fast.report.plots import Plot
 from vise_fast.system import console
@@ -104,6 +107,7 @@ def go(
 
     kill_after_s: SIGKILL after so many seconds, if it is not over by then; the code is -9 then.
     """
+    _warm()
     logs = root.parent / f"{root.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     child = os.fork()
@@ -112,6 +116,12 @@ def go(
     code = _wait(child, kill_after_s)
     texts = [(logs / name).read_text(errors="replace") for name in ("out", "err", "calls")]
     return Outcome(code, texts[0], texts[1], texts[2].splitlines())
+
+
+@functools.cache
+def _warm() -> None:
+    """What every child would do again: libraries import half of themselves at their first use."""
+    load(schema.load(None, ["--model.device=cpu"]))
 
 
 def _live(

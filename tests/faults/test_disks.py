@@ -43,7 +43,7 @@ UPDATE = (
     "ENOSPC write metrics.jsonl half",
     "EIO write metrics.jsonl half",
     "EDQUOT write metrics.jsonl",
-    "EACCES make samples",
+    "EACCES open samples/.step_2_0.png.partial",
     "ENOSPC open samples/.step_2_0.png.partial",
     "ENOSPC write samples/.step_2_0.png.partial half",
     "EIO sync samples/.step_2_0.png.partial",

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vise_fast import train
 from vise_fast.method import experience
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.report import page
 from vise_fast.run import directory as run_directory
 from vise_fast.run.directory import Run
@@ -81,3 +83,51 @@ def test_a_signal_saves_and_the_printed_words_go_on(place, number, undisturbed, 
     assert printed == again(directory)
     assert go(printed, directory).code == 0
     assert left(directory) == left(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["my first run", "it's mine", "a;b", "$HOME", "-rf", "é*?"])
+def test_the_printed_words_can_be_pasted_whatever_the_run_is_called(name, tmp_path):
+    directory = tmp_path / name
+    place = sending(signal.SIGTERM, experience, "judge", 2)
+    outcome = go(words(directory), directory, prepare=place)
+    assert outcome.code == 143, outcome.err
+    printed = re.search(r"go on with (.*)", outcome.err)[1]
+    shell = f"printf '%s\\n' {printed}"
+    pasted = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    assert pasted.stdout.splitlines() == again(directory)
+    assert go(pasted.stdout.splitlines(), directory).code == 0
+
+
+# ---- how soon ------------------------------------------------------------------------------------
+
+
+def counting(name, nth, log):
+    """SIGTERM at the nth call of something that a layer does in the update; every call from then on
+    is written down.
+    """
+    plain = getattr(Qwen3VL, name)
+    calls = []
+
+    def called(self, *args):
+        if name == "_heard" or torch.is_grad_enabled():
+            calls.append(name)
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) >= nth:
+                with open(log, "a") as file:
+                    file.write("layer\n")
+        return plain(self, *args)
+
+    return lambda: setattr(Qwen3VL, name, called)
+
+
+@pytest.mark.parametrize("name", ["layer", "_heard"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_signal_in_an_update_is_heard_before_the_next_layer(name, nth, tmp_path):
+    """Forwards and backwards: on a busy machine an update takes minutes."""
+    directory = tmp_path / "run"
+    log = tmp_path / "layers"
+    outcome = go(words(directory), directory, prepare=counting(name, nth, log))
+    assert outcome.code == 143, outcome.err
+    assert log.read_text().splitlines() == ["layer"]
+    assert steps_saved(directory) == 0

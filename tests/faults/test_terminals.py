@@ -119,7 +119,7 @@ def until_hung_up():
 def test_a_terminal_that_is_closed(tmp_path):
     """The system sends SIGHUP, and refuses all that is said from then on."""
     directory = tmp_path / "run"
-    assert Terminal(until="train").go(directory, until_hung_up).code == 129
+    assert Terminal(until="0/2").go(directory, until_hung_up).code == 129
     assert steps_saved(directory) == 1
     undisturbed = tmp_path / "undisturbed"
     assert go(words(undisturbed), undisturbed).code == 0

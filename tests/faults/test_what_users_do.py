@@ -14,11 +14,13 @@ from faults.forked import again, go, words
 from faults.left import left, sound, steps_saved
 from small_runs import lines
 
-from vise_fast.method import experience, rewards
+from vise_fast.method import experience
 from vise_fast.method.learner import Learner
 from vise_fast.run.directory import Steps
 
-PHOTOS = {"data__holdout": 0.2, "data__workers": 0, "train__steps": 3}
+UNSAVED = {"run__checkpoint_every": 0}
+"""Nothing is saved but by the end."""
+PHOTOS = {"data__holdout": 0.2, "data__workers": 0, "train__steps": 3} | UNSAVED
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_a_file_that_breaks_on_the_way_is_passed_over_and_listed(photographs, tm
 
     directory = tmp_path / "run"
     settings = PHOTOS | {"data__dir": folder, "train__steps": 12, "data__max_bad_share": 0.5}
+    settings |= {"eval__scenes": 0}  # which would read more files after the last update
     outcome = go(words(directory, **settings), directory, prepare=after(1, cut))
     assert outcome.code == 0, outcome.err
     bad = {line["name"] for line in lines(directory / "bad_images.jsonl")}
@@ -174,7 +177,8 @@ def test_gradients_that_stay_not_finite_end_a_run_after_saving_it(value, tmp_pat
 
     calls = []
     directory = tmp_path / "run"
-    said = words(directory, train__steps=9)
+    settings = UNSAVED | {"train__batch": 4, "update__advantage": "ema", "train__steps": 9}
+    said = words(directory, **settings)
     outcome = go(said, directory, prepare=lambda: setattr(Learner, "_totals", totals))
     ended(outcome, directory, code=6, saved=5)
     norms = [line["grad_norm"] for line in lines(directory / "metrics.jsonl")]
@@ -188,7 +192,7 @@ OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 def test_memory_that_does_not_hold_one_image(fault, tmp_path):
     directory = tmp_path / "run"
     place = raising(fault, Learner, "_gradient", 2)
-    outcome = go(words(directory, train__batch=2), directory, prepare=place)
+    outcome = go(words(directory, train__batch=2, **UNSAVED), directory, prepare=place)
     ended(outcome, directory, code=5, saved=1)
 
 
@@ -223,7 +227,7 @@ def test_a_bug_keeps_its_traceback_and_the_run_is_saved(tmp_path):
 
 def test_an_exit_in_a_reward_saves_the_run(tmp_path):
     directory = tmp_path / "run"
-    place = after(2, lambda: sys.exit(7), rewards, "score")
+    place = after(2, lambda: sys.exit(7), Learner, "_score")
     assert go(words(directory), directory, prepare=place).code != 0
     assert steps_saved(directory) == 1
     sound(directory)

@@ -94,6 +94,57 @@ def test_a_damaged_manifest(copy, content, capfd):
     assert "manifest.json cannot be read" in refusal(copy, EnvironmentFault, capfd)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, SETTINGS])
+def test_a_manifest_that_does_not_know_what_is_loaded(copy, name, capfd):
+    content = json.loads((copy / "manifest.json").read_text())
+    del content["files"][name]
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert f"does not know {name}" in refusal(copy, EnvironmentFault, capfd)
+
+
+ENTRIES = {
+    "a NUL": ("a\0b", {"bytes": 0, "sha256": ""}),
+    "the folder above": ("..", {"bytes": 0, "sha256": ""}),
+    "no entry": (WEIGHTS, None),
+    "a size in words": (WEIGHTS, {"bytes": "many", "sha256": ""}),
+    "a list": (WEIGHTS, [1]),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_manifest_of_odd_entries(copy, name, capfd):
+    file, entry = ENTRIES[name]
+    content = json.loads((copy / "manifest.json").read_text())
+    content["files"][file] = entry
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert "the adapter" in refusal(copy, EnvironmentFault, capfd)
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def endless(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [pipe, endless])
+@pytest.mark.parametrize("name", ["manifest.json", SETTINGS, WEIGHTS, "tokenizer.json"])
+def test_what_is_no_file_is_not_read(copy, make, name, capfd):
+    """Neither waited for nor read without end, hashed or not."""
+    (copy / name).unlink()
+    make(copy / name)
+    assert name in refusal(copy, EnvironmentFault, capfd)
+    (copy / "manifest.json").unlink()
+    if name != "manifest.json":
+        assert name in refusal(copy, (ConfigError, EnvironmentFault), capfd)
+
+
+def test_a_text_without_end_is_not_read(foreign, capfd):
+    os.truncate(foreign / SETTINGS, 2**40)
+    assert "larger than any such file" in refusal(foreign, EnvironmentFault, capfd)
+
+
 def words_of(tmp_path, directory):
     """Every command that reads an adapter."""
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "x.png")

@@ -205,6 +205,23 @@ def test_what_is_no_file_is_not_opened(tmp_path, kind, file):
         load(directory)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "terabyte"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_library_is_not_left_alone_with_what_is_no_text(tmp_path, kind, file, capfd):
+    """It would wait, or read without end."""
+    directory = stored.base(tmp_path / "m")
+    path = directory / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "terabyte":
+        path.touch()
+        os.truncate(path, 2**40)
+    else:
+        path.symlink_to(kind)
+    assert file in refusal(directory, EnvironmentFault, capfd)
+
+
 def test_every_tensor_is_missed_by_its_name(tmp_path):
     """A base that lacks any one of its tensors is refused; transformers would draw it anew."""
     names = sorted(load_file(nano.DIRECTORY / "model.safetensors"))

@@ -5,10 +5,12 @@ damage.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -269,6 +271,163 @@ def test_damage_is_noticed_and_passed_over(tmp_path, name):
     )
 
 
+# -- crafted: the hashes are right -----------------------------------------------------------------
+
+
+def sealed(path: Path, **entries: object) -> None:
+    """Rewrites the manifest so that sizes and hashes fit; `entries`: more of its files."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(path, files=manifest["files"] | entries)
+
+
+def instead(name: str, make) -> object:
+    """Something else under a file's name."""
+
+    def craft(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return craft
+
+
+def entry(**changes: object) -> object:
+    """An entry of the manifest that says something else of the tensors."""
+
+    def craft(path: Path) -> None:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        files["adapter.safetensors"] |= changes
+        rewrite(path, files=files)
+
+    return craft
+
+
+def named(name: str) -> object:
+    """An empty file's entry under a name."""
+    empty = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    return lambda path: sealed(path, **{name: empty})
+
+
+def written(name: str, content: bytes) -> object:
+    def craft(path: Path) -> None:
+        (path / name).write_bytes(content)
+        sealed(path)
+
+    return craft
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_socket(path: Path) -> None:
+    socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_terabyte(path: Path) -> None:
+    """Of no blocks on the disk."""
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+SPECIAL = (os.mkfifo, zeros, a_socket, a_loop, a_terabyte, os.mkdir)
+CRAFTED = {
+    f"{make.__name__} as {name}": instead(name, make)
+    for make in SPECIAL
+    for name in ("manifest.json", "state.json", "adapter.safetensors")
+} | {
+    "a manifest of brackets": lambda c: (c / "manifest.json").write_text("[" * 100_000),
+    "a manifest without end": lambda c: os.truncate(c / "manifest.json", 2**21),
+    "a step that is true": lambda c: rewrite(c, step=True),
+    "a step of 5000 digits": lambda c: (c / "manifest.json").write_text(
+        '{"format": 1, "step": ' + "9" * 5000 + "}"
+    ),
+    "a size that is true": entry(bytes=True),
+    "a size below zero": entry(bytes=-1),
+    "a size in words": entry(bytes="many"),
+    "a size without end": entry(bytes=2**63),
+    "a sum that is a list": entry(sha256=["0"] * 64),
+    "a sum that is nothing": entry(sha256=None),
+    "a NUL in a name": named("state\0.json"),
+    "no name": named(""),
+    "a name that is the folder": named("."),
+    "a name that is the folder above": named(".."),
+    "a name from the root": named("/etc/hostname"),
+    "a name of 300 letters": named("n" * 300),
+    "a name of half a letter": named("\ud800"),
+    "a name of two lines": named("a\nb"),
+}
+CONTENT = {
+    "a state of brackets": written("state.json", b"[" * 100_000),
+    "a state that is a list": written("state.json", b"[]"),
+    "a state that is a number": written("state.json", b"3"),
+    "a state that is no text": written("state.json", b"\xff\xfe"),
+    "a state without a step": written("state.json", b"{}"),
+    "a step that is no number": written("state.json", b'{"step": NaN}'),
+    "a step below zero in the state": written("state.json", b'{"step": -1}'),
+    "the step of another": written("state.json", b'{"step": 1}'),
+    "a step of 5000 digits in the state": written("state.json", b'{"step": ' + b"9" * 5000 + b"}"),
+    "no tensors at all": written("adapter.safetensors", b""),
+    "a header of brackets": written("adapter.safetensors", b"\0\x10\0\0\0\0\0\0" + b"[" * 4096),
+    "a header without end": written("adapter.safetensors", b"\xff" * 64),
+    "a tensor of nobody's type": written(
+        "adapter.safetensors",
+        b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}'.ljust(72)
+        + b"1234",
+    ),
+    "a pickle": written("adapter.safetensors", b"\x80\x04N."),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_what_no_save_makes_is_passed_over(tmp_path, monkeypatch, name):
+    """Nothing waits, nothing is read without end."""
+    monkeypatch.chdir(tmp_path)  # a socket's name is short
+    good = saved(tmp_path, 1)
+    bad = saved(tmp_path, 2)
+    CRAFTED[name](bad)
+    for attempt in (lambda: load(bad), lambda: choose(str(bad), tmp_path)):
+        with pytest.raises(Corrupt) as caught:
+            attempt()
+        assert "\n" not in str(caught.value) and str(bad) in str(caught.value)
+    choice = choose("auto", tmp_path)
+    assert choice.path == good and len(choice.notes) == 1
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_content_that_no_save_makes_is_refused(tmp_path, name):
+    bad = saved(tmp_path, 2)
+    CONTENT[name](bad)
+    with pytest.raises(Corrupt) as caught:
+        load(bad)
+    assert "\n" not in str(caught.value) and str(bad) in str(caught.value)
+
+
+def test_what_could_be_fallen_back_to(tmp_path):
+    older = [saved(tmp_path, step) for step in (1, 2)]
+    newest = saved(tmp_path, 3)
+    assert choose("auto", tmp_path) == Choice(newest, [], tuple(reversed(older)))
+
+
+def test_a_judge_has_the_last_word(tmp_path):
+    good = saved(tmp_path, 1)
+    bad = saved(tmp_path, 2)
+
+    def judge(path: Path) -> None:
+        if path == bad:
+            raise Corrupt("not this one; not at all")
+
+    assert choose("auto", tmp_path, judge) == Choice(good, ["not this one"])
+    with pytest.raises(Corrupt, match="not this one"):
+        choose(str(bad), tmp_path, judge)
+
+
 def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
     for step in (1, 2):
         DAMAGES["a bit of a tensor"](saved(tmp_path, step))
@@ -509,6 +668,61 @@ def test_moments_of_other_parameters_are_refused():
     values, numbers = moments(optimizer, named)
     with pytest.raises(Corrupt, match="not trained here"):
         restore_moments(optimizer, {"a": named["a"]}, values, numbers)
+
+
+def halved(values: dict, numbers: dict) -> None:
+    values["a/exp_avg"] = values["a/exp_avg"].half()
+
+
+IMPOSSIBLE = {
+    "of another shape": lambda v, n: v.update({"a/exp_avg": torch.zeros(4, 3)}),
+    "without an entry": lambda v, n: v.pop("b/exp_avg_sq"),
+    "of another type": halved,
+    "not finite": lambda v, n: v["b/exp_avg"].fill_(float("nan")),
+    "negative": lambda v, n: v["b/exp_avg_sq"].fill_(-1),
+    "without a step": lambda v, n: v.pop("a/step"),
+    "after steps in words": lambda v, n: (v.pop("a/step"), n.update({"a/step": "four"})),
+    "after a list of steps": lambda v, n: v.update({"a/step": torch.zeros(2)}),
+    "with a number for a tensor": lambda v, n: (v.pop("a/exp_avg"), n.update({"a/exp_avg": 1.0})),
+    "with more than it keeps": lambda v, n: v.update({"a/extra": torch.zeros(1)}),
+    "in eight bits": lambda v, n: v.update({"a/state1": torch.zeros(3, 4, dtype=torch.uint8)}),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_moments_that_cannot_be_are_refused_and_nothing_changes(name):
+    named, optimizer = trained(1)
+    values, numbers = moments(optimizer, named)
+    values = {entry: value.clone() for entry, value in values.items()}
+    IMPOSSIBLE[name](values, numbers)
+    fresh, other = trained(0)
+    with pytest.raises(Corrupt, match="optimizer state for"):
+        restore_moments(other, fresh, values, numbers)
+    assert not other.state
+
+
+EIGHT_BITS = {
+    "fewer scales": lambda v: v.update({"a/absmax1": v["a/absmax1"][:-1]}),
+    "fewer codes": lambda v: v.update({"a/qmap2": v["a/qmap2"][:5]}),
+    "fewer moments": lambda v: v.update({"a/state2": v["a/state2"][:-1]}),
+    "no scales": lambda v: v.pop("a/absmax2"),
+    "scales not a number": lambda v: v["a/absmax1"].fill_(float("nan")),
+    "moments of whole numbers": lambda v: v.update({"a/state1": v["a/state1"].int()}),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_moments_in_eight_bits_that_native_code_would_read_past_are_refused(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    named = {"a": torch.nn.Parameter(torch.randn(128, 64))}
+    optimizer = bitsandbytes.optim.AdamW8bit(named.values(), lr=0.01)
+    advance(named, optimizer, 0)
+    values, numbers = moments(optimizer, named)
+    values = {entry: value.clone() for entry, value in values.items()}
+    EIGHT_BITS[name](values)
+    fresh = bitsandbytes.optim.AdamW8bit(named.values(), lr=0.01)
+    with pytest.raises(Corrupt, match="optimizer state for"):
+        restore_moments(fresh, named, values, numbers)
 
 
 def test_an_optimizer_that_never_stepped_has_no_state():

@@ -9,6 +9,8 @@ numbers come from (held_out.py), what they are called (titles.py), how they look
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,21 +69,30 @@ class Results:
             name: {"top": top.tolist(), "bottom": bottom.tolist()}
             for name, (top, bottom) in self.marks.items()
         }
-        return {
+        measured = {
             "n": self.n,
             "values": self.values,
             "plain": self.plain,
             "layers": self.layers,
             "marks": marks,
         }
+        return measured | {"sha256": _sum_of(measured)}
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Results:
-        """Raises KeyError, TypeError, ValueError or AttributeError for what `json` did not make."""
+        """Raises KeyError, TypeError, ValueError, AttributeError or OverflowError for what `json`
+        did not make.
+        """
+        measured = {name: value for name, value in content.items() if name != "sha256"}
+        if content.get("sha256", _sum_of(measured)) != _sum_of(measured):
+            raise ValueError("not what was measured")
         n = int(content["n"])
         marks = {name: _mark(mark, n) for name, mark in content["marks"].items()}
         plain = {name: float(value) for name, value in content["plain"].items()}
-        return cls(n, marks, plain, [float(share) for share in content["layers"]])
+        layers = [float(share) for share in content["layers"]]
+        if not np.isfinite([*plain.values(), *layers]).all():
+            raise ValueError("not finite")
+        return cls(n, marks, plain, layers)
 
     @classmethod
     def of(cls, evaluation: Mapping[str, Any], name: str) -> Results | None:
@@ -93,16 +104,23 @@ class Results:
             return None
         try:
             return cls.read(evaluation[name])
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"no figures at '{name}'") from None
 
 
+def _sum_of(measured: Mapping[str, Any]) -> str:
+    """The sha256 of figures as JSON; a digit that changes on a disk is seen by it."""
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+
+
 def _mark(content: dict[str, Any], n: int) -> Mark:
-    """Raises ValueError where it is not of `n` scenes."""
+    """Raises ValueError where it is not of `n` scenes, or not finite."""
     top = np.array(content["top"], float)
     bottom = np.array(content["bottom"], float)
     if top.shape != (n,) or bottom.shape != (n,):
         raise ValueError(f"not {n} scenes")
+    if not (np.isfinite(top).all() and np.isfinite(bottom).all()):
+        raise ValueError("not finite")
     return top, bottom
 
 

@@ -72,6 +72,30 @@ class TokenScores:
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, packed)
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """What a checkpoint's JSON says of a learner, as far as it is checked here."""
+
+    numbers: dict[str, Any]
+    skipped: int
+
+    @classmethod
+    def read(cls, state: Any) -> _Remembered:
+        """Raises checkpoint.Corrupt for what `Learner.state` did not make."""
+        try:
+            weights = [state["beta"]["value"], *state["baseline"].values()]
+            skipped = state["skipped"]
+            sound = all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
+            if not sound or weights[0] < 0 or type(skipped) is not int or skipped < 0:
+                raise ValueError("numbers that cannot be")
+            return cls(dict(state["optimizer"]), skipped)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as fault:
+            raise checkpoint.Corrupt(
+                f"the checkpoint's state is not a learner's ({fault}); use --resume auto to take "
+                "an older one"
+            ) from None
+
+
 class Learner:
     """Turns played slices into one optimizer step on the LoRA masters. `optimizer`: made from the
     configuration unless given.
@@ -330,24 +354,35 @@ class Learner:
 
     def load(self, tensors: checkpoint.Tensors, state: dict) -> None:
         """The inverse of `state`. Raises checkpoint.Corrupt where the tensors belong to another
-        model.
+        model or are not finite, and where `state` gave something else; nothing has changed then.
         """
-        self._load_adapter(tensors.get("adapter", {}))
+        adapter = tensors.get("adapter", {})
         moments = tensors.get("optimizer", {})
-        checkpoint.restore_moments(self.optimizer, self.parameters, moments, state["optimizer"])
+        known = _Remembered.read(state)
+        self._check_adapter(adapter)
+        checkpoint.restore_moments(self.optimizer, self.parameters, moments, known.numbers)
+        self._load_adapter(adapter)
         self.beta.load(state["beta"])
         self.baseline.load(state["baseline"])
-        self.skipped = state["skipped"]
+        self.skipped = known.skipped
         self.policy.backbone.refresh()
 
-    @torch.no_grad()
-    def _load_adapter(self, stored: dict[str, Tensor]) -> None:
+    def _check_adapter(self, stored: dict[str, Tensor]) -> None:
         here = {name: p.shape for name, p in self.parameters.items()}
         if here != {name: tensor.shape for name, tensor in stored.items()}:
             raise checkpoint.Corrupt(
                 "the checkpoint's adapter has other tensors than this run's; resume with the "
                 "configuration that wrote it"
             )
+        for name, tensor in stored.items():
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise checkpoint.Corrupt(
+                    f"the checkpoint's adapter is not finite in {name}; use --resume auto to take "
+                    "an older one"
+                )
+
+    @torch.no_grad()
+    def _load_adapter(self, stored: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(stored[name])
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from torch import nn
 
-from vise_fast.model.base import believed, check_finite, quiet, read_json
+from vise_fast.model.base import believed, check_finite, quiet, read_json, refuse_special
 from vise_fast.system import manifest
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
@@ -67,13 +67,15 @@ def verify(adapter: str, say: Callable[[str], None]) -> None:
     Raises ConfigError where there is no adapter, EnvironmentFault where a file is damaged.
     """
     directory = Path(adapter)
-    written = directory.is_dir() and manifest.verify(directory, "the adapter")
-    for name in (SETTINGS, WEIGHTS):
+    needed = (SETTINGS, WEIGHTS)
+    written = directory.is_dir() and manifest.verify(directory, "the adapter", needed)
+    for name in needed:
         if not (directory / name).is_file():
             raise ConfigError(
                 f"adapter {adapter} has no {name}; it is not an adapter directory; point at a "
                 "finished RUN/adapter"
             )
+    refuse_special(directory, "the adapter", AGAIN)
     if not written:
         say(
             f"the adapter {adapter} has no {manifest.NAME}: vise_fast 0.2 did not write it; it is "

@@ -29,13 +29,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from vise_fast.system import files
 from vise_fast.system.errors import ConfigError, EnvironmentFault, NumericFault, UserError
-from vise_fast.system.files import LARGEST_JSON
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 AGAIN = "copy or download the model again"
+TEXTS = (".json", ".jinja", ".txt")
 
 
 @contextlib.contextmanager
@@ -81,6 +82,7 @@ def read_config(source: str, path: str, families: Collection[str]) -> PreTrained
 def _content(source: str, path: str) -> dict[str, Any]:
     """config.json as it is written."""
     if Path(source).is_dir():
+        refuse_special(Path(source), "the model")
         with believed(f"config.json of {path}"):
             return read_json(Path(source) / "config.json")
     try:
@@ -93,11 +95,22 @@ def _content(source: str, path: str) -> dict[str, Any]:
     return content
 
 
+def refuse_special(home: Path, what: str, advice: str = AGAIN) -> None:
+    """Libraries would wait at a pipe and read a device without end. Raises EnvironmentFault where a
+    text in a directory is no regular file, or one without end.
+    """
+    for path in sorted(home.iterdir()):
+        if path.suffix not in TEXTS or not path.exists() or path.is_dir():
+            continue
+        regular = path.is_file()
+        if not regular or path.stat().st_size > files.LARGEST_JSON:
+            why = "larger than any such file" if regular else "no regular file"
+            raise EnvironmentFault(f"{what} {home} cannot be used: {path.name} is {why}; {advice}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, ValueError, RecursionError."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError("it is larger than any such file")
-    content = json.loads(path.read_bytes())
+    content = json.loads(files.read(path))
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content

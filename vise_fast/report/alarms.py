@@ -8,10 +8,12 @@ the caller's business.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+WATCHED = ("area", "area_large", "parse_rate", "kl")
 MEMORY = 0.8
 SETTLE = 5
 GROWTH = 2.0
@@ -32,7 +34,7 @@ class Alarms:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, str | None]:
         """What each alarm says after this step, None where all is well."""
-        for name in ("area", "area_large", "parse_rate", "kl"):
+        for name in WATCHED:
             value = metrics[name]
             self.averages[name] = MEMORY * self.averages.get(name, value) + (1 - MEMORY) * value
         self.seen += 1
@@ -81,8 +83,30 @@ class Alarms:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave."""
-        self.averages = state["averages"]
-        self.first_area = state["first_area"]
-        self.seen = state["seen"]
-        self.since = state["since"]
+        """What `state` gave. Raises KeyError, TypeError, ValueError or AttributeError for what it
+        did not give; nothing has changed then.
+        """
+        averages = {name: _number(value) for name, value in state["averages"].items()}
+        first_area = state["first_area"]
+        seen = _count(state["seen"])
+        since = state["since"]
+        if seen and averages.keys() != set(WATCHED):
+            raise ValueError("averages of other figures")
+        self.first_area = None if first_area is None else _number(first_area)
+        self.since = None if since is None else _count(since)
+        self.averages = averages
+        self.seen = seen
+
+
+def _number(value: Any) -> float:
+    """Raises TypeError for anything else; what is not finite, ValueError."""
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+def _count(value: Any) -> int:
+    """Raises ValueError for anything but a whole number from 0 on."""
+    if type(value) is not int or value < 0:
+        raise ValueError("no count")
+    return value

@@ -8,6 +8,7 @@ out: reading (stored_run.py), judging (diagnosis.py), curves (plots.py), sample 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,7 @@ def render(run: StoredRun, plots: list[Plot], shown: Mapping[str, list[Sample]])
     )
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     engine = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),

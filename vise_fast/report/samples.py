@@ -29,6 +29,16 @@ from vise_fast.system.errors import DataError
 
 LONGEST = 480  # pixels of a picture on the page
 MAX_PIXELS = 50_000_000
+FAULTS = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    BadImage,
+)
+"""What a line raises that no run wrote."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def samples(run: StoredRun) -> dict[str, list[Sample]]:
     try:
         for title, lines in run.shown_samples().items():
             found[title] = [_sample(line, run) for line in lines]
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, BadImage) as fault:
+    except FAULTS as fault:
         path = run.directory / "samples.jsonl"
         raise DataError(
             f"{path} is damaged: {type(fault).__name__} {fault}; delete it and write the report "
@@ -112,7 +122,7 @@ def _sample(line: dict[str, Any], run: StoredRun) -> Sample:
         query=line["query"],
         name=line.get("name", ""),
         written=(line.get("written") or [""])[best or 0],
-        reward=None if best is None else rewards[best],
+        reward=None if best is None or rewards[best] is None else float(rewards[best]),
         pictures=pictures,
         verdicts=_verdicts(line, best if judged else None),
     )

@@ -7,7 +7,7 @@ A run that is still going on, or that ended early, reads as far as it got. Left 
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,7 +111,7 @@ def _numbered(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < math.inf
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _is_step(value: Any) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shlex
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from shlex import quote
 
 import PIL.Image
 
@@ -56,6 +58,7 @@ class Run:
         self.config = start.config
         self.directory = start.directory
         self.resumed = start.checkpoint
+        self.older = start.older
         self.console = Console()
         self.alarms = Alarms(self.config.update.tau)
         self.evaluation: dict[str, dict] = {}
@@ -87,16 +90,44 @@ class Run:
     # ---- the start -------------------------------------------------------------------------------
 
     def resume(self, learner: Learner) -> None:
-        """Take over the learner and load the checkpoint into it, if there is one."""
+        """Take over the learner and load the checkpoint into it, if there is one. Raises
+        checkpoint.Corrupt where neither it nor an older one can be gone on with.
+        """
         if self.resumed is not None:
-            tensors, state = checkpoint.load(self.resumed)
-            learner.load(tensors, state["learner"])
-            self.alarms.load(state["alarms"])
-            self.first = self.done = state["step"]
+            self.resumed = self._loaded(learner, [self.resumed, *self.older])
             here = self.directory / "checkpoints" / self.resumed.name
             self.saved = self.done if here.exists() else -1
             self.console.say(f"resumed from {self.resumed} after step {self.first}")
         self.learner = learner
+
+    def _loaded(self, learner: Learner, found: Sequence[Path]) -> Path:
+        """The first of some checkpoints that the model takes; those before it are said."""
+        for number, path in enumerate(found):
+            try:
+                self._load(learner, path)
+            except checkpoint.Corrupt as fault:
+                if number + 1 == len(found):
+                    raise
+                why = str(fault).split(";")[0]
+                self.console.warn(f"{path} is passed over: {why}")
+                continue
+            return path
+        raise AssertionError("no checkpoint")
+
+    def _load(self, learner: Learner, path: Path) -> None:
+        tensors, state = checkpoint.load(path)
+        alarms = Alarms(self.config.update.tau)
+        try:
+            alarms.load(state["alarms"])
+            learned = state["learner"]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise checkpoint.Corrupt(
+                f"the checkpoint {path} does not tell what a run's does; use --resume auto to take "
+                "an older one"
+            ) from None
+        learner.load(tensors, learned)
+        self.alarms = alarms
+        self.first = self.done = state["step"]
 
     def opening(self, policy: Policy, source: Source) -> None:
         """Make the directory a run and write its first files; say what runs on what.
@@ -121,24 +152,29 @@ class Run:
 
     def _check_data(self, source: Source) -> None:
         """A resumed run sees what it would have seen: the same images under the same names."""
-        before = identity.data_of(self.directory) if self.resumed is not None else None
+        before = identity.data_of(self.directory, self._unchecked) if self.resumed else None
         now = source.identity()
         if before is not None and before != now:
             raise DataError(
                 f"the images are not those of the run {self.directory} ({_counted(before)} then, "
                 f"{_counted(now)} now); a resumed run would draw others; give --data.dir the same "
-                f"files, or start a new run: --lora.init_from {self.directory / 'adapter'}"
+                "files, or start a new run: --lora.init_from "
+                f"{quote(str(self.directory / 'adapter'))}"
             )
+
+    def _unchecked(self, text: str) -> None:
+        self.console.warn(f"{text}; it is not checked that they are the same, and written anew")
 
     def _check_metrics(self) -> None:
         """Steps that the metrics lack are said: figures and report have a gap there."""
         records = read_lines(self.directory / "metrics.jsonl")
-        known = [record.get("step") for record in records]
-        missing = sorted(set(range(1, self.first + 1)) - {n for n in known if isinstance(n, int)})
+        said = {n for record in records if isinstance(n := record.get("step"), int)}
+        missing = self.first - len([n for n in said if 1 <= n <= self.first])
         if missing:
+            first = next(n for n in itertools.count(1) if n not in said)
             self.console.warn(
-                f"metrics.jsonl lacks {len(missing)} of the {self.first} steps before the "
-                f"checkpoint (the first is {missing[0]}); curves and report have a gap there"
+                f"metrics.jsonl lacks {missing} of the {self.first} steps before the checkpoint "
+                f"(the first is {first}); curves and report have a gap there"
             )
 
     def before(self, engine: Engine, source: Source) -> None:
@@ -248,7 +284,7 @@ class Run:
         if self.saved >= 0:
             self.console.warn(
                 f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
-                f"--run.dir {shlex.quote(str(self.directory))}"
+                f"--run.dir {quote(str(self.directory))}"
             )
         else:
             self.console.warn(f"{reason} before anything was trained; start again as you did")

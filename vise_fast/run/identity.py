@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def is_run(directory: Path) -> bool:
 def _holds_settings(file: Path) -> bool:
     """Whether a file is the resolved configuration that version 0.1 wrote, not somebody's own."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = files.read(file).decode().splitlines()
     except (OSError, ValueError):
         return False
     return set(lines) >= OLD_SECTIONS
@@ -84,10 +84,19 @@ def mark(directory: Path, data: Mapping[str, Any]) -> None:
     files.write_json(directory / MARKER, content)
 
 
-def data_of(directory: Path) -> dict[str, Any] | None:
-    """The data that a run was marked with; None where it says nothing (version 0.1)."""
-    marked = files.read_json(directory / MARKER, say=lambda text: None)
-    return None if marked is None else marked.get("data")
+def data_of(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The data that a run was marked with; None where it says nothing (version 0.1), and where its
+    marker is damaged, which `say` is told.
+    """
+    path = directory / MARKER
+    marked = files.read_json(path, say)
+    if marked is None:
+        return None
+    data = marked.get("data")
+    if not isinstance(data, dict):
+        say(f"{path} does not tell the images of the run")
+        return None
+    return data
 
 
 def leave(directory: Path) -> None:
@@ -108,9 +117,15 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
+        new = not directory.exists()
         with files.refused(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(directory / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            try:
+                self._file = open(directory / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            except OSError:
+                if new:
+                    directory.rmdir()
+                raise
         self.known = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

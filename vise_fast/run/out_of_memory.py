@@ -95,8 +95,8 @@ def _prediction(config: Config) -> str:
     try:
         planner = estimate.Planner(config)
         rehearsed = planner.rehearse(config)
-    except UserError as fault:
-        return f"no estimate ({fault})"
+    except (UserError, MemoryError, torch.OutOfMemoryError) as fault:
+        return f"no estimate ({' '.join(str(fault).split())})"
     largest = sorted(rehearsed.at_peak.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {size / estimate.GIB:.2f}" for name, size in largest)
     return f"predicted {rehearsed.peak / estimate.GIB:.2f} GiB ({parts})"

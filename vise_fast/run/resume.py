@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from vise_fast.config import schema, settings
@@ -47,13 +48,15 @@ NOT_ITS_OWN = "train.resume"
 class Start:
     """Where a run begins or goes on. `checkpoint` None: from the first step.
 
-    notes: what a person should know (checkpoints passed over, where a copy goes on).
+    notes: what a person should know (checkpoints passed over, where a copy goes on); older: what
+    the run falls back to where the model does not take `checkpoint`.
     """
 
     config: Config
     directory: Path
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
+    older: Sequence[Path] = ()
 
 
 def resolve(config: Config, stated: Mapping[str, Any]) -> Start:
@@ -80,11 +83,20 @@ def _auto(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
             f"{place} is neither a run nor empty; nothing can go on there; give --run.dir the "
             "run's folder, or a new one"
         )
-    choice = checkpoint.choose("auto", place)
+    choice = checkpoint.choose("auto", place, _judge)
     if choice.path is None:
         return _anew(config, stated, place)
     own = _own_config(choice.path, place)
-    return _going_on(config, stated, own, choice.path, place, choice.notes)
+    return _going_on(config, stated, own, choice, place)
+
+
+def _judge(path: Path) -> None:
+    """Raises checkpoint.Corrupt where a checkpoint's own configuration cannot be read."""
+    if (path / checkpoint.CONFIG).is_file():
+        try:
+            schema.load(path / checkpoint.CONFIG)
+        except ConfigError as fault:
+            raise checkpoint.Corrupt(f"the checkpoint {path} cannot be used: {fault}") from None
 
 
 def _anew(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
@@ -111,7 +123,7 @@ def _anew(config: Config, stated: Mapping[str, Any], place: Path) -> Start:
 
 def _from(config: Config, stated: Mapping[str, Any], wanted: Path) -> Start:
     """From a run's folder, or from one checkpoint of a run or a copy of one."""
-    choice = checkpoint.choose(str(wanted), wanted)
+    choice = checkpoint.choose(str(wanted), wanted, _judge)
     if choice.path is None:
         raise ConfigError(f"{wanted} holds no checkpoint; give --resume one of RUN/checkpoints")
     home = identity.run_of(choice.path)
@@ -128,7 +140,7 @@ def _from(config: Config, stated: Mapping[str, Any], wanted: Path) -> Start:
     if home is None or place.resolve() != home.resolve():
         _refuse_occupied(place, wanted)
         choice.notes.append(f"{place} goes on from {choice.path}, which stays as it is")
-    return _going_on(config, stated, own, choice.path, place, choice.notes)
+    return _going_on(config, stated, own, choice, place)
 
 
 def _refuse_occupied(place: Path, wanted: Path) -> None:
@@ -156,11 +168,14 @@ def _going_on(
     config: Config,
     stated: Mapping[str, Any],
     own: Config,
-    path: Path,
+    choice: checkpoint.Choice,
     place: Path,
-    notes: Sequence[str],
 ) -> Start:
-    """From the checkpoint `path`, with its own configuration and the changes that are allowed."""
+    """From the checkpoint that was chosen, with its own configuration and the changes that are
+    allowed.
+    """
+    path = choice.path
+    assert path is not None
     changes = _changes(config, stated, own)
     home = identity.run_of(path) or path
     for key, (old, new) in changes.items():
@@ -168,7 +183,7 @@ def _going_on(
     merged = schema.with_changes(own, {key: new for key, (_, new) in changes.items()})
     merged.train.resume = config.train.resume
     merged.run.dir = str(place)
-    return Start(merged, place, path, list(notes))
+    return Start(merged, place, path, list(choice.notes), choice.older)
 
 
 def _changes(config: Config, stated: Mapping[str, Any], own: Config) -> dict[str, tuple[Any, Any]]:
@@ -193,7 +208,7 @@ def _refuse(key: str, old: Any, new: Any, own: Config, home: Path) -> None:
     raise ConfigError(
         f"{key} is {settings.show(old)} in the run {home}, not {settings.show(new)}{why}; a "
         "resumed run keeps its settings; leave it out, or start a new run from that adapter: "
-        f"--lora.init_from {home / 'adapter'} --run.dir NEW"
+        f"--lora.init_from {quote(str(home / 'adapter'))} --run.dir NEW"
     )
 
 
@@ -204,5 +219,5 @@ def refuse_changes(changes: Mapping[str, Any], place: Path) -> None:
             raise ConfigError(
                 f"memory.budget_gb asks for {key} {settings.show(value)}, which the run {place} "
                 "does not have; a resumed run keeps its settings; raise --memory.budget_gb, or "
-                f"start a new run: --lora.init_from {place / 'adapter'} --run.dir NEW"
+                f"start a new run: --lora.init_from {quote(str(place / 'adapter'))} --run.dir NEW"
             )

@@ -2,18 +2,20 @@
 verified before they are believed.
 
 `<run>/checkpoints/step_N/` holds one safetensors file per group of tensors, state.json, any extra
-files and manifest.json with the sha256 of each. Safetensors and JSON only. Left out: what is worth
-saving (method/learner.py, run/directory.py).
+files and manifest.json with the sha256 of each. Safetensors and JSON only. A right hash is not
+believed either: names, sizes, shapes and numbers must be such as a save makes. Left out: what is
+worth saving (method/learner.py, run/directory.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,14 @@ CONFIG = "config.yaml"
 """A checkpoint's copy of the configuration it was made with."""
 # a step that is written again keeps its old self under the second name until the new one is in
 # place
-NAME = re.compile(r"step_(\d+)(\.replaced)?")
+NAME = re.compile(r"step_(\d+)(\.replaced)?", re.ASCII)
+FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+LARGEST_TENSORS = 64 * 2**30
+"""Bytes of the largest file of tensors that is read: the moments of rank 256 on 32 B parameters are
+a quarter of it.
+"""
+LARGEST_MANIFEST = 2**20
 
 
 class Corrupt(DataError):
@@ -40,10 +49,17 @@ class Corrupt(DataError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to resume from (None: start anew) and what was passed over, in words."""
+    """The checkpoint to resume from (None: start anew), what was passed over, in words, and what
+    could be fallen back to, newest first.
+    """
 
     path: Path | None
     notes: list[str]
+    older: tuple[Path, ...] = ()
+
+
+def believe(path: Path) -> None:
+    """A judge that has nothing against a checkpoint."""
 
 
 def save(
@@ -91,29 +107,40 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
             for name, data in contents.items()
             if name.endswith(".safetensors")
         }
-    except (KeyError, ValueError, SafetensorError) as fault:
+        _check_step(path, state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as fault:
         raise Corrupt(
-            f"the checkpoint {path} is damaged: {fault}; use --resume auto to take an older one"
+            f"the checkpoint {path} is damaged: {' '.join(str(fault).split())[:200]}; use --resume "
+            "auto to take an older one"
         ) from None
     return groups, state
 
 
-def choose(wanted: str, run_dir: str | Path) -> Choice:
+def _check_step(path: Path, step: Any) -> None:
+    """Raises ValueError for a step that is none, or not that of the name."""
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {str(step)[:40]}")
+    if NAME.fullmatch(path.name) and step_of(path) != step:
+        raise ValueError(f"it is of step {step}")
+
+
+def choose(wanted: str, run_dir: str | Path, judge: Callable[[Path], None] = believe) -> Choice:
     """The checkpoint `wanted` means: 'auto' is the newest good one of the run (none yet: start
-    anew), else a checkpoint or run directory.
+    anew), else a checkpoint or run directory. judge: raises Corrupt for what its caller cannot use.
 
     Raises ConfigError when there is nothing at that path, Corrupt when nothing there is whole.
     """
     if wanted == "auto":
-        return _newest_good(Path(run_dir))
+        return _newest_good(Path(run_dir), judge)
     path = Path(wanted)
     if (path / "checkpoints").is_dir():
-        return _newest_good(path)
+        return _newest_good(path, judge)
     if not path.is_dir():
         raise ConfigError(
             f"no checkpoint at {path}; give --resume an existing checkpoint directory, or auto"
         )
     _verify(path)
+    judge(path)
     return Choice(path, [])
 
 
@@ -122,15 +149,17 @@ def latest(run_dir: str | Path) -> Path | None:
     return _newest_good(Path(run_dir)).path
 
 
-def _newest_good(run_dir: Path) -> Choice:
+def _newest_good(run_dir: Path, judge: Callable[[Path], None] = believe) -> Choice:
     notes: list[str] = []
-    for path in _candidates(run_dir / "checkpoints"):
+    found = _candidates(run_dir / "checkpoints")
+    for number, path in enumerate(found):
         try:
             _verify(path)
+            judge(path)
         except Corrupt as fault:
             notes.append(str(fault).split(";")[0])
             continue
-        return Choice(path, notes)
+        return Choice(path, notes, tuple(found[number + 1 :]))
     if notes:
         raise Corrupt(
             f"no checkpoint under {run_dir} is whole ({notes[0]}); delete "
@@ -243,7 +272,7 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
     manifest = _manifest(path)
     for name, entry in manifest["files"].items():
         try:
-            data = (path / name).read_bytes()
+            data = files.read(path / name, entry["bytes"])
         except OSError as fault:
             raise Corrupt(
                 f"the checkpoint {path} is damaged: {name}: {fault.strerror}; use --resume auto to "
@@ -260,22 +289,23 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint of this format, with all its entries. Raises Corrupt."""
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = json.loads(files.read(path / "manifest.json", LARGEST_MANIFEST))
     except OSError as fault:
         raise Corrupt(
             f"{path} is no whole checkpoint: manifest.json: {fault.strerror}; use --resume auto to "
             "take the newest good one"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _unreadable(path) from None
     try:
         known = manifest["format"] == FORMAT
-        whole = isinstance(manifest["step"], int) and _complete(manifest["files"])
+        whole = type(manifest["step"]) is int and _complete(manifest["files"])
     except (KeyError, TypeError, AttributeError):
         raise _unreadable(path) from None
     if not known:
         raise Corrupt(
-            f"the checkpoint {path} has format {manifest['format']}, this program reads {FORMAT}; "
+            f"the checkpoint {path} has format {str(manifest['format'])[:40]}, this program reads "
+            f"{FORMAT}; "
             "resume with the version that wrote it"
         )
     if not whole:
@@ -287,11 +317,18 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _complete(entries: dict[str, dict[str, Any]]) -> bool:
-    """Whether every entry has what is checked and lies in the checkpoint itself, state.json among
-    them.
+    """Whether every entry has what is checked, in a size that can be, and lies in the checkpoint
+    itself, state.json among them.
     """
-    described = all({"bytes", "sha256"} <= entry.keys() for entry in entries.values())
-    return described and "state.json" in entries and all(Path(n).name == n for n in entries)
+    described = all(_described(name, entry) for name, entry in entries.items())
+    return described and "state.json" in entries and all(map(FILE_NAME.fullmatch, entries))
+
+
+def _described(name: str, entry: dict[str, Any]) -> bool:
+    """Whether a manifest says of a file what is checked."""
+    size = entry["bytes"]
+    most = LARGEST_TENSORS if name.endswith(".safetensors") else files.LARGEST_JSON
+    return type(size) is int and 0 <= size <= most and bool(SHA256.fullmatch(entry["sha256"]))
 
 
 def _unreadable(path: Path) -> Corrupt:
@@ -327,7 +364,31 @@ def restore_moments(
     tensors: Mapping[str, torch.Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """The inverse of `moments`. Raises Corrupt when the entries belong to other parameters."""
+    """The inverse of `moments`. Raises Corrupt when the entries belong to other parameters, or
+    cannot be theirs; nothing has changed then.
+    """
+    stored = _by_parameter(named, tensors, numbers)
+    for name, found in stored.items():
+        fault = _fault(optimizer, named[name], found)
+        if fault:
+            raise Corrupt(
+                f"the checkpoint's optimizer state for {name} {fault}; use --resume auto to take "
+                "an older one"
+            )
+    for name, found in stored.items():
+        for key, value in found.items():
+            # AdamW keeps its counter on the CPU
+            on_device = isinstance(value, torch.Tensor) and key != "step"
+            optimizer.state[named[name]][key] = value.to(named[name].device) if on_device else value
+
+
+def _by_parameter(
+    named: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """{parameter: {entry: value}}. Raises Corrupt for a parameter that is not there."""
+    stored: dict[str, dict[str, Any]] = {}
     for entry, value in [*tensors.items(), *numbers.items()]:
         name, _, key = entry.rpartition("/")
         if name not in named:
@@ -335,6 +396,57 @@ def restore_moments(
                 f"the checkpoint has optimizer state for {name}, which is not trained here; resume "
                 "with the configuration that wrote it"
             )
-        # AdamW keeps its counter on the CPU
-        on_device = isinstance(value, torch.Tensor) and key != "step"
-        optimizer.state[named[name]][key] = value.to(named[name].device) if on_device else value
+        stored.setdefault(name, {})[key] = value
+    return stored
+
+
+ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+SMALL_8BIT = frozenset({"step", "state1", "state2"})
+WHOLE_8BIT = SMALL_8BIT | {"qmap1", "qmap2", "absmax1", "absmax2"}
+"""What AdamW keeps, and what bitsandbytes does for small parameters and for others."""
+BLOCK = 256
+"""Numbers that share a scale in the 8-bit moments, and codes of their map."""
+LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
+
+
+def _fault(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, found: Mapping[str, Any]
+) -> str | None:
+    """Why an optimizer could not go on with what was stored for a parameter. Native code trusts
+    these shapes.
+    """
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    if found.keys() not in ([ADAM] if adam else [ADAM, SMALL_8BIT, WHOLE_8BIT]):
+        return f"is not complete ({', '.join(sorted(found))[:80]})"
+    if not _counts(found["step"]):
+        return "has no number of steps"
+    count = parameter.numel()
+    sizes = {"qmap": (BLOCK,), "absmax": (math.ceil(count / BLOCK),)}
+    for key in sorted(found.keys() - {"step"}):
+        value = found[key]
+        like = key in LIKE_THE_PARAMETER
+        shape = tuple(parameter.shape) if like else sizes[key[:-1]]
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
+            return f"has another shape ({key})"
+        if value.dtype != _width(key, parameter, found):
+            return f"has another type ({key})"
+        if not bool(value.isfinite().all()):
+            return f"is not finite ({key})"
+        if key == "exp_avg_sq" and bool((value < 0).any()):
+            return f"is negative ({key})"
+    return None
+
+
+def _width(key: str, parameter: torch.nn.Parameter, found: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of an entry: 8-bit moments have a map beside them."""
+    if key in ("exp_avg", "exp_avg_sq"):
+        return parameter.dtype
+    coded = key in LIKE_THE_PARAMETER and "qmap1" in found
+    return torch.uint8 if coded else torch.float32
+
+
+def _counts(step: Any) -> bool:
+    """Whether it is a number of steps: a plain one, or a tensor of one number."""
+    if isinstance(step, torch.Tensor):
+        step = step.item() if step.numel() == 1 else None
+    return isinstance(step, int | float) and 0 <= step < 2**53

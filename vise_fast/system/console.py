@@ -209,12 +209,12 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = files.read(path, files.LARGEST_LINES)
     except OSError as fault:
         raise DataError(
             f"{path} cannot be read: {fault.strerror}; make it readable or move it away"
         ) from None
-    records = [_record(line) for line in lines]
+    records = [_record(line) for line in content.decode("utf-8", "replace").splitlines()]
     return [record for record in records if record is not None]
 
 
@@ -304,7 +304,7 @@ def _cut(path: Path, last_step: int | None) -> None:
     """Keeps whole records up to `last_step`; rewritten aside, so that a kill here loses nothing."""
     if not path.exists():
         return
-    old = path.read_bytes()
+    old = files.read(path, files.LARGEST_LINES)
     keep = [
         line
         for line in old.decode("utf-8", "replace").splitlines(keepends=True)

@@ -2,16 +2,18 @@
 
 Written aside, synced, renamed into place: after a kill or a full disk the old one or the new one is
 there, whole. What grows line by line is appended to: each piece is there whole or not at all. Read
-back: a broken file counts as absent, and the caller is told, to say so. Left out: what is hashed
-(checkpoint.py, manifest.py).
+back: only a regular file of a size that can be, never a pipe or a device; a broken one counts as
+absent, and the caller is told, to say so. Left out: what is hashed (checkpoint.py, manifest.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from vise_fast.system.errors import EnvironmentFault
 
 LARGEST_JSON = 256 * 2**20
 """Bytes of the largest JSON file that is read: an evaluation of 100,000 scenes is a tenth of it."""
-
+LARGEST_LINES = 4 * 2**30
+"""Bytes of the largest file of JSON lines that is read: a million steps are a third of it."""
 
 REMEDY = "free space or give --run.dir a writable place"
 
@@ -61,6 +64,8 @@ class Appended:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _refuse_special(path.stat())
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, data: bytes) -> None:
@@ -90,20 +95,41 @@ def append(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def read(path: Path, most: int = LARGEST_JSON) -> bytes:
+    """The content of a regular file of at most `most` bytes; nothing else is read from, or waited
+    for. Raises OSError.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        _refuse_special(found)
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, "it is larger than any such file")
+        return file.read(found.st_size)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes to, too."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _refuse_special(found: os.stat_result) -> None:
+    """Raises OSError for what is no regular file."""
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+
+
 def read_json(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is none, or where it is broken, which `say` is
     told in words.
     """
     try:
-        if not path.is_file():
+        if not path.exists():
             return None
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError("larger than any file a run writes")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read(path))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as fault:
-        reason = " ".join(str(fault).split())
+        reason = getattr(fault, "strerror", None) or " ".join(str(fault).split())
         say(f"{path} cannot be read: {reason}")
         return None
     return content

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from vise_fast.system import files
 from vise_fast.system.errors import EnvironmentFault
 
 NAME = "manifest.json"
@@ -26,22 +28,29 @@ def write(directory: Path) -> None:
     (directory / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def verify(directory: Path, what: str) -> bool:
-    """Whether the folder has a manifest, all of whose files are what they were.
+def verify(directory: Path, what: str, needed: Collection[str] = ()) -> bool:
+    """Whether the folder has a manifest, all of whose files are what they were, the `needed` ones
+    among them.
 
     False: it has none. Raises EnvironmentFault, one line that names the file, where one differs;
     `what` says what the folder is.
     """
     path = directory / NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return False
-    for name, known in _entries(path, what).items():
+    entries = _entries(path, what)
+    for name in sorted(set(needed) - entries.keys()):
+        raise EnvironmentFault(
+            f"{what} {directory} is damaged: {NAME} does not know {name}; copy the whole folder "
+            f"again, or delete {NAME} to take it as it is"
+        )
+    for name, known in entries.items():
         file = directory / name
         if not file.is_file():
             raise EnvironmentFault(
                 f"{what} {directory} is incomplete: {name} is missing; copy the whole folder again"
             )
-        if entry(file) != known:
+        if file.stat().st_size != _size(known) or entry(file) != known:
             raise EnvironmentFault(
                 f"{what} {directory} is damaged: {name} is not what was written; copy it again, or "
                 f"delete {NAME} if you changed it on purpose"
@@ -58,6 +67,11 @@ def entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def _size(known: Any) -> Any:
+    """What an entry says; None where it is none."""
+    return known.get("bytes") if isinstance(known, dict) else None
+
+
 def _files(directory: Path) -> Iterable[Path]:
     found = [path for path in directory.iterdir() if path.is_file()]
     return sorted(path for path in found if path.name not in NOT_HASHED)
@@ -66,7 +80,7 @@ def _files(directory: Path) -> Iterable[Path]:
 def _entries(path: Path, what: str) -> dict[str, Any]:
     """{file name: entry} of a manifest; names that lead out of the folder are refused."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files.read(path))
         entries = dict(content["files"])
         whole = content["format"] == FORMAT and all(Path(n).name == n for n in entries)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
