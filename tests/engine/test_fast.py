@@ -15,8 +15,9 @@ from small_engines import (
     stock_logits,
     switched,
 )
-from tiny import PAD, SHAPES, images
+from tiny import EOS, PAD, SHAPES, VOCAB, TinyTokens, images
 
+from vise_fast.engine.fast import Sheet
 from vise_fast.engine.rollout import Answered, Rollout, owners
 
 OWNER = owners([3] * 4)
@@ -150,3 +151,103 @@ def test_encode_does_not_depend_on_neighbours():
         picked = features.select([i])
         assert relative(picked.last, alone.last) < 1e-5
         assert all(relative(a, b) < 1e-5 for a, b in zip(picked.taps, alone.taps, strict=True))
+
+
+def test_a_row_that_has_ended_takes_no_more_tokens():
+    """Not one: neither an id, nor a log-prob, nor another end."""
+    sheet = Sheet.blank(3, 5, TinyTokens(), torch.device("cpu"))
+    columns = [[9, EOS, 9], [9, 9, 9], [EOS, EOS, 9], [9, 9, EOS], [EOS, 9, EOS]]
+    for step, tokens in enumerate(columns):
+        score = torch.full((3,), -1.0 - step)
+        sheet.write(step, torch.arange(3), torch.tensor(tokens), score)
+    assert sheet.ids.tolist() == [
+        [9, 9, EOS, PAD, PAD],
+        [EOS, PAD, PAD, PAD, PAD],
+        [9, 9, 9, EOS, PAD],
+    ]
+    assert sheet.done_at.tolist() == [3, 1, 4]
+    assert sheet.logprob.tolist() == [
+        [-1, -2, -3, 0, 0],
+        [-1, 0, 0, 0, 0],
+        [-1, -2, -3, -4, 0],
+    ]
+
+
+@pytest.mark.parametrize("poll", [1, 4])
+def test_answers_end_at_their_first_end_token(poll):
+    _, engine = engine_of("gqa2")
+    engine.poll = poll
+    _, answers = sampled(engine, images(SIZES))
+    assert len(set(answers.lengths)) > 1, "the fixture should mix lengths"
+    for ids, logprob, length in zip(answers.ids, answers.logprob, answers.lengths, strict=True):
+        assert (ids[:length] == EOS).nonzero()[:, 0].tolist() in ([], [length - 1])
+        assert length == 12 or ids[length - 1] == EOS
+        assert (ids[length:] == PAD).all() and (logprob[length:] == 0).all()
+        assert (logprob[:length] < 0).all()
+
+
+@pytest.mark.parametrize("poll, steps, reads", [(1, 11, 12), (4, 11, 2), (5, 11, 2)])
+def test_finished_rows_are_looked_for_every_poll(poll, steps, reads):
+    """Not before two of them; and at the last token. Nothing ends an answer here before the limit
+    of 12.
+    """
+    _, engine = engine_of("gqa2")
+    engine.poll = poll
+    engine.tokens.eos = [VOCAB]
+    engine.counters.take()
+    _, answers = sampled(engine, images(SIZES))
+    counts = engine.counters.take()
+    assert answers.lengths == [12] * 12
+    assert (counts["decode_steps"], counts["host_reads"]) == (steps, reads)
+    assert counts["tokens_decoded"] == 12 * steps
+
+
+def test_decoding_ends_with_the_longest_answer_and_drops_finished_rows():
+    _, engine = engine_of("gqa2")
+    engine.tokens.eos = list(range(30, VOCAB))
+    engine.counters.take()
+    _, answers = sampled(engine, images(SIZES))
+    counts = engine.counters.take()
+    longest = max(answers.lengths)
+    assert longest < 12
+    assert counts["decode_steps"] == longest - 1
+    assert counts["tokens_decoded"] < 12 * (longest - 1)
+
+
+def test_samples_differ_and_greedy_answers_do_not():
+    _, engine = engine_of("gqa2")
+    prompts = engine.prompt(engine.prefill(engine.encode(images(SIZES[:1])), True), [0], [ROWS[0]])
+    drawn = engine.generate(prompts, [6], 8, seeds=list(range(6))).rows()
+    greedy = engine.generate(prompts, [6], 8, seeds=list(range(6)), temperature=0.0).rows()
+    assert len({tuple(row) for row in drawn}) > 1
+    assert len({tuple(row) for row in greedy}) == 1
+
+
+def test_on_a_cpu_rows_that_share_nothing_decode_in_one_bank():
+    _, engine = engine_of("gqa2")
+    prompts = engine.prompt(engine.prefill(engine.encode(images(SIZES)), True), [0, 1, 2, 3], ROWS)
+    alone = engine._start(prompts, [1, 1, 1, 1], 5, [0, 1, 2, 3])
+    assert alone.start > 0 and not alone.parents
+    shared = engine._start(prompts, [2, 1, 1, 1], 5, [0, 1, 2, 3, 4])
+    assert shared.start == 0 and len(shared.parents) == 2
+
+
+@pytest.mark.parametrize("limit", [1, 12])
+def test_the_released_span_equals_stock(limit):
+    """Everything after the prompt's length before image tokens were expanded: ids, and the hidden
+    states that predict them.
+    """
+    model, engine = engine_of("gqa2")
+    pictures = images(SIZES)
+    features, answers = sampled(engine, pictures, limit=limit)
+    with torch.no_grad():
+        span = engine.score_released(features, Answered(ROWS, answers, OWNER), True)
+    found = zip(span.hidden.split(span.lengths), span.ids.split(span.lengths), strict=True)
+    tokens = engine.tokens
+    for (hidden, ids), row, image in zip(found, answers.rows(), OWNER, strict=True):
+        asked = stock_inputs(engine, pictures[image], ROWS[image] + row)["input_ids"][0]
+        start = len(tokens.head) + 1 + len(tokens.tail) + len(ROWS[image])
+        assert ids.tolist() == asked[start:].tolist()
+        with torch.no_grad():
+            logits = stock_logits(model, engine, pictures[image], ROWS[image] + row)
+        assert relative(engine.backbone.logits(hidden), logits[start - 1 : -1]) < 1e-4

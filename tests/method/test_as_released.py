@@ -22,6 +22,15 @@ def test_identical_boxes_score_half(box):
     assert value(box, box) == 0.5
 
 
+def test_the_scale_plays_no_part_and_an_empty_hull_is_minus_one():
+    a = torch.tensor([0.0, 0, 3, 1], dtype=torch.float64)
+    b = torch.tensor([2.0, 0.5, 5, 2], dtype=torch.float64)
+    truth = as_released.giou(a, b).item()
+    for scale in (1e-3, 1e3):
+        assert as_released.giou(scale * a, scale * b).item() == pytest.approx(truth, rel=1e-4)
+    assert as_released.giou((4, 4, 4, 4), (4, 4, 4, 4)).item() == -1
+
+
 def test_two_boxes_side_by_side_at_half_overlap_score_the_maximum():
     a = (0, 0, 3, 1)
     b = (1, 0, 4, 1)

@@ -4,6 +4,8 @@ nothing, schedules.
 
 import copy
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,30 @@ def setup(*words):
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     return config, Learner(policy, engine, config), Scenes(config)
+
+
+def moved(*words):
+    """As `setup`, with an adapter that says something: the KL is not zero."""
+    config, learner, source = setup(*words)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    learner.policy.backbone.refresh()
+    return config, learner, source
+
+
+def spoil_gradients(monkeypatch):
+    """From here on one entry of the gradient is not a number."""
+    honest = torch.nn.utils.clip_grad_norm_
+
+    def spoilt(parameters, clip):
+        parameters = list(parameters)
+        parameters[0].grad[0, 0] = math.nan
+        return honest(parameters, clip)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
 
 
 def adapter_of(learner):
@@ -76,6 +102,9 @@ def test_micro_batches_do_not_change_samples_or_result(words):
     assert metrics["reward"] == pytest.approx(cut_metrics["reward"], abs=1e-6)
     assert metrics["grad_norm"] > 0
     assert metrics["grad_norm"] == pytest.approx(cut_metrics["grad_norm"], rel=1e-4)
+    assert metrics["policy_loss"] != 0
+    for name in ("policy_loss", "kl", "kl_loss", "scored"):
+        assert metrics[name] == pytest.approx(cut_metrics[name], rel=1e-4, abs=1e-6), name
 
 
 def samples_of(played):
@@ -102,14 +131,7 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(monkeypatch)
     step(config, learner, source, 0)
     weights = adapter_of(learner)
     moments = moments_of(learner)
-    honest = torch.nn.utils.clip_grad_norm_
-
-    def spoilt(parameters, clip):
-        parameters = list(parameters)
-        parameters[0].grad[0, 0] = math.nan
-        return honest(parameters, clip)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
+    spoil_gradients(monkeypatch)
     with pytest.raises(NumericFault, match="not finite"):
         for index in range(1, 1 + MAX_SKIPPED):
             step(config, learner, source, index)
@@ -117,6 +139,75 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(monkeypatch)
     after = moments_of(learner)
     assert moments and moments.keys() == after.keys()
     assert all(torch.equal(moments[key], value) for key, value in after.items())
+
+
+def test_so_many_in_a_row_are_counted_from_the_first():
+    _, learner, _ = setup()
+    for _ in range(MAX_SKIPPED - 1):
+        learner._skip()
+    with pytest.raises(NumericFault, match=f"{MAX_SKIPPED} times in a row"):
+        learner._skip()
+
+
+BETA = ["--update.beta=0.5", "--update.eta=0.25"]
+
+
+def test_beta_turns_at_tau():
+    """Just above the target it rises, just below it falls; by eta, from the configured value."""
+    _, metrics = step(*moved(*BETA))
+    kl = metrics["kl"]
+    assert kl > 0 and metrics["beta"] == 0.5
+    for tau, wanted in ((0.99 * kl, 0.625), (1.01 * kl, 0.375)):
+        config, learner, source = moved(*BETA, f"--update.tau={tau!r}")
+        step(config, learner, source)
+        assert learner.beta.value == pytest.approx(wanted), tau / kl
+
+
+def test_the_kl_is_the_mean_over_the_answers_that_are_scored():
+    """One of four images teaches something. The KL that steers beta knows only that one."""
+    config, learner, source = moved(*BETA, "--train.share_forward=false")
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    (targets,), _ = learner._targets([played], learner._score([played], 0))
+    teaches = targets.scored[:12].view(4, 3).any(1).nonzero()[0, 0]
+    own = torch.arange(12) // 3 == teaches
+    readable = played.evidence.query_readable & own
+    played.evidence = replace(played.evidence, query_readable=readable)
+    (targets,), _ = learner._targets([played], learner._score([played], 0))
+    chosen = targets.scored.nonzero()[:, 0].tolist()
+    assert chosen and len(chosen) <= 3
+    with torch.no_grad():
+        tokens = learner._logprobs(played, chosen)
+    means = [piece.mean().item() for piece in tokens.kl.split(tokens.lengths)]
+    metrics = learner.learn([played], 0)
+    assert metrics["scored"] == len(chosen) / 12
+    assert metrics["kl"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+    assert metrics["kl_loss"] == pytest.approx(0.5 * sum(means) / 12, rel=1e-5)
+
+
+def test_beta_stays_where_a_step_is_skipped(monkeypatch):
+    config, learner, source = moved(*BETA)
+    step(config, learner, source, 0)
+    before = learner.beta.value
+    assert before != 0.5
+    spoil_gradients(monkeypatch)
+    _, metrics = step(config, learner, source, 1)
+    assert math.isnan(metrics["grad_norm"]) and math.isfinite(metrics["kl"])
+    assert learner.beta.value == before
+
+
+@pytest.mark.parametrize("judge", ["policy", "reference"])
+def test_the_reference_scores_are_the_base_models_whoever_judged(judge):
+    """The judge's prefixes serve the reference's scores only where the reference judged."""
+    config, learner, source = moved(f"--reward.judge={judge}", "--train.share_forward=false")
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    assert (played.reference is None) == (judge == "policy")
+    everyone = list(range(12))
+    with torch.no_grad():
+        found = learner._logprobs(played, everyone)
+        played.reference = None  # computed again, adapters off
+        truth = learner._logprobs(played, everyone)
+    assert (found.reference - truth.reference).abs().max() < 1e-4
+    assert (found.reference - found.logprob).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -138,6 +229,21 @@ def test_every_estimator_takes_a_step(kl, advantage):
         _, metrics = step(config, learner, source, index)
     assert math.isfinite(metrics["grad_norm"])
     assert any(not torch.equal(before[n], p) for n, p in learner.parameters.items())
+
+
+def test_views_learn_against_their_images_other_views():
+    """From their mean agreement with the samples that carry; below the mean as well as above."""
+    _, learner, _ = setup(
+        "--update.views_too=true", "--rollout.samples=2", "--rollout.views=3", *SAMPLED_VIEWS
+    )
+    reward = torch.tensor([[0.2, 0.4, 0.9], [0.4, 9.0, 0.3], [0.7, 9.0, 9.0], [0.7, 9.0, 9.0]])
+    carries = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    scores = SimpleNamespace(view_reward=reward.double(), view_carries=carries)
+    targets = learner._view_targets(scores)
+    # of 0.3, 0.4 and 0.6; the second image has one view alone
+    wanted = torch.tensor([-0.2, -0.05, 0.25, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(targets.advantage, wanted, atol=1e-6, rtol=0)
+    assert targets.scored.tolist() == [True, True, True, False, False, False]
 
 
 def test_as_released_scores_image_tokens_too():

@@ -89,6 +89,7 @@ def test_a_round_trip_is_bitwise(tmp_path):
         "state.json",
     ]
     assert present(tmp_path) == ["step_7"]
+    assert json.loads((path / "manifest.json").read_text())["format"] == 1
 
 
 @pytest.mark.parametrize(
