@@ -75,9 +75,17 @@ class Tokens:
         return [known[name] for name in ("<|im_end|>", "<|endoftext|>") if name in known]
 
     def _verdict_words(self, words: tuple[str, ...]) -> list[int]:
-        """First ids of the words, where a word is one token after the opening."""
+        """The ids that say these words behind the opening: of each word its own single token, and
+        the one it ends in where opening and word are written together.
+
+        Written together they may merge over the border: Qwen's tokenizer has a token `>No` and none
+        `>Yes`. The opening is given as ids, so what follows it is the word's own token.
+        """
         found = []
         for word in words:
+            alone = self.ids(word)
+            if len(alone) == 1:
+                found += alone
             ids = self.ids(self.style.verdict_opening + word)
             if ids[: len(self.opening)] == self.opening and len(ids) == len(self.opening) + 1:
                 found.append(ids[-1])
