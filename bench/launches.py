@@ -72,7 +72,7 @@ def counted(name: str, case: Case) -> tuple[Launches, float]:
         *case.words,
     ]
     config = load(None, words)
-    shapes = AutoConfig.from_pretrained(SHAPES / f"{name}.json")
+    shapes = AutoConfig.from_pretrained(SHAPES / f"{name}.json", trust_remote_code=False)
     seen = count_step(config, shapes, case.sizes)
     plan = StepPlan.of(config)
     sizes = Shapes.of(shapes, config.lora.r)

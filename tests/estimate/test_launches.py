@@ -23,7 +23,7 @@ IMAGE = (480, 640)
 
 def shapes(layers=None):
     """Qwen3-VL-2B, or with fewer layers and vision blocks."""
-    config = AutoConfig.from_pretrained(SHAPES / "qwen3-vl-2b.json")
+    config = AutoConfig.from_pretrained(SHAPES / "qwen3-vl-2b.json", trust_remote_code=False)
     if layers is not None:
         config = copy.deepcopy(config)
         config.text_config.num_hidden_layers = layers

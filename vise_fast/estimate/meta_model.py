@@ -133,8 +133,10 @@ class Packed(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Empty (n, out) in x's dtype."""
-        announce("quantised product", self.unpacking + 1)
         rows, width = x.shape
+        work = 2 * rows * width * self.out_features
+        moved = self.weight.numel() + x.dtype.itemsize * rows * (width + self.out_features)
+        announce("quantised product", self.unpacking + 1, flops=work, moved=moved)
         if self.int8:
             # the fp16 copy that is quantised
             half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
@@ -152,7 +154,8 @@ class Packed(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Empty (out, in)."""
-        announce("dequantise", self.unpacking)
+        size = self.out_features * self.in_features * dtype.itemsize
+        announce("dequantise", self.unpacking, moved=self.weight.numel() + size)
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
 
 

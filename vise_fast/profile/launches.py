@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from vise_kernels.dispatch import as_on_a_gpu
 
-import vise_fast.profile.flops  # noqa: F401  formulas of operators that torch does not know
+from vise_fast.profile.flops import FORMULAS
 from vise_fast.system.clock import Clock
 
 aten = torch.ops.aten
@@ -227,7 +227,7 @@ class _Operators(TorchDispatchMode):
         if packet in (aten._to_copy, aten.copy_) and not all(x.is_meta for x in inputs):
             self._copied(packet, args, given)
             return out
-        formula = flop_registry.get(packet)
+        formula = FORMULAS.get(packet) or flop_registry.get(packet)
         work = 0 if formula is None else formula(*args, **given, out_val=out)
         self.seen.launch(str(packet), _count(packet, args), work, _bytes(inputs + outputs))
         return out
