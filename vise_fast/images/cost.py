@@ -60,8 +60,8 @@ class Reader(io.BufferedReader):
         """At most `size` bytes; all that is left where that is negative."""
         if time.thread_time() > self._end:
             raise Costly(f"takes more than {SECONDS:g} seconds to decode")
-        whole = size is None or size < 0
-        data = super().read(BESIDE + 1 if whole else min(size, BESIDE + 1))
+        wanted = BESIDE + 1 if size is None or size < 0 else min(size, BESIDE + 1)
+        data = super().read(wanted)
         self.beside -= len(data)
         if len(data) > BESIDE or self.beside < 0:
             raise Costly(BIG)
@@ -219,14 +219,23 @@ def _refuse_pieces(image: Any, size: int) -> None:
 
 # ---- memory --------------------------------------------------------------------------------------
 
+UNPACKED_BY_PYTHON = ("ppm", "ppm_plain", "bmp_rle")
+
 
 def _bytes_per_pixel(image: Any, scans: int, size: int) -> float:
     """Memory at the peak of decoding and of turning what comes out into upright RGB; `size`: of the
     file.
     """
-    held = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else RGB
+    held = _held(image)
     load = held + _decoder_bytes(image, scans, size)
     return max(load, held + RGB + 1, 2 * RGB)
+
+
+def _held(image: Any) -> int:
+    """Bytes of a pixel as Pillow holds it."""
+    if image.mode in ("1", "L", "P"):
+        return 1
+    return 2 if image.mode.startswith("I;16") else RGB
 
 
 def _decoder_bytes(image: Any, scans: int, size: int) -> float:
@@ -238,8 +247,8 @@ def _decoder_bytes(image: Any, scans: int, size: int) -> float:
         return 2 * sum(areas) / max(areas)
     if image.format == "TIFF":
         return _strip_bytes(image)
-    if image.format in ("PPM", "BMP"):  # some kinds are unpacked by Python, and copied
-        return 2 * RGB
+    if image.tile and image.tile[0][0] in UNPACKED_BY_PYTHON:  # and copied
+        return 2 * (3 if image.mode == "RGB" else _held(image))
     return 0
 
 

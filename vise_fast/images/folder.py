@@ -101,7 +101,7 @@ class Folder:
         self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
         # oddities of single files; the unusable ones are logged by name
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        self._say = silent  # what is found at the start is in `describe`
+        self._say: Callable[[str], None] = silent  # what is found at the start is in `describe`
         self._scan()
         self._try_some()
         self._prove_one_decodes()
