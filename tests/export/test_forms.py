@@ -3,6 +3,7 @@ computes.
 """
 
 import json
+import shlex
 
 import pytest
 import stored
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from vise_fast import merge, nano
 from vise_fast.config import schema
 from vise_fast.export import __main__ as export
-from vise_fast.export import push
+from vise_fast.export import cards, push
 from vise_fast.model import load as model
 from vise_fast.system import console
 
@@ -80,6 +81,15 @@ def test_the_base_can_be_named_anew(made):
     assert settings["base_model_name_or_path"] == "org/base"
     assert "base_model: org/base" in text and 'BASE = "org/base"' in text
     assert "vllm serve org/base --enable-lora" in text
+
+
+def test_a_name_with_marks_in_it_stays_a_name(adapter, tmp_path):
+    """A directory may be called anything; the card stays Python, shell and YAML."""
+    where = stored.base(tmp_path / "my \\1 'model'")
+    text = cards.exported(adapter / "README.md", where.name, [], connector=True)
+    assert f"BASE = {json.dumps(where.name)}" in text
+    assert f"vllm serve {shlex.quote(where.name)} --enable-lora" in text
+    assert f"base_model: {where.name}" in text
 
 
 @pytest.mark.parametrize("copy", [[], ["--copy"]])

@@ -149,8 +149,11 @@ def test_a_figure_of_a_corpus_is_told_without_an_interval():
 
 
 def test_arms_that_were_asked_other_things_are_not_compared():
-    with pytest.raises(DataError, match="same questions"):
-        paired.check_paired({"base": samples([1.0, 2.0]), "adapter": samples([1.0])}, "task")
+    one = samples([1.0, 2.0], input="find it")
+    paired.check_paired({"base": one, "adapter": one}, "task")
+    for other in (one[:1], samples([1.0, 2.0], input="find me")):
+        with pytest.raises(DataError, match="same questions"):
+            paired.check_paired({"base": one, "adapter": other}, "task")
 
 
 def test_lengths_and_cuts():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -25,9 +27,14 @@ def exported(source: Path, base: str, done: list[str], connector: bool) -> str:
     name, and what was done to it since.
     """
     text = source.read_text(encoding="utf-8") if source.is_file() else f"# Adapter of {base}\n"
-    for before in (r"^base_model: ", r"^BASE = ", r"^vllm serve "):
-        name = f'"{base}"' if "BASE" in before else base
-        text = re.sub(rf"({before})\S+", lambda found, name=name: found[1] + name, text, flags=re.M)
+    names = {
+        r"^(base_model: )().*$": base,
+        r"^(BASE = )().*$": json.dumps(base),
+        r"^(vllm serve ).*?( --enable-lora)": shlex.quote(base),
+    }
+    for place, name in names.items():
+        literal = name.replace("\\", r"\\")
+        text = re.sub(place, rf"\g<1>{literal}\g<2>", text, flags=re.MULTILINE)
     if not connector:
         text = text.replace(" --enable-tower-connector-lora --max", " --max")
     return text.rstrip() + "\n" + history(done)

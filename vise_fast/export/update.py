@@ -76,8 +76,8 @@ class Update:
         """What PEFT multiplies B · A of a layer with."""
         s = self.settings
         name = module.removeprefix(PREFIX)
-        key = get_pattern_key((s.alpha_pattern or {}).keys(), name)
-        alpha = (s.alpha_pattern or {}).get(key, s.lora_alpha)
+        patterns = s.alpha_pattern or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), name), s.lora_alpha)
         return alpha / (s.r**0.5 if s.use_rslora else s.r)
 
     def squared_size(self, module: str) -> float:

@@ -7,7 +7,9 @@ files themselves (export.py).
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +90,8 @@ def model_card(config: Config, style: Style, made: Made) -> str:
         front=_front_matter(config, base),
         title="vise_fast's embedded model" if base == "nano" else base,
         base=base,
+        literal=json.dumps(base),
+        word=shlex.quote(base),
         version=__version__,
         steps=config.train.steps,
         batch=config.train.batch,

@@ -72,13 +72,18 @@ def _picture(row: Mapping[str, Any]) -> Any:
 
 def check_paired(samples: Samples, task: str) -> None:
     """Both arms answered the same questions. Raises DataError."""
-    asked = {arm: [row["doc_hash"] for row in rows] for arm, rows in samples.items()}
+    asked = {arm: [_question(row) for row in rows] for arm, rows in samples.items()}
     if asked["base"] != asked["adapter"]:
         raise DataError(
             f"the arms of {task} did not answer the same questions ({len(asked['base'])} and "
             f"{len(asked['adapter'])}); they cannot be compared; delete both samples folders and "
             "start again"
         )
+
+
+def _question(row: Mapping[str, Any]) -> tuple:
+    """What tells a question: lmms-eval's hash is that of the target alone, where there is one."""
+    return row["doc_id"], row["doc_hash"], row.get("input")
 
 
 def words(rows: list[dict[str, Any]]) -> float:
