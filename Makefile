@@ -7,16 +7,18 @@
 #   make sanitize       the C++ kernels' own tests, with every access to memory watched (some minutes)
 #   make soak           200 kills of whole short runs (ten minutes), into bench/results/soak.json
 #   make lint           format, linter and types, as CI asks for them
+#   make consumers      what others do with an adapter (PEFT, AutoProcessor, lmms-eval), in an environment of 7 GB
 #   make clean          what was built, and .venv; never runs/
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+CONSUMERS := build/consumers
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke sanitize soak lint clean
+.PHONY: train test native bench-smoke sanitize soak lint consumers clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -67,6 +69,14 @@ lint: $(VENV)/packages.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(if $(wildcard .clang-format kernels/csrc/.clang-format),$(VENV)/bin/clang-format --dry-run -Werror kernels/csrc/*)
+
+consumers: $(CONSUMERS)/made.stamp
+	OMP_NUM_THREADS=1 $(CONSUMERS)/bin/python -m pytest -q tests/consumers $(ARGS)
+
+$(CONSUMERS)/made.stamp: tests/consumers/requirements.txt vise_fast/table/environment.txt
+	$(PYTHON) -m venv $(CONSUMERS) || { $(PYTHON) -m venv --clear --without-pip $(CONSUMERS) && $(PYTHON) -m pip --python $(CONSUMERS)/bin/python install -q pip; }
+	$(CONSUMERS)/bin/python -m pip install -q --disable-pip-version-check -r tests/consumers/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from vise_fast.config import schema
 from vise_fast.model import export
 from vise_fast.model import load as model
 
+HUB_ID = "somebody/small-vl"
 FILES = (
     "config.json",
     "generation_config.json",
@@ -20,6 +22,7 @@ FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -31,9 +34,22 @@ def base(directory: Path) -> Path:
     return directory
 
 
-def adapter(directory: Path) -> Path:
-    """An adapter that says something, as a run exports it."""
-    config = schema.load(None, ["--lora.r", "4", "--lora.alpha", "8"])
+def hub_cache(home: Path, left_out: Collection[str] = ()) -> Path:
+    """The embedded model as the hub id HUB_ID in a cache, HF_HOME being `home`; its snapshot."""
+    cached = home / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cached / "snapshots" / commit
+    base(snapshot)
+    for name in left_out:
+        (snapshot / name).unlink()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def adapter(directory: Path, *words: str) -> Path:
+    """An adapter that says something, as a run with these settings exports it."""
+    config = schema.load(None, ["--lora.r", "4", "--lora.alpha", "8", *words])
     policy = model.load(config)
     torch.manual_seed(0)
     for name, factor in policy.parameters().items():

@@ -24,7 +24,7 @@ ORDER = (
     "run",
     "train",
 )
-LEAVES = {"doctor", "infer", "merge", "lowmem", "nano", "rewards"}
+LEAVES = {"doctor", "export", "infer", "merge", "lowmem", "nano", "rewards", "table"}
 PRINTER = "system/console.py"
 
 

@@ -125,6 +125,7 @@ def test_dtype_of_the_base_is_kept_and_the_loss_is_a_warning(trained, tmp_path, 
                 str(base),
                 "--out",
                 str(tmp_path / "out"),
+                "--lossy",
             ]
         )
         == 0

@@ -46,6 +46,7 @@ SMALL = {
     "python -m vise_fast.report runs/nano": ([], 0),
     "python -m vise_fast.infer --adapter runs/nano/adapter --image photo.jpg": ([], 0),
     "python -m vise_fast.merge --adapter runs/nano/adapter --out merged": ([], 0),
+    "python -m vise_fast.export --form linked --adapter runs/nano/adapter --out linked": ([], 0),
     "python -m vise_fast.estimate --config configs/qwen3-vl-8b.yaml": (
         ["--data.dir", "photos"],
         None,

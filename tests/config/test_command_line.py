@@ -111,6 +111,8 @@ COMMANDS = {
     "evaluate": "evaluate.__main__",
     "infer": "infer",
     "merge": "merge",
+    "export": "export.__main__",
+    "table": "table.__main__",
     "report": "report.__main__",
     "estimate": "estimate.__main__",
     "lowmem": "lowmem",

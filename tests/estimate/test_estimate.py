@@ -50,6 +50,8 @@ def test_without_a_budget_nothing_is_changed(asked):
     found = plan(nano())
     assert found.changes == {} and found.fits and found.rehearsed.peak == asked.peak
     assert re.search(r"peak 0\.\d\d GiB predicted, in phase '[a-z: ]+': .*\d", str(found))
+    held = str(found.dtype).removeprefix("torch.")
+    assert f"weights in {held}; the adapter beside them in float32, unmerged" in str(found)
 
 
 def test_a_budget_that_holds_the_run_changes_nothing(asked):

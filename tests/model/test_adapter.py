@@ -65,7 +65,9 @@ def test_a_whole_adapter_loads_in_silence(copy):
     assert said == []
 
 
-@pytest.mark.parametrize("name", sorted({WEIGHTS, SETTINGS, "config.json", "tokenizer.json"}))
+@pytest.mark.parametrize(
+    "name", sorted({WEIGHTS, SETTINGS, "preprocessor_config.json", "tokenizer.json"})
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove", "pipe", "grow"])
 def test_every_damage_is_seen(copy, name, damage, capfd):
     file = copy / name

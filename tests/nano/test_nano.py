@@ -109,8 +109,9 @@ def test_sizes(model):
     assert "lm_head.weight" not in names  # tied
 
 
-def test_preprocessor_config():
-    settings = json.loads((nano.DIRECTORY / "preprocessor_config.json").read_text())
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_preprocessor_config(name):
+    settings = json.loads((nano.DIRECTORY / name).read_text())
     assert (settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]) == (
         8,
         2,

@@ -50,14 +50,21 @@ def test_a_run_leaves_everything_behind(finished):
     }
     assert expected <= {path.name for path in finished.iterdir()}
     assert [record["step"] for record in lines(finished / "metrics.jsonl")] == [1, 2, 3, 4]
+    exported = {path.name for path in (finished / "adapter").iterdir()}
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "training.yaml",
         "README.md",
-    } <= {p.name for p in (finished / "adapter").iterdir()}
+    } <= exported
+    assert "config.json" not in exported, "from_pretrained would take it for a whole model"
     assert set(json.loads((finished / "evaluation.json").read_text())) == {"before", "after"}
 
 

@@ -19,6 +19,8 @@ from vise_fast.system.files import LARGEST_JSON
 
 OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
 """The options that `configuration` reads, each with what its value looks like; and `resume`."""
+PROJECTOR = ("merger", "linear_fc", "all-linear")
+"""What PEFT's `target_modules` holds where LoRA lies on the projectors."""
 SETTINGS = tuple(key for key, _ in settings.fields(Config))
 """The dotted keys of everything that can be set."""
 
@@ -51,7 +53,7 @@ def stated(given: CommandLine) -> dict[str, Any]:
 
 
 def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:
-    """Where training starts from an adapter, its rank and alpha are the run's.
+    """Where training starts from an adapter, its rank, alpha and targets are the run's.
 
     Raises ConfigError where others were stated, or where the adapter cannot be read.
     """
@@ -59,18 +61,28 @@ def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:
         return config
     written = _adapter_config(Path(config.lora.init_from))
     changes = {}
-    for key, name in (("lora.r", "r"), ("lora.alpha", "lora_alpha")):
-        value = written.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
+    for key, value in _adapter_settings(written).items():
         if key in stated and settings.get(config, key) != value:
             raise ConfigError(
                 f"{key} {settings.show(settings.get(config, key))} is not that of the adapter "
-                f"{config.lora.init_from}, {value}; training goes on with the adapter's; leave it "
-                "out"
+                f"{config.lora.init_from}, {settings.show(value)}; training goes on with the "
+                "adapter's; leave it out"
             )
         changes[key] = value
     return schema.with_changes(config, changes)
+
+
+def _adapter_settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of what an adapter's own file says about a run's settings."""
+    found: dict[str, Any] = {}
+    for key, name in (("lora.r", "r"), ("lora.alpha", "lora_alpha")):
+        value = written.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = value
+    targets = written.get("target_modules")
+    if isinstance(targets, str | list):  # one pattern, or names
+        found["lora.projector"] = any(name in str(targets) for name in PROJECTOR)
+    return found
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
@@ -106,10 +118,19 @@ def _run_file(adapter: str | None) -> str | None:
 def _base_of(adapter: str | None) -> str | None:
     """The base that PEFT wrote down; 'nano' for the embedded one, wherever it was installed. None
     without an adapter or its file (loading says what is wrong with a directory).
+
+    Raises ConfigError for a local base's bare name, which does not say where it lies.
     """
     if adapter is None or not (Path(adapter) / "adapter_config.json").is_file():
         return None
     base = _adapter_config(Path(adapter)).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         return None
-    return "nano" if Path(base).parts[-2:] == ("vise_fast", "nano") else base
+    if base == "nano" or Path(base).parts[-2:] == ("vise_fast", "nano"):
+        return "nano"
+    if "/" not in base and not Path(base).is_dir():
+        raise ConfigError(
+            f"adapter {adapter} was trained on a local model called {base[:80]}; it does not say "
+            "where that lies; give its directory as --model DIRECTORY"
+        )
+    return base

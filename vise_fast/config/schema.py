@@ -126,7 +126,29 @@ class LoraConfig(Section):
     dropout: float = Field(
         0.05, ge=0, lt=1, description="stored with the adapter; off while sampling and scoring"
     )
+    projector: bool = Field(
+        True,
+        description=(
+            "LoRA on the projectors as well; false: on the language model alone, all of which vLLM "
+            "serves"
+        ),
+    )
     init_from: str | None = Field(None, description="adapter directory to start from")
+
+
+class AdapterConfig(Section):
+    """What the finished adapter says of itself."""
+
+    base: str | None = Field(
+        None,
+        pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$",
+        description="hub id of the base, where model.path is a directory; null: its bare name",
+    )
+    licence: str | None = Field(
+        None,
+        pattern=r"^[\w-][\w.-]*$",
+        description="licence in the model card, as the hub writes it; null: the base's",
+    )
 
 
 class DataConfig(Section):
@@ -391,6 +413,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     scenes: ScenesConfig = ScenesConfig()
     train: TrainConfig = TrainConfig()

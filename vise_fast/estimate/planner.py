@@ -48,7 +48,8 @@ fragments. Allowances, not measurements.
 @dataclass
 class Plan:
     """A configuration with its predicted peak. `budget`: bytes that can be used; `changes`: what
-    was chosen over what was asked for; `advice`: what would make it fit (empty: nothing does).
+    was chosen over what was asked for; `advice`: what would make it fit (empty: nothing does);
+    `dtype`: of the weights.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Plan:
     budget: float
     changes: Settings = field(default_factory=dict)
     advice: Settings | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def fits(self) -> bool:
@@ -63,7 +65,7 @@ class Plan:
         return self.rehearsed.peak <= self.budget
 
     def __str__(self) -> str:
-        lines = [self._peak(), self._verdict()]
+        lines = [self._peak(), self._held(), self._verdict()]
         if self.advice:
             lines.append(f"would fit with {_words(self.advice)}")
         elif self.advice is not None:
@@ -76,6 +78,13 @@ class Plan:
         large = [f"{name} {size / GIB:.2f}" for name, size in parts if size >= 0.01 * r.peak]
         where = f"in phase '{r.busiest}': {', '.join(large)}"
         return f"peak {r.peak / GIB:.2f} GiB predicted, {where}"
+
+    def _held(self) -> str:
+        """How the weights are held."""
+        quant = self.config.model.quant
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = dtype if quant == "none" else f"{quant}, computed in {dtype}"
+        return f"weights in {form}; the adapter beside them in float32, unmerged"
 
     def _verdict(self) -> str:
         room = f"{self.budget / GIB:.1f} GiB"
@@ -198,14 +207,14 @@ def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None
     budget = usable(config)
     asked = planner.rehearse(config)
     if asked.peak <= budget:
-        return Plan(config, asked, budget)
+        return Plan(config, asked, budget, dtype=planner.dtype)
     changes = planner.choose(budget)
     if config.memory.budget_gb is None:
-        return Plan(config, asked, budget, advice=changes or {})
+        return Plan(config, asked, budget, advice=changes or {}, dtype=planner.dtype)
     if changes is None:
         raise _floor(planner, budget)
     chosen = _with(config, changes)
-    return Plan(chosen, planner.rehearse(chosen), budget, changes)
+    return Plan(chosen, planner.rehearse(chosen), budget, changes, dtype=planner.dtype)
 
 
 def _floor(planner: Planner, budget: float) -> MemoryFloor:

@@ -45,7 +45,9 @@ def main(words: Sequence[str]) -> int:
     adapter = given["adapter"]
     policy = load(config, adapter, say=screen.warn)
     arms = f" with and without {adapter}" if adapter else ""
-    screen.say(f"evaluating {config.model.path}{arms} on {source.describe()}")
+    dtype = str(policy.backbone.dtype).removeprefix("torch.")
+    state = f"{dtype}, adapter unmerged" if adapter else dtype
+    screen.say(f"evaluating {config.model.path}{arms} ({state}) on {source.describe()}")
     engine = open_engine(policy, config, screen.warn)
     results = examine(engine, source, config, (False, True) if adapter else (False,))
     names = ("before", "after")

@@ -154,7 +154,7 @@ def _check_files(home: Path, path: str, model_config: PreTrainedConfig) -> None:
             "give the base as model.path and the adapter as --adapter or --lora.init_from"
         )
     tensors = 0
-    for file in _weight_files(home, path):
+    for file in weight_files(home, path):
         with believed(f"{file}"), safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
     layers = model_config.text_config.num_hidden_layers + model_config.vision_config.depth
@@ -165,7 +165,7 @@ def _check_files(home: Path, path: str, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _weight_files(home: Path, path: str) -> list[Path]:
+def weight_files(home: Path, path: str) -> list[Path]:
     """The safetensors files that transformers will read."""
     if (home / WEIGHTS).is_file():
         return [home / WEIGHTS]
@@ -201,7 +201,7 @@ def _check_files_finite(source: str, path: str) -> None:
     home = Path(source)
     if not home.is_dir():
         home = Path(snapshot_download(source, local_files_only=True))
-    for file in _weight_files(home, path):
+    for file in weight_files(home, path):
         with safe_open(file, "pt") as opened:
             stored = opened.keys()
             for name in stored:

@@ -32,20 +32,32 @@ from vise_fast.model import base as bases
 from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
 from vise_fast.model.flash import choose
-from vise_fast.model.qwen3_vl import LORA_TARGETS, Qwen3VL
+from vise_fast.model.qwen3_vl import LANGUAGE_TARGETS, PROJECTOR_TARGETS, Qwen3VL
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
 
 class Family(NamedTuple):
-    """What the fast engine needs of a family: its forward, and where LoRA goes (full match)."""
+    """What the fast engine needs of a family: its forward, where LoRA goes (full match) in the
+    language model and in the projectors, and the processor class of transformers.
+    """
 
     backbone: Callable[[nn.Module], Qwen3VL]
-    lora_targets: str
+    language_targets: str
+    projector_targets: str
+    processor: str
+
+    def lora_targets(self, projector: bool) -> str:
+        """Where LoRA goes, with the projectors or without."""
+        if not projector:
+            return self.language_targets
+        return f"{self.language_targets}|{self.projector_targets}"
 
 
-FAMILIES = {"qwen3_vl": Family(Qwen3VL, LORA_TARGETS)}
+FAMILIES = {
+    "qwen3_vl": Family(Qwen3VL, LANGUAGE_TARGETS, PROJECTOR_TARGETS, "Qwen3VLProcessor"),
+}
 
 
 @dataclass
@@ -234,7 +246,7 @@ def attach(base: PreTrainedModel, config: Config, adapter: str | None = None) ->
     """
     if adapter is not None:
         return _fp32_adapters(adapters.load(base, adapter).eval())
-    targets = FAMILIES[base.config.model_type].lora_targets
+    targets = FAMILIES[base.config.model_type].lora_targets(config.lora.projector)
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=float(config.lora.alpha),  # type: ignore[arg-type]  # PEFT takes any number
@@ -255,6 +267,12 @@ def _fp32_adapters(model: PeftModel) -> PeftModel:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return model
+
+
+def processor_of(model: PeftModel) -> str:
+    """The name of the processor class of the model's family."""
+    base: Any = model.get_base_model()
+    return FAMILIES[base.config.model_type].processor
 
 
 def check_targets(model: PeftModel) -> int:

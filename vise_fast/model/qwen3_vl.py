@@ -43,10 +43,11 @@ from vise_fast.model.tree import (
 )
 
 # Language attention and MLP plus the projectors; nothing inside the vision blocks.
-LORA_TARGETS = (
+LANGUAGE_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-    r"|model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 )
+PROJECTOR_TARGETS = r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
+LORA_TARGETS = f"{LANGUAGE_TARGETS}|{PROJECTOR_TARGETS}"
 MROPE_SECTION = [24, 20, 20]
 SWIGLU = Swiglu()
 

@@ -86,6 +86,8 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "size": {"shortest_edge": 1024, "longest_edge": 65536},
 }
+VIDEO = PREPROCESSOR | {"video_processor_type": "Qwen3VLVideoProcessor"}
+VIDEO.pop("image_processor_type")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -163,6 +165,7 @@ def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
     tokenizer().save_pretrained(directory)
     _write(directory / "generation_config.json", GENERATION)
     _write(directory / "preprocessor_config.json", PREPROCESSOR)
+    _write(directory / "video_preprocessor_config.json", VIDEO)
 
 
 def _write(path: Path, content: dict) -> None:

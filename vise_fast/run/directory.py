@@ -29,12 +29,12 @@ from vise_fast.evaluate.titles import BRIEF
 from vise_fast.images.sources import Source
 from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
-from vise_fast.model import export
+from vise_fast.model import card, export, side_files
 from vise_fast.model.load import Policy
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms
 from vise_fast.run import identity
-from vise_fast.run.opening import environment, opening_lines
+from vise_fast.run.opening import environment, lacking, opening_lines
 from vise_fast.run.resume import Start
 from vise_fast.run.sample import sample
 from vise_fast.system import checkpoint, files
@@ -149,6 +149,9 @@ class Run:
         self.loggers = Loggers(loggers, self.directory, settings, self.console.warn)
         for line in opening_lines(self.directory, self.config, policy, source):
             self.console.say(line)
+        side_files.fetch(policy.source)
+        for line in lacking(self.config):
+            self.console.warn(line)
 
     def _check_data(self, source: Source) -> None:
         """A resumed run sees what it would have seen: the same images under the same names."""
@@ -272,7 +275,8 @@ class Run:
             rows = [[name, *pair] for name, pair in figures.items()]
             title = "held-out images, before and after"
             self.console.table(title, ["", "base", "adapter"], rows)
-        place = export.export(policy, self.config, self.directory / "adapter", figures)
+        made = card.Made(figures, source.identity())
+        place = export.export(policy, self.config, self.directory / "adapter", made)
         engine.interrupted()
         if self.config.run.report:
             self.console.say(f"report   {report.write(self.directory)}")

@@ -28,6 +28,7 @@ from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
 from vise_fast.model import load as model
+from vise_fast.run.opening import lacking
 from vise_fast.system import checkpoint
 from vise_fast.system.console import Console, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
@@ -53,6 +54,8 @@ def dry_run(config: Config) -> int:
         if policy is not None and source is not None:
             with contextlib.closing(source):
                 _try_out(console, config, policy, source, Path(scratch))
+        for line in lacking(config) if policy is not None else ():
+            console.warn(line)
     for fault in faults:
         console.error(fault)
     return faults[0].code if faults else 0

@@ -16,7 +16,8 @@ import vise_kernels
 from vise_fast import __version__
 from vise_fast.config.schema import Config
 from vise_fast.images.sources import Source
-from vise_fast.model.load import Policy, check_targets
+from vise_fast.model import side_files
+from vise_fast.model.load import Policy, check_targets, resolve
 
 
 def opening_lines(directory: Path, config: Config, policy: Policy, source: Source) -> Iterator[str]:
@@ -35,6 +36,13 @@ def opening_lines(directory: Path, config: Config, policy: Policy, source: Sourc
     paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
     yield f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}"
     yield f"attention {policy.attention.path}: {policy.attention.reason}"
+
+
+def lacking(config: Config) -> Iterator[str]:
+    """A line for every small file that the base lacks, so that the adapter will lack it."""
+    source = resolve(config.model.path)
+    named = source if not Path(source).is_dir() else config.adapter.base
+    return side_files.missing(source, named or "HUB_ID_OF_THE_BASE")
 
 
 def _count(policy: Policy, trained: bool) -> int:

@@ -136,13 +136,13 @@ def read_json(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def folder(final: Path) -> Iterator[Path]:
+def folder(final: Path, remedy: str = REMEDY) -> Iterator[Path]:
     """Yields a folder to fill, which then takes the place of `final`.
 
     There is no moment without a whole one on disk: the old one steps aside until the new one is in
     place, and `settle` finishes what a kill interrupted. Raises EnvironmentFault.
     """
-    with refused(final):
+    with refused(final, remedy):
         settle(final)
         aside = _aside(final)
         try:

@@ -1,0 +1,1 @@
+"""`python -m vise_fast.table`: base and adapter on lmms-eval's tasks, side by side."""
