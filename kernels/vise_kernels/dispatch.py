@@ -60,6 +60,7 @@ ONLY_FLOAT32 = {"attention", "few_rows"}  # of the native ops without gradients
 _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "preferred path", default=None
 )
+_OFF: dict[str, str] = {}
 Listener = Callable[[str, int, int, int], None]
 """(name, kernels, FLOPs, bytes) of a launch that does not happen"""
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
@@ -222,9 +223,19 @@ def prefer(path: str | None) -> None:
     _PREFERRED.set(path)
 
 
+def switch_off(faults: dict[str, str]) -> None:
+    """From here on these ops take the plain path by themselves, and `available` says why: {op: what
+    was seen}. Those that were off before are on again, unless they are named.
+    """
+    _OFF.clear()
+    _OFF.update(faults)
+
+
 def _automatic(op: str, device: torch.device) -> Choice:
     if _PREFERRED.get() == "plain":
         return Choice("plain", "asked for by `prefer`")
+    if op in _OFF:
+        return Choice("plain", f"switched off: {_OFF[op]}")
     if stands_for_a_gpu(device):
         return Choice("plain" if op in CPU_ONLY else "triton", "stands for a GPU")
     preferred = "triton" if device.type == "cuda" else "native"

@@ -69,4 +69,10 @@ def native_module() -> Finding:
 def kernel_paths() -> Finding:
     """Which path each kernel takes here."""
     paths = imported("vise_kernels").available()
+    torch = imported("torch")
+    if torch.cuda.is_available():
+        faults = imported("vise_fast.model.proofs").remembered(torch.device("cuda")) or {}
+        if faults:
+            found = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+            return warn("kernel paths", f"off on this GPU: {found}", "report it with these words")
     return ok("kernel paths", ", ".join(f"{op} {path}" for op, (path, _) in paths.items()))

@@ -10,6 +10,7 @@ from vise_fast.engine.graphed import GraphedEngine
 from vise_fast.engine.rollout import Engine
 from vise_fast.engine.stock import StockBackbone, StockEngine
 from vise_fast.model.load import Policy
+from vise_fast.model.proofs import prove_here
 from vise_fast.system.errors import EnvironmentFault
 
 
@@ -29,6 +30,8 @@ def open_engine(
     """The engine that `model.engine` and `model.graphs` ask for; say: where it tells that a fast
     path is off. Raises EnvironmentFault for graphs without a GPU.
     """
+    if policy.device.type == "cuda" and config.model.kernels == "auto":
+        prove_here(policy.device, say)
     if config.model.engine == "stock":
         return StockEngine(StockBackbone(policy.model), policy.tokens)
     if not graphs_of(config, policy.device.type):

@@ -114,8 +114,19 @@ def _needs_ampere(capability: tuple[int, int]) -> str:
 _looked = functools.cache(look)  # asked in every layer
 
 
+_off: str | None = None
+
+
+def switch_off(reason: str | None) -> None:
+    """From here on attention is written out, for this reason; None: the best kernel again."""
+    global _off
+    _off = reason
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """`look`, remembered; tensors without data that stand for a GPU's take what a new one has."""
+    if _off is not None:
+        return Choice("plain", f"switched off: {_off}")
     if not stands_for_a_gpu(device):
         return _looked(device, dtype)
     kind = "efficient" if dtype == torch.float32 else "flash"

@@ -21,6 +21,9 @@ from torch.utils.flop_counter import mm_flop, register_flop_formula
 from vise_kernels.dispatch import announce, stands_for_a_gpu
 from vise_kernels.few_rows import gains
 
+FAST = ("wide product", "gelu in a product")
+"""What a GPU does in its own way, and can be switched off."""
+_OFF: set[str] = set()
 FEW_ROWS = range(3, 65)  # fewer: MKL streams the weight too; more: both run at the cores' speed
 LARGE = 2**18  # elements of a weight; a call costs oneDNN about 10 us more than MKL
 
@@ -73,6 +76,7 @@ def wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     as they are on a GPU and not rounded in between.
     """
     narrow = left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    narrow = narrow and "wide product" not in _OFF
     if narrow and left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=dtype)
     if narrow and stands_for_a_gpu(left.device):
@@ -85,12 +89,19 @@ def wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU in its tanh form of x (n, in) times weight (out, in) plus bias (out,)."""
-    if _on_a_gpu(x) and bias is not None:  # the tanh form there, in the product's own kernel
+    fast = "gelu in a product" not in _OFF and _on_a_gpu(x)
+    if fast and bias is not None:  # cuBLASLt's own: the tanh form
         return torch.ops.aten._addmm_activation(bias, x, weight.T, use_gelu=True)
     operator = _operator() if _applies(x) else None
     if operator is None:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     return operator(x, weight, bias, "gelu", [], "tanh")
+
+
+def switch_off(names: set[str]) -> None:
+    """From here on these of FAST are done in plain steps; the others are as they were made."""
+    _OFF.clear()
+    _OFF.update(names)
 
 
 def _on_a_gpu(x: Tensor) -> bool:
