@@ -24,7 +24,7 @@ from torch import Tensor
 from vise_kernels.dispatch import choose, jit, tl, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 64  # tokens per step of a program
+BLOCK = 64  # tokens per step of a program, in 16 bits
 TILE = 16  # rows of the smallest matrix product: the query heads of one key head are padded to it
 MAX_SPLITS = 32  # programs that share a row where there are too few rows to fill the device
 PROGRAMS = 264  # two per multiprocessor of a large GPU
@@ -107,13 +107,22 @@ def _attend(
     wide = triton.next_power_of_2(dim)
     group = heads // kv_heads
     tile = max(TILE, triton.next_power_of_2(group))
-    sizes = {"BANKS": len(table), "GROUP": group, "TILE": tile, "DIM": dim, "BLOCK": BLOCK}
+    sizes = {"BANKS": len(table), "GROUP": group, "TILE": tile, "DIM": dim, "WIDE": max(wide, 16)}
     _partial_kernel[(rows, kv_heads, splits)](
-        q, owner, length, table, partial, lse, scale, **sizes, WIDE=max(wide, 16), num_warps=4
+        q, owner, length, table, partial, lse, scale, **sizes, **block_of(q.dtype)
     )
     sizes = {"SPLITS": splits, "LANES": triton.next_power_of_2(splits), "DIM": dim, "WIDE": wide}
     _merge_kernel[(rows * heads,)](partial, lse, out, **sizes, num_warps=1)
     return out
+
+
+def block_of(dtype: torch.dtype) -> dict[str, int]:
+    """Tokens a step of a program takes, its warps and stages; in float32 half as many tokens, so
+    that shared memory and registers of every card suffice.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK": BLOCK // 2, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3}
 
 
 @_attend.register_fake

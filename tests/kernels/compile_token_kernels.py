@@ -1,17 +1,26 @@
 """Compiles the Triton kernels of the log-prob ops, of sampling, of decoding and of the decoder's
-pointwise steps to machine code for two GPU generations; needs no GPU.
+pointwise steps to machine code for one GPU generation and dtype; needs no GPU.
+
+    python compile_token_kernels.py 86 fp32
 
 The interpreter accepts what the compiler does not (types that drift in a loop, shapes that cannot
 be tiled), so this is the only look at the compiled form on a machine without a GPU. Run by
 test_triton_compiles.py in a process of its own, because interpreted kernels cannot be compiled.
-Prints one line per kernel.
+Prints a line per kernel: registers of a thread, bytes spilled, bytes of shared memory.
 """
 
 import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vise_kernels.decode_attention import block_of
 
 FLOATS = "*fp32"
 LONGS = "*i64"
@@ -79,7 +88,8 @@ def linear_logprob(h):
 
 def decode_attention(q):
     rows = {"owner": LONGS, "length": LONGS, "table": LONGS}
-    sizes = {"BANKS": 3, "GROUP": 2, "TILE": 16, "DIM": 128, "WIDE": 128, "BLOCK": 64}
+    block = block_of(torch.float32 if q == "*fp32" else torch.bfloat16)
+    sizes = {"BANKS": 3, "GROUP": 2, "TILE": 16, "DIM": 128, "WIDE": 128, **block}
     yield (
         "_partial_kernel",
         {"q": q, **rows, "partial": FLOATS, "lse": FLOATS, "scale": "fp32"},
@@ -173,9 +183,15 @@ def heads(x):
         )
 
 
+OPTIONS = ("num_warps", "num_stages")
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
 def compiled(kernel, arguments, constants, capability):
     """The compiled kernel. `arguments`: types by name, None for an absent pointer."""
-    constants = {**constants, **{name: None for name, kind in arguments.items() if kind is None}}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in OPTIONS}
+    constants |= {name: None for name, kind in arguments.items() if kind is None}
     signature = {name: kind or "constexpr" for name, kind in arguments.items()} | dict.fromkeys(
         constants, "constexpr"
     )
@@ -184,16 +200,28 @@ def compiled(kernel, arguments, constants, capability):
         signature={name: signature[name] for name in kernel.arg_names},
         constexprs=constants,
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(code, capability):
+    """Registers, bytes spilled (stored and loaded), bytes of shared memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(code.asm["ptx"])
+        name = f"sm_{capability}" + "a" * (capability == 90)
+        command = [PTXAS, "-v", f"--gpu-name={name}", source, "-o", Path(folder, "kernel")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", told)[1])
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
+    return registers, spilled, code.metadata.shared
 
 
 if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    dtype = f"*{sys.argv[2]}"
     ops = (token_logprob, sample, linear_logprob, decode_attention, swiglu, rms_norm, heads)
     for op in (*ops, merge_attention, up_gradient, raised, recast, add_layer_norm, rotate):
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
-        for dtype, capability in (("*bf16", 80), ("*fp32", 90)):
-            for name, arguments, constants in op(dtype):
-                code = compiled(getattr(module, name), arguments, constants, capability).asm[
-                    "cubin"
-                ]
-                print(op.__name__, name, dtype, f"sm_{capability}", len(code), "bytes")
+        for name, arguments, constants in op(dtype):
+            code = compiled(getattr(module, name), arguments, constants, capability)
+            print(op.__name__, name, *resources(code, capability), flush=True)
