@@ -1,60 +1,126 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the tests marked gpu, then every bench, documents and logs under one folder.
-#   bench/gpu_suite.sh                    results in bench/results/gpu
-#   OUT=/somewhere bench/gpu_suite.sh
-#   bench/gpu_suite.sh --smoke            everything at its smallest, on a CPU too: does it all run?
-# A part that fails is named at the end and makes the exit status 1; the others still run.
+# Everything that needs a GPU, part by part: the tests marked gpu, then every bench.
+#   bench/gpu_suite.sh                        all parts; results in bench/results/gpu
+#   bench/gpu_suite.sh --list                 the parts, a line each
+#   bench/gpu_suite.sh --part rollout-2b-b1   one of them (may be given again and again)
+#   bench/gpu_suite.sh --minutes 8            each part ends after so long, with what it has (8)
+#   bench/gpu_suite.sh --smoke                everything at its smallest, on a CPU too: does it all run?
+#   OUT=/somewhere PYTHON=python3 bench/gpu_suite.sh
+# Three files, added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
+# document), log.txt. A part that lacks a package is skipped with a line; one that fails is named at the end and makes
+# the exit status 1; the others still run. Needs bash, timeout and Python with torch; git only to name the commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${OUT:-bench/results/gpu}"
-python="${PYTHON:-python}"
-smoke="${1:-}"
+python="${PYTHON:-$(command -v python3 || command -v python)}"
+minutes=8
+smoke=""
+list=""
+wanted=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --part) wanted+=("${2:?--part needs a name}"); shift 2 ;;
+    --minutes) minutes="${2:?--minutes needs a number}"; shift 2 ;;
+    --smoke) smoke=1; shift ;;
+    --list) list=1; shift ;;
+    *) echo "gpu_suite.sh: unknown word $1; see the first lines of this file" >&2; exit 2 ;;
+    esac
+done
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
-mkdir -p "$out"
+known=()
 failed=()
+skipped=()
 
-# part NAME COMMAND...: the whole log in NAME.log, the last line (benches: one JSON document) in NAME.json
-part() {
-    local name="$1" start=$SECONDS
-    shift
-    echo "== $name: $*"
-    if "$@" >"$out/$name.log" 2>&1; then
-        echo "   done in $((SECONDS - start)) s"
-    else
-        echo "   FAILED after $((SECONDS - start)) s; the end of $out/$name.log:"
-        tail -n 15 "$out/$name.log" | sed 's/^/   /'
-        failed+=("$name")
-    fi
-    if tail -n 1 "$out/$name.log" | "$python" -c 'import json, sys; json.loads(sys.stdin.readline())' 2>/dev/null; then
-        tail -n 1 "$out/$name.log" >"$out/$name.json"
-    fi
+chosen() {
+    known+=("$1")
+    [ "${#wanted[@]}" -eq 0 ] && return 0
+    local name
+    for name in "${wanted[@]}"; do [ "$name" = "$1" ] && return 0; done
+    return 1
 }
 
-"$python" - >"$out/machine.json" <<'PY'
+# part NAME "PACKAGES" COMMAND...: runs it, if it is wanted and its packages are there
+part() {
+    local name="$1" needs="$2" start=$SECONDS status=done
+    shift 2
+    chosen "$name" || return 0
+    if [ -n "$list" ]; then
+        echo "$name: $*"
+        return 0
+    fi
+    local package
+    for package in $needs; do
+        if ! "$python" -c "import $package" 2>/dev/null; then
+            echo "== $name: skipped, $package is not installed"
+            skipped+=("$name")
+            return 0
+        fi
+    done
+    echo "== $name: $*"
+    timeout --kill-after=20 "$((minutes * 60))" "$@" >"$out/part.log" 2>&1
+    local code=$?
+    [ $code -eq 124 ] && status="out of time"
+    [ $code -ne 0 ] && [ $code -ne 124 ] && status="failed ($code)"
+    if [ $code -ne 0 ]; then
+        failed+=("$name")
+        tail -n 15 "$out/part.log" | sed 's/^/   /'
+    fi
+    echo "   $status after $((SECONDS - start)) s"
+    { echo "==== $name: $*"; cat "$out/part.log"; } >>"$out/log.txt"
+    "$python" - "$name" "$status" "$((SECONDS - start))" "$out" <<'PY'
+import json, pathlib, sys
+name, status, seconds, out = sys.argv[1:]
+lines = pathlib.Path(out, "part.log").read_text(errors="replace").splitlines()
+try:
+    document = json.loads(lines[-1])
+except (IndexError, ValueError):
+    document = None
+line = {"part": name, "status": status, "seconds": int(seconds), "document": document, "end": lines[-3:]}
+with pathlib.Path(out, "results.jsonl").open("a") as file:
+    file.write(json.dumps(line) + "\n")
+PY
+    rm -f "$out/part.log"
+}
+
+if [ -z "$list" ]; then
+    mkdir -p "$out"
+    "$python" - >"$out/machine.json" <<'PY'
 import json, sys
 sys.path.insert(0, "bench")
 import _measure, torch
 print(json.dumps(_measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
 PY
-part build "$python" -m vise_kernels.build
-
-if [ "$smoke" = "--smoke" ]; then
-    part tests "$python" -m pytest -q -m gpu --collect-only
-    part rollout "$python" bench/rollout.py --smoke
-    [ -f bench/kernels.py ] && part kernels "$python" bench/kernels.py --smoke
-    [ -f bench/memory.py ] && part memory "$python" bench/memory.py --smoke
-    [ -f bench/train_step.py ] && part train_step "$python" bench/train_step.py --smoke
-else
-    part tests "$python" -m pytest -q -m gpu
-    part rollout-2b-b1 "$python" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive --plot "$out/rollout-2b-b1.png"
-    part rollout-2b-b32 "$python" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3 --plot "$out/rollout-2b-b32.png"
-    part rollout-2b-group "$python" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
-    part rollout-nano "$python" bench/rollout.py --batch 1 16 64
-    [ -f bench/kernels.py ] && part kernels "$python" bench/kernels.py
-    [ -f bench/memory.py ] && part memory "$python" bench/memory.py
-    [ -f bench/train_step.py ] && part train_step "$python" bench/train_step.py
 fi
 
+all="pydantic transformers peft"
+bench() { part "$1" "$2" "$python" "${@:3}"; }
+if [ -n "$smoke" ]; then
+    bench tests "$all pytest" -m pytest -q -m gpu --collect-only
+    bench launches "$all" bench/launches.py --smoke
+    bench rollout "$all" bench/rollout.py --smoke
+    bench kernels "" bench/kernels.py --smoke
+    bench memory "$all bitsandbytes" bench/memory.py --smoke
+    bench train_step "$all" bench/train_step.py --smoke
+else
+    bench tests "$all pytest" -m pytest -q -m gpu
+    bench launches "$all" bench/launches.py
+    bench rollout-2b-b1 "$all" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive
+    bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
+    bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
+    bench rollout-nano "$all" bench/rollout.py --batch 1 16 64
+    bench kernels "" bench/kernels.py
+    bench memory "$all bitsandbytes" bench/memory.py --device cuda
+    bench train_step-2b "$all" bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480 --dtype bfloat16 --batch 1 32
+fi
+
+for name in ${wanted[@]+"${wanted[@]}"}; do
+    case " ${known[*]} " in
+    *" $name "*) ;;
+    *) echo "gpu_suite.sh: no part is called $name; --list names them" >&2; exit 2 ;;
+    esac
+done
+[ -n "$list" ] && exit 0
+[ "${#skipped[@]}" -gt 0 ] && echo "skipped: ${skipped[*]}"
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit 1
