@@ -300,7 +300,8 @@ class Run:
         if self.learner is None or not self.opened or self.saved == self.done:
             return
         if self.learner.moving or (self.alarmed() and self.saved >= 0):
-            self.console.warn(f"the last good checkpoint is that of step {self.saved}")
+            newest = f"that of step {self.saved}" if self.saved >= 0 else "none: all is lost"
+            self.console.warn(f"the last good checkpoint is {newest}")
             return
         try:
             with contextlib.suppress(EnvironmentFault):  # then the gap is said when the run goes on
