@@ -35,6 +35,8 @@ sys.path.insert(0, str(_checkout.ROOT / "tests"))
 from faults.forked import go, restart, words  # noqa: E402  (found by the line above)
 from faults.left import Left, left, sound, steps_saved  # noqa: E402
 
+from vise_fast.system.errors import UserError  # noqa: E402
+
 KILLED = -9
 STEPS = 3
 RESULT = _checkout.ROOT / "bench" / "results" / "soak.json"
@@ -101,12 +103,12 @@ def until_done(kind: Kind, directory: Path, rng: random.Random, tally: Tally) ->
         if outcome.code != KILLED:
             break
         kills += 1
+        tally.kills += 1
+        tally.most_kills_of_a_run = max(tally.most_kills_of_a_run, kills)
         tally.killed_in[_place(directory)] += 1
         sound(directory)
         said = restart(directory, **kind.settings)
-    tally.kills += kills
     tally.runs += 1
-    tally.most_kills_of_a_run = max(tally.most_kills_of_a_run, kills)
     if outcome.code:
         raise AssertionError(f"ended with {outcome.code}: {outcome.err}")
     if left(directory) != kind.wanted:
@@ -131,14 +133,14 @@ def soak(kills: int, seed: int, home: Path) -> Tally:
     ways = kinds(home)
     while tally.kills < kills:
         kind = ways[tally.runs % len(ways)]
-        directory = home / f"run {tally.runs}"
+        number = tally.runs
+        directory = home / f"run {number}"
         try:
             until_done(kind, directory, rng, tally)
-        except (AssertionError, ValueError) as fault:
-            tally.faults.append(f"{kind.name}, run {tally.runs}: {fault}")
-            tally.runs += 1
-            continue
-        shutil.rmtree(directory)
+        except (AssertionError, ValueError, OSError, UserError) as fault:
+            tally.faults.append(f"{kind.name}, run {number}: {fault}")
+            tally.runs = number + 1
+        shutil.rmtree(directory, ignore_errors=True)
         print(f"{tally.kills} kills, {tally.runs} runs, {len(tally.faults)} faults", flush=True)
     return tally
 

@@ -58,6 +58,7 @@ SECOND_UPDATE = (
     "write metrics.jsonl #2",
     "write metrics.jsonl #2 half",
     "write samples/.step_2_0.png.partial half",
+    "rename samples/step_2_0.png",
     "write samples.jsonl #2 half",
     "make checkpoints/.step_2.partial",
     "write checkpoints/.step_2.partial/optimizer.safetensors half",

@@ -105,7 +105,7 @@ def killed_again(start, place, directory, **settings):
     shutil.copytree(start, directory)
     assert go(again(directory, **settings), directory, kill_at(place)).code == KILLED
     sound(directory)
-    outcome = go(again(directory), directory)
+    outcome = go(again(directory, **settings), directory)
     assert outcome.code == 0, outcome.err
     return left(directory)
 

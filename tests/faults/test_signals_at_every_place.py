@@ -6,6 +6,7 @@ stopped.
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 
@@ -82,6 +83,30 @@ def test_a_signal_saves_and_the_printed_words_go_on(place, number, undisturbed, 
     printed = shlex.split(re.search(r"go on with (.*)", outcome.err)[1])
     assert printed == again(directory)
     assert go(printed, directory).code == 0
+    assert left(directory) == left(undisturbed)
+
+
+@pytest.mark.parametrize("place", ["opening", "views", "verify", "metrics", "final evaluation"])
+def test_what_was_changed_when_it_went_on_is_part_of_the_words(place, undisturbed, tmp_path):
+    """A finished run goes on for longer and is stopped: the words need not say for how long."""
+    longer = tmp_path / "longer"
+    assert go(words(longer, train__steps=3), longer).code == 0
+    directory = tmp_path / "run"
+    shutil.copytree(undisturbed, directory)
+    owner, name, _, _ = PLACES[place]
+    send = sending(signal.SIGTERM, owner, name, 1)
+    assert go(again(directory, train__steps=3), directory, prepare=send).code == 143
+    assert go(again(directory), directory).code == 0
+    assert left(directory) == left(longer)
+
+
+def test_before_anything_is_written_the_words_are_those_that_were_said(undisturbed, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(undisturbed, directory)
+    owner, name, _, _ = PLACES["loading"]
+    send = sending(signal.SIGTERM, owner, name, 1)
+    outcome = go(again(directory, train__steps=3), directory, prepare=send)
+    assert outcome.code == 143 and "start again as you did" in outcome.err
     assert left(directory) == left(undisturbed)
 
 

@@ -144,7 +144,7 @@ def test_too_many_files_that_break_end_the_run(how, photographs, tmp_path):
     settings = PHOTOS | {"data__dir": folder, "train__steps": 6}
     outcome = go(words(directory, **settings), directory, prepare=after(2, breaks))
     ended(outcome, directory, code=3, saved=2)
-    assert "cannot be used" in outcome.err
+    assert "none of the" in outcome.err and "can be used" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EACCES", "EIO"])
@@ -209,7 +209,16 @@ def test_an_adapter_that_is_half_moved_is_not_saved(tmp_path):
     place = raising(OOM, torch.optim.Adam, "step", 2)
     outcome = go(words(directory), directory, prepare=place)
     assert outcome.code == 5 and len(outcome.errors) == 1, outcome.err
-    assert steps_saved(directory) == 1 and "step 1" in outcome.err
+    assert steps_saved(directory) == 1 and "may be half moved and is not saved" in outcome.err
+    assert go(again(directory), directory).code == 0
+
+
+def test_an_adapter_that_is_half_moved_is_not_saved_even_where_none_is(tmp_path):
+    directory = tmp_path / "run"
+    place = raising(OOM, torch.optim.Adam, "step", 2)
+    outcome = go(words(directory, **UNSAVED), directory, prepare=place)
+    assert outcome.code == 5 and "the last good checkpoint is none" in outcome.err, outcome.err
+    assert steps_saved(directory) == -1
     assert go(again(directory), directory).code == 0
 
 

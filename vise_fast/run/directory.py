@@ -137,8 +137,7 @@ class Run:
         with files.refused(self.directory):
             files.settle(self.directory / "adapter")
         self._check_data(source)
-        identity.mark(self.directory, source.identity())
-        files.write(self.directory / "config.yaml", schema.to_yaml(self.config))
+        identity.mark(self.directory, source.identity(), schema.to_yaml(self.config))
         files.write_json(self.directory / "env.json", environment(policy))
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
@@ -285,7 +284,7 @@ class Run:
     def interrupted(self, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""
         self.save_finished()
-        if self.saved >= 0:
+        if self.saved >= 0 and self.opened:  # else what was asked for is not written down yet
             self.console.warn(
                 f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
                 f"--run.dir {quote(str(self.directory))}"
@@ -304,7 +303,8 @@ class Run:
         if self.learner is None or not self.opened or self.saved == self.done:
             return
         if self.learner.moving or (self.alarmed() and self.saved >= 0):
-            self.console.warn(f"the last good checkpoint is that of step {self.saved}")
+            newest = f"that of step {self.saved}" if self.saved >= 0 else "none: all is lost"
+            self.console.warn(f"the last good checkpoint is {newest}")
             return
         try:
             with contextlib.suppress(EnvironmentFault):  # then the gap is said when the run goes on

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Mapping
@@ -21,12 +22,13 @@ from vise_fast.system import files
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 MARKER = "run.json"
+CONFIG = "config.yaml"
 LOCK = ".lock"
 KIND = "vise_fast run"
 FORMAT = 1
 LEFT_BEHIND = frozenset({LOCK, LOG, f".{MARKER}.partial"})
 """What a run that never began may leave in its folder: the next one begins there all the same."""
-BEGINNING = (MARKER, "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", LOCK)
+BEGINNING = (MARKER, CONFIG, "env.json", "metrics.jsonl", "samples.jsonl", LOCK)
 """What a run writes before it does anything."""
 OLD_SECTIONS = frozenset({"model:", "lora:", "train:", "rollout:", "reward:", "run:"})
 
@@ -36,7 +38,7 @@ def is_run(directory: Path) -> bool:
     marked = files.read_json(directory / MARKER, say=lambda text: None)
     if marked is not None and marked.get("kind") == KIND:
         return True
-    return (directory / "checkpoints").is_dir() and _holds_settings(directory / "config.yaml")
+    return (directory / "checkpoints").is_dir() and _holds_settings(directory / CONFIG)
 
 
 def _holds_settings(file: Path) -> bool:
@@ -78,10 +80,28 @@ def fresh(wanted: Path) -> Path:
         ) from None
 
 
-def mark(directory: Path, data: Mapping[str, Any]) -> None:
-    """Make a folder a run, on this data (`Source.identity`). Raises EnvironmentFault."""
+def mark(directory: Path, data: Mapping[str, Any], config: str) -> None:
+    """Make a folder a run, on this data (`Source.identity`), and write its configuration down.
+
+    Raises EnvironmentFault.
+    """
     content = {"kind": KIND, "format": FORMAT, "vise_fast": __version__, "data": dict(data)}
+    content["config"] = hashlib.sha256(config.encode()).hexdigest()
     files.write_json(directory / MARKER, content)
+    files.write(directory / CONFIG, config)
+
+
+def last_config(directory: Path) -> Path | None:
+    """The configuration that a run was last started with; None where it is not there, or not as the
+    marker knows it.
+    """
+    marked = files.read_json(directory / MARKER, say=lambda text: None)
+    try:
+        written = files.read(directory / CONFIG)
+    except OSError:
+        return None
+    known = marked is not None and marked.get("config") == hashlib.sha256(written).hexdigest()
+    return directory / CONFIG if known else None
 
 
 def data_of(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | None:

@@ -67,7 +67,8 @@ class Halving:
         if self.learner.moving:
             raise MemoryFloor(
                 f"out of memory inside the optimizer step ({reason}); the adapter may be half "
-                "moved; resume from the last checkpoint with --optim.name adamw8bit"
+                "moved and is not saved; go on from the last checkpoint where more memory is free, "
+                "or start a new run with --optim.name adamw8bit"
             )
         if size > 1:
             self.config.train.micro_batch = size // 2

@@ -152,15 +152,28 @@ def _refuse_occupied(place: Path, wanted: Path) -> None:
 
 
 def _own_config(path: Path, home: Path | None) -> Config:
-    """The configuration that a checkpoint was made with: its own copy, else the run's."""
+    """The configuration that a checkpoint was made with: its own copy, else the run's. What may
+    change is what the run was last started with, which a checkpoint may not know yet.
+    """
     copy = path / checkpoint.CONFIG
     if copy.is_file():
-        return schema.load(copy)
+        own = schema.load(copy)
+        later = None if home is None else identity.last_config(home)
+        return own if later is None else _changed_since(own, schema.load(later))
     if home is not None and (home / "config.yaml").is_file():
         return schema.load(home / "config.yaml")
     raise ConfigError(
         f"the checkpoint {path} does not say what it was trained with (it was made by version 0.1 "
         "and lies in no run); put it back into RUN/checkpoints"
+    )
+
+
+def _changed_since(own: Config, later: Config) -> Config:
+    """A configuration with those of a later one's values that may change."""
+    keys = MAY_CHANGE - ({"train.steps"} if own.train.schedule == "cosine" else set())
+    values = {key: settings.get(later, key) for key in sorted(keys)}
+    return schema.with_changes(
+        own, {key: value for key, value in values.items() if settings.get(own, key) != value}
     )
 
 
