@@ -207,11 +207,12 @@ class Qwen3VL:
         if self.raised is not None and not torch.is_grad_enabled():
             return self._forward_raised(x, turn, levels, adapters, keep, observe)
         run = self._recomputed if recompute else self._whole_layer
+        shared = _Pass(turn, levels, observe, keep)
         for index in range(len(self.layers)):
             self._poll()
             if x.requires_grad:
                 x.register_hook(self._heard)
-            x, banks = run(index, x, turn, levels, self.pack(index, adapters), observe, keep)
+            x, banks = run(index, x, self.pack(index, adapters), shared)
             for segment, bank in zip(segments if keep else [], banks, strict=keep):
                 segment.keep(bank)
             if len(x) == len(turn.cos):
@@ -264,19 +265,12 @@ class Qwen3VL:
         return checkpoint(self._whole_layer, *args, use_reentrant=False)
 
     def _whole_layer(
-        self,
-        index: int,
-        x: Tensor,
-        turn: Rotation,
-        levels: list[Level],
-        packs: Packs,
-        observe: Observe | None,
-        keep: bool,
+        self, index: int, x: Tensor, packs: Packs, shared: _Pass
     ) -> tuple[Tensor, list[KeysValues]]:
-        parts = self.qkv(index, x, turn, packs)
-        if observe is not None:
-            observe(index, parts.q, parts.k)
-        return self.layer(index, x, parts, levels, packs, keep)
+        parts = self.qkv(index, x, shared.turn, packs)
+        if shared.observe is not None:
+            shared.observe(index, parts.q, parts.k)
+        return self.layer(index, x, parts, shared.levels, packs, shared.keep)
 
     def qkv(self, index: int, x: Tensor, turn: Rotation, packs: Packs) -> Parts:
         """q (n, H, D) and k (n, KV, D), normed and rotated, and v (n, KV, D) of decoder layer
@@ -428,6 +422,15 @@ class Qwen3VL:
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (n, V) of hidden states (n, E)."""
         return product(hidden, self.head.weight).float()
+
+
+class _Pass(NamedTuple):
+    """What all layers of a forward pass share."""
+
+    turn: Rotation
+    levels: list[Level]
+    observe: Observe | None
+    keep: bool
 
 
 class _LayerAttention(NamedTuple):
