@@ -69,7 +69,7 @@ END = (
     "ENOSPC write .adapter.partial/README.md",
     "EDQUOT open .adapter.partial/adapter_config.json",
     "ENOSPC write .adapter.partial/adapter_config.json half",
-    "EACCES open .adapter.partial/config.json",
+    "EACCES open .adapter.partial/generation_config.json",
     "ENOSPC write .adapter.partial/tokenizer.json half",
     "EIO open .adapter.partial/manifest.json",
     "ENOSPC write .adapter.partial/manifest.json half",

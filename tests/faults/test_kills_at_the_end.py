@@ -22,7 +22,7 @@ END = (
     "make .adapter.partial",
     "write .adapter.partial/README.md",
     "write .adapter.partial/adapter_config.json half",
-    "open .adapter.partial/config.json",
+    "open .adapter.partial/generation_config.json",
     "write .adapter.partial/tokenizer.json half",
     "write .adapter.partial/README.md #2 half",
     "open .adapter.partial/manifest.json",
