@@ -144,8 +144,8 @@ def test_half_an_adapters_weights_are_never_taken_for_an_adapter(
 def half_of_the_weights():
     whole = export._save_weights
 
-    def half(policy, folder):
-        whole(policy, folder)
+    def half(policy, config, folder):
+        whole(policy, config, folder)
         weights = folder / "adapter_model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
         os._exit(KILLED)
