@@ -335,12 +335,13 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_formats_end_in_time(tmp_path, name, monkeypatch):
     monkeypatch.setattr(cost, "SECONDS", 0.2)
+    monkeypatch.setattr(cost, "OPENING", 0.2)
     assert "more than 0.2 seconds" in reason(tmp_path / "a", SLOW[name])
 
 
 def test_the_clock_is_that_of_the_thread(tmp_path, monkeypatch):
     """A machine that is busy with something else refuses no photograph."""
-    monkeypatch.setattr(cost, "SECONDS", 0.05)
+    monkeypatch.setattr(cost, "OPENING", 0.05)
     (tmp_path / "a.png").write_bytes(zoo.rgb())
     with open(tmp_path / "a.png", "rb", 0) as raw, cost.Reader(raw) as file:
         time.sleep(0.2)

@@ -18,6 +18,8 @@ BYTES_PER_PIXEL = 11.75
 """Largest memory of one decode, per pixel of the cap: 0.6 GB for 50 Mpx, with 12 MB for buffers."""
 SECONDS = 20.0
 """CPU time that one file may take: 50 Mpx take 1 to 3."""
+OPENING = 2.0
+"""CPU time until its size and what lies before the pixels are known: a thousandth of that."""
 SCANS = 100
 """Of a JPEG: each is a pass over all pixels, even if it says nothing; programs write up to 15."""
 CHUNKS = 200_000
@@ -42,24 +44,29 @@ class Costly(Exception):
 class Reader(io.BufferedReader):
     """A file as Pillow reads it: piece by piece, so that its limits are looked at again and again.
 
-    Reading raises Costly once this thread has worked SECONDS since the file was opened, or where
-    more than `beside` bytes are read before `pixels_follow`.
+    Until `pixels_follow` reading raises Costly once this thread has worked for OPENING seconds, and
+    where more than `beside` bytes are read; from there on after SECONDS.
     """
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw, 2**16)
-        self._end = time.thread_time() + SECONDS
+        self._allow(OPENING)
         self.beside: float = BESIDE
         """How many bytes more may be read."""
 
     def pixels_follow(self) -> None:
         """What is read from here on are the pixels, as many as there are."""
+        self._allow(SECONDS)
         self.beside = float("inf")
+
+    def _allow(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end = time.thread_time() + seconds
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes; all that is left where that is negative."""
         if time.thread_time() > self._end:
-            raise Costly(f"takes more than {SECONDS:g} seconds to decode")
+            raise Costly(f"takes more than {self._seconds:g} seconds to decode")
         wanted = BESIDE + 1 if size is None or size < 0 else min(size, BESIDE + 1)
         data = super().read(wanted)
         self.beside -= len(data)
