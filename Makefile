@@ -4,17 +4,19 @@
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
 #   make bench-smoke    every bench at its smallest, to see that it runs
+#   make mutants        small faults planted in the code: do its tests notice? (tests/mutants.py, half an hour)
 #   make lint           format, linter and types, as CI asks for them
 #   make clean          what was built, and .venv; never runs/
 
 PYTHON ?= python3
 VENV := .venv
+MUTANTS := .venv-mutants
 RUN := $(VENV)/bin/python
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke lint clean
+.PHONY: train test native bench-smoke mutants lint clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -25,6 +27,16 @@ test: native
 
 bench-smoke: native
 	for bench in bench/[a-z]*.py; do echo "== $$bench"; $(RUN) $$bench --smoke || exit 1; done
+
+# cosmic-ray in an environment of its own: it makes the faults, the trainer's environment runs the tests
+mutants: native $(MUTANTS)/packages.stamp
+	$(MUTANTS)/bin/python tests/mutants.py draw $(MUTANTS)/faults.json $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py run $(MUTANTS)/faults.json
+
+$(MUTANTS)/packages.stamp: $(VENV)/packages.stamp Makefile
+	$(PYTHON) -m venv $(MUTANTS) || $(PYTHON) -m venv --clear --without-pip $(MUTANTS)
+	$(RUN) -m pip --python $(MUTANTS)/bin/python install -q --disable-pip-version-check cosmic-ray==8.7.0
+	@touch $@
 
 native: $(VENV)/native.stamp
 
@@ -60,6 +72,6 @@ lint: $(VENV)/packages.stamp
 	$(if $(wildcard .clang-format kernels/csrc/.clang-format),$(VENV)/bin/clang-format --dry-run -Werror kernels/csrc/*)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MUTANTS) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find kernels -name '_native*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
