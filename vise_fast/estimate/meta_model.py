@@ -116,6 +116,7 @@ class Packed(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.int8 = config.model.quant == "int8"
+        self.rounds_rows = quantise.slices_matter(config)
         held = torch.empty(self._held_bytes(config), dtype=torch.uint8, device=META)
         self.weight = nn.Parameter(held, requires_grad=False)
 
@@ -132,14 +133,15 @@ class Packed(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Empty (n, out) in x's dtype."""
         rows, width = x.shape
-        if self.int8:
+        if self.rounds_rows:
             # the fp16 copy that is quantised
             half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
             held = x.new_empty(rows, width + 4, dtype=torch.uint8)
             del half
             sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
         else:
-            held = self.dequantised(x.dtype) if self.inside else x
+            # int8 weights are read by torch, nf4 ones inside bitsandbytes
+            held = self.dequantised(x.dtype) if self.int8 or self.inside else x
             sums = held
         out = x.new_empty(rows, self.out_features)
         del held, sums
