@@ -6,19 +6,21 @@
 #   make bench-smoke    every bench at its smallest, to see that it runs
 #   make sanitize       the C++ kernels' own tests, with every access to memory watched (some minutes)
 #   make soak           200 kills of whole short runs (ten minutes), into bench/results/soak.json
+#   make mutants        small faults planted in the code: do its tests notice? (tests/mutants.py, half an hour)
 #   make lint           format, linter and types, as CI asks for them
 #   make consumers      what others do with an adapter (PEFT, AutoProcessor, lmms-eval), in an environment of 7 GB
 #   make clean          what was built, and .venv; never runs/
 
 PYTHON ?= python3
 VENV := .venv
+MUTANTS := .venv-mutants
 RUN := $(VENV)/bin/python
 CONSUMERS := build/consumers
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke sanitize soak lint consumers clean
+.PHONY: train test native bench-smoke sanitize soak mutants lint consumers clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -36,6 +38,16 @@ sanitize: $(VENV)/checkout.stamp
 
 soak: native
 	OMP_NUM_THREADS=1 $(RUN) bench/soak.py --write $(ARGS)
+
+# cosmic-ray in an environment of its own: it makes the faults, the trainer's environment runs the tests
+mutants: native $(MUTANTS)/packages.stamp
+	$(MUTANTS)/bin/python tests/mutants.py draw $(MUTANTS)/faults.json $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py run $(MUTANTS)/faults.json
+
+$(MUTANTS)/packages.stamp: $(VENV)/packages.stamp Makefile
+	$(PYTHON) -m venv $(MUTANTS) || $(PYTHON) -m venv --clear --without-pip $(MUTANTS)
+	$(RUN) -m pip --python $(MUTANTS)/bin/python install -q --disable-pip-version-check cosmic-ray==8.7.0
+	@touch $@
 
 native: $(VENV)/native.stamp
 
@@ -79,6 +91,6 @@ $(CONSUMERS)/made.stamp: tests/consumers/requirements.txt vise_fast/table/enviro
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MUTANTS) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find kernels -name '_native*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,7 +103,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
 def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Truth | None) -> None:
     """The updates that are still to do."""
     config = run.config
-    in_memory = Halving(config, engine, learner)
+    in_memory = Halving(config, engine, learner, run.console.warn)
     with run.progress() as steps:
         while run.done < config.train.steps:
             images = source.batch(run.done, config.train.batch)

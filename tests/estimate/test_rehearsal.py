@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from vise_fast.config.schema import Config
 from vise_fast.estimate.live_bytes import Live
+from vise_fast.estimate.meta_model import Packed
 from vise_fast.estimate.rehearsal import Case, counted, rehearse
 from vise_fast.method.step_plan import Lengths
 
@@ -116,3 +117,23 @@ def test_every_knob_of_the_planner_saves_memory(shapes):
     }
     assert max(peaks.values()) < base, (peaks, base)
     assert peaks["nf4"] < peaks["int8"]
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_llm_int8_holds_rows_not_weights(rows):
+    """A product at threshold 0 reads the weights into fp32; above, it copies its rows to 8 bits, by
+    way of 16, with a scale each.
+    """
+    peaks = {}
+    for threshold in (0.0, 6.0):
+        config = Config()
+        config.model.quant = "int8"
+        config.model.int8_threshold = threshold
+        packed = Packed(torch.nn.Linear(48, 80, bias=False, device="meta"), config, "cpu")
+        x = torch.empty(rows, 48, device="meta")
+        with Live("meta") as live:
+            packed.product(x)
+        peaks[threshold] = live.peak
+    out = 4 * rows * 80
+    assert peaks[0.0] == out + 4 * 48 * 80
+    assert peaks[6.0] == max(out + rows * 52, rows * (2 * 48 + 52))

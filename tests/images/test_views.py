@@ -185,6 +185,19 @@ def test_far_controls_are_uniform_over_the_free_places():
     assert np.abs(got - expected).max() < 0.01
 
 
+def test_free_places_reach_the_edges_and_do_not_overlap():
+    """Beside the box over the whole height, above and below it over what is left."""
+    spots = views._free_spots((100.0, 600.0, 400.0, 900.0))
+    assert spots == [(400.0, 700.0, 0.0, 700.0), (0.0, 400.0, 0.0, 300.0)]
+    spots = views._free_spots((500.0, 400.0, 600.0, 500.0))
+    assert spots == [
+        (0.0, 400.0, 0.0, 900.0),
+        (600.0, 900.0, 0.0, 900.0),
+        (400.0, 600.0, 0.0, 300.0),
+        (400.0, 600.0, 500.0, 900.0),
+    ]
+
+
 def test_the_full_image_is_its_own_control():
     assert views.control_box(rng(), (0, 0, 1000, 1000)) == ((0, 0, 1000, 1000), "random")
 

@@ -7,8 +7,10 @@ import torch
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
+from vise_fast.images import views
 from vise_fast.images.drawn import Scenes
-from vise_fast.method.experience import play_batch
+from vise_fast.method import roles
+from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
 
@@ -27,9 +29,9 @@ SAMPLED = "--rollout.view_temperature=1"
 GREEDY = "--rollout.view_temperature=0"
 
 
-def played(*words, adapter=0.0, seed=0):
-    """One batch; `adapter`: the size of the random numbers in the adapter's second factors (0:
-    policy and reference are the same).
+def opened(*words, adapter=0.0, seed=0):
+    """Configuration and engine; `adapter`: the size of the random numbers in the adapter's second
+    factors (0: policy and reference are the same).
     """
     config = configuration.load(None, [*SMALL, *words, f"--train.seed={seed}"])
     policy = model.load(config)
@@ -39,8 +41,13 @@ def played(*words, adapter=0.0, seed=0):
             if "lora_B" in name:
                 parameter.normal_(std=adapter)
     policy.backbone.refresh()
-    engine = FastEngine(policy.backbone, policy.tokens)
-    (one,) = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
+    return config, FastEngine(policy.backbone, policy.tokens)
+
+
+def played(*words, step=0, **how):
+    """One batch."""
+    config, engine = opened(*words, **how)
+    (one,) = play_batch(engine, Scenes(config).batch(0, 3), config, step)
     return one
 
 
@@ -91,3 +98,76 @@ def test_sampled_views_differ():
 def test_views_train_only_as_the_policy_samples_them(words):
     with pytest.raises(ConfigError, match="views_too"):
         configuration.load(None, [*SMALL, *words, "--update.views_too=true"])
+
+
+@pytest.mark.parametrize("asker", ["policy", "reference"])
+def test_the_judges_prefixes_are_kept_only_where_the_reference_judges(asker):
+    asks = f"--rollout.asker={asker}"
+    assert played(asks, "--reward.judge=policy", adapter=0.1).reference is None
+    kept = played(asks, "--reward.judge=reference", adapter=0.1).reference
+    assert len(kept) == 3 and not kept.adapters
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+JUDGED = [
+    "--reward.w_sem=0.5",
+    "--reward.sem=contrast",
+    "--reward.controls=2",
+    "--reward.sufficiency=true",
+    "--reward.gate=0",
+]
+
+
+@pytest.mark.parametrize("judge", ["policy", "reference"])
+def test_verdicts_are_the_judges_on_the_ghosts_of_each_box(judge):
+    """Asked again by hand, one box at a time: the box hidden, all but the box, and a box of its
+    size elsewhere.
+    """
+    config, engine = opened(*JUDGED, f"--reward.judge={judge}", adapter=0.02)
+    (one,) = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
+    evidence = one.evidence
+    assert evidence.control.shape == (6, 2)
+    rows = evidence.judged.nonzero()[:, 0].tolist()
+    assert rows and torch.equal(evidence.judged, evidence.placed & evidence.query_readable)
+    first = {}
+    for row in rows:
+        image = row // 2
+        box = evidence.box_1000[row]
+        place = first.setdefault((image, *box.tolist()), row)
+
+        def verdict(hidden, region="inside", image=image):
+            pixels = [one.images[image].pixels]
+            owner = torch.tensor([0])
+            ghosts = views.ghost(pixels, owner, hidden[None], config.ghost, region)
+            features = engine.encode(ghosts)
+            return roles.verify(engine, features, [one.queries.texts[image]], judge == "policy")
+
+        assert evidence.gone[row] == pytest.approx(verdict(box).item(), abs=1e-5)
+        assert evidence.keep[row] == pytest.approx(verdict(box, "outside").item(), abs=1e-5)
+        for c in range(2):
+            rng = Draws(config.train.seed, 0).generator(f"control{c}", place, 2)
+            elsewhere = torch.tensor(views.control_box(rng, box)[0])
+            truth = verdict(elsewhere).item()
+            assert evidence.control[row, c] == pytest.approx(truth, abs=1e-5)
+
+
+def test_nothing_is_judged_that_no_reward_reads_or_nobody_sees():
+    assert not played().evidence.judged.any()
+    unseen = played(*JUDGED, "--reward.gate=1")
+    assert not unseen.evidence.judged.any()
+    assert unseen.evidence.gone.tolist() == [0] * 6
+    assert played(*JUDGED, "--reward.sem=paper").evidence.control is None
+    assert played(*JUDGED, "--reward.sufficiency=false").evidence.keep is None
+
+
+@pytest.mark.parametrize("every, step, measured", [(0, 0, 0), (1, 0, 1), (1, 3, 1), (2, 1, 0)])
+def test_attention_is_measured_every_so_many_steps(every, step, measured):
+    one = played(f"--train.attention_every={every}", step=step)
+    assert (one.attention is not None) == measured
+    share = attention_share([one])
+    assert set(share) == ({"attention_share"} if measured else set())
+    if measured:
+        assert one.attention.shape == (3,)
+        assert 0 < share["attention_share"] < 1
+        assert share["attention_share"] == pytest.approx(one.attention.mean().item())

@@ -119,6 +119,17 @@ def test_what_goes_wrong_in_the_file_is_known_at_the_start(tmp_path, name):
     assert str(file) in said or "unknown reward" in said or "int" in said
 
 
+def test_a_file_that_cannot_be_python_is_known_at_the_start(tmp_path):
+    file = tmp_path / "rewards.txt"
+    file.write_text(HEAD)
+    assert f"{file}: not a python file" in refusal(settings(file))
+
+
+def test_what_a_fault_says_is_cut_at_the_start_of_an_essay(tmp_path):
+    said = refusal(settings(written(tmp_path, "raise ValueError('x' * 1000)")))
+    assert f"ValueError: {'x' * 300}; correct it" in said
+
+
 def test_a_helper_of_the_plugins_own_is_blamed_on_the_line_that_calls_it(tmp_path, monkeypatch):
     (tmp_path / "test_helper_of_mine.py").write_text("def half(x):\n    return x.nothing\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from vise_fast.config.schema import load
-from vise_fast.method.step_plan import GONE, KEEP, WITHOUT_GHOSTS, GhostKind, StepPlan
+from vise_fast.method.step_plan import GONE, KEEP, WITHOUT_GHOSTS, GhostKind, Lengths, StepPlan
 
 CONTROL = GhostKind("control0", control=0)
 PAPER = StepPlan(
@@ -192,6 +192,10 @@ def test_an_engine_without_keys_has_no_forward_pass_to_go_on_from():
     assert changed(robust(keeps_keys=False), ROBUST) == {"shares_forward"}
     paper = planned("--reward.preset=paper", keeps_keys=False)
     assert changed(paper, PAPER) == {"shares_forward"}
+
+
+def test_the_published_figures_are_of_these_lengths():
+    assert Lengths() == Lengths(head=4, tail=1, ask=80, ground=145, verify=80, query=14, box=22)
 
 
 def test_the_defaults_are_the_paper_s_but_for_what_is_kept():

@@ -12,6 +12,7 @@ from vise_fast.method import experience, learner
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
+from vise_fast.model.load import silent
 from vise_fast.model.lora_linear import FusedLinear
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.run.out_of_memory import Halving
@@ -57,13 +58,13 @@ FAULTS = {
 }
 
 
-def run(steps=1, micro=0, prepare=lambda halving: None, words=()):
+def run(steps=1, micro=0, prepare=lambda halving: None, words=(), warn=silent):
     """(adapter after `steps` steps, metrics of each, halving)."""
     config = configuration.load(None, [*SMALL, f"--train.micro_batch={micro}", *words])
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     learn = Learner(policy, engine, config)
-    halving, source, seen = Halving(config, engine, learn), Scenes(config), []
+    halving, source, seen = Halving(config, engine, learn, warn), Scenes(config), []
 
     def attempt(step):
         slices = play_batch(engine, source.batch(step, config.train.batch), config, step)
@@ -124,7 +125,14 @@ def test_other_faults_are_not_taken_for_exhaustion():
         assert not exhausted(RuntimeError(words))
 
 
-def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
+QUANTISED = {
+    "int8": ["--model.quant=int8"],
+    "nf4": ["--model.quant=nf4"],
+}
+
+
+@pytest.mark.parametrize("kind", ["none", *QUANTISED])
+def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch, kind):
     """Same texts; every gradient within 1e-5 of the largest entry (fp32).
 
     Adapters are not compared: Adam divides by tiny second moments.
@@ -136,7 +144,8 @@ def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(Learner, "_apply", keeping)
-    seen = [run(micro=micro)[1][0] for micro in (0, 2, 1)]
+    words = QUANTISED.get(kind, [])
+    seen = [run(micro=micro, words=words)[1][0] for micro in (0, 2, 1)]
     for cut, gradient in zip(seen[1:], gradients[1:], strict=True):
         assert seen[0]["written"] == cut["written"] and seen[0]["reward"] == pytest.approx(
             cut["reward"], abs=1e-6
@@ -144,6 +153,35 @@ def test_halving_changes_the_result_by_the_order_of_sums_only(monkeypatch):
         excess = (gradient - gradients[0]).abs().max() / gradients[0].abs().max()
         assert excess <= 1e-5, f"{excess:.2e}"
         assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_slices_of_two_are_the_whole_on_a_quantised_base(kind):
+    """After four steps: same texts, and an adapter that differs by a ten-thousandth of its way."""
+    words = QUANTISED[kind]
+    start, *_ = run(steps=0, words=words)
+    whole, seen, _ = run(steps=4, words=words)
+    cut, cut_seen, _ = run(steps=4, micro=2, words=words)
+    assert [step["written"] for step in seen] == [step["written"] for step in cut_seen]
+    way = distance(whole, start)
+    assert way > 0.01
+    assert distance(whole, cut) < 1e-4 * way
+
+
+def distance(a, b):
+    """Between two adapters, all tensors as one vector."""
+    return sum((a[name] - b[name]).square().sum().item() for name in a) ** 0.5
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_llm_int8_says_that_halving_changes_its_result(monkeypatch, threshold):
+    failing(monkeypatch, FastEngine, "prefill", 1, FAULTS["gpu"])
+    said = []
+    words = ["--model.quant=int8", f"--model.int8_threshold={threshold}"]
+    _, _, halving = run(words=words, warn=said.append)
+    assert halving.halvings == 1
+    assert len(said) == (threshold > 0)
+    assert all("int8_threshold 6 (LLM.int8) that changes" in line for line in said)
 
 
 def test_it_halves_again_and_stays_there(monkeypatch):

@@ -92,7 +92,14 @@ class ModelConfig(Section):
         "none", description="bitsandbytes quantisation of the language linears"
     )
     double_quant: bool = Field(True, description="nf4: quantise the quantisation constants too")
-    int8_threshold: float = Field(6.0, ge=0, description="LLM.int8 outlier threshold")
+    int8_threshold: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "int8: 0 rounds weights alone, so that slices of a batch change nothing; above 0 is "
+            "LLM.int8 with this outlier threshold, which rounds activations too"
+        ),
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
     )

@@ -118,6 +118,7 @@ class Packed(nn.Module):
         self.bias = linear.bias
         self.int8 = config.model.quant == "int8"
         self.unpacking = _unpacking(config)
+        self.rounds_rows = quantise.slices_matter(config)
         held = torch.empty(self._held_bytes(config), dtype=torch.uint8, device=META)
         self.weight = nn.Parameter(held, requires_grad=False)
 
@@ -137,7 +138,7 @@ class Packed(nn.Module):
         work = 2 * rows * width * self.out_features
         moved = self.weight.numel() + x.dtype.itemsize * rows * (width + self.out_features)
         announce("quantised product", self.unpacking + 1, flops=work, moved=moved)
-        if self.int8:
+        if self.rounds_rows:
             # the fp16 copy that is quantised
             half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
             held = x.new_empty(rows, width + 4, dtype=torch.uint8)
@@ -145,7 +146,7 @@ class Packed(nn.Module):
             sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
         else:
             held = x
-            if self.inside:
+            if self.int8 or self.inside:  # read by torch, or inside bitsandbytes
                 held = torch.empty(self.out_features, width, dtype=x.dtype, device=META)
             sums = held
         out = x.new_empty(rows, self.out_features)
@@ -160,12 +161,12 @@ class Packed(nn.Module):
 
 
 def _unpacking(config: Config) -> int:
-    """Kernels before a quantised product, as bitsandbytes launches them: for int8 the cast of the
-    input, its quantisation and the scaling of the result; for nf4 the weight's, with
-    `double_quant` its scales' too, a product and a sum.
+    """Kernels before a quantised product: for int8 the weight's cast and scaling or, where rows are
+    rounded too, the cast and quantisation of the input and the scaling of the result; for nf4 the
+    weight's, with `double_quant` its scales' too, a product and a sum.
     """
     if config.model.quant == "int8":
-        return 3
+        return 3 if quantise.slices_matter(config) else 2
     return 3 if config.model.double_quant else 1
 
 

@@ -3,10 +3,14 @@ and backwards, random ones for benches.
 
 Only the linears of the language layers are quantised; vision tower, mergers, norms, embedding and
 head stay 16- or 32-bit, which `check` asserts by module class. `prepare_model_for_kbit_training` is
-never called: it would upcast all of those to fp32. An int8 product with a threshold above 0 is
-LLM.int8 (Dettmers et al. 2022): a column with an outlier in *any* row of the product is taken in 16
-bit for *all* rows, so a row's result depends, in the last digits, on its neighbours; with threshold
-0 it does not.
+never called: it would upcast all of those to fp32.
+
+int8 holds weights in 8 bits. At threshold 0, the default, that is all: a product multiplies by the
+weights as they are read, as nf4 does. A threshold above 0 is LLM.int8 (Dettmers et al. 2022), which
+rounds the activations too. Rounding is a jump: inputs that differ by one fp32 rounding (the order
+of a sum, which follows the number of rows) may land a whole int8 step apart, and every layer adds
+such jumps; and a column with an outlier in *any* row of the product is taken in 16 bit for *all*
+rows. So with a threshold an answer depends on its neighbours (`slices_matter`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from vise_fast.config.schema import Config
@@ -42,6 +47,11 @@ def bitsandbytes() -> ModuleType:
     # quantised.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
+
+
+def slices_matter(config: Config) -> bool:
+    """Whether the result of a step depends on how its batch is cut: LLM.int8's does."""
+    return config.model.quant == "int8" and config.model.int8_threshold > 0
 
 
 def settings(config: Config, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -181,17 +191,15 @@ def product(base: Any, x: Tensor) -> Tensor:
         state = base.weight.quant_state
         return bitsandbytes().matmul_4bit(x, base.weight, bias=base.bias, quant_state=state)
     state = base.state
+    if state.threshold == 0:
+        return F.linear(x, dequantised(base, x.dtype), base.bias)
     # The scaling below divides by the row's largest value, so the fp16 copy must exist even for
     # fp32 rows.
     rows, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
         x.to(torch.float16), threshold=state.threshold
     )
-    weight = base.weight.data
-    if state.threshold > 0:
-        multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
-        return multiply(x, rows, weight, scale, state.SCB, outliers, base.bias)[0]
-    multiply = torch.ops.bitsandbytes.int8_scaled_mm
-    return multiply(rows, weight, scale, state.SCB, bias=base.bias, dtype=x.dtype)
+    multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    return multiply(x, rows, base.weight.data, scale, state.SCB, outliers, base.bias)[0]
 
 
 def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
@@ -204,4 +212,5 @@ def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
     if type(base).__name__ == KINDS["nf4"]:
         whole = bitsandbytes().functional.dequantize_4bit(weight, base.weight.quant_state)
         return whole.to(dtype)
-    return weight.to(dtype) * (base.state.SCB / 127.0).to(dtype)[:, None]
+    # in place: a scale in fp32, one rounding of the product
+    return weight.to(dtype).mul_((base.state.SCB / 127.0)[:, None])

@@ -4,9 +4,9 @@ same randomness and the same result.
 Redoing is safe because nothing of a step outlives it until the optimizer moves the adapter: draws
 are named, not consumed, gradients are cleared, and the memory of the move itself is asked for
 before it begins (method/learner.py). Slices add up to the same gradient, so halving changes the
-result by the order of fp32 sums only. What stays halved stays so for the rest of the run. A single
-image that does not fit first gives up the activations that its update would have taken over from
-its rollout.
+result by the order of fp32 sums only; LLM.int8 is the one exception, and says so
+(model/quantise.py). What stays halved stays so for the rest of the run. A single image that does
+not fit first gives up the activations that its update would have taken over from its rollout.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import StepPlan
+from vise_fast.model import quantise
+from vise_fast.model.load import silent
 from vise_fast.system.errors import MemoryFloor, UserError
 from vise_fast.system.memory import exhausted
 
@@ -30,13 +32,20 @@ T = TypeVar("T")
 class Halving:
     """Does steps; halves `train.micro_batch` of `config` whenever one does not fit.
 
-    `halvings` counts.
+    `halvings` counts; `warn` is told, once, where the result depends on the slices.
     """
 
-    def __init__(self, config: Config, engine: Engine, learner: Learner) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        learner: Learner,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
         self.config = config
         self.engine = engine
         self.learner = learner
+        self.warn = warn
         self.halvings = 0
 
     def __call__(self, attempt: Callable[[], T]) -> T:
@@ -72,6 +81,7 @@ class Halving:
             )
         if size > 1:
             self.config.train.micro_batch = size // 2
+            self._say_what_changes()
         elif StepPlan.of(self.config, self.engine.keeps_keys).shares_forward:
             self.config.train.share_forward = False
         else:
@@ -80,6 +90,15 @@ class Halving:
                 "take --model.quant nf4, --train.checkpointing true or fewer --data.max_pixels"
             )
         self.halvings += 1
+
+    def _say_what_changes(self) -> None:
+        """The first time, where slices are more than another order of sums."""
+        if self.halvings == 0 and quantise.slices_matter(self.config):
+            self.warn(
+                "out of memory: slices of the batch are halved, and with model.int8_threshold "
+                f"{self.config.model.int8_threshold:g} (LLM.int8) that changes what is sampled and "
+                "learned; at threshold 0 it does not"
+            )
 
     def _forget(self) -> None:
         """Nothing of the failed step stays, in memory or in the figures."""

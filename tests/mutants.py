@@ -1,0 +1,282 @@
+"""Mutation testing: small faults are planted, one at a time, and the tests of their own file run.
+
+    make mutants                          24 faults a file, about half an hour on one core
+    make mutants ARGS="--sample 40 --seed 1 --only loss.py"
+
+cosmic-ray makes the faults (its stock operators: another operator, a number one off, a condition
+turned around, a loop that does nothing, a decorator left out). There are thousands, so a seeded
+sample of *places* is drawn from each file and one fault at each; annotations are left out, as
+nothing evaluates them. A fault that no test notices survives: docs/MUTANTS.md says what was seen
+and what to think of the rest. A run that takes ten times as long as without a fault, and at least a
+minute, was noticed: the fault hangs.
+
+Two steps in two environments, as cosmic-ray's needs are not the trainer's: `draw` (in the
+environment that `make mutants` fills) writes the faults as JSON, `run` plants them in a copy of the
+tree. The libraries are imported once and a run is a fork of that, so that it costs little more than
+its tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = 24
+METHOD = "tests/method/test_"
+MICRO_BATCHES = METHOD + "learner.py::test_micro_batches_do_not_change_samples_or_result"
+LEARNER = "tau or so_many or kl_is_the or skipped or micro or views_learn or schedules or round_trip or released"
+PLUGIN = "start or blamed or registered or shipped or invented or number"
+WRONG_PLUGINS = [
+    METHOD + f"plugin.py::test_what_goes_wrong_in_{where}_is_known_at_the_start"
+    for where in ("a_call", "the_file")
+]
+OWN_TESTS = {
+    "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
+    "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
+    "vise_fast/method/experience.py": [METHOD + "experience.py", MICRO_BATCHES],
+    "vise_fast/method/invented.py": [METHOD + "plugin.py", "-k", PLUGIN],
+    "vise_fast/method/learner.py": [METHOD + "learner.py", "-k", LEARNER],
+    "vise_fast/method/loss.py": [METHOD + "loss.py"],
+    "vise_fast/method/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
+    "vise_fast/method/rewards.py": [METHOD + "rewards.py", *WRONG_PLUGINS],
+    "vise_fast/method/roles.py": [METHOD + "roles.py"],
+    "vise_fast/method/step_plan.py": [METHOD + "step_plan.py"],
+    "vise_fast/images/geometry.py": ["tests/images/test_geometry.py"],
+    "vise_fast/images/views.py": ["tests/images/test_views.py"],
+    "vise_fast/engine/rollout.py": ["tests/engine/test_rollout.py", "tests/engine/test_fast.py"],
+    "vise_fast/engine/fast.py": ["tests/engine/test_fast.py"],
+    "vise_fast/system/checkpoint.py": ["tests/system/test_checkpoint.py", "-k", "not kill"],
+}
+"""Words for pytest; each at most 20 s on one core."""
+NEED_ARGUMENTS = ("core/VariableReplacer", "core/VariableInserter")
+
+
+# ---- draw ----------------------------------------------------------------------------------------
+
+
+def draw(path: str, count: int, seed: int) -> dict:
+    """{"places": how many the file has, "faults": [{"line", "what", "code"}, ...]}."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    places = list(_faults_by_place(source).items())
+    rng = random.Random(f"{seed}:{path}")
+    chosen = sorted(rng.sample(places, min(count, len(places))))
+    faults = [_made(source, at, rng) for _, at in chosen]
+    return {"places": len(places), "faults": [fault for fault in faults if fault]}
+
+
+def _faults_by_place(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
+    """{(line, column): [(operator, which of its occurrences), ...]}."""
+    from cosmic_ray import ast as trees
+    from cosmic_ray import plugins
+
+    found = defaultdict(list)
+    notes = _annotations(source)
+    nodes = list(trees.ast_nodes(trees.get_ast(source)))
+    for name in plugins.operator_names():
+        if name in NEED_ARGUMENTS:
+            continue
+        operator = plugins.get_operator(name)()
+        count = 0
+        for node in nodes:
+            for start, _ in operator.mutation_positions(node):
+                if not any(first <= start < last for first, last in notes):
+                    found[start].append((name, count))
+                count += 1
+    return found
+
+
+def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where annotations begin and end, as (line, column)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if note is not None:
+                end = (note.end_lineno, note.end_col_offset)
+                found.append(((note.lineno, note.col_offset), end))
+    return found
+
+
+def _made(source: str, at: list[tuple[str, int]], rng: random.Random) -> dict | None:
+    """One of the faults that can be planted at a place; None where all of them are no Python (the
+    `*` in a list of parameters is no product).
+    """
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    for name, occurrence in rng.sample(at, len(at)):
+        code = mutate_code(source, plugins.get_operator(name)(), occurrence)
+        with contextlib.suppress(SyntaxError):
+            ast.parse(code)
+            return _shown(source, code) | {"what": name.removeprefix("core/"), "code": code}
+    return None
+
+
+def _shown(source: str, code: str) -> dict:
+    """The lines in which they differ, first line's number first."""
+    before = source.splitlines()
+    after = code.splitlines()
+    first = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
+    changes = [line for line in difflib.ndiff(before, after) if line[:2] in ("- ", "+ ")]
+    gone = " ".join(line[2:].strip() for line in changes if line[0] == "-")
+    made = " ".join(line[2:].strip() for line in changes if line[0] == "+")
+    return {"line": first + 1, "before": gone, "after": made}
+
+
+# ---- run -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def copied_tree():
+    """Yields a copy of the working tree, and stands in it meanwhile."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    native = [str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/vise_kernels/_native*")]
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made)
+        for name in [*names.split(), *native]:
+            if (ROOT / name).is_file():
+                (home / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, home / name)
+        with contextlib.chdir(home):
+            yield home
+
+
+def tested(tests: list[str], limit_s: float) -> tuple[bool, float]:
+    """(whether all tests passed, seconds), in a fork of this process."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os._exit(_pytest(tests))
+    code = None
+    while code is None:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() - start > limit_s:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            code = -signal.SIGKILL
+        else:
+            time.sleep(0.02)
+    return code == 0, time.monotonic() - start
+
+
+def _pytest(tests: list[str]) -> int:
+    import pytest
+
+    with open("log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    words = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
+    try:
+        code = int(pytest.main(words))
+    except BaseException:  # a fault may end the process in any way: it was noticed
+        code = 1
+    if os.environ.get("LEAVE_MODULES"):
+        names = [name for name in sys.modules if name.split(".")[0] not in OURS]
+        Path("modules").write_text("\n".join(names))
+    return code
+
+
+OURS = {"vise_fast", "vise_kernels", "__main__", "conftest"} | {
+    path.stem for path in (ROOT / "tests").rglob("*.py")
+}
+
+
+def warm(tests: list[str]) -> float:
+    """Seconds the tests take without a fault; everything else they import is imported here from
+    then on.
+    """
+    os.environ["LEAVE_MODULES"] = "1"
+    passed, _ = tested(tests, 600)
+    del os.environ["LEAVE_MODULES"]
+    if not passed:
+        sys.exit(f"{' '.join(tests)} fail without a fault:\n{Path('log').read_text()}")
+    for name in Path("modules").read_text().split():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    return tested(tests, 600)[1]
+
+
+def plant(path: str, drawn: dict) -> dict:
+    """Every fault of one file: what was noticed and what was not."""
+    tests = OWN_TESTS[path]
+    usual = warm(tests)
+    honest = Path(path).read_text(encoding="utf-8")
+    survived = []
+    for fault in drawn["faults"]:
+        Path(path).write_text(fault["code"], encoding="utf-8")
+        passed, _ = tested(tests, max(60.0, 10 * usual))
+        if passed:
+            survived.append({key: value for key, value in fault.items() if key != "code"})
+    Path(path).write_text(honest, encoding="utf-8")
+    count = len(drawn["faults"])
+    row = {"file": path, "places": drawn["places"], "planted": count}
+    row |= {"noticed": count - len(survived), "survived": survived, "tests_s": round(usual, 1)}
+    print(f"{path}: {row['noticed']} of {count}, {usual:.1f} s a run", flush=True)
+    for fault in survived:
+        print(f"  {fault['line']}: {fault['before']}  ->  {fault['after']}", flush=True)
+    return row
+
+
+def run(faults: dict) -> list[dict]:
+    """Each file in a process of its own, so that one's imports are not another's."""
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a stale one would hide the next fault
+    rows = []
+    with copied_tree() as home:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(home), str(home / "kernels")])
+        for path, drawn in faults.items():
+            Path("drawn").write_text(json.dumps({"files": {path: drawn}}))
+            words = [sys.executable, str(ROOT / "tests" / "mutants.py"), "file", "drawn"]
+            subprocess.run(words, check=True)
+            rows.append(json.loads(Path("row").read_text()))
+    return rows
+
+
+def main() -> None:
+    """`draw FILE` writes the faults, `run FILE` plants them; the last line is one JSON document."""
+    parser = argparse.ArgumentParser(description="faults planted, faults noticed")
+    parser.add_argument("step", choices=("draw", "run", "file"))
+    parser.add_argument("faults", type=Path)
+    parser.add_argument("--sample", type=int, default=SAMPLE, help="places per file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files whose path ends so")
+    given = parser.parse_args()
+    if given.step == "draw":
+        files = [path for path in OWN_TESTS if path.endswith(given.only)]
+        drawn = {path: draw(path, given.sample, given.seed) for path in files}
+        whole = {"sample": given.sample, "seed": given.seed, "files": drawn}
+        given.faults.write_text(json.dumps(whole))
+        return
+    whole = json.loads(given.faults.read_text())
+    if given.step == "file":
+        ((path, drawn),) = whole["files"].items()
+        Path("row").write_text(json.dumps(plant(path, drawn)))
+        return
+    rows = run(whole["files"])
+    planted = sum(row["planted"] for row in rows)
+    noticed = sum(row["noticed"] for row in rows)
+    places = sum(row["places"] for row in rows)
+    print(f"{noticed} of {planted} noticed ({noticed / planted:.1%}), drawn from {places} places")
+    print(json.dumps(whole | {"files": rows}))
+
+
+if __name__ == "__main__":
+    main()
