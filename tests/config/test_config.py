@@ -159,7 +159,7 @@ def test_a_wrong_override_is_one_line(words, parts):
         (["--view.crop", "0.9,1.1"], "view.crop"),
         (["--view.crop", "0,1"], "view.crop"),
         (["--optim.betas", "0.9,1"], "optim.betas"),
-        (["--model.graphs", "true", "--model.quant", "int8"], "model.graphs"),
+        (["--model.graphs=true", "--model.quant=int8", "--model.int8_threshold=6"], "model.graphs"),
         (["--model.graphs", "true", "--model.engine", "stock"], "model.graphs"),
         (
             ["--reward.w_geo", "0", "--reward.w_sem", "0", "--reward.w_area", "0"],

@@ -241,8 +241,8 @@ def test_decoders_are_few():
         ([], "cpu", False),
         (["--model.graphs=false"], "cuda", False),
         (["--model.quant=nf4"], "cuda", True),
-        (["--model.quant=int8"], "cuda", False),
-        (["--model.quant=int8", "--model.int8_threshold=0"], "cuda", True),
+        (["--model.quant=int8", "--model.int8_threshold=6"], "cuda", False),
+        (["--model.quant=int8"], "cuda", True),
         (["--model.engine=stock"], "cuda", False),
     ],
 )
