@@ -2,15 +2,16 @@
 Python.
 
 A child runs `vise_fast.train` with its words, on one thread, with its own standard output and
-error; what it left behind is what the tests look at. The curves of the report are not drawn (they
-would take longer than the run), but written; the model is the parent's, which a child has as its
-own.
+error; what it left behind is what the tests look at. Left out, for they take longer than the rest:
+the curves of the report are not drawn (but written), the evaluation's rescale of boxes is not
+looked for, and the model is the parent's, which a child has as its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from faults.calls import Call, watch
 
 from vise_fast import train
 from vise_fast.config import schema
+from vise_fast.evaluate import grounding
 from vise_fast.model import load
 from vise_fast.model.load import Policy
 from vise_fast.report import page
@@ -156,9 +158,11 @@ def _live(
     """The child's whole life."""
     code = 1
     try:
+        gc.freeze()  # what the parent knows is not looked through again
         _speak_into(logs / "out", logs / "err")
         torch.set_num_threads(1)  # threads do not live on in a forked child
         page.draw = lambda run: CURVES
+        grounding.best_scales = _no_scales
         load.load = _loaded
         watch(root, _written_down(logs / "calls", act))
         if prepare is not None:
@@ -171,6 +175,11 @@ def _live(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _no_scales(*given: Any) -> list[dict[str, float]]:
+    """What `best_scales` gives where boxes fit as they are."""
+    return [dict.fromkeys(grounding.KINDS, 1.0) for _ in given[-1]]
 
 
 def _speak_into(out: Path, err: Path) -> None:

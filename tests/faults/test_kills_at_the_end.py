@@ -34,6 +34,7 @@ END = (
     "write plots/.reward.png.partial half",
     "rename plots/reward.png",
     "open plots/.kl.png.partial",
+    "rename plots/kl.png",
     "sync plots #2",
     "open .report.html.partial",
     "write .report.html.partial half",
