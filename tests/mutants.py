@@ -39,7 +39,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = 24
 METHOD = "tests/method/test_"
 MICRO_BATCHES = METHOD + "learner.py::test_micro_batches_do_not_change_samples_or_result"
-LEARNER = "tau or so_many or kl_is_the or skipped or micro or views_learn or schedules or round_trip or released"
+LEARNER = (
+    "share or own or so_many or tau or kl_is or skip or micro or views_learn or schedul or round "
+    "or released"
+)
 PLUGIN = "start or blamed or registered or shipped or invented or number"
 WRONG_PLUGINS = [
     METHOD + f"plugin.py::test_what_goes_wrong_in_{where}_is_known_at_the_start"

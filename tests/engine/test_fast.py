@@ -17,7 +17,7 @@ from small_engines import (
 )
 from tiny import EOS, PAD, SHAPES, VOCAB, TinyTokens, images
 
-from vise_fast.engine.fast import Sheet
+from vise_fast.engine.fast import Sheet, _prefix_positions
 from vise_fast.engine.rollout import Answered, Rollout, owners
 
 OWNER = owners([3] * 4)
@@ -210,8 +210,22 @@ def test_decoding_ends_with_the_longest_answer_and_drops_finished_rows():
     counts = engine.counters.take()
     longest = max(answers.lengths)
     assert longest < 12
-    assert counts["decode_steps"] == longest - 1
+    assert counts["decode_steps"] == longest - 1 and counts["host_reads"] == longest
+    assert not answers.logprob.requires_grad, "nothing of it is kept for a backward pass"
     assert counts["tokens_decoded"] < 12 * (longest - 1)
+
+
+def test_positions_of_a_prefix():
+    """Head and tail count on in all three; the image stands still in time and counts rows and
+    columns; the tail follows its longer side.
+    """
+    positions, following = _prefix_positions(2, (2, 3), 2)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+    assert following == 7
 
 
 def test_samples_differ_and_greedy_answers_do_not():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vise_fast.images import geometry
 from vise_fast.method.evidence import VISIBLE, Evidence, beaf_cells, join, r_geo
+from vise_fast.system.errors import NumericFault
 
 BOX = (100.0, 200.0, 400.0, 700.0)
 FLAT = (100.0, 200.0, 400.0, 200.0)
@@ -64,6 +65,22 @@ def test_which_rows_have_verdicts():
     judged = torch.tensor([True, True, True, False])
     known = evidence(box_1000=boxes, readable=readable, judged=judged)
     assert known.has_verdicts.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["readable", "query_readable"])
+def test_nothing_was_asked_of_rows_that_could_not_be_read(name):
+    seen = torch.tensor([0.5, float("nan"), 0.5, 0.5])
+    evidence(seen=seen, **{name: torch.tensor([True, False, True, True])})
+    with pytest.raises(NumericFault, match="seen"):
+        evidence(seen=seen, **{name: torch.tensor([True, True, False, True])})
+
+
+def test_a_box_without_area_was_asked_for_on_the_image_alone():
+    boxes = torch.tensor([BOX, FLAT, BOX, BOX]).double()
+    unknown = torch.tensor([0.5, float("nan"), 0.5, 0.5])
+    evidence(box_1000=boxes, gone=unknown)
+    with pytest.raises(NumericFault, match="seen"):
+        evidence(box_1000=boxes, seen=unknown)
 
 
 def test_means_are_taken_within_groups_over_the_chosen_rows():

@@ -13,6 +13,7 @@ import torch
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images.drawn import Scenes
+from vise_fast.method import learner as learners
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model
@@ -186,7 +187,9 @@ def test_the_kl_is_the_mean_over_the_answers_that_are_scored():
 
 def test_beta_stays_where_a_step_is_skipped(monkeypatch):
     config, learner, source = moved(*BETA)
+    assert not learner.moving
     step(config, learner, source, 0)
+    assert not learner.moving
     before = learner.beta.value
     assert before != 0.5
     spoil_gradients(monkeypatch)
@@ -252,6 +255,32 @@ def test_as_released_scores_image_tokens_too():
     lengths = learner._logprobs(played, [0]).lengths
     assert lengths[0] > played.boxes.answers.lengths[0] + 50
     assert math.isfinite(metrics["grad_norm"])
+
+
+def test_the_rounds_own_pass_is_gone_on_from_where_half_its_images_are_scored():
+    """Of fewer, computing theirs again costs less than the graph of all."""
+    asked = Prompted(range(4))
+    played = SimpleNamespace(boxes=SimpleNamespace(asked=asked))
+    assert learners._asked(played, [0, 3]) == [0, 3]
+    assert learners._asked(played, [0, 1, 2]) == [0, 1, 2]
+    assert learners._asked(played, [2]) is None
+    played.boxes.asked = None
+    assert learners._asked(played, [0, 1, 2, 3]) is None
+
+
+class Prompted(list):
+    """Questions by number."""
+
+    def select(self, rows):
+        return [self[row] for row in rows]
+
+
+def test_the_share_of_different_queries_is_the_batchs():
+    slices = [
+        SimpleNamespace(queries=SimpleNamespace(texts=texts)) for texts in (["a", "b"], ["a", "a"])
+    ]
+    assert learners._unique_queries(slices) == 0.5
+    assert learners._unique_queries(slices[:1]) == 1
 
 
 def test_learning_rate_schedules():

@@ -97,8 +97,9 @@ def test_each_player_is_chosen_alone(word, fields_changed):
 def test_one_player_that_samples_alike_boxes_everything_in_one_batch():
     assert robust("--rollout.regrounder=policy", *ALIKE).one_batch
     assert not robust("--rollout.regrounder=reference", *ALIKE).one_batch
-    unlike = ["--rollout.temperature=0.7", "--rollout.view_temperature=0.6"]
-    assert not robust("--rollout.regrounder=policy", *unlike).one_batch
+    for views in (0.6, 0.8):
+        unlike = ["--rollout.temperature=0.7", f"--rollout.view_temperature={views}"]
+        assert not robust("--rollout.regrounder=policy", *unlike).one_batch
 
 
 def test_the_whole_step_played_by_the_policy():
