@@ -29,6 +29,8 @@ import torch
 import vise_kernels
 from torch import Tensor
 from vise_kernels import (
+    Recast,
+    add_layer_norm,
     attention,
     decode_attention,
     few_rows,
@@ -37,16 +39,23 @@ from vise_kernels import (
     heads_backward,
     linear_logprob,
     linear_logprob_kl,
+    merge_attention,
     patchify,
+    raised_heads,
+    raised_norm,
+    raised_swiglu,
     resize,
     rms_norm,
     rms_norm_backward,
+    rotate,
     sample,
     swiglu,
     swiglu_backward,
     token_logprob,
+    up_gradient,
     warp,
 )
+from vise_kernels.add_layer_norm import Affine
 from vise_kernels.attention import Bank
 from vise_kernels.decode_attention import Banks, locate
 from vise_kernels.dispatch import native
@@ -422,6 +431,82 @@ def heads_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
         yield Case("heads", f"{shape}, backward", back, moved=3 * size_of(qkv))
 
 
+def raised_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """What follows a product with LoRA of rank 16, raised in passing."""
+    layer = decoder(device, smoke)
+    rank = 16
+    made = {"device": device, "dtype": layer.dtype}
+    weight = torch.ones(layer.width, **made)
+    up = torch.randn(layer.width, rank, **made)
+    both = torch.block_diag(*torch.randn(2, layer.mlp, rank, **made))
+    for rows in layer.counts:
+        shape = f"{rows} rows, rank {rank}, {name_of(layer.dtype)}"
+        x = torch.randn(rows, layer.width, **made)
+        wide = torch.randn(rows, layer.width + rank, **made)
+        out = beside_plain(partial(raised_norm, x, wide, up, weight, 1e-6))
+        yield Case("raised_norm", shape, out, moved=4 * size_of(x))
+        wide = torch.randn(rows, 2 * (layer.mlp + rank), **made)
+        inner = beside_plain(partial(raised_swiglu, wide, both, layer.mlp))
+        yield Case("raised_swiglu", shape, inner, moved=3 * size_of(wide) // 2)
+        yield raised_heads_case(layer, rows, made, shape)
+
+
+def raised_heads_case(layer: Decoder, rows: int, made: dict, shape: str) -> Case:
+    """Attention's way in."""
+    rank = 16
+    counts = (layer.queries, layer.keys, layer.keys)
+    up = torch.block_diag(*(torch.randn(count * layer.dim, rank, **made) for count in counts))
+    wide = torch.randn(rows, len(up) + up.shape[1], **made)
+    weight = torch.ones(layer.dim, **made)
+    cos, sin = torch.randn(2, rows, layer.dim // 2, device=made["device"])
+    turn = Turn(weight, weight, cos, sin, 1e-6)
+    run = beside_plain(partial(raised_heads, wide, up, turn, layer.queries))
+    return Case("raised_heads", shape, run, moved=2 * size_of(wide))
+
+
+def lora_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """The gradients of a group's up factors, and the masters of a layer taken over."""
+    layer = decoder(device, smoke)
+    made = {"device": device, "dtype": layer.dtype}
+    widths = [layer.queries * layer.dim, layer.keys * layer.dim, layer.keys * layer.dim]
+    rows = layer.counts[-1]
+    grad = torch.randn(rows, sum(widths), **made)
+    high = torch.randn(rows, 48, **made)
+    run = partial(up_gradient, grad, high, widths, [1.0, 1.0, 1.0], torch.float32)
+    yield Case("up_gradient", f"{rows} rows", beside_plain(run), moved=size_of(grad))
+    sources = [torch.randn(16, width, device=device) for width in widths * 4]
+    targets = [torch.empty_like(source, dtype=layer.dtype) for source in sources]
+    ones = [1.0] * len(sources)
+    contenders = {"ours": Recast(sources, targets, ones)}
+    contenders["plain"] = Recast(sources, targets, ones, path="plain")
+    yield Case("recast", f"{len(sources)} masters", contenders, moved=size_of(*sources, *targets))
+
+
+def merge_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Three parts of attention."""
+    layer = decoder(device, smoke)
+    shape = (layer.counts[0], 4, layer.queries, layer.dim)
+    outs = [torch.randn(shape, device=device, dtype=layer.dtype) for _ in range(3)]
+    lses = [torch.randn(shape[:3], device=device) for _ in range(3)]
+    run = beside_plain(partial(merge_attention, outs, lses))
+    yield Case("merge_attention", str(shape), run, moved=4 * size_of(outs[0]))
+
+
+def vision_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """What the vision tower does between products: patches of one picture."""
+    patches, width, count = (8, 64, 2) if smoke else (1200, 1024, 16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    made = {"device": device, "dtype": dtype}
+    x = torch.randn(patches, width, **made)
+    affine = Affine(torch.ones(width, **made), torch.zeros(width, **made), 1e-6)
+    run = beside_plain(partial(add_layer_norm, x, torch.randn_like(x), affine))
+    yield Case("add_layer_norm", f"({patches}, {width})", run, moved=4 * size_of(x))
+    heads_ = torch.randn(patches, 2 * count, width // count, **made)
+    cos, sin = torch.randn(2, patches, width // count // 2, device=device)
+    run = beside_plain(partial(rotate, heads_, cos, sin))
+    yield Case("rotate", f"{tuple(heads_.shape)}", run, moved=2 * size_of(heads_))
+
+
 class Prompt(NamedTuple):
     """Box questions of one layer."""
 
@@ -479,6 +564,14 @@ CASES = {
     "rms_norm": norm_cases,
     "heads": heads_cases,
     "swiglu": swiglu_cases,
+    "raised_norm": raised_cases,
+    "raised_swiglu": raised_cases,
+    "raised_heads": raised_cases,
+    "up_gradient": lora_cases,
+    "recast": lora_cases,
+    "merge_attention": merge_cases,
+    "add_layer_norm": vision_cases,
+    "rotate": vision_cases,
 }
 
 
