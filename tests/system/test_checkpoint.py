@@ -5,6 +5,7 @@ damage.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -268,6 +269,19 @@ def test_damage_is_noticed_and_passed_over(tmp_path, name):
         and str(bad) in choice.notes[0]
         and whole(choice.path, 1)
     )
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.json"])
+@pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 200])
+def test_a_file_that_is_what_was_hashed_and_yet_no_such_file(tmp_path, name, data):
+    """Its manifest is right; what it holds cannot be read."""
+    path = saved(tmp_path, 1)
+    (path / name).write_bytes(data)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(path, files=files)
+    with pytest.raises(Corrupt, match="is damaged"):
+        load(path)
 
 
 def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
