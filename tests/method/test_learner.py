@@ -257,13 +257,15 @@ def test_as_released_scores_image_tokens_too():
     assert math.isfinite(metrics["grad_norm"])
 
 
-def test_the_rounds_own_pass_is_gone_on_from_where_half_its_images_are_scored():
+def test_the_rollouts_own_pass_is_gone_on_from_where_half_its_images_are_scored():
     """Of fewer, computing theirs again costs less than the graph of all."""
     asked = Prompted(range(4))
     played = SimpleNamespace(boxes=SimpleNamespace(asked=asked))
     assert learners._asked(played, [0, 3]) == [0, 3]
     assert learners._asked(played, [0, 1, 2]) == [0, 1, 2]
     assert learners._asked(played, [2]) is None
+    played.boxes.asked = Prompted(range(5))
+    assert learners._asked(played, [1, 2]) is None
     played.boxes.asked = None
     assert learners._asked(played, [0, 1, 2, 3]) is None
 

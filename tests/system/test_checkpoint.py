@@ -429,6 +429,19 @@ def test_a_judge_has_the_last_word(tmp_path):
         choose(str(bad), tmp_path, judge)
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.json"])
+@pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 200])
+def test_a_file_that_is_what_was_hashed_and_yet_no_such_file(tmp_path, name, data):
+    """Its manifest is right; what it holds cannot be read."""
+    path = saved(tmp_path, 1)
+    (path / name).write_bytes(data)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(path, files=files)
+    with pytest.raises(Corrupt, match="is damaged"):
+        load(path)
+
+
 def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
     for step in (1, 2):
         DAMAGES["a bit of a tensor"](saved(tmp_path, step))
