@@ -105,6 +105,8 @@ def _sections(config: Config, run_dir: str) -> dict[str, dict[str, Any]]:
     model = {"path": config.model.path}
     if config.model.quant != "none":
         model["quant"] = config.model.quant
+    if not config.model.graphs:
+        model["graphs"] = False
     train = {
         "steps": 500,
         "batch": config.train.batch,

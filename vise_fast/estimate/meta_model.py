@@ -225,6 +225,10 @@ class MetaEngine(FastEngine):
         self.joins = device == "cpu"
         self.chains = not self.joins
 
+    def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
+        """As on the device that is rehearsed."""
+        return self.joins or super().gains_by_sharing(sizes)
+
     def home(self, values: Tensor) -> Tensor:
         """Numbers that can be probabilities, no two alike."""
         return torch.linspace(1, 0.9, values.numel(), dtype=values.dtype).view(values.shape)

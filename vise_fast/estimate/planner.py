@@ -144,7 +144,7 @@ class Planner:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity
         first; None where nothing does.
         """
-        leanest = _knobs(1, True, LEANEST)
+        leanest = _knobs(1, True, LEANEST) | {"model.graphs": False}
         bases = list(self._bases())
         if not self._fits(bases[-1] | leanest, budget):
             return None
@@ -188,6 +188,12 @@ class Planner:
         before 8-bit ones, those before paged ones, and the rollout's forward pass kept for the
         update before a second one.
         """
+        for graphs in dict.fromkeys([self.config.model.graphs, False]):
+            for knobs in self._with_graphs(micro):
+                yield knobs | {"model.graphs": graphs}
+
+    def _with_graphs(self, micro: int) -> Iterator[Settings]:
+        """The others; what graphed decoding keeps is given up last, for it costs most."""
         train = self.config.train
         for checkpointing in dict.fromkeys([train.checkpointing, True]):
             # a step that computes its layers again shares nothing
