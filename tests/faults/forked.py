@@ -116,11 +116,14 @@ def go(
     _warm()
     logs = root.parent / f"{root.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
+    said_and_done = [logs / name for name in ("out", "err", "calls")]
+    for log in said_and_done:  # a child may be killed before it makes them
+        log.write_bytes(b"")
     child = os.fork()
     if child == 0:
         _live(said, root, logs, act, prepare)
     code = _wait(child, kill_after_s)
-    texts = [(logs / name).read_text(errors="replace") for name in ("out", "err", "calls")]
+    texts = [log.read_text(errors="replace") for log in said_and_done]
     return Outcome(code, texts[0], texts[1], texts[2].splitlines())
 
 

@@ -176,9 +176,12 @@ def gone_on_with(copy, finished):
         for name, arm in run._known_evaluation().items():
             if name in wanted:
                 assert Results.read(arm).json() == wanted[name]
+        run.metrics = JsonLines(copy / "metrics.jsonl", run.first)
+        run.samples = JsonLines(copy / "samples.jsonl", run.first)
+        run.opened = True
         for name in ("metrics.jsonl", "samples.jsonl"):
-            JsonLines(copy / name, run.first).close()
             assert all(can_be(record) for record in lines(copy / name))
+        run._check_lines()
         run._check_metrics()
     finally:
         run.close()

@@ -259,13 +259,14 @@ def test_a_damaged_evaluation_is_made_again(content, tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"[1]\n{}\n", b'{"step": "one"}\n'])
-def test_damaged_lines_are_dropped(name, content, tmp_path):
+def test_damaged_lines_are_dropped_and_said(name, content, tmp_path):
     directory = tmp_path / "run"
     assert go(words(directory), directory).code == 0
     (directory / name).write_bytes(content)
     outcome = go(again(directory, train__steps=3), directory)
     assert outcome.code == 0, outcome.err
     assert [line["step"] for line in lines(directory / name) if "step" in line] == [3]
+    assert ("1 damaged lines are dropped" in outcome.err) == content.startswith(b"[")
     if name == "metrics.jsonl":
         assert "lacks 2 of the 2 steps" in outcome.err
 

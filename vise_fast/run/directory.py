@@ -142,6 +142,7 @@ class Run:
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
         self.opened = True
+        self._check_lines()
         self._check_metrics()
         settings = self.config.model_dump(mode="json")
         loggers = self.config.run.loggers
@@ -166,6 +167,12 @@ class Run:
 
     def _unchecked(self, text: str) -> None:
         self.console.warn(f"{text}; it is not checked that they are the same, and written anew")
+
+    def _check_lines(self) -> None:
+        """Lines that could not be read are said."""
+        for lines in (self.metrics, self.samples):
+            if lines.dropped:
+                self.console.warn(f"{lines.path}: {lines.dropped} damaged lines are dropped")
 
     def _check_metrics(self) -> None:
         """Steps that the metrics lack are said: figures and report have a gap there."""

@@ -170,14 +170,14 @@ class JsonLines:
     """A file of one JSON object per line, each there whole or not at all; `last_step` cuts what a
     resumed run will write again.
 
-    A last line cut short by a kill is dropped on opening. Raises EnvironmentFault when the disk
-    refuses.
+    A last line cut short by a kill is dropped on opening; `dropped`: how many others that cannot be
+    read were, too. Raises EnvironmentFault when the disk refuses.
     """
 
     def __init__(self, path: str | Path, last_step: int | None = None) -> None:
         self.path = Path(path)
         with files.refused(self.path):
-            _cut(self.path, last_step)
+            self.dropped = _cut(self.path, last_step)
             self._file = files.Appended(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -300,19 +300,20 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _cut(path: Path, last_step: int | None) -> None:
-    """Keeps whole records up to `last_step`; rewritten aside, so that a kill here loses nothing."""
+def _cut(path: Path, last_step: int | None) -> int:
+    """Keeps whole records up to `last_step`; rewritten aside, so that a kill here loses nothing.
+    Returns how many whole lines were no records.
+    """
     if not path.exists():
-        return
+        return 0
     old = files.read(path, files.LARGEST_LINES)
-    keep = [
-        line
-        for line in old.decode("utf-8", "replace").splitlines(keepends=True)
-        if line.endswith("\n") and _kept(line, last_step)
-    ]
+    lines = old.decode("utf-8", "replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    keep = [line for line in whole if _kept(line, last_step)]
     new = "".join(keep).encode()
     if new != old:
         files.write(path, new)
+    return sum(_record(line) is None for line in whole)
 
 
 def _kept(line: str, last_step: int | None) -> bool:
