@@ -102,7 +102,7 @@ def text(card: int, size: str, plans: dict[str, Plan]) -> str:
 
 def _sections(config: Config, run_dir: str) -> dict[str, dict[str, Any]]:
     """The settings of the file: what the planner chose, and what differs from the defaults."""
-    model = {"path": config.model.path}
+    model: dict[str, Any] = {"path": config.model.path}
     if config.model.quant != "none":
         model["quant"] = config.model.quant
     if not config.model.graphs:
