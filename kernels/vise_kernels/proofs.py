@@ -259,6 +259,8 @@ def _fault(
         found = run(Given(device, dtype, "triton"))
         wanted = run(Given(device, dtype, "plain"))
         return _difference(found, wanted, BOUNDS[dtype])
+    except torch.OutOfMemoryError:  # says nothing of the kernel
+        raise
     except Exception as fault:  # whatever a compiler, a driver or a launch raises
         line = next(iter(str(fault).splitlines()), "")
         return f"{type(fault).__name__}: {line}"[:120]

@@ -38,18 +38,23 @@ class Recast:
         self.sources = sources
         self.targets = targets
         self.scales = scales
-        chosen = choose("recast", targets[0].device, path).path
-        takes = targets[0].dtype in FLOATS and sources[0].dtype == torch.float32
-        self.path = chosen if takes or chosen == "plain" else "plain"
-        self._places = self._where()
-        self._table = self._located() if self.path == "triton" else None
+        self.path = path
+        self.takes = targets[0].dtype in FLOATS and sources[0].dtype == torch.float32
+        self._places: list[int] = []
+        self._table: Tensor | None = None
+        self._chosen()
+
+    def _chosen(self) -> str:
+        """Asked at every call: an op may be switched off after this was made."""
+        chosen = choose("recast", self.targets[0].device, self.path).path
+        return chosen if self.takes else "plain"
 
     def __call__(self) -> None:
         """Copy what the sources hold now."""
-        if self._table is None:
+        if self._chosen() == "plain":
             self._plain()
             return
-        if self._where() != self._places:
+        if self._table is None or self._where() != self._places:
             self._places = self._where()
             self._table = self._located()
         most = max(source.numel() for source in self.sources)

@@ -206,7 +206,7 @@ def test_memory_that_is_short_once_changes_no_step(tmp_path):
 
 def test_an_adapter_that_is_half_moved_is_not_saved(tmp_path):
     directory = tmp_path / "run"
-    place = raising(OOM, torch.optim.Adam, "step", 2)
+    place = raising(OOM, torch.optim.AdamW, "step", 2)
     outcome = go(words(directory), directory, prepare=place)
     assert outcome.code == 5 and len(outcome.errors) == 1, outcome.err
     assert steps_saved(directory) == 1 and "may be half moved and is not saved" in outcome.err
@@ -215,7 +215,7 @@ def test_an_adapter_that_is_half_moved_is_not_saved(tmp_path):
 
 def test_an_adapter_that_is_half_moved_is_not_saved_even_where_none_is(tmp_path):
     directory = tmp_path / "run"
-    place = raising(OOM, torch.optim.Adam, "step", 2)
+    place = raising(OOM, torch.optim.AdamW, "step", 2)
     outcome = go(words(directory, **UNSAVED), directory, prepare=place)
     assert outcome.code == 5 and "the last good checkpoint is none" in outcome.err, outcome.err
     assert steps_saved(directory) == -1

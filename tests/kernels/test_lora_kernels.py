@@ -3,8 +3,9 @@
 import pytest
 import torch
 from excess import assert_close
-from vise_kernels import Recast, up_gradient
-from vise_kernels.dispatch import choose
+from trying import draw, runs
+from vise_kernels import Recast, dispatch, up_gradient
+from vise_kernels import recast as recast_module
 
 PATHS = ("plain", "triton")
 GROUPS = {
@@ -16,17 +17,6 @@ GROUPS = {
     "none": (0, [8, 8], 4),
 }
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3}
-
-
-def runs(op, path):
-    try:
-        choose(op, torch.device("cpu"), path)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -100,6 +90,21 @@ def test_masters_that_moved_are_found():
     holder.data = draw(4, 6, seed=5)
     recast()
     assert torch.equal(target, holder * 2)
+
+
+def test_masters_follow_when_the_kernel_is_switched_off_later(monkeypatch):
+    """The fast paths prove themselves after the model was loaded, and this was made."""
+    runs("recast", "triton")
+    gpu = dispatch.Choice("triton", "as on a GPU")
+    off = dispatch.Choice("plain", "switched off")
+    monkeypatch.setattr(recast_module, "choose", lambda *asked: gpu)
+    source = draw(4, 6)
+    target = torch.empty(4, 6)
+    recast = Recast([source], [target], [2.0])
+    monkeypatch.setattr(recast_module, "choose", lambda *asked: off)
+    monkeypatch.setattr(recast_module, "launch", lambda *given, **options: None)
+    recast()
+    assert torch.equal(target, source * 2)
 
 
 @pytest.mark.parametrize(

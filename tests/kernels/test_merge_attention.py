@@ -5,23 +5,12 @@ nothing.
 import pytest
 import torch
 from excess import assert_close
+from trying import draw, runs
 from vise_kernels import merge_attention
-from vise_kernels.dispatch import choose
 
 SHAPES = [(1, 1, 1, 2), (2, 3, 5, 10), (3, 1, 16, 128), (1, 7, 9, 24), (0, 2, 3, 4), (5, 2, 8, 16)]
 DTYPES = {torch.float32: 1e-5, torch.float16: 4e-3}
 PATHS = ("plain", "triton")
-
-
-def runs(path):
-    try:
-        choose("merge_attention", torch.device("cpu"), path)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def parts(shape, keys):
@@ -41,7 +30,7 @@ def attended(scores, values):
 @pytest.mark.parametrize("keys", [(4,), (3, 5), (1, 7, 2), (2, 2, 2, 2), (5, 1, 3, 2, 4, 6)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_make_the_whole(path, dtype, keys, shape):
-    runs(path)
+    runs("merge_attention", path)
     scores, values = parts(shape, keys)
     outs = [attended(s, v).to(dtype) for s, v in zip(scores, values, strict=True)]
     lses = [s.logsumexp(-1).float() for s in scores]
@@ -55,7 +44,7 @@ def test_parts_make_the_whole(path, dtype, keys, shape):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_views_are_taken_as_they_are(path):
-    runs(path)
+    runs("merge_attention", path)
     outs = [draw(4, 3, 2, 8).transpose(0, 1), draw(3, 4, 8, 2, seed=1).transpose(2, 3)]
     lses = [draw(4, 3, 2, seed=2).transpose(0, 1), draw(2, 3, 4, seed=3).permute(1, 2, 0)]
     found = merge_attention(outs, lses, path=path)
@@ -69,7 +58,7 @@ def test_views_are_taken_as_they_are(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("groups", [(1, 3, 2, 4), (2, 2, 4, 2), (3, 1, 1, 5)])
 def test_rows_and_heads_in_groups(path, groups):
-    runs(path)
+    runs("merge_attention", path)
     entries, fan, keys, repeat = groups
     shape = (entries * fan, 3, keys * repeat, 8)
     outs = [draw(*shape, seed=i) for i in range(2)]
@@ -87,7 +76,7 @@ def test_rows_and_heads_in_groups(path, groups):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_part_that_sees_nothing_has_no_share(path):
-    runs(path)
+    runs("merge_attention", path)
     outs = [draw(2, 3, 4, 8), draw(2, 3, 4, 8, seed=1)]
     lses = [draw(2, 3, 4), torch.full((2, 3, 4), -torch.inf)]
     found = merge_attention(outs, lses, path=path)

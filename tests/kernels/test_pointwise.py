@@ -6,8 +6,9 @@ import pytest
 import torch
 from excess import assert_close
 from torch.nn import functional as F
+from trying import draw, runs
 from vise_kernels import heads, heads_backward, rms_norm, rms_norm_backward, swiglu, swiglu_backward
-from vise_kernels.dispatch import choose, native
+from vise_kernels.dispatch import native
 from vise_kernels.heads import Parts, Turn
 
 EPS = 1e-6
@@ -26,17 +27,6 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 PATHS = ("plain", "native", "triton")
-
-
-def runs(op, path, device="cpu"):
-    try:
-        choose(op, torch.device(device), path)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def by_autograd(function, x, grads):

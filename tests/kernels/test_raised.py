@@ -6,8 +6,8 @@ import pytest
 import torch
 from excess import assert_close
 from torch.nn import functional as F
+from trying import draw, runs
 from vise_kernels import raised_heads, raised_norm, raised_swiglu
-from vise_kernels.dispatch import choose
 from vise_kernels.heads import Turn, plain
 
 EPS = 1e-6
@@ -17,17 +17,6 @@ DTYPES = {torch.float32: 1e-5, torch.float16: 8e-3}
 SHAPES = [(1, 2, 1), (3, 7, 2), (5, 130, 16), (37, 64, 5), (17, 300, 33), (1, 512, 16), (0, 8, 4)]
 # rows, query heads, key heads, head dimension, rank
 HEADS = [(1, 1, 1, 2, 1), (9, 3, 1, 16, 4), (4, 16, 8, 128, 16), (37, 5, 3, 10, 3), (0, 2, 1, 8, 2)]
-
-
-def runs(op, path):
-    try:
-        choose(op, torch.device("cpu"), path)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def group(rows, widths, rank, dtype, lora):

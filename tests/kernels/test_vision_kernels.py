@@ -4,23 +4,12 @@ import pytest
 import torch
 from excess import assert_close
 from torch.nn import functional as F
+from trying import draw, runs
 from vise_kernels import add_layer_norm, rotate
 from vise_kernels.add_layer_norm import Affine
-from vise_kernels.dispatch import choose
 
 PATHS = ("plain", "triton")
 DTYPES = {torch.float32: 4e-6, torch.float16: 4e-3}
-
-
-def runs(op, path):
-    try:
-        choose(op, torch.device("cpu"), path)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 @pytest.mark.parametrize("path", PATHS)

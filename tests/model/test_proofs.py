@@ -45,6 +45,18 @@ def test_a_wrong_result_and_a_fault_are_seen(monkeypatch, name):
         assert list(seen) == [name] and words in seen[name] and "more" not in seen[name]
 
 
+def test_memory_that_runs_out_is_no_answer(monkeypatch):
+    """Nothing is remembered of a path that had no room."""
+
+    def full(device, dtype, fast):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(proofs, "OTHERS", {"attention": full})
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        prove_here(CPU, lambda line: None)
+    assert remembered(CPU) is None
+
+
 def test_not_a_number_is_seen(monkeypatch):
     def spoilt(device, dtype, fast):
         return [torch.full((3,), torch.nan if fast else 1.0)]
@@ -83,7 +95,7 @@ def test_what_was_found_is_remembered(monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}'])
 def test_a_file_that_is_not_as_written_is_asked_anew(monkeypatch, text):
-    place = proofs._place(CPU)
+    place = proofs.place_of(CPU)
     place.parent.mkdir(parents=True)
     place.write_text(text)
     monkeypatch.setattr(proofs, "asked", lambda device, dtype: {})

@@ -71,8 +71,14 @@ def kernel_paths() -> Finding:
     paths = imported("vise_kernels").available()
     torch = imported("torch")
     if torch.cuda.is_available():
-        faults = imported("vise_fast.model.proofs").remembered(torch.device("cuda")) or {}
+        proofs = imported("vise_fast.model.proofs")
+        device = torch.device("cuda")
+        faults = proofs.remembered(device) or {}
         if faults:
             found = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
-            return warn("kernel paths", f"off on this GPU: {found}", "report it with these words")
+            return warn(
+                "kernel paths",
+                f"off on this GPU: {found}",
+                f"to ask again, remove {proofs.place_of(device)}",
+            )
     return ok("kernel paths", ", ".join(f"{op} {path}" for op, (path, _) in paths.items()))

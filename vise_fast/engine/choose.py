@@ -9,7 +9,7 @@ from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.graphed import GraphedEngine
 from vise_fast.engine.rollout import Engine
 from vise_fast.engine.stock import StockBackbone, StockEngine
-from vise_fast.model.load import Policy
+from vise_fast.model.load import Policy, silent
 from vise_fast.model.proofs import prove_here
 from vise_fast.system.errors import EnvironmentFault
 
@@ -24,9 +24,7 @@ def graphs_of(config: Config, device: str) -> bool:
     return device == "cuda" and config.model.engine == "fast" and not outliers
 
 
-def open_engine(
-    policy: Policy, config: Config, say: Callable[[str], None] = lambda line: None
-) -> Engine:
+def open_engine(policy: Policy, config: Config, say: Callable[[str], None] = silent) -> Engine:
     """The engine that `model.engine` and `model.graphs` ask for; say: where it tells that a fast
     path is off. Raises EnvironmentFault for graphs without a GPU.
     """

@@ -27,6 +27,7 @@ from vise_kernels.decode_attention import Banks, locate
 
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Prompts, Rollout, owners
+from vise_fast.model.load import silent
 from vise_fast.model.tree import Backbone, Segment
 from vise_fast.system.memory import exhausted
 from vise_fast.system.staging import put
@@ -55,7 +56,7 @@ class GraphedEngine(FastEngine):
         backbone: Backbone,
         tokens: Tokens,
         *,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = silent,
         **options,
     ) -> None:
         """say: where the line goes that graphs are off."""

@@ -26,6 +26,7 @@ from vise_fast.model.attention import attend, attend_packed, attend_plain
 from vise_fast.model.tree import Grid, Part, Ragged
 from vise_fast.system import files
 from vise_fast.system.errors import EnvironmentFault
+from vise_fast.system.memory import exhausted
 
 BOUND = 4e-2
 """Largest difference, of the largest entry, in bfloat16."""
@@ -37,7 +38,7 @@ def prove_here(device: torch.device, say: Callable[[str], None]) -> Faults:
     """Ask every fast path on this GPU, or remember what they answered; switch off what is wrong and
     say so.
     """
-    place = _place(device)
+    place = place_of(device)
     faults = _remembered(place)
     if faults is None:
         faults = asked(device, torch.bfloat16)
@@ -48,7 +49,7 @@ def prove_here(device: torch.device, say: Callable[[str], None]) -> Faults:
 
 def remembered(device: torch.device) -> Faults | None:
     """What was found earlier on this GPU with these versions; None: nothing was asked yet."""
-    return _remembered(_place(device))
+    return _remembered(place_of(device))
 
 
 def asked(device: torch.device, dtype: torch.dtype) -> Faults:
@@ -149,6 +150,8 @@ def _fault(
         pairs = zip(run(device, dtype, True), run(device, dtype, False), strict=True)
         far = max(_gap(found, wanted) for found, wanted in pairs)
     except Exception as fault:  # whatever a driver, a library or a launch raises
+        if exhausted(fault):  # says nothing of the path
+            raise
         line = next(iter(str(fault).splitlines()), "")
         return f"{type(fault).__name__}: {line}"[:120]
     return None if far <= BOUND else f"differs by {far:.2g} of the largest"
@@ -162,7 +165,7 @@ def _gap(found: Tensor, wanted: Tensor) -> float:
 # ---- what is remembered --------------------------------------------------------------------------
 
 
-def _place(device: torch.device) -> Path:
+def place_of(device: torch.device) -> Path:
     """The file for this GPU, driver and these versions, in the user's cache folder."""
     words = [__version__, torch.__version__, str(torch.version.cuda)]
     words.append(triton.__version__ if triton is not None else "no triton")
