@@ -14,7 +14,7 @@ DECLARED = """
 
 import torch as _torch
 
-if not _HAS_OPS:
+if not _has_ops():
     _declared = _torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
