@@ -97,6 +97,7 @@ bench() { part "$1" "$2" "$python" "${@:3}"; }
 if [ -n "$smoke" ]; then
     bench tests "$all pytest" -m pytest -q -m gpu --collect-only
     bench launches "$all" bench/launches.py --smoke
+    bench forecast_check "$all" bench/forecast_check.py --smoke
     bench rollout "$all" bench/rollout.py --smoke
     bench kernels "" bench/kernels.py --smoke
     bench memory "$all bitsandbytes" bench/memory.py --smoke
@@ -104,6 +105,7 @@ if [ -n "$smoke" ]; then
 else
     bench tests "$all pytest" -m pytest -q -m gpu
     bench launches "$all" bench/launches.py
+    bench forecast_check "$all" bench/forecast_check.py
     bench rollout-2b-b1 "$all" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive
     bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
     bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3

@@ -185,6 +185,28 @@ def test_only_inside_do_tensors_without_data_stand_for_a_gpus():
     assert choose("sample", META).path == "plain"
 
 
+@pytest.mark.parametrize(
+    "work, moved",
+    [
+        (lambda: torch.nn.functional.embedding(blank(3, dtype=torch.int64), blank(1000, 4)), 120),
+        (lambda: blank(1000, 4).index_select(0, blank(2, dtype=torch.int64)), 80),
+        (lambda: blank(9, 4).index_copy_(0, blank(2, dtype=torch.int64), blank(2, 4)), 96),
+        (lambda: blank(1, 4).expand(50, 4) + blank(50, 4), 16 + 2 * 800),
+    ],
+)
+def test_rows_that_nobody_touches_move_nowhere(work, moved):
+    ((kernel, _),) = [pair for pair in seen_of(work).kernels.items() if pair[0] != (0, 0)]
+    assert kernel == (0, moved)
+
+
+def test_on_a_cpus_tensors_every_operator_is_one_call():
+    with Launches("cpu") as seen:
+        (torch.ones(3, 4) @ torch.ones(4, 5)).view(15).logsumexp(0)
+    assert seen.total.names == {"aten.ones": 2, "aten.mm": 1, "aten.logsumexp": 1}
+    assert sum(flops for flops, _ in seen.total.kernels) == 2 * 3 * 4 * 5
+    assert seen.total.blocking_copies == 0
+
+
 # ---- the forecast --------------------------------------------------------------------------------
 
 
