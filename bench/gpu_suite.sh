@@ -6,8 +6,8 @@
 #   bench/gpu_suite.sh --minutes 8            each part ends after so long, with what it has (8)
 #   bench/gpu_suite.sh --smoke                everything at its smallest, on a CPU too: does it all run?
 #   OUT=/somewhere PYTHON=python3 bench/gpu_suite.sh
-# Three files, added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
-# document), log.txt. A part that lacks a package is skipped with a line; one that fails is named at the end and makes
+# Four files, three added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
+# document), log.txt; at the end goals.md, every goal beside what was measured and what is forecast (bench/goals.py). A part that lacks a package is skipped with a line; one that fails is named at the end and makes
 # the exit status 1; the others still run. Needs bash, timeout and Python with torch; git only to name the commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -122,6 +122,7 @@ for name in ${wanted[@]+"${wanted[@]}"}; do
     esac
 done
 [ -n "$list" ] && exit 0
+"$python" bench/goals.py --gpu "$out" | sed '$d' | tee "$out/goals.md"
 [ "${#skipped[@]}" -gt 0 ] && echo "skipped: ${skipped[*]}"
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -268,8 +268,9 @@ def _native(images: Images, plan: Plan) -> list[Tensor]:
 
 # One row per box: addresses of source, out, scratch, taps; width, height; box; region; radius, cell
 COLUMNS = 16
-TILE = 64
-STRETCH = 32  # pixels of a program's tile along both axes; samples per tensor-core product
+TILE = 64  # pixels of a program's tile along both axes
+STRETCH = 16  # samples per tensor-core product
+WARPS = 8  # of a tile: with fewer, or longer stretches, registers spill on sm_80 to sm_89
 PIXELS = 1024  # per step of a cell's sum
 
 
@@ -517,10 +518,11 @@ def _launch_blur(boxes: _Table, plan: Plan) -> None:
     table = boxes.on_device(scratch_at, taps_at, radius, torch.ones_like(radius))
     tiles = (boxes.extent + TILE - 1) // TILE
     grid = (int(tiles.prod(1).max()), len(table))
-    launch(_across_kernel, grid, table, COLUMNS, TILE, STRETCH)
+    launch(_across_kernel, grid, table, COLUMNS, TILE, STRETCH, num_warps=WARPS)
     tiles = (boxes.extent * torch.tensor([3, 1]) + TILE - 1) // TILE
     grid = (int(tiles.prod(1).max()), len(table))
-    launch(_down_kernel, grid, table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside)
+    sizes = (COLUMNS, TILE, STRETCH, plan.outside)
+    launch(_down_kernel, grid, table, plan.feather, *sizes, num_warps=WARPS)
 
 
 def _launch_cells(boxes: _Table, plan: Plan) -> None:
