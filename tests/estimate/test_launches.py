@@ -13,6 +13,7 @@ from vise_fast.config.places import SHAPES
 from vise_fast.config.schema import load
 from vise_fast.estimate.launches import count_step
 from vise_fast.method.step_plan import StepPlan
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, SHORTEST, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
@@ -79,6 +80,13 @@ def test_a_robust_step_of_eight_images():
     assert total.reads <= 8
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_step_on_a_quantised_base(quant):
+    total = counted("paper", 1, f"--model.quant={quant}").total
+    assert total.launches <= 9000
+    assert (total.blocking_copies, total.reads, total.replays) == (0, 6, 34)
+
+
 def test_kernels_of_a_layer(depths):
     steps = PINNED.query - 1
     assert more(depths, "ask: decode", "inside") <= 12 * steps
@@ -102,6 +110,32 @@ def test_mixed_sizes_wait_for_nothing():
     sizes = [(480, 640), (352, 512), (640, 480)]
     total = count_step(config, shapes(5), sizes).total
     assert total.blocking_copies == 0
+
+
+def from_a_list(hidden):
+    torch.tensor([0], device=hidden.device)
+
+
+def without_haste(hidden):
+    torch.zeros(1).to(hidden.device)
+
+
+def by_a_list(hidden):
+    hidden[[0]]
+
+
+@pytest.mark.parametrize("fault", [from_a_list, without_haste, by_a_list])
+def test_a_copy_that_waits_is_seen_wherever_it_hides(monkeypatch, fault):
+    """Planted before the head: once for every sampled token and verdict, in graphs too."""
+    usual = Qwen3VL.logits
+
+    def planted(backbone, hidden):
+        fault(hidden)
+        return usual(backbone, hidden)
+
+    monkeypatch.setattr(Qwen3VL, "logits", planted)
+    answered = PINNED.query + PINNED.box
+    assert counted("paper", 1, layers=5).total.blocking_copies >= answered
 
 
 # ---- the counter itself --------------------------------------------------------------------------

@@ -206,10 +206,9 @@ class _Calls(TorchFunctionMode):
         given = kwargs or {}
         if function is F.scaled_dot_product_attention and args[0].is_meta:
             return self._attention(*args[:3])
-        if function in (torch.tensor, torch.as_tensor) and _away(given.get("device")):
-            self.seen.block("torch.tensor")
-        if function in (Tensor.__getitem__, Tensor.__setitem__) and _indexed_from_home(*args[:2]):
-            self.seen.block("an index from the host")
+        cause = copy_in_a_call(function, args, given)
+        if cause is not None:
+            self.seen.block(cause)
         return function(*args, **given)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -246,9 +245,24 @@ class _Operators(TorchDispatchMode):
 
     def _copied(self, packet: Any, args: tuple, given: dict) -> None:
         """From the host: asynchronous, or waiting for the stream."""
-        asynchronous = given.get("non_blocking", packet is aten.copy_ and any(args[2:3]))
-        if not asynchronous:
+        if waits(packet, args, given):
             self.seen.block(str(packet))
+
+
+def copy_in_a_call(function: Callable, args: tuple, given: dict) -> str | None:
+    """The cause, where a Python call copies from the host to a device and waits, before any
+    operator is seen.
+    """
+    if function in (torch.tensor, torch.as_tensor) and _away(given.get("device")):
+        return "torch.tensor"
+    if function in (Tensor.__getitem__, Tensor.__setitem__) and _indexed_from_home(*args[:2]):
+        return "an index from the host"
+    return None
+
+
+def waits(packet: Any, args: tuple, given: dict) -> bool:
+    """Whether such a copy, aten._to_copy or aten.copy_, waits for the stream."""
+    return not given.get("non_blocking", packet is aten.copy_ and any(args[2:3]))
 
 
 def _count(packet: Any, args: tuple) -> int:
@@ -294,7 +308,7 @@ def _away(device: Any) -> bool:
 
 def _indexed_from_home(tensor: Any, index: Any) -> bool:
     """Whether a tensor of the device is indexed by what lies on the host."""
-    if not isinstance(tensor, Tensor) or not tensor.is_meta:
+    if not isinstance(tensor, Tensor) or tensor.device.type == "cpu":
         return False
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(p, list) or (isinstance(p, Tensor) and not p.is_meta) for p in parts)
+    return any(isinstance(p, list) or (isinstance(p, Tensor) and p.is_cpu) for p in parts)
