@@ -159,7 +159,10 @@ def trainer_of(subject: subjects.Subject, ours: Ours, steps: int, scratch: str) 
     from trl import GRPOConfig, GRPOTrainer
 
     base = AutoModelForImageTextToText.from_pretrained(
-        subject.directory, dtype=torch.float32, trust_remote_code=False
+        subject.directory,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     style = ours.engine.tokens.style
     prompt = [{"role": "user", "content": style.ground(subjects.QUERIES[style.name])}]
