@@ -69,3 +69,10 @@ def test_counts_and_forecasts_stand_apart(table):
     }
     assert rows["S3"]["forecast"].startswith("6.1 min")
     assert rows["rea"]["measured"] == "6 counted"
+
+
+def test_a_peer_that_is_not_there_is_said_in_one_line(monkeypatch):
+    peers = benches.module("peers")
+    monkeypatch.setattr(peers.measure, "installed", lambda name: False)
+    with pytest.raises(SystemExit, match=r"needs TRL, which is not installed; pip install trl"):
+        peers.main(["--smoke"])
