@@ -69,4 +69,6 @@ if __name__ == "__main__":
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for name, arguments, constants in op(module):
             code = compiled(getattr(module, name), arguments, constants, capability)
+            if name == "_down_kernel":
+                assert "ld.global.b16" not in code.asm["ptx"], "no vectors: one half at a time"
             print(op.__name__, name, *resources(code, capability), flush=True)
