@@ -215,10 +215,10 @@ def _rotate(g: Given) -> list[Tensor]:
 
 def _unpack(g: Given) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
-    drawn = torch.randint(0, 256, (37 * 35 + 21,), generator=generator)
+    drawn = torch.randint(0, 256, (37 * 35 + 41,), generator=generator)
     data = drawn.to(torch.uint8).to(g.device)
     coarse = Coarse(g.wide(256), g.wide(1, seed=1), g.wide(1, seed=2)[0], 256)
-    weight = Nibbles(data[: 37 * 35], g.wide(16), data[-21:], 64, coarse)
+    weight = Nibbles(data[: 37 * 35], g.wide(16), data[-41:], 64, coarse)
     whole = data[:900].view(torch.int8).view(9, 100)
     found = [unpack_nf4(weight, (37, 70), g.dtype, path=g.path)]
     return [*found, unpack_int8(whole, g.wide(9).abs(), g.dtype, path=g.path)]

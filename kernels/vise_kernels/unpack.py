@@ -47,20 +47,26 @@ class Nibbles(NamedTuple):
 def unpack_nf4(
     weight: Nibbles, shape: tuple[int, int], dtype: torch.dtype, *, path: str | None = None
 ) -> Tensor:
-    """`shape` in `dtype`. ValueError: too few bytes, an odd block, a forced `path` that cannot
-    run.
+    """`shape` in `dtype`. ValueError: too few bytes or scales, an odd block, a forced `path` that
+    cannot run.
     """
     size = shape[0] * shape[1]
-    if 2 * weight.bytes.numel() < size or weight.block % 2:
+    held = min(2 * weight.bytes.numel(), weight.block * weight.scales.numel())
+    coarse = weight.coarse
+    if coarse is not None:
+        held = min(held, weight.block * coarse.block * coarse.of.numel())
+    if held < size or weight.block % 2:
         raise ValueError(
-            f"unpack_nf4: {weight.bytes.numel()} bytes in blocks of {weight.block} for {shape}"
+            f"unpack_nf4: {weight.bytes.numel()} bytes and {weight.scales.numel()} scales in "
+            f"blocks of {weight.block} for {shape}"
         )
     if choose("unpack", weight.bytes.device, path).path == "plain":
         return plain_nf4(weight, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=weight.bytes.device)
-    coarse = weight.coarse or Coarse(weight.levels, weight.levels, weight.levels, 1)
-    given = (weight.bytes, weight.levels, weight.scales, *coarse[:3], out, size)
-    blocks = {"BLOCK": weight.block, "WIDE": coarse.block, "COARSE": weight.coarse is not None}
+    none = Coarse(weight.levels, weight.levels, weight.levels, 1)
+    given = (weight.bytes, weight.levels, weight.scales, *(coarse or none)[:3], out, size)
+    wide = (coarse or none).block
+    blocks = {"BLOCK": weight.block, "WIDE": wide, "COARSE": coarse is not None}
     if size:
         grid = (triton.cdiv(size, 2 * BYTES),)
         launch(_nibble_kernel, grid, *given, **blocks, BYTES=BYTES, enable_fp_fusion=False)

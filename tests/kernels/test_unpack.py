@@ -64,7 +64,9 @@ def test_a_wrong_scale_would_be_seen():
 
 def test_what_does_not_fit_is_refused():
     weight, *_ = held((4, 64), False)
-    with pytest.raises(ValueError, match="128 bytes in blocks of 64"):
+    with pytest.raises(ValueError, match="128 bytes and 4 scales in blocks of 64"):
         unpack_nf4(weight, (4, 65), torch.float32)
+    with pytest.raises(ValueError, match="3 scales"):
+        unpack_nf4(weight._replace(scales=weight.scales[:3]), (4, 64), torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         unpack_int8(torch.zeros(3, 4, dtype=torch.int8), torch.ones(4), torch.float32)
