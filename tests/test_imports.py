@@ -24,7 +24,7 @@ ORDER = (
     "run",
     "train",
 )
-LEAVES = {"doctor", "export", "infer", "merge", "lowmem", "nano", "rewards", "table"}
+LEAVES = {"__main__", "doctor", "export", "infer", "merge", "lowmem", "nano", "rewards", "table"}
 PRINTER = "system/console.py"
 
 

@@ -9,6 +9,11 @@ run/directory.py.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("train")  # before what takes seconds to import
+
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +23,6 @@ from typing import Any
 import torch
 
 from vise_fast.config import origin, settings
-from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
@@ -36,20 +40,20 @@ from vise_fast.run.resume import refuse_changes, resolve
 from vise_fast.system import allocator, console, threads
 from vise_fast.system.signals import Interrupted, Signals
 
-SYNTAX = Syntax(
-    options={"config": "FILE.yaml", "resume": "auto"}, flags=("dry-run",), settings=origin.SETTINGS
-)
+SYNTAX = commands.syntax("train")
 
 
 def main(words: Sequence[str]) -> int:
     """The command: parse, then train, explain (--dry-run) or help."""
     given = SYNTAX.parse(words)
     if given.help:
-        console.Console().say(__doc__ + "\n" + settings.help_text(Config))
+        console.Console().say(commands.page("train", words))
         return 0
     threads.settle(console.Console().say)
     stated = origin.stated(given)
     config = origin.from_adapter(origin.configuration(given), stated)
+    for note in origin.preset_notes(given):
+        console.Console().warn(note)
     if "dry-run" in given.flags:
         return dry_run(config)
     return train(config, stated=stated)

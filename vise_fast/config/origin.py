@@ -7,7 +7,7 @@ finds its base and its data unasked. An adapter that lies elsewhere brings the b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,21 @@ def stated(given: CommandLine) -> dict[str, Any]:
     if given.values.get("resume") is not None:
         found["train.resume"] = given.values["resume"]
     return found
+
+
+def preset_notes(given: CommandLine) -> Iterator[str]:
+    """What a person should know who typed a preset over a file. Raises ConfigError."""
+    file = given.values.get("config")
+    kept = schema.kept_from_preset(file, given.settings)
+    if kept:
+        listed = ", ".join(
+            f"{key} {settings.bare(own)} ({settings.bare(preset)})"
+            for key, (own, preset) in kept.items()
+        )
+        yield (
+            f"--reward.preset fills what {file} leaves open; the file still decides {listed}; in "
+            "brackets what the preset says; type those you want from it"
+        )
 
 
 def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:

@@ -513,6 +513,26 @@ def stated(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     return written | settings.parse(overrides, Config)
 
 
+def kept_from_preset(path: str | Path | None, overrides: Sequence[str]) -> dict[str, tuple]:
+    """{dotted key: (what the file says, what the preset would)} where a preset that was typed does
+    not reach, since a file states otherwise. Raises ConfigError.
+    """
+    typed = settings.parse(overrides, Config)
+    preset = typed.get("reward.preset")
+    if path is None or not isinstance(preset, str) or preset not in PRESETS:
+        return {}
+    below = PRESETS[preset]
+    if preset == "robust":
+        usual = dict(settings.fields(Config))
+        below = {key: usual[key].default for key in AS_RELEASED}
+    written = settings.read(places.config_file(path), Config)
+    return {
+        key: (written[key], value)
+        for key, value in below.items()
+        if key in written and key not in typed and written[key] != value
+    }
+
+
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy with some settings, by dotted key, changed. Raises ConfigError for values that
     contradict each other.

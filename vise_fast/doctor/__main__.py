@@ -9,15 +9,19 @@ downloaded.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("doctor")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vise_fast.config.command_line import Syntax
 from vise_fast.doctor.checks import examine
 from vise_fast.system import console
 
-SYNTAX = Syntax(options={"run.dir": "DIRECTORY"})
+SYNTAX = commands.syntax("doctor")
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,7 +29,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     screen = console.Console()
     if given.help:
-        screen.say(__doc__)
+        screen.say(commands.page("doctor", words))
         return 0
     findings = list(examine(Path(given["run.dir"] or "runs")))
     rows = [[finding.name, finding.status, finding.found] for finding in findings]

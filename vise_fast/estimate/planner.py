@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
+from vise_fast.config import commands, origin
 from vise_fast.config.schema import Config
 from vise_fast.estimate import remembered
 from vise_fast.estimate.rehearsal import Case, Rehearsed, rehearsed
@@ -35,7 +34,7 @@ Settings = dict[str, Any]
 """Values by `section.key`."""
 
 GIB = 2**30
-SYNTAX = Syntax(options={"config": "FILE.yaml", "resume": "auto"}, settings=origin.SETTINGS)
+SYNTAX = commands.syntax("estimate")
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT = 0.6 * GIB
@@ -325,7 +324,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     out = console.Console()
     if given.help:
-        out.say(__doc__)
+        out.say(commands.page("estimate", words))
         return 0
     config = origin.configuration(given)
     source = None

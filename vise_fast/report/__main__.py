@@ -7,16 +7,20 @@ the reader's light or dark setting. Everything a model wrote is escaped.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("report")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vise_fast.config.command_line import Syntax
 from vise_fast.report.page import write
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
 
-SYNTAX = Syntax(positional=1)
+SYNTAX = commands.syntax("report")
 
 
 def main(words: Sequence[str]) -> int:
@@ -24,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     screen = console.Console()
     if given.help:
-        screen.say(__doc__)
+        screen.say(commands.page("report", words))
         return 0
     if not given.positional:
         raise ConfigError(
