@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,15 +57,19 @@ def main(words: Sequence[str]) -> int:
         console.Console().warn(note)
     if "dry-run" in given.flags:
         return dry_run(config)
-    return train(config, stated=stated)
+    return train(config, stated=stated, verbose="verbose" in given.flags)
 
 
 def train(
-    config: Config, truth: Truth | None = None, stated: Mapping[str, Any] | None = None
+    config: Config,
+    truth: Truth | None = None,
+    stated: Mapping[str, Any] | None = None,
+    verbose: bool = False,
 ) -> int:
     """One run, start to finish. truth: tells true boxes, for a reward that asks for them (None: the
     drawn scenes' own); stated: the settings that were asked for by name (those that differ from
-    their defaults): a resumed run takes the others from its own configuration.
+    their defaults): a resumed run takes the others from its own configuration; verbose: say which
+    kernels run.
 
     Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
     """
@@ -72,7 +77,7 @@ def train(
     rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
     allocator.keep_freed_memory()
     with Signals() as stop:
-        run = Run(start)
+        run = Run(start, verbose)
         try:
             whole(run, stop, truth)
         except Interrupted as reason:
@@ -90,7 +95,8 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
     torch.use_deterministic_algorithms(run.config.train.deterministic)
     with contextlib.closing(fitted_source(run)) as source:
         stop.check()
-        policy = model.load(run.config, say=run.console.warn)
+        with run.console.working("loading the model"):
+            policy = model.load(run.config, say=run.console.warn)
         stop.check()
         engine = open_engine(policy, run.config, run.console.warn)
         engine.interrupted = stop.check
@@ -146,10 +152,12 @@ def fitted_source(run: Run) -> Source:
     """
     config = run.config
     multiple = model.grid_multiple(config.model.path)
-    source = open_source(config, multiple, run.directory, run.console.warn)
+    opened = partial(open_source, multiple=multiple, directory=run.directory, say=run.console.warn)
+    source = opened(config, through=run.console.through)
     if config.memory.budget_gb is None:
         return source
-    plan = estimate.plan(config, source)
+    with run.console.working("planning the memory of a step"):
+        plan = estimate.plan(config, source)
     run.console.say(str(plan))
     if run.resumed is not None:
         refuse_changes(plan.changes, run.directory)
@@ -157,7 +165,7 @@ def fitted_source(run: Run) -> Source:
     if plan.config.data.max_pixels == config.data.max_pixels:
         return source
     source.close()
-    return open_source(plan.config, multiple, run.directory, run.console.warn)
+    return opened(plan.config, through=run.console.through)
 
 
 if __name__ == "__main__":

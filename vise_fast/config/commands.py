@@ -72,8 +72,8 @@ class Command:
     """One command: `module` holds its `main`, `text` (a file of the package) its docstring.
 
     about: a line for the list of commands; takes: words without a name, as the usage shows them
-    (at most `positional`); settings: whether `--section.key value` is welcome; alone: it runs where
-    packages are missing.
+    (at most `positional`); settings: whether `--section.key value` is welcome; loads: whether it
+    loads the model; alone: it runs where packages are missing.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Command:
     takes: str = ""
     positional: int = 0
     settings: bool = False
+    loads: bool = False
     alone: bool = False
     text: str = ""
 
@@ -117,6 +118,7 @@ ALL = (
             "verbose": "say which kernels and which attention run",
         },
         settings=True,
+        loads=True,
     ),
     Command(
         "evaluate",
@@ -129,6 +131,7 @@ ALL = (
             "alphas": ("0,0.5,1", "figures at these shares of the adapter's update"),
         },
         settings=True,
+        loads=True,
     ),
     Command(
         "infer",
@@ -141,6 +144,7 @@ ALL = (
             "draw": ("FILE.png", "the picture with the box on it"),
         },
         settings=True,
+        loads=True,
     ),
     Command(
         "report",
@@ -160,6 +164,7 @@ ALL = (
         },
         {"lossy": "write even where rounding takes more than half of the update"},
         settings=True,
+        loads=True,
     ),
     Command(
         "export",
@@ -181,6 +186,7 @@ ALL = (
         },
         positional=15,
         settings=True,
+        loads=True,
     ),
     Command(
         "estimate",
@@ -255,7 +261,17 @@ def check(name: str, words: Sequence[str]) -> None:
     elif command.settings:
         from vise_fast.config import origin
 
-        origin.configuration(given)
+        config = origin.configuration(given)
+        if command.loads and "dry-run" not in given.flags:
+            _have(config.model.path)
+
+
+def _have(path: str) -> None:
+    """Raises EnvironmentFault for a hub id that is neither cached nor to be had."""
+    if path != "nano" and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        from vise_fast.system import hub
+
+        hub.reach(path, path)
 
 
 def lacking() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -64,6 +63,10 @@ def _available_memory() -> float:
 
 def open_files() -> Finding:
     """Enough files may be open at once."""
+    try:
+        import resource
+    except ImportError:
+        return ok("open files", "this system sets no limit of its own")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 256:
         return warn("open files", soft, "ulimit -n 1024")

@@ -246,15 +246,23 @@ def _floor(planner: Planner, budget: float) -> MemoryFloor:
 
 
 def usable(config: Config) -> float:
-    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine."""
+    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine.
+
+    Raises EnvironmentFault where the machine does not tell.
+    """
     asked = config.memory.budget_gb
     device = model.device_of(config.model.device)
     if isinstance(asked, float):
         total = asked * GIB
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-    else:
+    elif hasattr(os, "sysconf"):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        raise EnvironmentFault(
+            "this system does not tell how much memory it has; so nothing can be planned for it; "
+            "say how much may be used: --memory.budget_gb 16"
+        )
     return total * (1 - FRAGMENTS) - CONTEXT
 
 

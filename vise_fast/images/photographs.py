@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from vise_fast.images.picture_file import BadImage, decode, grid_size, header, o
 from vise_fast.system import files, randomness
 from vise_fast.system.errors import ConfigError, DataError
 
+T = TypeVar("T")
 LOG = "bad_images.jsonl"
 TRIED = 256
 """Files that are decoded at the start, chosen by their names: always the same."""
@@ -73,6 +74,17 @@ def silent(text: str) -> None:
     """Says nothing."""
 
 
+class Through(Protocol):
+    """Hands things on one after the other, and may show how far it is."""
+
+    def __call__(self, things: Collection[T], label: str) -> Iterable[T]: ...
+
+
+def unseen(things: Collection[T], label: str) -> Iterable[T]:
+    """Shows nothing."""
+    return things
+
+
 class Photographs:
     """The pictures of an album. `train` and `held`: the usable ones; `ignored`: how many files are
     no pictures by their name.
@@ -88,9 +100,12 @@ class Photographs:
         multiple: int,
         log: Path | None = None,
         say: Callable[[str], None] = silent,
+        *,
+        through: Through = unseen,
     ) -> None:
         """multiple: of which every height and width is one; log: the file that gets a line per
-        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know.
+        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know;
+        through: shows how far the files are read.
         """
         self.album = album
         self.data = config.data
@@ -103,6 +118,7 @@ class Photographs:
         # oddities of single files; the unusable ones are logged by name
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._say: Callable[[str], None] = silent  # what is found at the start is in `describe`
+        self._through = through
         self._scan()
         self._try_some()
         self._prove_one_decodes()
@@ -182,7 +198,8 @@ class Photographs:
                 self.ignored += 1
             else:
                 known[found.name] = found
-        seen = [self._entry(known[name]) for name in sorted(known, key=os.fsencode)]
+        listed = self._through(sorted(known, key=os.fsencode), "reading headers")
+        seen = [self._entry(known[name]) for name in listed]
         entries = [entry for entry in seen if entry is not None]
         if not entries:
             self._refuse_all()
@@ -219,7 +236,8 @@ class Photographs:
         headless = len(self.bad)
         tried = sorted(entries, key=lambda entry: listing.key_of(f"tried {entry.name}"))[:TRIED]
         run = map if self._pool is None else self._pool.map
-        for entry, reason in zip(tried, run(self._fault_of, tried), strict=True):
+        reasons = run(self._fault_of, tried)
+        for entry, reason in zip(self._through(tried, "trying some"), reasons, strict=True):
             if reason is not None:
                 self._bad.add(entry.name, reason)
         broken = len(self.bad) - headless

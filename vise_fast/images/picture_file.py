@@ -25,7 +25,10 @@ from PIL import Image as Pillow
 
 from vise_fast.images.albums.album import Place
 from vise_fast.images.cost import EXIF, Costly, Reader, before_opening, refuse_costly
+from vise_fast.system.files import WITHOUT_WAITING
 
+FLAGS = WITHOUT_WAITING | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Of an opened picture; each system has its own."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_RATIO = 200  # the longest side over the shortest; Qwen's own processor refuses more
 WHITE = (255, 255, 255, 255)
@@ -201,7 +204,7 @@ def _raw(place: Place) -> Any:
         raw.seek(0)
         return raw
     # not blocking: a name may have become a pipe since the folder was listed
-    raw = os.fdopen(os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
+    raw = os.fdopen(os.open(place, os.O_RDONLY | FLAGS), "rb", 0)
     try:
         status = os.fstat(raw.fileno())
         if not stat.S_ISREG(status.st_mode):

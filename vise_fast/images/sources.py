@@ -17,7 +17,7 @@ from vise_fast.images.albums.door import open_album
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.image import Image
 from vise_fast.images.mixed import Mixed, parts_of
-from vise_fast.images.photographs import LOG, Photographs, silent
+from vise_fast.images.photographs import LOG, Photographs, Through, silent, unseen
 
 
 class Source(Protocol):
@@ -59,20 +59,21 @@ def open_source(
     multiple: int,
     directory: Path | None = None,
     say: Callable[[str], None] = silent,
+    through: Through = unseen,
 ) -> Source:
     """The user's pictures, wherever they lie (albums/door.py), several places mixed where data.mix
     names them, or the embedded scenes where nothing is named.
 
     multiple: pixels per image token side (model.load.grid_multiple), which every height and width
     is a multiple of; directory: where bad_images.jsonl goes (None: run.dir); say: takes what a
-    person should know of the images. Raises ConfigError where sizes do not fit the grid, DataError
-    where a place cannot be used.
+    person should know of the images; through: shows how far their headers are read. Raises
+    ConfigError where sizes do not fit the grid, DataError where a place cannot be used.
     """
     log = None if directory is None else directory / LOG
 
     def photographs(place: str) -> Photographs:
         album = open_album(place, config.data.column)
-        return Photographs(album, config, multiple, log, say)
+        return Photographs(album, config, multiple, log, say, through=through)
 
     if config.data.mix:
         weights = parts_of(config.data.mix)

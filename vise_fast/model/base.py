@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vise_fast.system import files
+from vise_fast.system import files, hub
 from vise_fast.system.errors import ConfigError, EnvironmentFault, NumericFault, UserError
 
 WEIGHTS = "model.safetensors"
@@ -85,6 +85,7 @@ def _content(source: str, path: str) -> dict[str, Any]:
         refuse_special(Path(source), "the model")
         with believed(f"config.json of {path}"):
             return read_json(Path(source) / "config.json")
+    hub.reach(source, path)
     try:
         content, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as fault:
@@ -251,6 +252,7 @@ def read_tokenizer(source: str, path: str, vocabulary: int, **settings: Any):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What transformers and PEFT say of files is left unsaid: what matters of it is raised."""
+    logging.disable_progress_bar()
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import vise_kernels
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -33,6 +32,7 @@ from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
 from vise_fast.model.flash import choose
 from vise_fast.model.qwen3_vl import LANGUAGE_TARGETS, PROJECTOR_TARGETS, Qwen3VL
+from vise_fast.system import hub
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
@@ -154,7 +154,7 @@ def read_config(path: str) -> PreTrainedConfig:
 def at_hand(path: str) -> bool:
     """Whether the model can be loaded without a download."""
     source = resolve(path)
-    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    return Path(source).is_dir() or hub.is_cached(source)
 
 
 def known_shapes(path: str) -> PreTrainedConfig:

@@ -46,8 +46,8 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes as library
     except ImportError as error:
         raise EnvironmentFault(
-            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install "
-            "vise-fast[quant] or use model.quant none"
+            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); pip "
+            "install bitsandbytes, or use model.quant none"
         ) from error
     # It warns at every int8 product that bf16 and fp32 rows are rounded to fp16 before they are
     # quantised.

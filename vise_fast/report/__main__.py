@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> int:
             "which run? report reads a run directory and takes no settings; write python -m "
             "vise_fast.report runs/nano"
         )
-    screen.say(f"report   {write(Path(given.positional[0]))}")
+    screen.say(f"report   {write(Path(given.positional[0]), screen.warn)}")
     return 0
 
 

@@ -9,9 +9,10 @@ out: reading (stored_run.py), judging (diagnosis.py), curves (plots.py), sample 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -22,11 +23,13 @@ from vise_fast.config import schema as configuration
 from vise_fast.evaluate.results import Estimate, Results, paired_gain
 from vise_fast.evaluate.titles import ENTRIES, GROUPS, Entry
 from vise_fast.report.diagnosis import diagnose
-from vise_fast.report.plots import Plot, draw
 from vise_fast.report.samples import Sample, samples
 from vise_fast.report.stored_run import StoredRun, read
 from vise_fast.system import files
 from vise_fast.system.console import duration
+
+if TYPE_CHECKING:
+    from vise_fast.report.plots import Plot
 
 HERE = Path(__file__).parent
 TILES = (
@@ -85,19 +88,36 @@ class Group:
     reach: float
 
 
-def write(directory: Path) -> Path:
-    """Writes report.html and plots/ into a run; returns the page.
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def write(directory: Path, say: Callable[[str], None] = silent) -> Path:
+    """Writes report.html and plots/ into a run; returns the page. say: takes what is missing.
 
     Raises DataError for what is no run, EnvironmentFault where disk refuses.
     """
     run = read(directory)
     shown = samples(run)
-    plots = draw(run)
+    plots = _plots(run, say)
     page = render(run, plots, shown)
     for plot in plots:
         files.write(directory / "plots" / f"{plot.name}.png", plot.png, REMEDY)
     files.write(directory / "report.html", page, REMEDY)
     return directory / "report.html"
+
+
+def _plots(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
+    """The curves; none where matplotlib is missing or broken: it never ends a run."""
+    try:
+        from vise_fast.report.plots import draw
+    except Exception as fault:  # a library that is half installed fails in any way
+        say(
+            f"the report has no curves: matplotlib cannot be imported ({fault}); pip install "
+            "matplotlib, then python -m vise_fast.report RUN"
+        )
+        return []
+    return draw(run)
 
 
 def render(run: StoredRun, plots: list[Plot], shown: Mapping[str, list[Sample]]) -> str:

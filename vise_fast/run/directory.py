@@ -34,7 +34,7 @@ from vise_fast.model.load import Policy
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms
 from vise_fast.run import identity
-from vise_fast.run.opening import environment, lacking, opening_lines
+from vise_fast.run.opening import environment, lacking, opening_lines, verbose_lines
 from vise_fast.run.resume import Start
 from vise_fast.run.sample import sample
 from vise_fast.system import checkpoint, files
@@ -54,8 +54,9 @@ class Run:
     updates, `saved`: those the newest checkpoint holds (-1: there is none).
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, verbose: bool = False) -> None:
         self.config = start.config
+        self.verbose = verbose
         self.directory = start.directory
         self.resumed = start.checkpoint
         self.older = start.older
@@ -67,6 +68,7 @@ class Run:
         self.done = 0
         self.saved = -1
         self.opened = False
+        self.loggers = Loggers((), self.directory, {}, self.console.warn)
         self.unwritten: deque[Callable[[], None]] = deque()
         self.free = identity.is_free(self.directory)
         self.lock = identity.Lock(self.directory)
@@ -80,6 +82,7 @@ class Run:
 
     def close(self) -> None:
         """Let others write here; a folder in which nothing was begun goes."""
+        self.loggers.close()
         if self.opened:
             self.metrics.close()
             self.samples.close()
@@ -148,6 +151,8 @@ class Run:
         loggers = self.config.run.loggers
         self.loggers = Loggers(loggers, self.directory, settings, self.console.warn)
         for line in opening_lines(self.directory, self.config, policy, source):
+            self.console.say(line)
+        for line in verbose_lines(policy) if self.verbose else ():
             self.console.say(line)
         side_files.fetch(policy.source)
         for line in lacking(self.config):
@@ -221,10 +226,7 @@ class Run:
     def progress(self) -> Iterator[Steps]:
         """Yields what takes every finished step: metrics, live figures, alarms, samples."""
         steps = self.config.train.steps
-        with (
-            self.console.progress(steps, "train", self.first) as bar,
-            contextlib.closing(self.loggers),
-        ):
+        with self.console.progress(steps, "train", self.first) as bar:
             yield Steps(self, bar)
 
     def alarmed(self) -> bool:
@@ -281,12 +283,23 @@ class Run:
             rows = [[name, *pair] for name, pair in figures.items()]
             title = "held-out images, before and after"
             self.console.table(title, ["", "base", "adapter"], rows)
+            self.loggers.log(self.done, self._held_out())
         made = card.Made(figures, source.identity())
         place = export.export(policy, self.config, self.directory / "adapter", made)
         engine.interrupted()
         if self.config.run.report:
-            self.console.say(f"report   {report.write(self.directory)}")
+            self.console.say(f"report   {report.write(self.directory, self.console.warn)}")
         self.console.say(f"adapter  {place}")
+
+    def _held_out(self) -> dict[str, float]:
+        """The table's figures by the names that a logger groups by: held_out/base/sampled_iou."""
+        figures: dict[str, float] = {}
+        for arm, label in (("before", "base"), ("after", "adapter")):
+            values = self.evaluation.get(arm, {}).get("values", {})
+            figures |= {
+                f"held_out/{label}/{name}": values[name] for name in BRIEF if name in values
+            }
+        return figures
 
     def interrupted(self, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""

@@ -46,7 +46,8 @@ def dry_run(config: Config) -> int:
         source = _try(faults, lambda: _open(config, Path(scratch), console))
         if source is not None:
             console.say(f"data     {source.describe()}")
-        plan = _try(faults, lambda: estimate.plan(config, source))
+        with console.working("planning the memory of a step"):
+            plan = _try(faults, lambda: estimate.plan(config, source))
         if plan is not None:
             console.say(str(plan))
             config = plan.config  # what fits, where a budget is set
@@ -71,7 +72,8 @@ def _try(faults: list[UserError], work: Callable[[], T]) -> T | None:
 
 
 def _open(config: Config, scratch: Path, console: Console) -> Source:
-    return open_source(config, model.grid_multiple(config.model.path), scratch, console.warn)
+    multiple = model.grid_multiple(config.model.path)
+    return open_source(config, multiple, scratch, console.warn, console.through)
 
 
 def explain(console: Console, config: Config) -> None:
@@ -106,7 +108,8 @@ def _load(config: Config, console: Console) -> model.Policy:
             f"the weights of {config.model.path} are not on this machine; a run would download "
             f"them; fetch them with: hf download {config.model.path}"
         )
-    return model.load(config, say=console.warn)
+    with console.working("loading the model"):
+        return model.load(config, say=console.warn)
 
 
 def _try_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,20 +22,27 @@ from vise_fast.model.load import Policy, check_targets, resolve
 
 
 def opening_lines(directory: Path, config: Config, policy: Policy, source: Source) -> Iterator[str]:
-    """The lines on screen."""
+    """The lines on screen, each within 80 columns where names are short."""
     train = config.train
     yield (
         f"run      {directory}  (preset {config.reward.preset}, {train.steps} updates of "
         f"{train.batch} images)"
     )
     yield (
-        f"model    {config.model.path}: {_count(policy, False) / 1e6:.1f} M frozen parameters, one "
-        f"copy; {check_targets(policy.model)} LoRA tensors, {_count(policy, True) / 1e6:.2f} M "
-        "trained"
+        f"model    {config.model.path}: {_count(policy, False) / 1e6:.1f} M frozen parameters, "
+        f"{_count(policy, True) / 1e6:.2f} M trained in {check_targets(policy.model)} LoRA tensors"
     )
     yield f"data     {source.describe()}"
-    paths = ", ".join(f"{op} {path}" for op, (path, _) in vise_kernels.available().items())
-    yield f"device   {policy.device}, {policy.backbone.dtype}; kernels: {paths}"
+    paths = Counter(path for path, _ in vise_kernels.available().values())
+    kernels = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    dtype = str(policy.backbone.dtype).removeprefix("torch.")
+    yield f"device   {policy.device}, {dtype}; kernels: {kernels} (--verbose names them)"
+
+
+def verbose_lines(policy: Policy) -> Iterator[str]:
+    """What only those who look for it want to know: every kernel's path, and how is attended."""
+    for op, (path, reason) in vise_kernels.available().items():
+        yield f"kernel   {op}: {path}, {reason}"
     yield f"attention {policy.attention.path}: {policy.attention.reason}"
 
 

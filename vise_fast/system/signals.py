@@ -11,7 +11,9 @@ import os
 import signal
 from types import FrameType
 
-CAUGHT = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""A closed terminal; Windows has no such signal."""
+CAUGHT = tuple(n for n in (HANGUP, signal.SIGINT, signal.SIGTERM) if n is not None)
 SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
 
 
@@ -45,8 +47,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         # nohup: a closed terminal is to be ignored
-        deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [n for n in CAUGHT if not (deaf and n == signal.SIGHUP)]
+        deaf = HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
+        heard = [n for n in CAUGHT if not (deaf and n == HANGUP)]
         self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 

@@ -125,7 +125,7 @@ class _Window(io.RawIOBase):
     """A file that begins and ends inside another."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._start = start
         self._size = size
         self._place = 0
