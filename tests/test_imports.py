@@ -24,7 +24,18 @@ ORDER = (
     "run",
     "train",
 )
-LEAVES = {"__main__", "doctor", "export", "infer", "merge", "lowmem", "nano", "rewards", "table"}
+LEAVES = {
+    "__main__",
+    "compare",
+    "doctor",
+    "export",
+    "infer",
+    "merge",
+    "lowmem",
+    "nano",
+    "rewards",
+    "table",
+}
 PRINTER = "system/console.py"
 
 

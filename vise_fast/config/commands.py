@@ -150,8 +150,18 @@ ALL = (
         "report",
         "one page that shows a run",
         "report.__main__",
+        {"port": ("8000", "--live: where the page is on this machine; else any free one")},
+        {"live": "follow a run that is still going on, in a browser on this machine"},
         takes="RUN",
         positional=1,
+    ),
+    Command(
+        "compare",
+        "runs beside each other: figures, settings, curves",
+        "compare",
+        {"out": ("compare.html", "the page; compare.html where nothing is said")},
+        takes="RUN RUN…",
+        positional=5,
     ),
     Command(
         "merge",

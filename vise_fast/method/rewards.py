@@ -423,6 +423,7 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
         "reward": _mean(reward, carries),
         "geometric": _mean(parts.geometric, boxes & parts.measured),
         "semantic": _mean(parts.semantic, boxes & parts.open),
+        "size": _mean(parts.size, boxes),  # sqrt(area), as the area term takes it
         "carries": _mean(carries, torch.ones_like(carries)),  # of all rows
     }
     figures |= _readable_figures(evidence) | _box_figures(evidence)

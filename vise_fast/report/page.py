@@ -9,6 +9,7 @@ out: reading (stored_run.py), judging (diagnosis.py), curves (plots.py), sample 
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ from markupsafe import Markup
 from vise_fast import __version__
 from vise_fast.config import schema as configuration
 from vise_fast.evaluate.results import Estimate, Results, paired_gain
-from vise_fast.evaluate.titles import ENTRIES, GROUPS, Entry
+from vise_fast.evaluate.titles import BRIEF, ENTRIES, GROUPS, Entry
 from vise_fast.report.diagnosis import diagnose
-from vise_fast.report.samples import Sample, samples
+from vise_fast.report.samples import samples, strip
 from vise_fast.report.stored_run import StoredRun, read
 from vise_fast.system import files
 from vise_fast.system.console import duration
@@ -69,14 +70,19 @@ class Row:
 
     @property
     def tone(self) -> str:
-        """good or bad where the interval excludes zero and a direction is better, else even."""
-        sign = (self.gain.low > 0) - (self.gain.high < 0)
-        return {1: "good", -1: "bad", 0: "even"}[sign * self.entry.better]
+        """What the gain is."""
+        return tone(self.gain, self.entry)
 
     @property
     def format(self) -> str:
         """How the figure is written: attention and areas as percentages."""
         return "percent" if self.name in PERCENTAGES else "plain"
+
+
+def tone(gain: Estimate, entry: Entry) -> str:
+    """good or bad where the interval excludes zero and a direction is better, else even."""
+    sign = (gain.low > 0) - (gain.high < 0)
+    return {1: "good", -1: "bad", 0: "even"}[sign * entry.better]
 
 
 @dataclass(frozen=True)
@@ -98,16 +104,15 @@ def write(directory: Path, say: Callable[[str], None] = silent) -> Path:
     Raises DataError for what is no run, EnvironmentFault where disk refuses.
     """
     run = read(directory)
-    shown = samples(run)
-    plots = _plots(run, say)
-    page = render(run, plots, shown)
+    plots = curves(run, say)
+    page = render(run, plots)
     for plot in plots:
         files.write(directory / "plots" / f"{plot.name}.png", plot.png, REMEDY)
     files.write(directory / "report.html", page, REMEDY)
     return directory / "report.html"
 
 
-def _plots(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
+def curves(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
     """The curves; none where matplotlib is missing or broken: it never ends a run."""
     try:
         from vise_fast.report.plots import draw
@@ -120,27 +125,38 @@ def _plots(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
     return draw(run)
 
 
-def render(run: StoredRun, plots: list[Plot], shown: Mapping[str, list[Sample]]) -> str:
-    """The page as text; `shown`: title -> samples."""
+def render(run: StoredRun, plots: list[Plot], refresh: int = 0) -> str:
+    """The page as text; refresh: seconds after which a reader's browser asks again, 0: never."""
     rows = {name: row for name in ENTRIES if (row := _row(run, name)) is not None}
-    return _template().render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        run=run,
-        version=__version__,
-        diagnosis=diagnose(run),
-        facts=_facts(run),
-        tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
-        groups=_groups(rows),
-        plots={plot.name: plot for plot in plots},
-        samples=shown,
-        alarms=run.alarms(),
-        settings=configuration.to_yaml(run.config),
-        environment=_single_values(run.environment),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+            run=run,
+            version=__version__,
+            diagnosis=diagnose(run),
+            facts=_facts(run),
+            tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
+            refresh=refresh,
+            brief=_groups({name: rows[name] for name in BRIEF if name in rows}),
+            groups=_groups(rows),
+            commands=_commands(run),
+            command=shlex.join(["vise-fast", "train", *run.command]),
+            bad=run.bad_files(),
+            strip=strip(run),
+            plots={plot.name: plot for plot in plots},
+            samples=samples(run),
+            alarms=run.alarms(),
+            settings=configuration.to_yaml(run.config),
+            environment=_single_values(run.environment),
+        )
     )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def environment() -> jinja2.Environment:
+    """The templates beside this file, and how they write figures. Every text is escaped."""
     engine = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -148,8 +164,13 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"number": _number, "signed": _signed, "svg": lambda plot: Markup(plot.svg)}
-    return engine.get_template("report.html")
+    engine.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "svg": lambda plot: Markup(plot.svg),
+        "tone": tone,
+    }
+    return engine
 
 
 def _single_values(environment: Mapping[str, object]) -> dict[str, object]:
@@ -190,6 +211,29 @@ def _reach(rows: list[Row]) -> float:
     return max(ends) * 1.06
 
 
+def _commands(run: StoredRun) -> dict[str, str]:
+    """What one does next: label -> command."""
+    place = str(run.directory)
+    if run.adapter is None or not run.finished:
+        return {
+            "go on with it": shlex.join(["vise-fast", *_on(place)]),
+            "watch it": shlex.join(["vise-fast", "report", place, "--live"]),
+        }
+    adapter = ["--adapter", str(run.adapter)]
+    found = {
+        "try it in a browser": ["demo", *adapter],
+        "ask about one picture": ["infer", *adapter, "--image", "photo.jpg"],
+        "measure it closer": ["evaluate", *adapter, "--scenes", "512"],
+        "beside another run": ["compare", place, "OTHER_RUN"],
+        "a model without PEFT": ["merge", *adapter, "--out", "merged"],
+    }
+    return {label: shlex.join(["vise-fast", *words]) for label, words in found.items()}
+
+
+def _on(place: str) -> list[str]:
+    return ["train", "--resume", "auto", "--run.dir", place]
+
+
 def _facts(run: StoredRun) -> dict[str, str]:
     """The run in a few words."""
     config = run.config
@@ -211,6 +255,10 @@ def _facts(run: StoredRun) -> dict[str, str]:
         facts["device"] = str(run.environment["device"])
     if run.before:
         facts["held out"] = f"{run.before.n} images"
+    if run.adapter is not None:
+        facts["adapter"] = str(run.adapter)
+    if bad := run.bad_files():
+        facts["unusable files"] = str(len(bad))
     return facts
 
 

@@ -43,6 +43,30 @@ class StoredRun:
     strengths: dict[float, Results]
 
     @property
+    def finished(self) -> bool:
+        """Whether it came to its end: the adapter was measured, or every step is done."""
+        return self.after is not None or self.steps >= self.config.train.steps
+
+    @property
+    def adapter(self) -> Path | None:
+        """Where its adapter lies; None where it has not been exported."""
+        place = self.directory / "adapter"
+        return place if (place / "adapter_config.json").is_file() else None
+
+    @property
+    def command(self) -> list[str]:
+        """The words it was started with, as env.json keeps them; [] where it does not."""
+        words = self.environment.get("argv")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return []
+        return words[1:] if words[:1] == ["train"] else words
+
+    def bad_files(self) -> dict[str, str]:
+        """{name: reason} of the pictures that could not be used."""
+        lines = read_lines(self.directory / "bad_images.jsonl")
+        return {str(line.get("name")): str(line.get("reason")) for line in lines}
+
+    @property
     def steps(self) -> int:
         """The last step that was finished."""
         return int(self.metrics[-1]["step"])
