@@ -27,6 +27,7 @@ ORDER = (
 LEAVES = {
     "__main__",
     "compare",
+    "demo",
     "doctor",
     "export",
     "infer",
@@ -34,6 +35,7 @@ LEAVES = {
     "lowmem",
     "nano",
     "rewards",
+    "sweep",
     "table",
 }
 PRINTER = "system/console.py"

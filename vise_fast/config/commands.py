@@ -147,6 +147,14 @@ ALL = (
         loads=True,
     ),
     Command(
+        "demo",
+        "try base and adapter on your own picture, in a browser on this machine",
+        "demo.__main__",
+        ORIGIN | {"port": ("7860", "where the page is on this machine; else the first free one")},
+        settings=True,
+        loads=True,
+    ),
+    Command(
         "report",
         "one page that shows a run",
         "report.__main__",
@@ -162,6 +170,14 @@ ALL = (
         {"out": ("compare.html", "the page; compare.html where nothing is said")},
         takes="RUN RUN…",
         positional=5,
+    ),
+    Command(
+        "sweep",
+        "several runs over a grid or a list of settings, and their table",
+        "sweep",
+        flags={"dry-run": "say the runs, and which of them are finished"},
+        takes="FILE.yaml",
+        positional=1,
     ),
     Command(
         "merge",
