@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Both make .venv from the lock file first; nothing is needed but Python >= 3.11 with pip.
-# After either, `.venv/bin/python -m vise_fast.train` works as it is typed, with no variable set.
+# After either, `.venv/bin/vise-fast train` works as it is typed, with no variable set.
 #   make train ARGS="--data.dir photos --train.steps 50"    words for the trainer
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
@@ -70,6 +70,8 @@ $(VENV)/checkout.stamp: $(VENV)/packages.stamp
 	site = pathlib.Path(sysconfig.get_path("purelib")); \
 	places = [os.path.relpath(place, site) for place in (".", "kernels")]; \
 	(site / "vise_fast_checkout.pth").write_text("\n".join(places) + "\n")'
+	@printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -m vise_fast "$$@"\n' > $(VENV)/bin/vise-fast
+	@chmod +x $(VENV)/bin/vise-fast
 	@touch $@
 
 # some systems ship venv without pip: then the system's pip fills the environment

@@ -30,7 +30,9 @@ def main(words: Sequence[str]) -> int:
     name, *rest = words
     if name not in commands.COMMANDS:
         raise ConfigError(f"'{name}' is no command; {_meant(name)}")
-    commands.begin(name, rest)
+    code = commands.answered(name, rest)
+    if code is not None:
+        return code
     module = import_module(f"vise_fast.{commands.COMMANDS[name].module}")
     return module.main(rest) or 0
 

@@ -1,5 +1,5 @@
-"""The demo: what it finds out of a picture, with the embedded model and without a page; and the page
-itself, where gradio is installed.
+"""The demo: what it finds out of a picture, with the embedded model and without a page; and the
+page itself, where gradio is installed.
 """
 
 import sys

@@ -83,7 +83,7 @@ def test_it_answers_on_loopback_and_to_its_own_names_alone(served):
     assert ask(served)[0] == 200
     assert ask(served, host=f"localhost:{served.server_port}")[0] == 200
     assert ask(served, host=f"evil.example:{served.server_port}")[0] == 403
-    for path in ("/metrics.jsonl", "/../config.yaml", "/?x", "//"):
+    for path in ("/metrics.jsonl", "/../config.yaml", "/?x"):
         assert ask(served, path)[0] == 404
 
 

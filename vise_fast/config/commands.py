@@ -262,16 +262,23 @@ def begin(name: str, words: Sequence[str] | None = None) -> None:
     """Before a command's heavy imports: answers `--help`, and ends the process where the words
     cannot be meant or a package is missing.
     """
-    words = sys.argv[1:] if words is None else words
+    code = answered(name, sys.argv[1:] if words is None else words)
+    if code is not None:
+        sys.exit(code)
+
+
+def answered(name: str, words: Sequence[str]) -> int | None:
+    """The exit code where the words need no command, since they ask for help or cannot be meant;
+    None where it is to run.
+    """
     missing = "" if COMMANDS[name].alone else lacking()
     if missing:  # nothing that prints may be there either
         sys.stderr.write(f"error: {missing}\n")
-        sys.exit(4)
+        return 4
     from vise_fast.system import console
 
     code = console.run(lambda given: check(name, given), words)
-    if code or COMMANDS[name].syntax.parse(words).help:
-        sys.exit(code)
+    return code if code or COMMANDS[name].syntax.parse(words).help else None
 
 
 def check(name: str, words: Sequence[str]) -> None:
