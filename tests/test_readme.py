@@ -36,6 +36,12 @@ SMALL = {
     "vise-fast train --help": ([], 0),
     "python -m vise_fast.train": (["--help"], 0),
     "vise-fast doctor": ([], None),
+    "vise-fast evaluate --adapter runs/nano/adapter --alphas 0,0.5,1 "
+    "--json runs/nano/strengths.json": (["--scenes", "4"], 0),
+    "vise-fast table --adapter runs/nano/adapter --out tables/nano --tasks drawn": (
+        ["--dry-run"],
+        None,
+    ),
     "vise-fast compare runs/nano runs/nano-2": (["--out", "{tmp}/compare.html"], 0),
     "vise-fast sweep sweep.yaml": (["--dry-run"], 0),
     "vise-fast train --config qwen3-vl-2b --data.dir photos --dry-run": (
