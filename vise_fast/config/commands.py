@@ -450,7 +450,7 @@ def _codes() -> str:
 
 def _rows(rows: Mapping[str, str], width: int) -> str:
     """Two columns; a name too long for the first has its meaning on the next line."""
-    column = min(max(len(name) for name in rows), 26)
+    column = min(max(map(len, rows), default=0), 26)
     lines = []
     for name, meaning in rows.items():
         indent = " " * (column + 4)
