@@ -47,6 +47,13 @@ def test_a_run_needs_none_of_what_other_systems_lack(tmp_path):
     assert "without locks" in done.stderr and "pip install matplotlib" in done.stderr
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
     assert "mean IoU" in (tmp_path / "run" / "report.html").read_text()
+    opening = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("run  ", "model  ", "data  ", "device  ", "kernel  "))
+    ]
+    assert [line.split()[0] for line in opening] == ["run", "model", "data", "device"]
+    assert max(map(len, opening)) <= 80 and "--verbose" in opening[-1]
     assert "Traceback" not in done.stderr and "FutureWarning" not in done.stderr
 
 

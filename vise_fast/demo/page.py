@@ -43,7 +43,7 @@ def examples(size: int) -> list[Pillow.Image]:
 
 def shown(trial: Trial) -> list[Any]:
     """A trial in the order of the page's fields."""
-    pictures = [(view, "view: expected (white), found") for view in trial.views]
+    pictures = [(view, "expected: white") for view in trial.views]
     if trial.ghost is not None:
         pictures.insert(0, (trial.ghost, "the box hidden"))
     return [trial.picture, trial.said, pictures, trial.heat]

@@ -150,7 +150,7 @@ def _expected(given: Answer, view: View, pixels: Tensor, config: Config) -> Tens
 
 
 def _heat(bench: Bench, pixels: Tensor, query: str, adapters: bool) -> Pillow.Image | None:
-    """The picture, redder where the box's tokens attended to it more than evenly."""
+    """The picture, redder where the box's tokens attended to it more than elsewhere on it."""
     engine = bench.engine
     if not isinstance(engine, FastEngine):
         return None
@@ -161,7 +161,7 @@ def _heat(bench: Bench, pixels: Tensor, query: str, adapters: bool) -> Pillow.Im
     multiple = grid_multiple(bench.config.model.path)
     height, width = pixels.shape[:2]
     grid = weights.reshape(height // multiple, width // multiple)
-    share = (grid / grid.max().clamp_min(1e-9)).sqrt().numpy()
+    share = ((grid - grid.min()) / (grid.max() - grid.min()).clamp_min(1e-9)).numpy()
     mask = Pillow.fromarray((200 * share).astype(np.uint8)).resize((width, height))
     image = _image(pixels)
     image.paste(Pillow.new("RGB", image.size, HEAT), mask=mask)
