@@ -12,5 +12,5 @@ def test_those_who_ask_are_told_every_kernel_and_the_attention():
     lines = list(verbose_lines(SimpleNamespace(attention=Choice("plain", "asked for"))))
     ops = vise_kernels.available()
     assert len(lines) == len(ops) + 1 and lines[-1] == "attention plain: asked for"
-    for line, (op, choice) in zip(lines, ops.items(), strict=False):
-        assert line == f"kernel   {op}: {choice.path}, {choice.reason}"
+    for line, (op, (path, reason)) in zip(lines, ops.items(), strict=False):
+        assert line == f"kernel   {op}: {path}, {reason}"
