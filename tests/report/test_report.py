@@ -280,7 +280,7 @@ def test_the_page_says_what_comes_next_how_it_was_started_and_what_could_not_be_
     assert f"vise-fast infer --adapter {run / 'adapter'} --image photo.jpg" in page
     assert "vise-fast train --seed 1" in page  # env.json's words
     assert "1 files that could not be used" in page and "a&lt;b&gt;.png: is cut short" in page
-    targets = re.findall(r'href="#(\w+)"', page)
+    targets = re.findall(r'<a href="#(\w+)"', page)
     assert len(targets) == 5 and all(f'id="{target}"' in page for target in targets)
 
 
