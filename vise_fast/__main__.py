@@ -18,6 +18,14 @@ from vise_fast.config import commands
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
 
+COMPLETION = """\
+_vise_fast() {
+  local typed=("${COMP_WORDS[@]:1:COMP_CWORD-1}")
+  COMPREPLY=($(compgen -W "$(vise-fast --words "${typed[@]}")" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _vise_fast vise-fast"""
+"""For bash: asks `vise-fast --words` what may follow."""
+
 
 def main(words: Sequence[str]) -> int:
     """The command that is named first, with the words that follow it."""
@@ -26,6 +34,12 @@ def main(words: Sequence[str]) -> int:
         return 0
     if words[0] == "--version":
         console.Console().say(f"vise_fast {__version__}")
+        return 0
+    if words[0] == "--completion":
+        console.Console().say(COMPLETION)
+        return 0
+    if words[0] == "--words":
+        console.Console().say("\n".join(commands.words_after(words[1:])))
         return 0
     name, *rest = words
     if name not in commands.COMMANDS:

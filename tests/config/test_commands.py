@@ -146,6 +146,35 @@ def test_a_command_by_name_is_that_command(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "typed, offered, other",
+    [
+        ("vise-fast tr", ["train"], ["report"]),
+        ("vise-fast train --re", ["--resume", "--reward.gate"], ["--out"]),
+        ("vise-fast train --config qwen3-vl-2", ["qwen3-vl-2b"], ["nano"]),
+        ("vise-fast compare --", ["--out"], ["--train.lr"]),
+    ],
+)
+def test_bash_completes_commands_settings_and_presets(typed, offered, other, tmp_path, capsys):
+    assert console.run(all_commands.main, ["--completion"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "vise-fast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vise_fast "$@"\n')
+    (tmp_path / "vise-fast").chmod(0o755)
+    line = typed.split(" ")
+    asked = (
+        f"{script}\nCOMP_WORDS=({' '.join(line)}); COMP_CWORD={len(line) - 1}; _vise_fast; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    wanted = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    }
+    done = subprocess.run(["bash", "-c", asked], env=wanted, capture_output=True, text=True)
+    found = done.stdout.splitlines()
+    assert set(offered) <= set(found) and not set(other) & set(found), done.stderr
+    assert all(word.startswith(line[-1]) for word in found)
+
+
 def test_the_console_script_is_what_pyproject_names():
     text = (ROOT / "pyproject.toml").read_text()
     module, function = re.search(r'vise-fast = "([\w.]+):(\w+)"', text).groups()

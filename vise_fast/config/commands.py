@@ -462,6 +462,20 @@ def _rows(rows: Mapping[str, str], width: int) -> str:
     return "\n".join(lines)
 
 
+def words_after(typed: Sequence[str]) -> list[str]:
+    """What a shell may offer after the words of a line that begins with vise-fast: commands, then
+    options, settings and presets; files are the shell's own business.
+    """
+    if not typed or typed[0] not in COMMANDS:
+        return list(COMMANDS)
+    command = COMMANDS[typed[0]]
+    if typed[-1] == "--config":
+        return [name for name, _ in presets()]
+    known = command.syntax
+    names = (*known.options, *known.flags, *EVERYWHERE, *known.settings)
+    return [f"--{name}" for name in names]
+
+
 def overview() -> str:
     """All commands, for `vise-fast` without one."""
     rows = {command.name: command.about for command in ALL}
@@ -476,5 +490,7 @@ def overview() -> str:
             "first steps",
             "  vise-fast train                the embedded model on drawn scenes, some minutes",
             "  vise-fast train --config qwen3-vl-2b --data.dir photos --dry-run",
+            "",
+            'completion in bash: eval "$(vise-fast --completion)"',
         ]
     )
