@@ -290,6 +290,9 @@ class Run:
         if self.config.run.report:
             self.console.say(f"report   {report.write(self.directory, self.console.warn)}")
         self.console.say(f"adapter  {place}")
+        self.console.say(
+            f"next     vise-fast infer --adapter {quote(str(place))} --image photo.jpg"
+        )
 
     def _held_out(self) -> dict[str, float]:
         """The table's figures by the names that a logger groups by: held_out/base/sampled_iou."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from vise_fast.system.console import Console, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
+TOGETHER = "\xa0"
+"""Between a setting and its value, so that a line ends behind both."""
 
 
 def dry_run(config: Config) -> int:
@@ -97,8 +100,10 @@ def explain(console: Console, config: Config) -> None:
     )
     changed = settings.changed(config)
     if changed:
-        listed = ", ".join(f"{key} {value}" for key, value in changed.items())
-        console.say(f"  settings that differ from their defaults: {listed}")
+        listed = ", ".join(f"{key}{TOGETHER}{value}" for key, value in changed.items())
+        said = f"settings that differ from their defaults: {listed}"
+        lines = textwrap.wrap(said, 76, break_long_words=False, break_on_hyphens=False)
+        console.say("\n".join(f"  {line}" for line in lines).replace(TOGETHER, " "))
 
 
 def _load(config: Config, console: Console) -> model.Policy:
