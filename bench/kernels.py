@@ -526,10 +526,10 @@ def unpack_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     run |= peers.unpack(held, (rows, width), dtype)
     written = size * dtype.itemsize
     told = f"({rows}, {width}) to {name_of(dtype)}"
-    yield Case("unpack", f"nf4 {told}", run, moved=written + size_of(held.bytes, scales))
+    yield Case("unpack_nf4", told, run, moved=written + size_of(held.bytes, scales))
     whole = torch.randint(-128, 128, (rows, width), device=device, dtype=torch.int8)
     run = beside_plain(partial(unpack_int8, whole, torch.rand(rows, device=device), dtype))
-    yield Case("unpack", f"int8 {told}", run, moved=written + size)
+    yield Case("unpack_int8", told, run, moved=written + size)
 
 
 class Prompt(NamedTuple):
@@ -597,7 +597,8 @@ CASES = {
     "merge_attention": merge_cases,
     "add_layer_norm": vision_cases,
     "rotate": vision_cases,
-    "unpack": unpack_cases,
+    "unpack_nf4": unpack_cases,
+    "unpack_int8": unpack_cases,
 }
 
 

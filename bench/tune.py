@@ -34,7 +34,6 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "token_logprob": {"BLOCK": (2048, 4096, 8192)},
     "sample": {"BLOCK": (512, 1024, 2048)},
     "decode_attention": {"BLOCK": (32, 64, 128)},
-    "unpack": {"BYTES": (512, 1024, 2048)},
     "swiglu": {"BLOCK": (512, 1024, 2048)},
     "heads": {"HEADS": (4, 8, 16)},
     "rotate": {"HEADS": (4, 8, 16)},

@@ -213,15 +213,19 @@ def _rotate(g: Given) -> list[Tensor]:
     return [rotate(g.draw(9, 11, 24), angle.cos(), angle.sin(), path=g.path)]
 
 
-def _unpack(g: Given) -> list[Tensor]:
+def _unpack_nf4(g: Given) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     drawn = torch.randint(0, 256, (37 * 35 + 41,), generator=generator)
     data = drawn.to(torch.uint8).to(g.device)
     coarse = Coarse(g.wide(256), g.wide(1, seed=1), g.wide(1, seed=2)[0], 256)
     weight = Nibbles(data[: 37 * 35], g.wide(16), data[-41:], 64, coarse)
-    whole = data[:900].view(torch.int8).view(9, 100)
-    found = [unpack_nf4(weight, (37, 70), g.dtype, path=g.path)]
-    return [*found, unpack_int8(whole, g.wide(9).abs(), g.dtype, path=g.path)]
+    return [unpack_nf4(weight, (37, 70), g.dtype, path=g.path)]
+
+
+def _unpack_int8(g: Given) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randint(-128, 128, (9, 1100), generator=generator).to(torch.int8).to(g.device)
+    return [unpack_int8(weight, g.wide(9).abs(), g.dtype, path=g.path)]
 
 
 PROOFS: dict[str, Callable[[Given], list[Tensor]]] = {
@@ -245,7 +249,8 @@ PROOFS: dict[str, Callable[[Given], list[Tensor]]] = {
     "recast": _recast,
     "add_layer_norm": _add_layer_norm,
     "rotate": _rotate,
-    "unpack": _unpack,
+    "unpack_nf4": _unpack_nf4,
+    "unpack_int8": _unpack_int8,
 }
 
 

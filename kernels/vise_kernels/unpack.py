@@ -60,7 +60,7 @@ def unpack_nf4(
             f"unpack_nf4: {weight.bytes.numel()} bytes and {weight.scales.numel()} scales in "
             f"blocks of {weight.block} for {shape}"
         )
-    if choose("unpack", weight.bytes.device, path).path == "plain":
+    if choose("unpack_nf4", weight.bytes.device, path).path == "plain":
         return plain_nf4(weight, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=weight.bytes.device)
     none = Coarse(weight.levels, weight.levels, weight.levels, 1)
@@ -97,7 +97,7 @@ def unpack_int8(
         raise ValueError(
             f"unpack_int8: weight {tuple(weight.shape)} and peaks {tuple(peaks.shape)} do not fit"
         )
-    if choose("unpack", weight.device, path).path == "plain":
+    if choose("unpack_int8", weight.device, path).path == "plain":
         return plain_int8(weight, peaks, dtype)
     weight = weight.contiguous()
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -59,11 +59,11 @@ class Mixed:
         self._before: list[np.ndarray] = [np.zeros(len(self.places), np.int64)]
         """How many slots each place had before each chunk."""
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0. Raises DataError when a place has no file
-        any more that can be used.
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """The `n` images of step `step`, counted from 0; of them those at the places `part`. Raises
+        DataError when a place has no file any more that can be used.
         """
-        drawn = [self._slot(slot) for slot in range(step * n, (step + 1) * n)]
+        drawn = [self._slot(step * n + place) for place in part or range(n)]
         wanted: dict[int, list[int]] = {}
         for place, slot in drawn:
             wanted.setdefault(place, []).append(slot)
@@ -73,7 +73,7 @@ class Mixed:
     def _of(self, place: int, slots: list[int]) -> Iterator[Image]:
         """Those of one place, whose slots in a batch are neighbours."""
         name = list(self.places)[place]
-        for image in self.places[name].slots(range(slots[0], slots[-1] + 1)):
+        for image in self.places[name].slots(range(slots[0], slots[-1] + 1), len(slots)):
             yield _named(image, place, name)
 
     def _slot(self, slot: int) -> tuple[int, int]:

@@ -227,7 +227,7 @@ def writes_out(base: Any, x: Tensor) -> bool:
     """Whether a product with x (n, in) writes the weight out in one launch, on a card."""
     if hasattr(base, "product"):
         return base.writes_out(x)
-    if not _in_one_launch(x.device):
+    if not _in_one_launch(base, x.device):
         return False
     if type(base).__name__ == KINDS["nf4"]:
         return len(x) > FEW_ROWS
@@ -244,13 +244,14 @@ def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
     if type(base).__name__ != KINDS["nf4"]:
         return unpack_int8(weight, base.state.SCB, dtype)
     state = base.weight.quant_state
-    if _in_one_launch(weight.device):
+    if _in_one_launch(base, weight.device):
         return unpack_nf4(_nibbles(weight, state), tuple(state.shape), dtype)
     return bitsandbytes().functional.dequantize_4bit(weight, state).to(dtype)
 
 
-def _in_one_launch(device: torch.device) -> bool:
-    return choose("unpack", device).path == "triton"
+def _in_one_launch(base: Any, device: torch.device) -> bool:
+    kind = "nf4" if type(base).__name__ == KINDS["nf4"] else "int8"
+    return choose(f"unpack_{kind}", device).path == "triton"
 
 
 def _nibbles(weight: Tensor, state: Any) -> Nibbles:
