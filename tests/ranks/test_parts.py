@@ -4,11 +4,13 @@ predictions.
 
 import copy
 
+import PIL.Image
 import pytest
 import torch
 
 from vise_fast.config import schema, share
 from vise_fast.estimate import planner
+from vise_fast.images.sources import open_source
 from vise_fast.model import load as model
 from vise_fast.ranks.figures import GIB, Share, merged
 from vise_fast.ranks.part import largest, part
@@ -112,3 +114,27 @@ def test_alone_everything_is_its_own():
     alone.add_gradients([parameter])
     assert parameter.grad is gradient
     assert copy.copy(alone).describe() == {"ranks": 1}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one place", "mixed"])
+def test_parts_of_a_batch_are_the_batch(tmp_path, mixed):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        for number in range(7):
+            picture = PIL.Image.new("RGB", (64, 64), (number * 30, 0, 0))
+            picture.save(tmp_path / place / f"{number}.png")
+    named = f"--data.dir={tmp_path / 'a'}"
+    if mixed:
+        named = f"--data.mix=[{tmp_path / 'a'}=1, {tmp_path / 'b'}=2]"
+    config = schema.load(None, [named, "--data.holdout=0.2"])
+    names = {}
+    for count in (1, 3):
+        sources = [open_source(config, 16, tmp_path) for _ in range(count)]
+        names[count] = []
+        for step in range(4):
+            for rank, source in enumerate(sources):
+                images = source.batch(step, 5, part(5, rank, count))
+                names[count] += [image.name for image in images]
+        for source in sources:
+            source.close()
+    assert names[3] == names[1]
