@@ -17,6 +17,7 @@ from vise_fast.method import learner as learners
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model
+from vise_fast.ranks.ranks import Alone
 from vise_fast.system.errors import NumericFault
 
 SMALL = [
@@ -281,8 +282,8 @@ def test_the_share_of_different_queries_is_the_batchs():
     slices = [
         SimpleNamespace(queries=SimpleNamespace(texts=texts)) for texts in (["a", "b"], ["a", "a"])
     ]
-    assert learners._unique_queries(slices) == 0.5
-    assert learners._unique_queries(slices[:1]) == 1
+    assert learners._unique_queries(slices, Alone()) == 0.5
+    assert learners._unique_queries(slices[:1], Alone()) == 1
 
 
 def test_learning_rate_schedules():

@@ -218,7 +218,7 @@ ALL = (
         "estimate",
         "what a run will need in memory, before anything is loaded",
         "estimate.planner",
-        CONFIG | RESUME,
+        CONFIG | RESUME | {"ranks": ("N", "how many processes train together, each on a GPU")},
         settings=True,
     ),
     Command(

@@ -242,7 +242,10 @@ class TrainConfig(Section):
             "never"
         ),
     )
-    deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
+    deterministic: bool = Field(
+        False,
+        description="bitwise repeatable on a GPU, and on several ranks of CPUs, at a cost",
+    )
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
     stop_on_alarm: bool = Field(
         False, description="end early, keeping the best healthy checkpoint, when an alarm stays on"

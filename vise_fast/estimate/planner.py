@@ -4,7 +4,8 @@ value …]`.
 Predicts the peak of a step by component from shapes alone (rehearsal.py), for the image sizes of
 the actual folder, and says what would make it fit. With `memory.budget_gb` (a number, or auto: this
 machine's) it chooses pixel budget, quantisation, micro-batch, checkpointing and optimizer;
-lowmem.py writes presets so. Left out: what torch does not see; `usable` leaves room for it.
+lowmem.py writes presets so. `--ranks N`: of N that train together, one (docs/SCALING.md). Left out:
+what torch does not see; `usable` leaves room for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from vise_fast.config import commands, origin
 from vise_fast.config.schema import Config
+from vise_fast.config.share import of_one
 from vise_fast.estimate import remembered
 from vise_fast.estimate.rehearsal import Case, Rehearsed, rehearsed
 from vise_fast.images import picture_file
@@ -57,6 +59,7 @@ class Plan:
     changes: Settings = field(default_factory=dict)
     advice: Settings | None = None
     dtype: torch.dtype = torch.float32
+    ranks: int = 1
 
     @property
     def fits(self) -> bool:
@@ -64,7 +67,7 @@ class Plan:
         return self.rehearsed.peak <= self.budget
 
     def __str__(self) -> str:
-        lines = [self._peak(), self._held(), self._verdict()]
+        lines = [self._peak(), self._held(), *self._shared(), self._verdict()]
         if self.advice:
             lines.append(f"would fit with {_words(self.advice)}")
         elif self.advice is not None:
@@ -85,6 +88,14 @@ class Plan:
         form = dtype if quant == "none" else f"{quant}, computed in {dtype}"
         return f"weights in {form}; the adapter beside them in float32, unmerged"
 
+    def _shared(self) -> Iterator[str]:
+        """What a prediction for several ranks is about."""
+        if self.ranks > 1:
+            yield (
+                f"that is each of {self.ranks} ranks, with {self.config.train.batch} images of a "
+                f"batch at most; weights, masters and moments are whole on every one"
+            )
+
     def _verdict(self) -> str:
         room = f"{self.budget / GIB:.1f} GiB"
         if self.changes:
@@ -102,13 +113,19 @@ def _words(changes: Settings) -> str:
 
 class Planner:
     """Predictions for one model and one folder; each configuration is rehearsed once, and once for
-    all planners of this machine (remembered.py).
+    all planners of this machine (remembered.py). `ranks`: how many train
+    together, of which `config` is the share of one.
     """
 
     def __init__(
-        self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
+        self,
+        config: Config,
+        source: Source | None = None,
+        dtype: torch.dtype | None = None,
+        ranks: int = 1,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         device = torch.device("cuda") if dtype else model.device_of(config.model.device)
         self.device = device.type
         self.model_config = model.known_shapes(config.model.path)
@@ -127,7 +144,11 @@ class Planner:
         key = repr((config.model, config.lora, speed, batch))
         if key not in self._peaks:
             case = Case(config, batch, self.dtype, self.lengths, self.device)
-            self._peaks[key] = self._remembered(case)
+            found = self._remembered(case)
+            if self.ranks > 1:  # the sum of everybody's is kept until the optimizer has moved
+                parts = found.phases["optimizer"]
+                parts["exchanged gradients"] = parts["LoRA masters"]
+            self._peaks[key] = found
         return self._peaks[key]
 
     def _remembered(self, case: Case) -> Rehearsed:
@@ -212,24 +233,33 @@ class Planner:
                     yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
-def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:
-    """The run's prediction; where `memory.budget_gb` is set, the configuration that fits it.
+def plan(
+    config: Config,
+    source: Source | None = None,
+    dtype: torch.dtype | None = None,
+    ranks: int = 1,
+) -> Plan:
+    """The run's prediction; where `memory.budget_gb` is set, the configuration that fits it. Of
+    several `ranks`, the one with most images.
 
     Raises MemoryFloor where a budget is set and nothing fits it, ConfigError where the model's
     shapes are unknown.
     """
-    planner = Planner(config, source, dtype)
-    budget = usable(config)
+    config = of_one(config, ranks)
+    planner = Planner(config, source, dtype, ranks)
+    budget = usable(config, ranks)
     asked = planner.rehearse(config)
     if asked.peak <= budget:
-        return Plan(config, asked, budget, dtype=planner.dtype)
+        return Plan(config, asked, budget, dtype=planner.dtype, ranks=ranks)
     changes = planner.choose(budget)
     if config.memory.budget_gb is None:
-        return Plan(config, asked, budget, advice=changes or {}, dtype=planner.dtype)
+        advice = changes or {}
+        return Plan(config, asked, budget, advice=advice, dtype=planner.dtype, ranks=ranks)
     if changes is None:
         raise _floor(planner, budget)
     chosen = _with(config, changes)
-    return Plan(chosen, planner.rehearse(chosen), budget, changes, dtype=planner.dtype)
+    rehearsed = planner.rehearse(chosen)
+    return Plan(chosen, rehearsed, budget, changes, dtype=planner.dtype, ranks=ranks)
 
 
 def _floor(planner: Planner, budget: float) -> MemoryFloor:
@@ -245,8 +275,9 @@ def _floor(planner: Planner, budget: float) -> MemoryFloor:
     )
 
 
-def usable(config: Config) -> float:
-    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine.
+def usable(config: Config, ranks: int = 1) -> float:
+    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine,
+    whose host memory its ranks share.
 
     Raises EnvironmentFault where the machine does not tell.
     """
@@ -257,7 +288,7 @@ def usable(config: Config) -> float:
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
     else:
         raise EnvironmentFault(
             "this system does not tell how much memory it has; so nothing can be planned for it; "
@@ -327,6 +358,15 @@ def _with(config: Config, changes: Settings) -> Config:
     return Config.model_validate(values)
 
 
+def _ranks(text: str | None) -> int:
+    """How many cards or processes are meant. Raises ConfigError."""
+    if text is None:
+        return 1
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"--ranks {text}: not a number of ranks; give 1 or more")
+    return int(text)
+
+
 def main(words: Sequence[str]) -> int:
     """The command: predict and explain."""
     given = SYNTAX.parse(words)
@@ -338,7 +378,7 @@ def main(words: Sequence[str]) -> int:
     source = None
     if is_here(config):
         source = open_source(config, model.grid_multiple(config.model.path))
-    found = plan(config, source)
+    found = plan(config, source, ranks=_ranks(given["ranks"]))
     phases = []
     for name, parts in found.rehearsed.phases.items():
         weights = parts.get("weights", 0)

@@ -44,6 +44,15 @@ def _is_weight(text: str) -> bool:
         return False
 
 
+def _by_place(drawn: list[tuple[int, int]]) -> dict[int, range]:
+    """The slots of each place, which are neighbours in a batch."""
+    found: dict[int, range] = {}
+    for place, slot in drawn:
+        first = found[place].start if place in found else slot
+        found[place] = range(first, slot + 1)
+    return found
+
+
 class Mixed:
     """Photographs of several places. Held-out pictures come from each in turn."""
 
@@ -63,17 +72,24 @@ class Mixed:
         """The `n` images of step `step`, counted from 0; of them those at the places `part`. Raises
         DataError when a place has no file any more that can be used.
         """
-        drawn = [self._slot(step * n + place) for place in part or range(n)]
-        wanted: dict[int, list[int]] = {}
-        for place, slot in drawn:
-            wanted.setdefault(place, []).append(slot)
-        pictures = {place: self._of(place, slots) for place, slots in wanted.items()}
+        whole = part is None or len(part) == n
+        part = part or range(n)
+        drawn = self._drawn(step * n, part)
+        later = {} if whole else _by_place(self._drawn((step + 1) * n, part))
+        pictures = {}
+        for place, slots in _by_place(drawn).items():
+            then = None if whole else later.get(place, range(0))
+            pictures[place] = self._of(place, slots, then)
         return [next(pictures[place]) for place, _ in drawn]
 
-    def _of(self, place: int, slots: list[int]) -> Iterator[Image]:
-        """Those of one place, whose slots in a batch are neighbours."""
+    def _drawn(self, first: int, part: range) -> list[tuple[int, int]]:
+        """(which place, which slot of its own) of a part of the batch that begins at `first`."""
+        return [self._slot(slot) for slot in range(first + part.start, first + part.stop)]
+
+    def _of(self, place: int, slots: range, then: range | None) -> Iterator[Image]:
+        """Those of one place, and what is decoded ahead (None: as many further ones)."""
         name = list(self.places)[place]
-        for image in self.places[name].slots(range(slots[0], slots[-1] + 1), len(slots)):
+        for image in self.places[name].slots(slots, then):
             yield _named(image, place, name)
 
     def _slot(self, slot: int) -> tuple[int, int]:

@@ -129,20 +129,22 @@ class Photographs:
         """{name: reason} of the files that cannot be used, as far as is known yet."""
         return self._bad.reasons
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0.
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """The `n` images of step `step`, counted from 0; of them those at the places `part`.
 
         Raises DataError when no file can be used any more.
         """
-        return self.slots(range(step * n, (step + 1) * n))
+        part = part or range(n)
+        now = range(step * n + part.start, step * n + part.stop)
+        return self.slots(now, range(now.start + n, now.stop + n))
 
-    def slots(self, now: range) -> list[Image]:
-        """The images at places `now` of the endless sequence; as many further ones are decoded
-        ahead. Raises as `batch` does.
+    def slots(self, now: range, then: range | None = None) -> list[Image]:
+        """The images at places `now` of the endless sequence; those at `then` (None: as many
+        further ones) are decoded ahead. Raises as `batch` does.
         """
         self._decode_ahead(now)
         images = [self._image(slot) for slot in now]
-        self._decode_ahead(range(now.stop, now.stop + len(now)))
+        self._decode_ahead(range(now.stop, now.stop + len(now)) if then is None else then)
         return images
 
     def held_out(self, limit: int = 128) -> list[Image]:

@@ -28,8 +28,8 @@ class Source(Protocol):
     evaluation, and `truth(image, query)`, for a reward that asks for it.
     """
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0."""
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """The `n` images of step `step`, counted from 0; of them those at the places `part`."""
 
     def held_out(self, limit: int = 128) -> list[Image]:
         """Images that are in no batch, at most `limit`; always the same."""

@@ -28,6 +28,7 @@ from vise_fast.method import rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.method.step_plan import GhostKind, StepPlan
+from vise_fast.ranks.ranks import Ranks
 from vise_fast.system import randomness
 from vise_fast.text import sides
 
@@ -146,15 +147,20 @@ def _can_share(engine: Engine, config: Config, pixels: list[Tensor]) -> bool:
 
 
 def play_batch(
-    engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
+    engine: Engine,
+    images: list[Image],
+    config: Config,
+    step: int,
+    truth: Truth | None = None,
+    before: int = 0,
 ) -> list[Played]:
     """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the
-    slices.
+    slices. before: images of the batch that another rank plays and that stand before these.
     """
     size = config.train.micro_batch or len(images)
     played = []
     for first in range(0, len(images), size):
-        draws = Draws(config.train.seed, step, first)
+        draws = Draws(config.train.seed, step, before + first)
         played.append(play(engine, images[first : first + size], config, draws, truth))
     return played
 
@@ -365,10 +371,13 @@ def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None
     return image_share(part.engine, prefixes, part.originals, rows, first).mean(0)
 
 
-def attention_share(slices: list[Played]) -> dict[str, float]:
+def attention_share(slices: list[Played], ranks: Ranks) -> dict[str, float]:
     """The batch's figure `attention_share`; nothing on steps that did not measure it."""
     measured = [played.attention for played in slices if played.attention is not None]
-    return {"attention_share": float(torch.cat(measured).mean())} if measured else {}
+    if not measured:
+        return {}
+    whole = torch.cat(ranks.gather("attention", torch.cat(measured)))
+    return {"attention_share": float(whole.mean())}
 
 
 # ---- judge ---------------------------------------------------------------------------------------

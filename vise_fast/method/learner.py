@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from vise_fast.method.experience import Played
 from vise_fast.method.roles import Boxes
 from vise_fast.model import quantise
 from vise_fast.model.load import Policy
+from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import NumericFault
 from vise_fast.system.randomness import generator
@@ -111,12 +113,18 @@ ROOM = {"adamw": Room(4, 8), "adamw8bit": Room(0, 3), "paged_adamw8bit": Room(0,
 
 class Learner:
     """Turns played slices into one optimizer step on the LoRA masters. `optimizer`: made from the
-    configuration unless given.
+    configuration unless given; `ranks`: those that play the batch's other images, if there are any.
     """
 
     def __init__(
-        self, policy: Policy, engine: Engine, config: Config, optimizer: Any = None
+        self,
+        policy: Policy,
+        engine: Engine,
+        config: Config,
+        optimizer: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Alone()
         self.policy = policy
         self.engine = engine
         self.config = config
@@ -132,14 +140,17 @@ class Learner:
         """
 
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
-        """One update from the whole batch. Raises NumericFault after several non-finite gradients
-        in a row.
+        """One update from the whole batch, of which `slices` are this rank's. Raises NumericFault
+        after several non-finite gradients in a row.
         """
         scores = self._score(slices, step)
+        unique = {"unique_queries": _unique_queries(slices, self.ranks)}
         targets, metrics = self._targets(slices, scores)
         samples = len(scores.reward)
-        scored = sum(int(target.scored.sum()) for target in targets)
-        totals = self._gradient(slices, targets, samples)
+        scored = self.ranks.total("scored", sum(int(target.scored.sum()) for target in targets))
+        with self.engine.clock.phase("update"):
+            sums = self._gradient(slices, targets, samples)
+            totals = self._totals(sums) if scored else {"grad_norm": 0.0}
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that
         # were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / max(scored, 1)
@@ -153,25 +164,33 @@ class Learner:
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
         self.moving = False
-        return scores.metrics | metrics | {"unique_queries": _unique_queries(slices)}
+        self.ranks.step_done()
+        return scores.metrics | metrics | unique
 
     def _score(self, slices: list[Played], step: int) -> rewards.Scores:
         """The rewards of the whole batch; each slice keeps its own."""
-        evidence = join([played.evidence for played in slices])
+        own = join([played.evidence for played in slices])
+        evidence = join(self.ranks.gather("evidence", own))
         rng = generator(self.config.train.seed, step, "reward")
         scores = rewards.score(evidence, self.config.reward, rng)
-        pieces = scores.reward.split(_sizes(slices, self.config.rollout.samples))
+        samples = self.config.rollout.samples
+        pieces = self._own(scores.reward, samples).split(_sizes(slices, samples))
         for played, part in zip(slices, pieces, strict=True):
             played.rewards = part
         return scores
+
+    def _own(self, rows: Tensor, per_image: int) -> Tensor:
+        """Of the rows of a whole batch, which has so many per image, this rank's."""
+        part = self.ranks.part(len(rows) // per_image)
+        return rows[part.start * per_image : part.stop * per_image]
 
     # ---- who learns how much -------------------------------------------------------------------
 
     def _targets(
         self, slices: list[Played], scores: rewards.Scores
     ) -> tuple[list[Targets], dict[str, float]]:
-        """Advantages of all samples, and of the views where they are trained too, cut along the
-        slices.
+        """Advantages of all samples, and of the views where they are trained too; this rank's, cut
+        along the slices.
         """
         rollout = self.config.rollout
         kind = self.config.update.advantage
@@ -180,10 +199,16 @@ class Learner:
             reward, scores.carries, rollout.samples, kind, self.baseline
         )
         scored = scores.carries & self._alive(advantage)
-        own = Targets(advantage, scored).cut(_sizes(slices, rollout.samples))
-        views = self._view_targets(scores).cut(_sizes(slices, rollout.views))
+        own = self._cut(Targets(advantage, scored), slices, rollout.samples)
+        views = self._cut(self._view_targets(scores), slices, rollout.views)
         pairs = zip(own, views, strict=True)
         return [samples.followed_by(more) for samples, more in pairs], metrics
+
+    def _cut(self, whole: Targets, slices: list[Played], per_image: int) -> list[Targets]:
+        """A batch's targets as those of this rank's slices."""
+        advantage = self._own(whole.advantage, per_image)
+        scored = self._own(whole.scored, per_image)
+        return Targets(advantage, scored).cut(_sizes(slices, per_image))
 
     def _alive(self, advantage: Tensor) -> Tensor:
         """(N,) bool. A group whose rewards are all equal teaches nothing and carries no gradient:
@@ -199,9 +224,11 @@ class Learner:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
         if self.config.update.kl != "k1_reward":
             return reward
-        pieces = reward.split(_sizes(slices, self.config.rollout.samples))
+        samples = self.config.rollout.samples
+        pieces = self._own(reward, samples).split(_sizes(slices, samples))
         pairs = zip(slices, pieces, strict=True)
-        return torch.cat([self._penalised(played, piece) for played, piece in pairs])
+        own = torch.cat([self._penalised(played, piece) for played, piece in pairs])
+        return torch.cat(self.ranks.gather("penalised", own))
 
     def _view_targets(self, scores: rewards.Scores) -> Targets:
         """The views' own answers, image-major: mean agreement with the image's samples, against the
@@ -232,15 +259,14 @@ class Learner:
 
     def _gradient(
         self, slices: list[Played], targets: list[Targets], samples: int
-    ) -> dict[str, float]:
-        """Backwards through every slice that has scored answers; figures of the whole batch."""
+    ) -> list[dict[str, Tensor]]:
+        """Backwards through every slice that has scored answers; their shares of the figures."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = []
-        with self.engine.clock.phase("update"):
-            for played, target in zip(slices, targets, strict=True):
-                if target.scored.any():
-                    sums.append(self._backward(played, target, samples))
-            return self._totals(sums)
+        for played, target in zip(slices, targets, strict=True):
+            if target.scored.any():
+                sums.append(self._backward(played, target, samples))
+        return sums
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
@@ -294,15 +320,15 @@ class Learner:
         """Figures of the whole batch and the gradient norm before clipping, which happens here; the
         update's one host sync.
         """
-        if not sums:
-            return {"grad_norm": 0.0}
+        self.ranks.add_gradients(self.parameters.values())
         norm = self._clip()
-        totals = sums[0]
+        totals = sums[0] if sums else {}
         for more in sums[1:]:
             totals = {name: total + more[name] for name, total in totals.items()}
         values = torch.stack([value.float() for value in [*totals.values(), norm]])
-        home = self.engine.home(values).tolist()
-        return dict(zip([*totals, "grad_norm"], home, strict=True))
+        *home, length = self.engine.home(values).tolist()
+        own = dict(zip(totals, home, strict=True))
+        return self.ranks.sums("figures", own) | {"grad_norm": length}
 
     def _clip(self) -> Tensor:
         """Scale the gradients to at most `train.clip` together; their norm before, 0-d."""
@@ -430,11 +456,12 @@ def _asked(played: Played, images: list[int]) -> Any:
     return asked.select(images)
 
 
-def _unique_queries(slices: list[Played]) -> float:
+def _unique_queries(slices: list[Played], ranks: Ranks) -> float:
     """Share of different queries among the batch's."""
-    queries: list[str] = []
+    own: list[str] = []
     for played in slices:
-        queries += played.queries.texts
+        own += played.queries.texts
+    queries = list(chain.from_iterable(ranks.gather("queries", own)))
     return len(set(queries)) / len(queries)
 
 

@@ -253,6 +253,7 @@ def _facts(run: StoredRun) -> dict[str, str]:
         facts["training time"] = duration(float(seconds.sum()))
     if "device" in run.environment:
         facts["device"] = str(run.environment["device"])
+    facts |= _ranks(run)
     if run.before:
         facts["held out"] = f"{run.before.n} images"
     if run.adapter is not None:
@@ -260,6 +261,22 @@ def _facts(run: StoredRun) -> dict[str, str]:
     if bad := run.bad_files():
         facts["unusable files"] = str(len(bad))
     return facts
+
+
+def _ranks(run: StoredRun) -> dict[str, str]:
+    """Of the processes that trained together; nothing where there was one."""
+    rates = run.of_ranks("images_per_s")
+    peaks = run.of_ranks("peak_gib")
+    _, shares = run.series("communication_share")
+    if not (len(rates) and len(peaks) and len(shares)):
+        return {}
+    slowest = int(rates.mean(0).argmin())
+    return {
+        "ranks": f"{rates.shape[1]}; the slowest is rank {slowest}",
+        "images/s of each rank": ", ".join(f"{rate:.2f}" for rate in rates.mean(0)),
+        "memory of each rank": ", ".join(f"{peak:.2f}" for peak in peaks.max(0)) + " GiB at most",
+        "communication": f"{float(shares.mean()):.1%} of a step",
+    }
 
 
 def _number(value: float | None, kind: str = "plain") -> str:

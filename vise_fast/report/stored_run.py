@@ -88,6 +88,15 @@ class StoredRun:
                     seconds.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in seconds.items()}
 
+    def of_ranks(self, name: str) -> np.ndarray:
+        """(steps, ranks): a figure of each rank, over the steps that as many ranks did as the last
+        one; (0, 0) where one process did it.
+        """
+        rows = [m["ranks"].get(name) for m in self.metrics if isinstance(m.get("ranks"), dict)]
+        whole = [row for row in rows if isinstance(row, list) and all(map(_is_number, row))]
+        alike = [row for row in whole if row and len(row) == len(whole[-1])]
+        return np.array(alike, float) if alike else np.empty((0, 0))
+
     def alarms(self) -> dict[str, list[int]]:
         """The steps at which each alarm was on."""
         found: dict[str, list[int]] = {}

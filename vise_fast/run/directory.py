@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import PIL.Image
 
@@ -31,10 +32,17 @@ from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
 from vise_fast.model import card, export, side_files
 from vise_fast.model.load import Policy
+from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms
 from vise_fast.run import identity
-from vise_fast.run.opening import environment, lacking, opening_lines, verbose_lines
+from vise_fast.run.opening import (
+    environment,
+    lacking,
+    opening_lines,
+    ranks_lines,
+    verbose_lines,
+)
 from vise_fast.run.resume import Start
 from vise_fast.run.sample import sample
 from vise_fast.system import checkpoint, files
@@ -54,13 +62,15 @@ class Run:
     updates, `saved`: those the newest checkpoint holds (-1: there is none).
     """
 
-    def __init__(self, start: Start, verbose: bool = False) -> None:
+    lock: identity.Lock
+
+    def __init__(self, start: Start, ranks: Ranks | None = None, verbose: bool = False) -> None:
+        self.ranks = ranks or Alone()
         self.config = start.config
         self.verbose = verbose
         self.directory = start.directory
         self.resumed = start.checkpoint
         self.older = start.older
-        self.console = Console()
         self.alarms = Alarms(self.config.update.tau)
         self.evaluation: dict[str, dict] = {}
         self.learner: Learner | None = None
@@ -68,8 +78,14 @@ class Run:
         self.done = 0
         self.saved = -1
         self.opened = False
-        self.loggers = Loggers((), self.directory, {}, self.console.warn)
         self.unwritten: deque[Callable[[], None]] = deque()
+        self.free = False
+        self._begin(start)
+        self.loggers = Loggers((), self.directory, {}, self.console.warn)
+
+    def _begin(self, start: Start) -> None:
+        """Take the directory; nobody else writes there until `close`."""
+        self.console = Console()
         self.free = identity.is_free(self.directory)
         self.lock = identity.Lock(self.directory)
         for note in start.notes:
@@ -89,6 +105,11 @@ class Run:
         elif self.free:
             identity.leave(self.directory)
         self.lock.release()
+
+    @property
+    def log_place(self) -> Path:
+        """Where unusable images are listed."""
+        return self.directory
 
     # ---- the start -------------------------------------------------------------------------------
 
@@ -118,7 +139,10 @@ class Run:
         raise AssertionError("no checkpoint")
 
     def _load(self, learner: Learner, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
+        found = self.ranks.first(partial(_read, path))
+        if isinstance(found, checkpoint.Corrupt):
+            raise found
+        tensors, state = found
         alarms = Alarms(self.config.update.tau)
         try:
             alarms.load(state["alarms"])
@@ -141,7 +165,8 @@ class Run:
             files.settle(self.directory / "adapter")
         self._check_data(source)
         identity.mark(self.directory, source.identity(), schema.to_yaml(self.config))
-        files.write_json(self.directory / "env.json", environment(policy))
+        own = environment(policy) | dict(self.ranks.describe())
+        files.write_json(self.directory / "env.json", own)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
         self.opened = True
@@ -151,6 +176,8 @@ class Run:
         loggers = self.config.run.loggers
         self.loggers = Loggers(loggers, self.directory, settings, self.console.warn)
         for line in opening_lines(self.directory, self.config, policy, source):
+            self.console.say(line)
+        for line in ranks_lines(self.ranks, self.config, policy):
             self.console.say(line)
         for line in verbose_lines(policy) if self.verbose else ():
             self.console.say(line)
@@ -307,13 +334,15 @@ class Run:
     def interrupted(self, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""
         self.save_finished()
+        lost = self.ranks.missing()
+        why = f"{reason}, because rank {lost[0]} is gone without a word" if lost else str(reason)
         if self.saved >= 0 and self.opened:  # else what was asked for is not written down yet
             self.console.warn(
-                f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
+                f"{why}; saved after step {self.saved}; go on with --train.resume auto "
                 f"--run.dir {quote(str(self.directory))}"
             )
         else:
-            self.console.warn(f"{reason} before anything was trained; start again as you did")
+            self.console.warn(f"{why} before anything was trained; start again as you did")
         return reason.code
 
     def save_finished(self) -> None:
@@ -382,6 +411,11 @@ class Steps:
         for name, text in said.items():
             run.console.alarm(name, text)
         record["alarms"] = [name for name, text in said.items() if text]
+        self._tell(record, slices)
+
+    def _tell(self, record: dict[str, Any], slices: list[Played]) -> None:
+        """On disk, to the loggers, on screen."""
+        run = self.run
         run.unwritten.append(partial(run.metrics.write, record))
         last = run.done == run.config.train.steps
         if run.done == 1 or run.done % run.config.run.samples_every == 0 or last:
@@ -406,6 +440,14 @@ class Steps:
             line = {"step": run.done, "image": name, **sample(played, index)}
             run.unwritten.append(partial(files.write, run.directory / name, picture.getvalue()))
             run.unwritten.append(partial(run.samples.write, line))
+
+
+def _read(path: Path) -> tuple[checkpoint.Tensors, dict[str, Any]] | checkpoint.Corrupt:
+    """A checkpoint, or why it is none: ranks that do not read it are told either."""
+    try:
+        return checkpoint.load(path)
+    except checkpoint.Corrupt as fault:
+        return fault
 
 
 def _counted(data: Mapping) -> str:

@@ -6,8 +6,9 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -17,8 +18,10 @@ import vise_kernels
 from vise_fast import __version__
 from vise_fast.config.schema import Config
 from vise_fast.images.sources import Source
-from vise_fast.model import side_files
+from vise_fast.model import quantise, side_files
 from vise_fast.model.load import Policy, check_targets, resolve
+from vise_fast.ranks.part import part
+from vise_fast.ranks.ranks import Ranks
 
 
 def opening_lines(directory: Path, config: Config, policy: Policy, source: Source) -> Iterator[str]:
@@ -44,6 +47,33 @@ def verbose_lines(policy: Policy) -> Iterator[str]:
     for op, (path, reason) in vise_kernels.available().items():
         yield f"kernel   {op}: {path}, {reason}"
     yield f"attention {policy.attention.path}: {policy.attention.reason}"
+
+
+def ranks_lines(
+    ranks: Ranks, config: Config, policy: Policy, work: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """The lines about the processes that train together; nothing where there is one. work: figures
+    of a step, where one was made.
+    """
+    if ranks.count == 1:
+        return
+    told = ranks.describe()
+    images = [len(part(config.train.batch, rank, ranks.count)) for rank in range(ranks.count)]
+    size = 4 * _count(policy, True) / 1e6
+    yield (
+        f"ranks    {ranks.count} on {told['nodes']} machine(s), {images} images of each batch; "
+        f"{size:.1f} MB of gradients per step by {told['gradients_by']}"
+    )
+    if quantise.slices_matter(config):
+        yield "ranks    LLM.int8: their number changes the result; at int8_threshold 0 it does not"
+    if work is not None:
+        each = work["ranks"]
+        rates = ", ".join(f"{rate:.2f}" for rate in each["images_per_s"])
+        yield (
+            f"ranks    images/s of each {rates} (slowest: rank {work['slowest_rank']}), "
+            f"{work['communication_share']:.1%} of the step in communication, peak "
+            f"{max(each['peak_gib']):.2f} GiB"
+        )
 
 
 def lacking(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ import rich.text
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 
 from vise_fast.system import files, streams
-from vise_fast.system.errors import ConfigError, DataError, UserError
+from vise_fast.system.errors import ConfigError, DataError, SaidElsewhere, UserError
 from vise_fast.system.streams import Forgiving
 
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
@@ -52,6 +53,14 @@ class Console:
             self._err = self._out  # one screen: a live bar must know of every line
         self._alarms: set[str] = set()
 
+    @classmethod
+    def of_rank(cls, rank: int) -> Console:
+        """Of several processes that do the same, the first one tells of it."""
+        if rank == 0:
+            return cls()
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        return cls(nowhere, nowhere, plain=True)
+
     def say(self, text: str = "") -> None:
         """Text on standard output."""
         self._print(self._out, text)
@@ -73,7 +82,9 @@ class Console:
             self._alarms.remove(name)
 
     def error(self, fault: BaseException, debug: bool = False) -> None:
-        """One line; the traceback only on request."""
+        """One line; the traceback only on request. Nothing where another process says it."""
+        if isinstance(fault, SaidElsewhere):
+            return
         if debug:
             self._print(self._err, "".join(traceback.format_exception(fault)).rstrip())
         self._print(self._err, f"error: {' '.join(str(fault).split())}", "bold red")

@@ -7,8 +7,11 @@ for SIGINT, 143 for SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
@@ -23,6 +26,17 @@ class Interrupted(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped by signal {code - 128}")
         self.code = code
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Signals]:
+    """`Signals()`; in a thread of somebody else, who ends it (Ray Train does), one that hears
+    nothing.
+    """
+    stop = Signals()
+    main = threading.current_thread() is threading.main_thread()
+    with stop if main else contextlib.nullcontext():
+        yield stop
 
 
 class Signals:
