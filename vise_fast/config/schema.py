@@ -359,6 +359,22 @@ class RewardConfig(Section):
         "ellipse", description="hull of the inscribed ellipse, or of the four corners"
     )
     controls: int = Field(1, ge=1, description="control ghosts per box")
+    shared_controls: bool = Field(
+        False,
+        description=(
+            "the boxes of an image share one control; a box too large for one beside it keeps its "
+            "own"
+        ),
+    )
+    settled: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "a box whose ghost hides no more than this, p(x) (1 - p(ghosted)), has R_sem 0, and "
+            "no further ghost of it is judged; 0: all are"
+        ),
+    )
     plugin: str | None = Field(None, description="python file that registers further rewards")
 
 
