@@ -50,6 +50,7 @@ WRONG_PLUGINS = [
 ]
 OWN_TESTS = {
     "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
+    "vise_fast/method/consensus.py": [METHOD + "consensus.py"],
     "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
     "vise_fast/method/experience.py": [METHOD + "experience.py", MICRO_BATCHES],
     "vise_fast/method/invented.py": [METHOD + "plugin.py", "-k", PLUGIN],

@@ -396,6 +396,22 @@ class UpdateConfig(Section):
         0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta"
     )
     views_too: bool = Field(False, description="gradient on the boxes of the views as well")
+    consensus: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "share of the update that moves every digit directly towards the box on which the "
+            "views agree, the rest being REINFORCE; above 0 it is not VISE's update any more"
+        ),
+    )
+    tempered: bool = Field(
+        False,
+        description=(
+            "score answers, reference and KL at the temperature the answers were sampled at, "
+            "instead of 1"
+        ),
+    )
 
 
 class EvalConfig(Section):

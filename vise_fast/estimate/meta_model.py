@@ -188,6 +188,7 @@ class MetaTokens(Tokens):
         self.eos = [0]
         self.yes = [0]
         self.no = [1]
+        self.digits = list(range(10))
         self.read = 0
 
     def row(self, text: str) -> list[int]:

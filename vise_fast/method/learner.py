@@ -18,7 +18,7 @@ from vise_kernels import linear_logprob_kl
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Answered, Engine
-from vise_fast.method import loss, rewards
+from vise_fast.method import consensus, loss, rewards
 from vise_fast.method.evidence import join
 from vise_fast.method.experience import Played
 from vise_fast.method.roles import Boxes
@@ -53,13 +53,16 @@ class Targets:
 @dataclass
 class TokenScores:
     """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer.
+    per answer. Where the consensus is learned from, the answers' digits and the log-probs (D, 10)
+    of what could stand in their places.
     """
 
     logprob: Tensor
     reference: Tensor
     kl: Tensor
     lengths: list[int]
+    digits: consensus.Digits | None = None
+    choices: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -166,7 +169,7 @@ class Learner:
         advantage, metrics = loss.advantages(
             reward, scores.carries, rollout.samples, kind, self.baseline
         )
-        scored = scores.carries & self._alive(advantage)
+        scored = scores.carries & (self._alive(advantage) | self._agreed(slices))
         own = Targets(advantage, scored).cut(_sizes(slices, rollout.samples))
         views = self._view_targets(scores).cut(_sizes(slices, rollout.views))
         pairs = zip(own, views, strict=True)
@@ -181,6 +184,16 @@ class Learner:
         group = self.config.rollout.samples
         alive = advantage.view(-1, group).abs().amax(1) > 0
         return alive.repeat_interleave(group)
+
+    def _agreed(self, slices: list[Played]) -> Tensor:
+        """(N,) bool: answers that learn from the consensus of their views."""
+        if self.config.update.consensus == 0:
+            return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
+        return torch.cat([self._consensus(played).known for played in slices])
+
+    def _consensus(self, played: Played) -> consensus.Consensus:
+        """Of the slice's samples."""
+        return consensus.consensus(played.evidence, self.config.reward.projection)
 
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
@@ -239,14 +252,35 @@ class Learner:
             scores.table(scores.kl),
             scores.mask,
         )
-        advantage = put(target.advantage[chosen], tokens.mask.device)
+        share = self.config.update.consensus
+        advantage = put(target.advantage[chosen] * (1 - share), tokens.mask.device)
         kind = self.config.update.kl
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
+        if share > 0:
+            value = value - share * self._agreement(played, chosen, scores, samples)
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
+
+    def _agreement(
+        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
+    ) -> Tensor:
+        """The chosen answers' expected agreement with the consensus of their views, per digit; the
+        views' own answers have none.
+        """
+        agreed = self._consensus(played)
+        count = len(agreed.known)
+        own = torch.tensor([n if n < count else 0 for n in chosen])
+        known = agreed.known[own] & (torch.tensor(chosen) < count)
+        digits = scores.digits
+        device = scores.logprob.device
+        values = consensus.agreements(digits, agreed.box_1000[own])
+        values = put(values * known[digits.row][:, None], device)
+        row = put(digits.row, device)
+        lengths = put(scores.lengths, device)
+        return consensus.expected_agreement(scores.choices, values, row, lengths, samples)
 
     def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
         """The chosen answers' tokens under policy and reference."""
@@ -265,8 +299,32 @@ class Learner:
         head = engine.backbone.head.weight
         ids = answered.answers.packed()
         with engine.clock.phase("head"):
-            scores = linear_logprob_kl(hidden, reference, head, ids, banned=engine.banned)
-        return TokenScores(*scores, answered.answers.lengths)
+            states = self._tempered(hidden), self._tempered(reference)
+            scores = linear_logprob_kl(*states, head, ids, banned=engine.banned)
+        found = TokenScores(*scores, answered.answers.lengths)
+        if self.config.update.consensus > 0:
+            self._add_choices(found, states[0], answered)
+        return found
+
+    def _add_choices(self, scores: TokenScores, hidden: Tensor, answered: Answered) -> None:
+        """The digits of these answers, and what else could stand in their places."""
+        ids = self.engine.tokens.digits
+        digits = consensus.digits_of(answered.answers.rows(), ids)
+        device = hidden.device
+        place = put(digits.place, device)
+        head = self.engine.backbone.head.weight
+        written = answered.answers.packed()[place]
+        states = hidden[place]
+        own = scores.logprob[place]
+        scores.digits = digits
+        scores.choices = consensus.digit_logprobs(states, head, put(ids, device), written, own)
+
+    def _tempered(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose logits are those that the answers were sampled by, where
+        `update.tempered`: divided by the temperature; else as they are.
+        """
+        temperature = self.config.rollout.temperature
+        return hidden / temperature if self.config.update.tempered else hidden
 
     def _released(self, features: Any, answered: Answered) -> TokenScores:
         """The same over the released code's span."""
@@ -274,7 +332,8 @@ class Learner:
             reference = self.engine.score_released(features, answered, False)
         span = self.engine.score_released(features, answered, True)
         head = self.engine.backbone.head.weight
-        scores = linear_logprob_kl(span.hidden, reference.hidden, head, span.ids)
+        states = self._tempered(span.hidden), self._tempered(reference.hidden)
+        scores = linear_logprob_kl(*states, head, span.ids)
         return TokenScores(*scores, span.lengths)
 
     def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -8,6 +8,8 @@ verify. Nothing here needs an image processor.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,11 @@ class Tokens:
         mask[max(known.values()) + 1 :] = True
         mask[[known[name] for name in NEVER_SAMPLED if name in known]] = True
         return mask
+
+    @cached_property
+    def digits(self) -> list[int]:
+        """The token of each digit 0..9, by itself."""
+        return [self.ids(str(digit))[-1] for digit in range(10)]
 
     def _ends(self) -> list[int]:
         known = self.tokenizer.get_vocab()
