@@ -202,7 +202,10 @@ def test_several_wrong_values_are_counted():
         ("data:\n  dir: 2024\n", ["data.dir", "'2024'", "text"]),
         ("data:\n  dir: [a, b]\n", ["data.dir", "text"]),
         ("view:\n  scale: 1\n", ["view.scale", "2 numbers"]),
-        ("reward:\n  preset: best\n", ["reward.preset", "'best'", "robust, paper, as_released"]),
+        (
+            "reward:\n  preset: best\n",
+            ["reward.preset", "'best'", "robust, paper, as_released, consensus"],
+        ),
         ("1: 2\n", ["unknown key '1'"]),
         ("? [a, b]\n: 1\n", ["YAML"]),
         ("train:\n  ? {a: b}\n  : 1\n", ["YAML"]),

@@ -3,11 +3,13 @@ force over whole answers.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from vise_kernels import linear_logprob
 
+from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method.consensus import (
     agreements,
@@ -15,6 +17,7 @@ from vise_fast.method.consensus import (
     digit_logprobs,
     digits_of,
     expected_agreement,
+    target,
 )
 from vise_fast.method.evidence import Evidence
 
@@ -91,6 +94,21 @@ def test_views_that_say_nothing_count_for_nothing():
     torch.testing.assert_close(found.box_1000[:2], torch.tensor([TRUTH] * 2, dtype=torch.float64))
 
 
+def test_the_controls_move_to_the_true_box_and_to_another_images():
+    eye = [[True] * 2] * 4
+    other = [500.0, 100.0, 900.0, 300.0]
+    views = [[TRUTH] * 2] * 2 + [[other] * 2] * 2
+    made = evidence([TRUTH] * 4, views, eye, eye, PLAIN)
+    own = target(made, RewardConfig())
+    assert own.box_1000[:, 0].tolist() == [100, 100, 500, 500]
+    another = target(made, RewardConfig(name="shuffled"))
+    assert another.box_1000[:, 0].tolist() == [500, 500, 100, 100]
+    true = torch.tensor([TRUTH, TRUTH, [0.0] * 4, [0.0] * 4], dtype=torch.float64)
+    told = target(replace(made, truth_1000=true), RewardConfig(name="oracle"))
+    assert told.box_1000.tolist() == true.tolist()
+    assert told.known.tolist() == [True, True, False, False]
+
+
 # ---- digits --------------------------------------------------------------------------------------
 
 
@@ -117,16 +135,16 @@ def test_digits_and_their_places():
 )
 def test_an_answer_that_is_no_box_has_no_digits(ids):
     assert len(digits_of([ids], IDS)) == 0
-    target = torch.tensor([TRUTH])
-    assert agreements(digits_of([ids], IDS), target).shape == (0, 10)
+    wanted = torch.tensor([TRUTH])
+    assert agreements(digits_of([ids], IDS), wanted).shape == (0, 10)
 
 
 def test_agreement_of_every_digit_is_that_of_the_answer_with_it():
     """Crossed corners, numbers beyond 1000 and leading zeros included."""
     answers = [answer("012", "345", "678", "999"), answer("700", "5", "31", "1000")]
-    target = torch.tensor([[50.0, 300, 700, 900], [100, 0, 650, 400]], dtype=torch.float64)
+    wanted_1000 = torch.tensor([[50.0, 300, 700, 900], [100, 0, 650, 400]], dtype=torch.float64)
     digits = digits_of(answers, IDS)
-    found = agreements(digits, target)
+    found = agreements(digits, wanted_1000)
     packed = [token for ids in answers for token in ids]
     for n, choice in itertools.product(range(len(digits)), range(10)):
         row = int(digits.row[n])
@@ -136,7 +154,7 @@ def test_agreement_of_every_digit_is_that_of_the_answer_with_it():
         own = changed[start : start + len(answers[row])]
         texts = "".join(str(IDS.index(t)) if t in IDS else " " for t in own).split()
         box = torch.tensor([float(text) for text in texts], dtype=torch.float64)
-        wanted = geometry.iou(geometry.clean_1000(box), target[row])
+        wanted = geometry.iou(geometry.clean_1000(box), wanted_1000[row])
         assert found[n, choice] == pytest.approx(float(wanted), abs=1e-12)
 
 
@@ -163,9 +181,9 @@ def test_its_gradient_is_that_of_the_expected_agreement_given_the_prefix():
     """
     torch.manual_seed(1)
     answers = [answer("12", "3", "45", "67"), answer("7", "8", "9", "10")]
-    target = torch.tensor([[10.0, 0, 40, 60], [5, 5, 9, 60]], dtype=torch.float64)
+    wanted_1000 = torch.tensor([[10.0, 0, 40, 60], [5, 5, 9, 60]], dtype=torch.float64)
     digits = digits_of(answers, IDS)
-    values = agreements(digits, target)
+    values = agreements(digits, wanted_1000)
     tokens = torch.tensor([len(ids) for ids in answers])
     logits = torch.randn(len(digits), 11, dtype=torch.float64, requires_grad=True)
     loss = expected_agreement(logits.log_softmax(-1)[:, :10], values, digits.row, tokens, 3)
@@ -184,8 +202,8 @@ def test_it_is_what_reinforce_estimates_digit_by_digit():
     """The mean over draws of one digit of (agreement - baseline) times log-probability, exactly."""
     torch.manual_seed(2)
     digits = digits_of([answer("3", "2", "9", "8")], IDS)
-    target = torch.tensor([[1.0, 0, 9, 9]], dtype=torch.float64)
-    values = agreements(digits, target)
+    wanted_1000 = torch.tensor([[1.0, 0, 9, 9]], dtype=torch.float64)
+    values = agreements(digits, wanted_1000)
     logits = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     logprob = logits.log_softmax(-1)
     loss = expected_agreement(logprob, values, digits.row, torch.tensor([9]), 1)

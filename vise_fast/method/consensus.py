@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method.evidence import Evidence
 
@@ -61,6 +62,20 @@ def consensus(evidence: Evidence, projection: geometry.Projection = "ellipse") -
     total = (back.double() * usable[..., None]).sum(1)
     box = geometry.clean_1000(total / count.clamp_min(1)[:, None])
     return Consensus(box, (count >= FEWEST_VIEWS) & geometry.proper(box))
+
+
+def target(evidence: Evidence, config: RewardConfig) -> Consensus:
+    """What the digits are moved to: the consensus; for the controls of the learning study the true
+    box (`reward.name` oracle), or the consensus of the next image (shuffled), which says nothing.
+    """
+    if config.name == "oracle" and evidence.truth_1000 is not None:
+        truth = geometry.clean_1000(evidence.truth_1000)
+        return Consensus(truth, geometry.proper(truth))
+    found = consensus(evidence, config.projection)
+    if config.name != "shuffled":
+        return found
+    group = evidence.group_size
+    return Consensus(found.box_1000.roll(-group, 0), found.known.roll(-group, 0))
 
 
 @dataclass(frozen=True)

@@ -189,11 +189,8 @@ class Learner:
         """(N,) bool: answers that learn from the consensus of their views."""
         if self.config.update.consensus == 0:
             return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
-        return torch.cat([self._consensus(played).known for played in slices])
-
-    def _consensus(self, played: Played) -> consensus.Consensus:
-        """Of the slice's samples."""
-        return consensus.consensus(played.evidence, self.config.reward.projection)
+        agreed = [consensus.target(played.evidence, self.config.reward) for played in slices]
+        return torch.cat([one.known for one in agreed])
 
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
@@ -270,7 +267,7 @@ class Learner:
         """The chosen answers' expected agreement with the consensus of their views, per digit; the
         views' own answers have none.
         """
-        agreed = self._consensus(played)
+        agreed = consensus.target(played.evidence, self.config.reward)
         count = len(agreed.known)
         own = torch.tensor([n if n < count else 0 for n in chosen])
         known = agreed.known[own] & (torch.tensor(chosen) < count)
