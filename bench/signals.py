@@ -112,6 +112,7 @@ FULL = {
     "reward.controls": 1,
     "reward.shared_controls": False,
     "reward.settled": 0.0,
+    "reward.implied": 0.0,
 }
 """What the verdicts of `--verdicts` are compared with."""
 

@@ -17,7 +17,7 @@ from vise_fast.method import rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.slices import Draws, Slice
 from vise_fast.method.step_plan import StepPlan
-from vise_fast.method.verdicts import judge
+from vise_fast.method.verdicts import implied_by, judge
 from vise_fast.model import load as model
 from vise_fast.system.errors import NumericFault
 
@@ -141,6 +141,68 @@ def test_where_every_box_is_settled_nothing_further_is_asked(nano):
     assert (scene.semantic(verdicts) == 0).all()
 
 
+@pytest.mark.parametrize("share", [0.9, 1.0, 1e-9])
+def test_an_implied_verdict_is_that_of_the_box_that_implies_it(nano, share):
+    whole, _ = Scene(nano).judged()
+    scene = Scene(nano, f"--reward.implied={share}")
+    asked = []
+    real = roles.verify
+
+    def counted(engine, features, texts, *args, **kwargs):
+        asked.append(len(texts))
+        return real(engine, features, texts, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roles, "verify", counted)
+        few, count = scene.judged()
+    pairs = IMAGES * (SAMPLES - 1) - 1
+    others = 2 * pairs  # controls and keeps, together and last
+    while others > 0:
+        others -= asked.pop()
+    assert others == 0 and all(n <= IMAGES for n in asked) and count == sum(asked) + 2 * pairs
+    assert torch.equal(few.judged, whole.judged) and torch.equal(few.further, whole.judged)
+    assert (few.p["keep"] - whole.p["keep"]).abs().max() < 1e-5
+    for row in whole.judged.nonzero()[:, 0].tolist():
+        mine = few.p["gone"][row]
+        near = [r for r in range(len(scene.box)) if r // SAMPLES == row // SAMPLES]
+        sources = [r for r in near if whole.judged[r] and abs(whole.p["gone"][r] - mine) < 1e-5]
+        assert any(r == row or implies(scene.box[r], scene.box[row], mine, share) for r in sources)
+    if share == 0.9:
+        assert sum(asked) < pairs
+
+
+def implies(box, other, p, share):
+    """Whether a box whose verdict is p says the same of another; written out."""
+    sides = [max(0.0, min(box[i + 2], other[i + 2]) - max(box[i], other[i])) for i in range(2)]
+    common = float(sides[0] * sides[1])
+    if p <= 0.1:
+        return common >= share * area(box) - 1e-6
+    return p >= 0.9 and common >= share * area(other) - 1e-6
+
+
+def area(box):
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def test_who_implies_whom():
+    """Small in large in larger, and another image; asked: the middle one."""
+    box = torch.tensor([[40, 40, 60, 60], [30, 30, 70, 70], [0, 0, 90, 90]], dtype=torch.float64)
+    box = torch.cat([box, box[:1]])
+    image = torch.tensor([0, 0, 0, 1])
+    asked = torch.tensor([False, True, False, False])
+    for p, wanted in ((0.05, [-1, 1, 1, -1]), (0.95, [1, 1, -1, -1]), (0.5, [-1] * 4)):
+        table = torch.full((4,), 0.5, dtype=torch.float64)
+        table[1] = p
+        assert implied_by(image, box, table, asked, 1.0).tolist() == wanted
+        assert implied_by(image, box, table, asked, 0.0).tolist() == [-1] * 4
+    off = box + torch.tensor([2.0, 0, 2, 0])  # the middle one keeps 0.95 of itself
+    off[1] = box[1]
+    off[2] = torch.tensor([32.0, 0, 90, 90])
+    table = torch.tensor([0.5, 0.0, 0.5, 0.5], dtype=torch.float64)
+    assert implied_by(image, off, table, asked, 0.95).tolist()[2] == 1
+    assert implied_by(image, off, table, asked, 0.96).tolist()[2] == -1
+
+
 @pytest.mark.parametrize("words", [[], ["--reward.settled=0.05"]])
 def test_shared_controls_are_the_first_clear_one_of_the_image(nano, words):
     scene = Scene(nano, "--reward.shared_controls=true", *words)
@@ -178,6 +240,7 @@ def test_shared_controls_are_the_first_clear_one_of_the_image(nano, words):
         ["--reward.shared_controls=true"],
         ["--reward.shared_controls=true", "--reward.sufficiency=false"],
         ["--reward.shared_controls=true", "--reward.settled=0.1"],
+        ["--reward.shared_controls=true", "--reward.sufficiency=false", "--reward.implied=0.9"],
     ],
 )
 def test_the_full_image_stays_worth_nothing(nano, words):

@@ -366,6 +366,15 @@ class RewardConfig(Section):
             "own"
         ),
     )
+    implied: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "a box that contains this share of one whose ghost surely hides is not asked about, "
+            "nor one of which this share lies in a box whose ghost surely does not; 0: all are"
+        ),
+    )
     settled: float = Field(
         0.0,
         ge=0,

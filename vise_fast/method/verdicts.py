@@ -1,9 +1,10 @@
 """What the judge says about the ghosts of the sampled boxes: the box hidden, a box of its size
 hidden elsewhere (control), all but the box hidden (keep).
 
-One verdict per distinct (image, box). Two settings ask less: under `reward.settled` a box whose
-ghost hides nothing is not asked about further, under `reward.shared_controls` the boxes of an image
-share a control. Left out: what the verdicts are worth (rewards.py).
+One verdict per distinct (image, box). Three settings ask less: under `reward.settled` a box whose
+ghost hides nothing is not asked about further; under `reward.shared_controls` the boxes of an image
+share a control; under `reward.implied` a box that contains one whose ghost hides, hides too, and a
+box within one whose ghost does not, does not. Left out: what the verdicts are worth (rewards.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ GHOSTS_AT_ONCE = 8
 """Ghosts encoded and judged together, per image of the slice: bounds their memory as the
 micro-batch does everything else's.
 """
+
+SURE = 0.9
+"""A verdict from this probability on, of yes or of no, implies others (`reward.implied`)."""
 
 
 @dataclass(frozen=True)
@@ -120,23 +124,73 @@ def _in_rounds(
     """p(visible) (kinds, pairs), zeros where nothing was asked, and the pairs (pairs,) bool that
     were asked about every kind.
 
-    With `reward.settled` the boxes themselves are hidden first, and a pair whose ghost hides no
-    more than that is not asked about again.
+    With `reward.settled` or `reward.implied` the boxes themselves are hidden first, and a pair
+    whose ghost hides no more than `settled` is not asked about again.
     """
-    settled = part.config.reward.settled
+    reward = part.config.reward
     kinds = part.plan.kinds
     every = torch.arange(len(hidden.first))
-    if settled == 0:
+    if reward.settled == 0 and reward.implied == 0:
         whole = torch.stack(_verdicts(part, hidden, queries, _requests(part, hidden, kinds, every)))
         return whole, torch.ones(len(every), dtype=torch.bool)
     p = torch.zeros(len(kinds), len(every), dtype=torch.float64)
-    (p[0],) = _verdicts(part, hidden, queries, _requests(part, hidden, kinds[:1], every))
-    further = seen[hidden.image].double() * (1 - p[0]) > settled
+    p[0] = _gone(part, hidden, queries)
+    further = seen[hidden.image].double() * (1 - p[0]) > reward.settled
     which = every[further]
     requests = _requests(part, hidden, kinds[1:], which)
     for n, verdicts in enumerate(_verdicts(part, hidden, queries, requests), start=1):
         p[n, which] = verdicts
     return p, further
+
+
+def _gone(part: Slice, hidden: Hidden, queries: list[str]) -> Tensor:
+    """p(visible) (pairs,) with each pair's box hidden. Under `reward.implied` one box of every
+    image is asked about at a time, the one of middle size among those still open.
+    """
+    share = part.config.reward.implied
+    count = len(hidden.first)
+    p = torch.zeros(count, dtype=torch.float64)
+    asked = torch.zeros(count, dtype=torch.bool)
+    open_ = torch.ones(count, dtype=torch.bool)
+    area = geometry.area_share(hidden.box_1000)
+    while open_.any():
+        which = torch.arange(count) if share == 0 else _middles(hidden.image, area, open_)
+        request = _request(part, hidden, part.plan.kinds[0], which.tolist())
+        (p[which],) = _verdicts(part, hidden, queries, [request])
+        asked[which] = True
+        open_[which] = False
+        source = implied_by(torch.tensor(hidden.image), hidden.box_1000, p, asked, share)
+        taken = open_ & (source >= 0)
+        p[taken] = p[source[taken]]
+        open_ &= ~taken
+    return p
+
+
+def _middles(image: list[int], area: Tensor, open_: Tensor) -> Tensor:
+    """The open pair of middle area of every image that has one."""
+    groups: dict[int, list[int]] = {}
+    for pair in open_.nonzero()[:, 0].tolist():
+        groups.setdefault(image[pair], []).append(pair)
+    ordered = [sorted(pairs, key=lambda pair: float(area[pair])) for pairs in groups.values()]
+    return torch.tensor([pairs[len(pairs) // 2] for pairs in ordered])
+
+
+def implied_by(image: Tensor, box_1000: Tensor, p: Tensor, asked: Tensor, share: float) -> Tensor:
+    """For each pair, the first asked pair of its image whose verdict is its own too; -1: none.
+    image, p, asked (pairs,); box_1000 (pairs, 4) with area.
+
+    Hiding more hides more: a box that contains `share` of the area of a box whose ghost surely
+    hides, and a box of whose own area `share` lies in one whose ghost surely does not.
+    """
+    low = torch.maximum(box_1000[:, None, :2], box_1000[None, :, :2])
+    high = torch.minimum(box_1000[:, None, 2:], box_1000[None, :, 2:])
+    common = (high - low).clamp_min(0).prod(-1)
+    area = (box_1000[:, 2:] - box_1000[:, :2]).prod(-1)
+    contains = (common >= share * area[None]) & (asked & (p <= 1 - SURE))[None]
+    within = (common >= share * area[:, None]) & (asked & (p >= SURE))[None]
+    implies = (contains | within) & (image[:, None] == image[None]) & (share > 0)
+    first = implies.int().argmax(1)
+    return torch.where(implies.any(1), first, -1)
 
 
 def _requests(
