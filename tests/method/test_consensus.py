@@ -17,6 +17,7 @@ from vise_fast.method.consensus import (
     digit_logprobs,
     digits_of,
     expected_agreement,
+    likelihood,
     target,
 )
 from vise_fast.method.evidence import Evidence
@@ -213,3 +214,17 @@ def test_it_is_what_reinforce_estimates_digit_by_digit():
     estimate = (chance * (values - baseline) * logprob).sum() / 9
     (truth,) = torch.autograd.grad(estimate, logits)
     torch.testing.assert_close(found, truth, atol=1e-7, rtol=1e-4)
+
+
+def test_likelihood_weighs_tokens_by_what_they_are_worth():
+    answers = [answer("123", "45", "6", "1000"), [OPEN, CLOSE]]
+    weights = [0.1, 1, 0.4, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 1, 1, 0.4, 0.1, 0.1]
+    torch.manual_seed(3)
+    logprob = torch.randn(len(weights) + 2, requires_grad=True)
+    digits = digits_of(answers, IDS)
+    found = likelihood(logprob, [len(ids) for ids in answers], digits, 4)
+    w = torch.tensor(weights)
+    wanted = ((w * logprob[:15]).sum() / w.sum() + logprob[15:].mean()) / 4
+    torch.testing.assert_close(found, wanted)
+    gradient, truth = (torch.autograd.grad(x, logprob)[0] for x in (found, wanted))
+    torch.testing.assert_close(gradient, truth)

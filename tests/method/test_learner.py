@@ -13,8 +13,9 @@ from vise_kernels import linear_logprob
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Answered
+from vise_fast.engine.rollout import Answered, Rollout
 from vise_fast.images.drawn import Scenes
+from vise_fast.method import consensus
 from vise_fast.method import learner as learners
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
@@ -333,6 +334,32 @@ def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is
     truth = tables[scores.digits.place][:, learner.engine.tokens.digits]
     assert len(truth) > 100
     torch.testing.assert_close(scores.choices, truth, atol=3e-4, rtol=3e-4)
+
+
+def test_the_likelihood_of_the_consensus_is_that_of_its_text():
+    words = ["--update.consensus=1", "--update.consensus_by=likelihood", "--rollout.views=3"]
+    config, learner, source = moved(*words)
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    agreed = consensus.target(played.evidence, config.reward)
+    known = [image for image in range(4) if agreed.known[3 * image]]
+    with torch.no_grad():
+        found = learner._likelihood(played, [3 * image + 1 for image in range(4)], 12)
+    tokens = learner.engine.tokens
+    total = 0.0
+    for image in known:
+        text = tokens.style.write_box(agreed.box_1000[3 * image].tolist())
+        ids = torch.tensor([[*tokens.ids(text), tokens.eos[0]]])
+        answers = Rollout(ids, torch.zeros(0), [ids.shape[1]])
+        alone = Answered([played.boxes.rows[image]], answers, [0])
+        with torch.no_grad():
+            hidden = learner.engine.score(played.features.select([image]), alone, True)
+            logits = learner.engine.backbone.logits(hidden)
+        table = logits.masked_fill(learner.engine.banned, -torch.inf).log_softmax(-1)
+        weight = torch.tensor([0.1] + [1, 0.4, 0.1, 0.1] * 4 + [0.1])
+        total += float((weight * table.gather(1, ids.T)[:, 0]).sum() / weight.sum())
+    assert known and float(found) == pytest.approx(total * 3 / 12, rel=1e-4)
+    _, metrics = step(*moved(*words))
+    assert metrics["grad_norm"] > 0 and metrics["policy_loss"] == 0
 
 
 def test_under_a_constant_reward_only_scoring_at_the_sampling_temperature_has_no_gradient():

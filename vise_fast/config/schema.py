@@ -414,6 +414,13 @@ class UpdateConfig(Section):
             "views agree, the rest being REINFORCE; above 0 it is not VISE's update any more"
         ),
     )
+    consensus_by: Literal["agreement", "likelihood"] = Field(
+        "agreement",
+        description=(
+            "what the consensus raises: the expected agreement with it at every digit of the "
+            "samples, or its own likelihood as an answer"
+        ),
+    )
     tempered: bool = Field(
         False,
         description=(

@@ -10,6 +10,9 @@ cannot be trained into anything. Weighted by `update.consensus` and added to REI
 
     J = 1/N sum_n 1/T_n sum_j sum_d p(d | prefix_nj) IoU(box_n with digit j := d, consensus)
 
+That is `update.consensus_by: agreement`. `likelihood` is plainer: the mean log-probability of the
+consensus itself, written as an answer, its tokens weighted by what they are worth.
+
 Left out: the forward pass and the rest of the loss (learner.py, loss.py). Pure functions of
 tensors. Run: `pytest tests/method/test_consensus.py`.
 """
@@ -24,6 +27,7 @@ from torch import Tensor
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method.evidence import Evidence
+from vise_fast.system.staging import put
 
 CHOICES = 10
 COORDINATES = 4
@@ -162,6 +166,21 @@ def expected_agreement(
     centred = values - (weight * values).sum(1, keepdim=True)
     share = 1 / tokens.to(p)[row]
     return ((p * centred).sum(1) * share).sum() / denominator
+
+
+TOKEN_WEIGHTS = {1000: 1.0, 100: 1.0, 10: 0.4, 1: 0.1}
+"""Of a digit in the likelihood, by its worth; all else weighs as the last."""
+
+
+def likelihood(logprob: Tensor, lengths: list[int], digits: Digits, denominator: int) -> Tensor:
+    """Weighted mean log-probability of whole answers, summed and over `denominator`: a scalar to
+    maximise. logprob (tokens,) packed, with gradient; lengths: tokens of each answer.
+    """
+    weight = torch.full((sum(lengths),), TOKEN_WEIGHTS[1])
+    weight[digits.place] = torch.tensor([TOKEN_WEIGHTS[worth] for worth in digits.worth.tolist()])
+    total = torch.stack([piece.sum() for piece in weight.split(lengths)])
+    share = weight / total.repeat_interleave(torch.tensor(lengths))
+    return (put(share, logprob.device) * logprob.float()).sum() / denominator
 
 
 def digit_logprobs(

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vise_kernels import linear_logprob_kl
+from vise_kernels import linear_logprob, linear_logprob_kl
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.rollout import Answered, Engine
+from vise_fast.engine.rollout import Answered, Engine, Rollout
 from vise_fast.method import consensus, loss, rewards
 from vise_fast.method.evidence import join
 from vise_fast.method.experience import Played
@@ -254,12 +254,54 @@ class Learner:
         kind = self.config.update.kl
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
         if share > 0:
-            value = value - share * self._agreement(played, chosen, scores, samples)
+            value = value - share * self._consensus(played, chosen, scores, samples)
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
+
+    def _consensus(
+        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
+    ) -> Tensor:
+        """What the consensus of the views raises in this slice; a scalar to maximise."""
+        if self.config.update.consensus_by == "likelihood":
+            return self._likelihood(played, chosen, samples)
+        return self._agreement(played, chosen, scores, samples)
+
+    def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
+        """That of the consensus as an answer about every image with a chosen sample, at temperature
+        1; it counts as often as the image has samples.
+        """
+        group = self.config.rollout.samples
+        agreed = consensus.target(played.evidence, self.config.reward)
+        count = len(agreed.known)
+        images = sorted({n // group for n in chosen if n < count and agreed.known[n]})
+        if not images:
+            return torch.zeros((), device=self.policy.device)
+        rows = [image * group for image in images]
+        answered = self._written(played, images, agreed.box_1000[rows])
+        engine = self.engine
+        features = played.features.select(images)
+        recompute = self.config.train.checkpointing
+        hidden = engine.score(features, answered, True, recompute=recompute)
+        answers = answered.answers
+        head = engine.backbone.head.weight
+        logprob = linear_logprob(hidden, head, answers.packed(), banned=engine.banned)
+        digits = consensus.digits_of(answers.rows(), engine.tokens.digits)
+        return consensus.likelihood(logprob, answers.lengths, digits, samples) * group
+
+    def _written(self, played: Played, images: list[int], box_1000: Tensor) -> Answered:
+        """The questions about these images with boxes (images, 4) as their answers."""
+        tokens = self.engine.tokens
+        boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in box_1000.tolist()]
+        answers = tokens.written_boxes(boxes)
+        lengths = [len(row) for row in answers]
+        padded = [row + [tokens.pad] * (max(lengths) - len(row)) for row in answers]
+        ids = put(padded, self.policy.device)
+        rollout = Rollout(ids, torch.zeros(ids.shape, device=ids.device), lengths, padded)
+        rows = [played.boxes.rows[image] for image in images]
+        return Answered(rows, rollout, list(range(len(images))))
 
     def _agreement(
         self, played: Played, chosen: list[int], scores: TokenScores, samples: int
@@ -299,7 +341,8 @@ class Learner:
             states = self._tempered(hidden), self._tempered(reference)
             scores = linear_logprob_kl(*states, head, ids, banned=engine.banned)
         found = TokenScores(*scores, answered.answers.lengths)
-        if self.config.update.consensus > 0:
+        update = self.config.update
+        if update.consensus > 0 and update.consensus_by == "agreement":
             self._add_choices(found, states[0], answered)
         return found
 

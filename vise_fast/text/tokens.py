@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vise_fast.images.geometry import Box
 from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import Style
 
@@ -48,6 +49,10 @@ class Tokens:
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without anything added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def written_boxes(self, boxes_1000: list[Box]) -> list[list[int]]:
+        """Boxes as answers, with their end."""
+        return [self.ids(self.style.write_box(box)) + [self.eos[0]] for box in boxes_1000]
 
     def row(self, text: str) -> list[int]:
         """What follows the image prefix: the question and the opening of the answer."""
