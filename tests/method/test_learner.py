@@ -336,6 +336,41 @@ def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is
     torch.testing.assert_close(scores.choices, truth, atol=3e-4, rtol=3e-4)
 
 
+def updates_made(learner):
+    return {int(learner.optimizer.state[p]["step"]) for p in learner.parameters.values()}
+
+
+@pytest.mark.parametrize("words", [(), CONSENSUS], ids=["reinforce", "consensus"])
+def test_a_rollout_can_be_learned_from_several_times(words):
+    """Each time by the log-probs of the policy as it was when it sampled; one step of the run."""
+    _, once = step(*setup(*words))
+    config, learner, source = setup("--update.reuse=3", *words)
+    _, metrics = step(config, learner, source)
+    assert updates_made(learner) == {3} and not learner.moving
+    for name in ("policy_loss", "kl", "grad_norm"):
+        assert metrics[name] == pytest.approx(once[name], rel=1e-4, abs=1e-8)
+
+
+def test_the_second_time_counts_by_what_has_changed_since_the_first():
+    config, learner, source = setup("--update.reuse=2", "--update.beta=0", "--update.beta_min=0")
+    slices = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    seen = []
+    real = learners.loss.reinforce
+
+    def watched(tokens, *rest):
+        seen.append(tokens)
+        return real(tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learners.loss, "reinforce", watched)
+        learner.learn(slices, 0)
+    first, second = seen
+    assert first.earlier is None
+    assert torch.equal(second.earlier, first.logprob.detach())
+    moved_by = (second.logprob.detach() - second.earlier)[second.mask].abs()
+    assert 1e-6 < moved_by.max() < 1
+
+
 def test_the_likelihood_of_the_consensus_is_that_of_its_text():
     words = ["--update.consensus=1", "--update.consensus_by=likelihood", "--rollout.views=3"]
     config, learner, source = moved(*words)

@@ -405,6 +405,14 @@ class UpdateConfig(Section):
         0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta"
     )
     views_too: bool = Field(False, description="gradient on the boxes of the views as well")
+    reuse: int = Field(
+        1,
+        ge=1,
+        description="updates per rollout; from the second on with clipped importance weights",
+    )
+    clip: float = Field(
+        0.2, gt=0, lt=1, description="reuse: importance weights beyond 1 +- this gain nothing"
+    )
     consensus: float = Field(
         0.0,
         ge=0,

@@ -34,10 +34,13 @@ MAX_SKIPPED = 5
 
 @dataclass
 class Targets:
-    """Per answer (of a slice: samples, then views): its advantage and whether it is scored."""
+    """Per answer (of a slice: samples, then views): its advantage and whether it is scored.
+    earlier: log-probs (scored, T) before the first update on them, where several are made.
+    """
 
     advantage: Tensor
     scored: Tensor
+    earlier: Tensor | None = None
 
     def cut(self, sizes: list[int]) -> list[Targets]:
         """Along the slices, which have so many answers each."""
@@ -140,10 +143,19 @@ class Learner:
                 self._apply(metrics["grad_norm"])
             if math.isfinite(metrics["grad_norm"]):
                 self.beta.update(metrics["kl"])
+                self._again(slices, targets, samples)
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
         self.moving = False
         return scores.metrics | metrics | {"unique_queries": _unique_queries(slices)}
+
+    def _again(self, slices: list[Played], targets: list[Targets], samples: int) -> None:
+        """The further updates on the same answers (`update.reuse`)."""
+        for _ in range(1, self.config.update.reuse):
+            self.moving = True  # the step has begun: it cannot be done again from here
+            totals = self._gradient(slices, targets, samples)
+            with self.engine.clock.phase("optimizer"):
+                self._apply(totals["grad_norm"])
 
     def _score(self, slices: list[Played], step: int) -> rewards.Scores:
         """The rewards of the whole batch; each slice keeps its own."""
@@ -248,11 +260,15 @@ class Learner:
             scores.table(scores.reference),
             scores.table(scores.kl),
             scores.mask,
+            target.earlier,
         )
+        if self.config.update.reuse > 1 and target.earlier is None:
+            target.earlier = tokens.logprob.detach()
         share = self.config.update.consensus
         advantage = put(target.advantage[chosen] * (1 - share), tokens.mask.device)
         kind = self.config.update.kl
-        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
+        clip = self.config.update.clip
+        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
         if share > 0:
             value = value - share * self._consensus(played, chosen, scores, samples)
         del scores, tokens  # the graph keeps what it needs of them
