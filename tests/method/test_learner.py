@@ -331,9 +331,9 @@ def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is
     with torch.no_grad():
         scores = learner._logprobs(played, list(range(12)))
     tables = torch.cat([table for table, _ in full_logprobs(learner, played, True, 0.5)])
-    truth = tables[scores.digits.place][:, learner.engine.tokens.digits]
+    truth = tables[scores.choices.digits.place][:, learner.engine.tokens.digits]
     assert len(truth) > 100
-    torch.testing.assert_close(scores.choices, truth, atol=3e-4, rtol=3e-4)
+    torch.testing.assert_close(scores.choices.logprob, truth, atol=3e-4, rtol=3e-4)
 
 
 def updates_made(learner):

@@ -642,11 +642,22 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             f"update.advantage {update.advantage} compares samples of one image; set "
             "rollout.samples to 2 or more, or update.advantage to ema"
         )
+    if update.advantage == "ema" and rollout.temperature != 1 and not update.tempered:
+        yield (
+            f"update.advantage ema learns from a constant reward where answers are sampled at "
+            f"temperature {rollout.temperature:g} and scored at 1; set update.tempered to true, or "
+            "rollout.temperature to 1"
+        )
     alike = rollout.regrounder == "policy" and rollout.view_temperature == rollout.temperature
     if update.views_too and not alike:
         yield (
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
+        )
+    if update.consensus > 0 and config.reward.preset == "as_released":
+        yield (
+            "update.consensus needs answers scored by themselves, and as_released scores image "
+            "tokens too; set update.consensus to 0 or choose another reward.preset"
         )
     outliers = model.quant == "int8" and model.int8_threshold > 0
     if model.graphs is True and (model.engine != "fast" or outliers):

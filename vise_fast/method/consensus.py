@@ -119,8 +119,9 @@ def digits_of(answers: list[list[int]], ids: list[int]) -> Digits:
                     boxes[row, coordinate] += digit * worth
                     table.append((row, start + place, coordinate, worth, digit))
         start += len(answer)
-    columns = torch.tensor(table, dtype=torch.int64).view(-1, 5).unbind(1)
-    return Digits(*columns, boxes)
+    columns = torch.tensor(table, dtype=torch.int64).view(-1, 5)
+    row, place, coordinate, worth, digit = columns.unbind(1)
+    return Digits(row, place, coordinate, worth, digit, boxes)
 
 
 def _runs(digits: list[int | None]) -> list[list[tuple[int, int]]]:

@@ -54,18 +54,24 @@ class Targets:
 
 
 @dataclass
+class Choices:
+    """The digits of some answers, and the log-probs (D, 10) of what could stand in their places."""
+
+    digits: consensus.Digits
+    logprob: Tensor
+
+
+@dataclass
 class TokenScores:
     """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer. Where the consensus is learned from, the answers' digits and the log-probs (D, 10)
-    of what could stand in their places.
+    per answer. choices: where the answers' digits are moved to a consensus.
     """
 
     logprob: Tensor
     reference: Tensor
     kl: Tensor
     lengths: list[int]
-    digits: consensus.Digits | None = None
-    choices: Tensor | None = None
+    choices: Choices | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -281,9 +287,9 @@ class Learner:
         self, played: Played, chosen: list[int], scores: TokenScores, samples: int
     ) -> Tensor:
         """What the consensus of the views raises in this slice; a scalar to maximise."""
-        if self.config.update.consensus_by == "likelihood":
+        if scores.choices is None:
             return self._likelihood(played, chosen, samples)
-        return self._agreement(played, chosen, scores, samples)
+        return self._agreement(played, chosen, scores.choices, scores.lengths, samples)
 
     def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
         """That of the consensus as an answer about every image with a chosen sample, at temperature
@@ -320,7 +326,12 @@ class Learner:
         return Answered(rows, rollout, list(range(len(images))))
 
     def _agreement(
-        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
+        self,
+        played: Played,
+        chosen: list[int],
+        choices: Choices,
+        lengths: list[int],
+        samples: int,
     ) -> Tensor:
         """The chosen answers' expected agreement with the consensus of their views, per digit; the
         views' own answers have none.
@@ -329,13 +340,13 @@ class Learner:
         count = len(agreed.known)
         own = torch.tensor([n if n < count else 0 for n in chosen])
         known = agreed.known[own] & (torch.tensor(chosen) < count)
-        digits = scores.digits
-        device = scores.logprob.device
+        digits = choices.digits
+        device = choices.logprob.device
         values = consensus.agreements(digits, agreed.box_1000[own])
         values = put(values * known[digits.row][:, None], device)
         row = put(digits.row, device)
-        lengths = put(scores.lengths, device)
-        return consensus.expected_agreement(scores.choices, values, row, lengths, samples)
+        tokens = put(lengths, device)
+        return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
 
     def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
         """The chosen answers' tokens under policy and reference."""
@@ -359,11 +370,11 @@ class Learner:
         found = TokenScores(*scores, answered.answers.lengths)
         update = self.config.update
         if update.consensus > 0 and update.consensus_by == "agreement":
-            self._add_choices(found, states[0], answered)
+            found.choices = self._choices(found.logprob, states[0], answered)
         return found
 
-    def _add_choices(self, scores: TokenScores, hidden: Tensor, answered: Answered) -> None:
-        """The digits of these answers, and what else could stand in their places."""
+    def _choices(self, logprob: Tensor, hidden: Tensor, answered: Answered) -> Choices:
+        """Of these answers, from the log-probs (tokens,) of theirs and hidden (tokens, E)."""
         ids = self.engine.tokens.digits
         digits = consensus.digits_of(answered.answers.rows(), ids)
         device = hidden.device
@@ -371,9 +382,8 @@ class Learner:
         head = self.engine.backbone.head.weight
         written = answered.answers.packed()[place]
         states = hidden[place]
-        own = scores.logprob[place]
-        scores.digits = digits
-        scores.choices = consensus.digit_logprobs(states, head, put(ids, device), written, own)
+        found = consensus.digit_logprobs(states, head, put(ids, device), written, logprob[place])
+        return Choices(digits, found)
 
     def _tempered(self, hidden: Tensor) -> Tensor:
         """Hidden states whose logits are those that the answers were sampled by, where
