@@ -108,20 +108,29 @@ def digits_of(answers: list[list[int]], ids: list[int]) -> Digits:
     """
     digit_of = {token: digit for digit, token in enumerate(ids)}
     table: list[tuple[int, int, int, int, int]] = []
-    boxes = torch.zeros(len(answers), COORDINATES, dtype=torch.int64)
     start = 0
     for row, answer in enumerate(answers):
         runs = _runs([digit_of.get(token) for token in answer])
         if len(runs) == COORDINATES and max(len(run) for run in runs) <= COORDINATES:
-            for coordinate, run in enumerate(runs):
-                for n, (place, digit) in enumerate(run):
-                    worth = CHOICES ** (len(run) - 1 - n)
-                    boxes[row, coordinate] += digit * worth
-                    table.append((row, start + place, coordinate, worth, digit))
+            table += _entries(runs, row, start)
         start += len(answer)
     columns = torch.tensor(table, dtype=torch.int64).view(-1, 5)
-    row, place, coordinate, worth, digit = columns.unbind(1)
-    return Digits(row, place, coordinate, worth, digit, boxes)
+    owner, place, coordinate, worth, digit = columns.unbind(1)
+    boxes = torch.zeros(len(answers), COORDINATES, dtype=torch.int64)
+    boxes.index_put_((owner, coordinate), digit * worth, accumulate=True)
+    return Digits(owner, place, coordinate, worth, digit, boxes)
+
+
+def _entries(
+    runs: list[list[tuple[int, int]]], row: int, start: int
+) -> list[tuple[int, int, int, int, int]]:
+    """The columns of `Digits` for one answer, whose tokens begin at `start`."""
+    entries = []
+    for coordinate, run in enumerate(runs):
+        for n, (place, digit) in enumerate(run):
+            worth = CHOICES ** (len(run) - 1 - n)
+            entries.append((row, start + place, coordinate, worth, digit))
+    return entries
 
 
 def _runs(digits: list[int | None]) -> list[list[tuple[int, int]]]:
