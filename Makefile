@@ -9,6 +9,7 @@
 #   make mutants        small faults planted in the code: do its tests notice? (tests/mutants.py, half an hour)
 #   make lint           format, linter and types, as CI asks for them
 #   make consumers      what others do with an adapter (PEFT, AutoProcessor, lmms-eval), in an environment of 7 GB
+#   make vllm           the same for vLLM, in an environment of 4 GB beside that one
 #   make clean          what was built, and .venv; never runs/
 
 PYTHON ?= python3
@@ -16,11 +17,12 @@ VENV := .venv
 MUTANTS := .venv-mutants
 RUN := $(VENV)/bin/python
 CONSUMERS := build/consumers
+VLLM := build/vllm
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 1)
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 ARGS ?=
 
-.PHONY: train test native bench-smoke sanitize soak mutants lint consumers clean
+.PHONY: train test native bench-smoke sanitize soak mutants lint consumers vllm clean
 
 train: native
 	$(RUN) -m vise_fast.train $(ARGS)
@@ -88,6 +90,16 @@ consumers: $(CONSUMERS)/made.stamp
 $(CONSUMERS)/made.stamp: tests/consumers/requirements.txt vise_fast/table/environment.txt
 	$(PYTHON) -m venv $(CONSUMERS) || { $(PYTHON) -m venv --clear --without-pip $(CONSUMERS) && $(PYTHON) -m pip --python $(CONSUMERS)/bin/python install -q pip; }
 	$(CONSUMERS)/bin/python -m pip install -q --disable-pip-version-check -r tests/consumers/requirements.txt
+	@touch $@
+
+vllm: $(CONSUMERS)/made.stamp $(VLLM)/made.stamp
+	OMP_NUM_THREADS=1 $(CONSUMERS)/bin/python -m pytest -q tests/consumers/test_vllm.py $(ARGS)
+
+$(VLLM)/made.stamp: tests/consumers/vllm.txt tests/consumers/declare_ops.py
+	$(PYTHON) -m venv $(VLLM) || { $(PYTHON) -m venv --clear --without-pip $(VLLM) && $(PYTHON) -m pip --python $(VLLM)/bin/python install -q pip; }
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check -r tests/consumers/vllm.txt
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python tests/consumers/declare_ops.py
 	@touch $@
 
 clean:

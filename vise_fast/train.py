@@ -65,7 +65,7 @@ def train(
     Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
     """
     start = resolve(config, settings.changed(config) if stated is None else stated)
-    rewards.check(start.config.reward, truth is not None or start.config.data.dir is None)
+    rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
     allocator.keep_freed_memory()
     with Signals() as stop:
         run = Run(start)

@@ -10,6 +10,8 @@ import xml.etree.ElementTree as xml
 import fake_run
 import pytest
 
+from vise_fast.evaluate import strengths
+from vise_fast.evaluate.results import Results
 from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.report import __main__ as command
 from vise_fast.report import diagnosis, stored_run
@@ -320,3 +322,16 @@ def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     verdicts = samples(stored_run.read(run))["Step 1"][0].verdicts
     assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right
+
+
+def test_figures_over_alpha_are_drawn_where_they_were_measured(tmp_path):
+    run = fake_run.write(tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    arms = {0.0: "before", 1.0: "after"}
+    both = {alpha: Results.read(evaluation[arm]) for alpha, arm in arms.items()}
+    (run / "strengths.json").write_text(json.dumps(strengths.write_down(both)))
+    assert "How much of the adapter" in report.write(run).read_text(encoding="utf-8")
+    assert (run / "plots" / "strengths.png").is_file()
+    (run / "strengths.json").write_text('{"strengths": 3}')
+    with pytest.raises(DataError, match="strengths.json is damaged"):
+        report.write(run)

@@ -180,19 +180,23 @@ def adapter(tmp_path_factory):
 
 def test_a_dry_run_says_what_would_run_and_what_is_missing(adapter, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run("--adapter", adapter, "--out", out, "--env", tmp_path, "--dry-run") == 4
+    words = ["--adapter", adapter, "--out", out, "--env", tmp_path / "new", "--dry-run"]
+    code = run(*words)
     shown = capsys.readouterr()
     assert shown.out.count("to run") == 2 * 7 and "lmms_eval --model qwen3_vl" in shown.out
-    assert "download" in shown.out and "time" in shown.out
-    assert "make consumers" in shown.err
-    assert not out.exists()
+    assert "download" in shown.out and "time" in shown.out and "to make" in shown.out
+    assert code == (4 if shown.err else 0)
+    assert not out.exists() and not (tmp_path / "new").exists()
 
 
 def test_nothing_starts_where_something_is_missing(adapter, tmp_path, capsys):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("mine")
     out = tmp_path / "out"
-    words = ["--adapter", adapter, "--out", out, "--env", tmp_path, "--tasks", "drawn"]
+    words = ["--adapter", adapter, "--out", out, "--env", tmp_path / "theirs", "--tasks", "drawn"]
     assert run(*words) == 4
-    assert "make consumers" in capsys.readouterr().err and not out.exists()
+    assert "not begun by this command" in capsys.readouterr().err and not out.exists()
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,19 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    """Your images: any folder of photographs, no labels."""
+    """Your images: any photographs, no labels."""
 
     dir: str | None = Field(
-        None, description="folder of images, searched recursively; none: the embedded scenes"
+        None,
+        description="folder of images, searched recursively; or a list (.txt .jsonl .csv), an "
+        "archive (.zip .tar), a table (.parquet), a pattern of them, hf:OWNER/NAME[@COMMIT]; none: "
+        "the embedded scenes",
+    )
+    mix: list[str] = Field(
+        [], description="several such places instead of one, by weight: [PLACE=3, OTHER=1]"
+    )
+    column: str | None = Field(
+        None, description="of a list or table, the column of images; none: image and the like"
     )
     holdout: float = Field(
         0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures"
@@ -183,6 +192,16 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="do not start when a larger share of the files is unreadable"
     )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether no place is named: scenes are drawn, whose truth is known."""
+        return self.dir is None and not self.mix
+
+    @property
+    def places(self) -> str:
+        """What is named, for messages."""
+        return " + ".join(self.mix) or self.dir or "drawn scenes"
 
 
 class ScenesConfig(Section):
@@ -634,6 +653,11 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _contradicting_choices(config: Config) -> Iterator[str]:
+    if config.data.dir is not None and config.data.mix:
+        yield (
+            "data.dir and data.mix both say where images are; write the folder into data.mix with "
+            "its weight, or leave one out"
+        )
     rollout = config.rollout
     update = config.update
     model = config.model

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.estimate.rehearsal import Rehearsed, rehearse
 from vise_fast.images import picture_file
-from vise_fast.images.sources import Source, open_source
+from vise_fast.images.sources import Source, is_here, open_source
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model.base import read_tokenizer
@@ -285,7 +284,7 @@ def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
     """
     if source is not None:
         return source.sizes()
-    return [(config.scenes.size, config.scenes.size)] if config.data.dir is None else [(4800, 6400)]
+    return [(config.scenes.size, config.scenes.size)] if config.data.is_drawn else [(4800, 6400)]
 
 
 def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> Settings:
@@ -319,7 +318,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     config = origin.configuration(given)
     source = None
-    if config.data.dir is None or Path(config.data.dir).is_dir():
+    if is_here(config):
         source = open_source(config, model.grid_multiple(config.model.path))
     found = plan(config, source)
     phases = []

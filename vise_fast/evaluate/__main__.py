@@ -2,13 +2,14 @@
 controls.
 
     python -m vise_fast.evaluate --adapter runs/nano/adapter [--model PATH] [--data.dir photos]
-    [--scenes N] [--json FILE]
+    [--scenes N] [--json FILE] [--alphas 0,0.5,1,1.5]
 
 Drawn scenes come with their truth: every object of a scene is asked for. Photographs have none:
 only what needs no labels is measured. Base and adapter are two states of one loaded model; an image
 is encoded once for both, and read once per state. Every draw is named by (eval.seed, scene), so
-neither the batch size nor the other arm changes a figure. What the figures mean:
-docs/EVALUATION.md.
+neither the batch size nor the other arm changes a figure. --alphas measures shares of the adapter's
+update instead, each a fresh look at the images; the report draws RUN/strengths.json. What the
+figures mean: docs/EVALUATION.md.
 """
 
 from __future__ import annotations
@@ -17,18 +18,26 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
+from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
+from vise_fast.engine.rollout import Engine
+from vise_fast.evaluate import strengths
 from vise_fast.evaluate.held_out import examine
 from vise_fast.evaluate.table import side_by_side
-from vise_fast.images.sources import open_source
-from vise_fast.model.load import grid_multiple, load
+from vise_fast.evaluate.titles import BRIEF, title
+from vise_fast.images.sources import Source, open_source
+from vise_fast.model.load import Policy, grid_multiple, load
 from vise_fast.system import console, threads
-from vise_fast.system.errors import EnvironmentFault
+from vise_fast.system.errors import ConfigError, EnvironmentFault
 
-SYNTAX = Syntax(options=origin.OPTIONS | {"scenes": "64", "json": "FILE"}, settings=origin.SETTINGS)
+SYNTAX = Syntax(
+    options=origin.OPTIONS | {"scenes": "64", "json": "FILE", "alphas": "0,0.5,1"},
+    settings=origin.SETTINGS,
+)
 
 
 def main(words: Sequence[str]) -> int:
@@ -38,28 +47,61 @@ def main(words: Sequence[str]) -> int:
     if given.help:
         screen.say(__doc__)
         return 0
+    adapter = given["adapter"]
+    alphas = None if given["alphas"] is None else strengths.parsed(given["alphas"])
+    if alphas is not None and adapter is None:
+        raise ConfigError(
+            "--alphas are shares of an adapter's update; there is no adapter; name one with "
+            "--adapter RUN/adapter"
+        )
     limit = given.count("scenes")
     config = origin.configuration(given, [] if limit is None else [f"--eval.scenes={limit}"])
     threads.settle(screen.say)
     source = open_source(config, grid_multiple(config.model.path), say=screen.warn)
-    adapter = given["adapter"]
     policy = load(config, adapter, say=screen.warn)
     arms = f" with and without {adapter}" if adapter else ""
     dtype = str(policy.backbone.dtype).removeprefix("torch.")
     state = f"{dtype}, adapter unmerged" if adapter else dtype
     screen.say(f"evaluating {config.model.path}{arms} ({state}) on {source.describe()}")
     engine = open_engine(policy, config, screen.warn)
-    results = examine(engine, source, config, (False, True) if adapter else (False,))
-    names = ("before", "after")
-    evaluation = {name: arm.json() for name, arm in zip(names, results, strict=False)}
-    rows = [[name, *pair] for name, pair in side_by_side(evaluation).items()]
-    screen.table(f"{results[0].n} held-out images", ["", "base", "adapter"], rows)
+    if alphas is None:
+        content = _both(engine, source, config, (False, True) if adapter else (False,))
+    else:
+        content = _over_alpha(policy, engine, source, config, alphas)
     if given["json"]:
-        _write(Path(given["json"]), evaluation)
+        _write(Path(given["json"]), content)
     return 0
 
 
-def _write(path: Path, evaluation: dict[str, dict]) -> None:
+def _both(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) -> dict[str, Any]:
+    """Base and adapter side by side; what evaluation.json holds."""
+    results = examine(engine, source, config, arms)
+    names = ("before", "after")
+    evaluation = {name: arm.json() for name, arm in zip(names, results, strict=False)}
+    rows = [[name, *pair] for name, pair in side_by_side(evaluation).items()]
+    title = f"{results[0].n} held-out images"
+    console.Console().table(title, ["", "base", "adapter"], rows)
+    return evaluation
+
+
+def _over_alpha(
+    policy: Policy, engine: Engine, source: Source, config: Config, alphas: Sequence[float]
+) -> dict[str, Any]:
+    """A column for each share of the update; what strengths.json holds."""
+    screen = console.Console()
+    found = {}
+    with screen.progress(len(alphas), "alpha") as advance:
+        for alpha, results in strengths.measure(policy, engine, source, config, alphas):
+            found[alpha] = results
+            advance({"alpha": alpha})
+    columns = ["", *(f"alpha {alpha:g}" for alpha in found)]
+    first = next(iter(found.values()))
+    rows = [[title(name), *strengths.cells(found, name)] for name in BRIEF if name in first.values]
+    screen.table(f"{first.n} held-out images", columns, rows)
+    return strengths.write_down(found)
+
+
+def _write(path: Path, evaluation: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(evaluation) + "\n", encoding="utf-8")
     except OSError as error:

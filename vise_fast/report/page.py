@@ -182,7 +182,7 @@ def _facts(run: StoredRun) -> dict[str, str]:
         ),
         "learning rate": f"{config.train.lr:g}",
         "seed": str(config.train.seed),
-        "data": config.data.dir or "drawn scenes",
+        "data": config.data.places,
     }
     _, seconds = run.series("seconds")
     if len(seconds):

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from vise_fast.evaluate.results import Estimate, paired_gain
 from vise_fast.report.stored_run import StoredRun
 
 # Light-theme colours; in the SVG each becomes the CSS variable of its name, so that a dark page
@@ -81,6 +82,15 @@ class Curve(NamedTuple):
     color: str
 
 
+STRENGTHS = (
+    Curve("sampled_iou", "IoU, sampled", "c1"),
+    Curve("greedy_iou", "IoU, greedy", "c2"),
+    Curve("visible_accuracy", "visibility", "c3"),
+    Curve("invariance", "agreement across views", "c4"),
+)
+"""What is drawn over alpha; figures of the evaluation."""
+
+
 def draw(run: StoredRun) -> list[Plot]:
     """Every plot that this run has numbers for."""
     makers = (
@@ -92,6 +102,7 @@ def draw(run: StoredRun) -> list[Plot]:
         _gradient,
         _attention,
         _attention_steps,
+        _strengths,
         _time,
         _speed,
     )
@@ -349,6 +360,38 @@ def _attention_steps(run: StoredRun) -> Plot | None:
     caption = "Mean over layers, for the boxes that were sampled."
     curves = (Curve("attention_share", "share of attention", "c1"),)
     return _time_plot(run, "attention_steps", title, caption, curves)
+
+
+def _strengths(run: StoredRun) -> Plot | None:
+    """Gains over the base at each share of the update, with their intervals."""
+    base = run.strengths.get(0.0)
+    if base is None or len(run.strengths) < 2:
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        _level(axes, 0.0, "base")
+        for curve in STRENGTHS:
+            gains = {a: paired_gain(base, r, curve.metric) for a, r in run.strengths.items()}
+            _band(axes, {a: gain for a, gain in gains.items() if np.isfinite(gain.value)}, curve)
+        axes.set_xlabel("share of the update (alpha)")
+        _legend(axes)
+
+    caption = f"Gain over the base on {base.n} held-out images, 95 % intervals. 1 is the adapter."
+    return _plot("strengths", "How much of the adapter", caption, paint)
+
+
+def _band(axes: Axes, gains: dict[float, Estimate], curve: Curve) -> None:
+    """A line over alpha and its interval; nothing where nothing was measured."""
+    if not gains:
+        return
+    alphas = list(gains)
+    middle = [gain.value for gain in gains.values()]
+    low = [gain.low for gain in gains.values()]
+    high = [gain.high for gain in gains.values()]
+    color = COLORS[curve.color]
+    axes.fill_between(alphas, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(alphas, middle, color=color, marker="o", markersize=3.5, label=curve.label)
 
 
 def _time(run: StoredRun) -> Plot | None:

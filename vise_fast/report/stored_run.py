@@ -16,6 +16,7 @@ import numpy as np
 
 from vise_fast.config import schema as configuration
 from vise_fast.config.schema import Config
+from vise_fast.evaluate import strengths
 from vise_fast.evaluate.results import Results
 from vise_fast.system import files
 from vise_fast.system.console import read_lines
@@ -28,7 +29,8 @@ LAST_STEP = 2**53
 @dataclass(frozen=True)
 class StoredRun:
     """`metrics`: one dict per step, at least one; `samples`: the lines of samples.jsonl; `before`,
-    `after`: None where that evaluation was not made.
+    `after`: None where that evaluation was not made; `strengths`: results by share of the update,
+    {} where `evaluate --alphas` was not run.
     """
 
     directory: Path
@@ -38,6 +40,7 @@ class StoredRun:
     samples: list[dict[str, Any]]
     before: Results | None
     after: Results | None
+    strengths: dict[float, Results]
 
     @property
     def steps(self) -> int:
@@ -102,6 +105,7 @@ def read(directory: Path) -> StoredRun:
         samples=_numbered(directory / "samples.jsonl"),
         before=_figures(evaluation, "before", directory),
         after=_figures(evaluation, "after", directory),
+        strengths=_strengths(directory / strengths.FILE),
     )
 
 
@@ -134,4 +138,13 @@ def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Results 
         raise DataError(
             f"{directory / 'evaluation.json'} is damaged: {fault}; delete it and write the report "
             "again"
+        ) from None
+
+
+def _strengths(path: Path) -> dict[float, Results]:
+    try:
+        return strengths.read(_json(path))
+    except ValueError as fault:
+        raise DataError(
+            f"{path} is damaged: {fault}; delete it and write the report again"
         ) from None

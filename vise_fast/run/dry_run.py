@@ -39,7 +39,7 @@ T = TypeVar("T")
 def dry_run(config: Config) -> int:
     """Explain, then try. Returns the exit code: 0, or that of the first fault."""
     console = Console()
-    rewards.check(config.reward, truth=config.data.dir is None)
+    rewards.check(config.reward, truth=config.data.is_drawn)
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:

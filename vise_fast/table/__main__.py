@@ -5,9 +5,10 @@
 
 Tasks: paper (the eight rows of arXiv 2606.27373), drawn (scenes this package draws: nothing is
 downloaded), or lmms-eval's names with commas between them. --env is the environment that lmms-eval
-is installed in (`make consumers` makes build/consumers). --dry-run says the commands, downloads and
-what is missing. Tasks that are finished in --out are not run again. Left out: a blind control for
-the paper's tasks, and intervals for CIDEr, which is a figure of a whole corpus.
+is installed in (build/consumers); where there is none it is made, pinned, 7 GB. --dry-run says the
+commands, downloads and what is missing. Tasks that are finished in --out are not run again. Left
+out: a blind control for the paper's tasks, and intervals for CIDEr, which is a figure of a whole
+corpus.
 """
 
 from __future__ import annotations
@@ -29,19 +30,17 @@ from vise_fast.model.load import device_of
 from vise_fast.system import files
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, EnvironmentFault
-from vise_fast.table import arms, drawn, lmms_eval, paired
+from vise_fast.table import arms, drawn, environment, lmms_eval, paired
 from vise_fast.table.arms import ARMS, Job
 from vise_fast.table.lmms_eval import Setting
 from vise_fast.table.rows import NEEDS, Row, chosen, tasks
 
 SYNTAX = Syntax(
     options=origin.OPTIONS
-    | {"out": "DIR", "tasks": "drawn", "limit": "64", "env": "build/consumers"},
+    | {"out": "DIR", "tasks": "drawn", "limit": "64", "env": environment.HOME},
     flags=("dry-run",),
     settings=origin.SETTINGS,
 )
-ENVIRONMENT = "build/consumers"
-PINNED = Path(__file__).parent / "environment.txt"
 PIXELS = {True: (1024, 65_536), False: (200_704, 1_605_632)}
 """(smallest, largest) images: of the embedded model, and lmms-eval's own."""
 TOKENS = 64
@@ -66,14 +65,18 @@ def main(words: Sequence[str]) -> int:
     rows = _rows(given["tasks"] or "paper")
     config = origin.configuration(given)
     adapters.verify(given["adapter"], console.warn)
-    python = str(Path(given["env"] or ENVIRONMENT) / "bin" / "python")
+    place = Path(given["env"] or environment.HOME)
     setting = _setting(given, config)
+    python = str(environment.python_of(place))
     todo = arms.jobs(python, Path(given["out"]), tasks(rows), config, setting)
-    lacking = list(missing(python, todo))
+    lacking = list(missing(place, todo))
     if "dry-run" in given.flags:
+        if not environment.is_ready(place):
+            console.say(f"to make  {place}, where lmms-eval lives: {environment.GIGABYTES:.0f} GB")
         return explain(todo, setting, lacking, console)
     if lacking:
         raise EnvironmentFault("; ".join(lacking))
+    environment.complete(place, console.say)
     return table(rows, todo, given, config, setting)
 
 
@@ -93,14 +96,13 @@ def _setting(given: CommandLine, config: Config) -> Setting:
     return Setting(device, smallest, largest, limit=given.count("limit"))
 
 
-def missing(python: str, todo: list[Job]) -> Iterator[str]:
-    """What has to be there before anything starts, a sentence each."""
-    if not Path(python).is_file():
-        yield (
-            f"there is no environment with lmms-eval ({python}); name one with --env DIR, or make "
-            f"it with: make consumers; without a checkout: python -m venv DIR && "
-            f"DIR/bin/python -m pip install -r {PINNED}"
-        )
+def missing(place: Path, todo: list[Job]) -> Iterator[str]:
+    """What has to be there before anything starts, a sentence each; `place`: where lmms-eval
+    lives.
+    """
+    obstacle = environment.obstacle(place)
+    if obstacle is not None:
+        yield obstacle
     needs = [NEEDS[job.task] for job in todo if job.task in NEEDS and not job.finished]
     if any(need.java for need in needs) and shutil.which("java") is None:
         yield "CIDEr needs Java for its tokenizer; install a Java runtime (apt install default-jre)"

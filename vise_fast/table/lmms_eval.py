@@ -69,8 +69,8 @@ def run(words: Sequence[str], log: Path, offline: bool) -> None:
             code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
         except OSError as fault:
             raise EnvironmentFault(
-                f"lmms-eval cannot be run as {words[0]}: {fault.strerror}; make its environment "
-                "with: make consumers; or name one with --env DIR"
+                f"lmms-eval cannot be run as {words[0]}: {fault.strerror}; name its "
+                "environment with --env DIR"
             ) from fault
     if code != 0:
         raise EnvironmentFault(
