@@ -19,7 +19,8 @@ import torch
 from vise_fast.config import origin
 from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
-from vise_fast.estimate.rehearsal import Rehearsed, rehearse
+from vise_fast.estimate import remembered
+from vise_fast.estimate.rehearsal import Case, Rehearsed, rehearsed
 from vise_fast.images import picture_file
 from vise_fast.images.sources import Source, is_here, open_source
 from vise_fast.method.step_plan import Lengths
@@ -101,7 +102,9 @@ def _words(changes: Settings) -> str:
 
 
 class Planner:
-    """Predictions for one model and one folder; each configuration is rehearsed once."""
+    """Predictions for one model and one folder; each configuration is rehearsed once, and once for
+    all planners of this machine (remembered.py).
+    """
 
     def __init__(
         self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
@@ -124,10 +127,18 @@ class Planner:
         speed = (train.micro_batch, train.checkpointing, train.share_forward, config.optim.name)
         key = repr((config.model, config.lora, speed, batch))
         if key not in self._peaks:
-            self._peaks[key] = rehearse(
-                config, self.model_config, batch, self.dtype, self.lengths, self.device
-            )
+            case = Case(config, batch, self.dtype, self.lengths, self.device)
+            self._peaks[key] = self._remembered(case)
         return self._peaks[key]
+
+    def _remembered(self, case: Case) -> Rehearsed:
+        """From the user's cache where this was asked before."""
+        place = remembered.place_of(case, self.model_config)
+        found = remembered.read(place)
+        if found is None:
+            found = rehearsed(case, self.model_config)
+            remembered.write(place, found)
+        return found
 
     def _largest(self, config: Config) -> list[tuple[int, int]]:
         """The batch of the folder's largest images as the model would see them, over and over where

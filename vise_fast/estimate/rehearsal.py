@@ -95,12 +95,17 @@ def rehearse(
 ) -> Rehearsed:
     """One step on images of these (height, width) in pixels, one entry per image of the batch, as
     it would go on this type of device.
+    """
+    return rehearsed(Case(config, sizes, dtype, lengths, device), model_config)
+
+
+def rehearsed(case: Case, model_config: Any) -> Rehearsed:
+    """`rehearse`, of a case.
 
     Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line
     through them drawn on to the full depth. In the shallowest a phase may need most at another
     moment than in deep ones.
     """
-    case = Case(config, sizes, dtype, lengths, device)
     depth = model_config.text_config.num_hidden_layers
     shallow = len(model_config.vision_config.deepstack_visual_indexes) + 3
     if depth <= shallow + 1:

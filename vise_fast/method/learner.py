@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,19 @@ class _Remembered:
                 f"the checkpoint's state is not a learner's ({fault}); use --resume auto to take "
                 "an older one"
             ) from None
+
+
+class Room(NamedTuple):
+    """Bytes that an optimizer takes of torch's memory for each parameter: in a step, and at the
+    first for its moments.
+    """
+
+    step: int
+    made: int
+
+
+# torch's works on one more copy; paged moments lie in memory that the driver manages
+ROOM = {"adamw": Room(4, 8), "adamw8bit": Room(0, 3), "paged_adamw8bit": Room(0, 0)}
 
 
 class Learner:
@@ -444,11 +457,12 @@ class Learner:
             )
 
     def _make_room(self) -> None:
-        """Runs out of memory here, where nothing has changed yet, rather than halfway through:
-        moments not made yet and one more copy of all masters.
-        """
+        """Runs out of memory here, where nothing has changed yet, rather than halfway through."""
         made = any(self.optimizer.state.get(p) for p in self.parameters.values())
-        size = sum(p.numel() for p in self.parameters.values()) * (4 if made else 12)
+        each = ROOM[self.config.optim.name]
+        size = sum(p.numel() for p in self.parameters.values()) * (
+            each.step + (not made) * each.made
+        )
         torch.empty(size, dtype=torch.uint8, device=self.policy.device)
 
     def forget(self) -> None:

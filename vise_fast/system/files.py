@@ -89,6 +89,11 @@ class Appended:
         self._file.close()
 
 
+def user_cache() -> Path:
+    """This package's folder of what can be found out again: $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vise_fast"
+
+
 def append(path: Path, data: bytes) -> None:
     """One more piece at the end of a file. Raises EnvironmentFault."""
     with refused(path), contextlib.closing(Appended(path)) as file:
