@@ -201,6 +201,8 @@ def digit_logprobs(
 
     log p_d = log p_w + z_d - z_w: ten rows of the head instead of all.
     """
-    logits = (hidden @ head[ids].T).float()
-    own = (hidden * head[written]).sum(1).float()
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows = hidden.to(wide)
+    logits = rows @ head[ids].to(wide).T
+    own = (rows * head[written].to(wide)).sum(1)
     return logprob[:, None] + logits - own[:, None]
