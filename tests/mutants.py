@@ -50,6 +50,7 @@ WRONG_PLUGINS = [
 ]
 OWN_TESTS = {
     "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
+    "vise_fast/method/consensus.py": [METHOD + "consensus.py"],
     "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
     "vise_fast/method/experience.py": [METHOD + "experience.py", MICRO_BATCHES],
     "vise_fast/method/invented.py": [METHOD + "plugin.py", "-k", PLUGIN],
@@ -59,6 +60,7 @@ OWN_TESTS = {
     "vise_fast/method/rewards.py": [METHOD + "rewards.py", *WRONG_PLUGINS],
     "vise_fast/method/roles.py": [METHOD + "roles.py"],
     "vise_fast/method/step_plan.py": [METHOD + "step_plan.py"],
+    "vise_fast/method/verdicts.py": [METHOD + "verdicts.py", METHOD + "experience.py"],
     "vise_fast/images/geometry.py": ["tests/images/test_geometry.py"],
     "vise_fast/images/views.py": ["tests/images/test_views.py"],
     "vise_fast/engine/rollout.py": ["tests/engine/test_rollout.py", "tests/engine/test_fast.py"],

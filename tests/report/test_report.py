@@ -419,6 +419,22 @@ def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
     assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right
 
 
+@pytest.mark.parametrize("further, labels", [(True, 4), (False, 2)])
+def test_what_was_not_asked_of_a_settled_box_is_not_shown(tmp_path, further, labels):
+    """Its controls and keep are zeros that nobody said."""
+    run = fake_run.write(tmp_path / "run", steps=1)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {
+        "seen": 0.9,
+        "gone": [0.95] * 8,
+        "control": [[0.0]] * 8,
+        "keep": [0.0] * 8,
+        "further": [further] * 8,
+    }
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    verdicts = samples(stored_run.read(run))["Step 1"][0].verdicts
+    assert len(verdicts) == labels and verdicts[1].label == "box hidden"
+
+
 def test_figures_over_alpha_are_drawn_where_they_were_measured(tmp_path):
     run = fake_run.write(tmp_path / "run")
     evaluation = json.loads((run / "evaluation.json").read_text())

@@ -346,7 +346,7 @@ class GhostConfig(Section):
 class RewardConfig(Section):
     """What is rewarded."""
 
-    preset: Literal["robust", "paper", "as_released"] = Field(
+    preset: Literal["robust", "paper", "as_released", "consensus"] = Field(
         "robust", description="fills what is not stated elsewhere"
     )
     name: str = Field(
@@ -381,6 +381,31 @@ class RewardConfig(Section):
         "ellipse", description="hull of the inscribed ellipse, or of the four corners"
     )
     controls: int = Field(1, ge=1, description="control ghosts per box")
+    shared_controls: bool = Field(
+        False,
+        description=(
+            "the boxes of an image share one control; a box too large for one beside it keeps its "
+            "own"
+        ),
+    )
+    implied: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "a box that contains this share of one whose ghost surely hides is not asked about, "
+            "nor one of which this share lies in a box whose ghost surely does not; 0: all are"
+        ),
+    )
+    settled: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "a box whose ghost hides no more than this, p(x) (1 - p(ghosted)), has R_sem 0, and "
+            "no further ghost of it is judged; 0: all are"
+        ),
+    )
     plugin: str | None = Field(None, description="python file that registers further rewards")
 
 
@@ -402,6 +427,37 @@ class UpdateConfig(Section):
         0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta"
     )
     views_too: bool = Field(False, description="gradient on the boxes of the views as well")
+    reuse: int = Field(
+        1,
+        ge=1,
+        description="updates per rollout; from the second on with clipped importance weights",
+    )
+    clip: float = Field(
+        0.2, gt=0, lt=1, description="reuse: importance weights beyond 1 +- this gain nothing"
+    )
+    consensus: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "share of the update that moves every digit directly towards the box on which the "
+            "views agree, the rest being REINFORCE; above 0 it is not VISE's update any more"
+        ),
+    )
+    consensus_by: Literal["agreement", "likelihood"] = Field(
+        "agreement",
+        description=(
+            "what the consensus raises: the expected agreement with it at every digit of the "
+            "samples, or its own likelihood as an answer"
+        ),
+    )
+    tempered: bool = Field(
+        False,
+        description=(
+            "score answers, reference and KL at the temperature the answers were sampled at, "
+            "instead of 1"
+        ),
+    )
 
 
 class EvalConfig(Section):
@@ -502,8 +558,26 @@ AS_RELEASED = PAPER | {
     "view.min_kept": 0.0,
     "view.side_words": "keep",
 }
+# Not VISE's update: digits are moved to the box on which eight views of the reference agree, and no
+# verdict is asked for but the one on the image itself. Chosen on the embedded model alone.
+CONSENSUS = {
+    "update.consensus": 1.0,
+    "update.tempered": True,
+    "rollout.temperature": 0.3,
+    "rollout.samples": 4,
+    "rollout.views": 8,
+    "train.batch": 16,
+    "reward.w_geo": 1.0,
+    "reward.w_sem": 0.0,
+    "reward.w_area": 0.0,
+}
 # robust has no entries: its numbers are the defaults above
-PRESETS: dict[str, dict[str, Any]] = {"robust": {}, "paper": PAPER, "as_released": AS_RELEASED}
+PRESETS: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": PAPER,
+    "as_released": AS_RELEASED,
+    "consensus": CONSENSUS,
+}
 NANO = nano.DIRECTORY / "nano.yaml"
 
 
@@ -615,11 +689,22 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             f"update.advantage {update.advantage} compares samples of one image; set "
             "rollout.samples to 2 or more, or update.advantage to ema"
         )
+    if update.advantage == "ema" and rollout.temperature != 1 and not update.tempered:
+        yield (
+            f"update.advantage ema learns from a constant reward where answers are sampled at "
+            f"temperature {rollout.temperature:g} and scored at 1; set update.tempered to true, or "
+            "rollout.temperature to 1"
+        )
     alike = rollout.regrounder == "policy" and rollout.view_temperature == rollout.temperature
     if update.views_too and not alike:
         yield (
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
+        )
+    if update.consensus > 0 and config.reward.preset == "as_released":
+        yield (
+            "update.consensus needs answers scored by themselves, and as_released scores image "
+            "tokens too; set update.consensus to 0 or choose another reward.preset"
         )
     outliers = model.quant == "int8" and model.int8_threshold > 0
     if model.graphs is True and (model.engine != "fast" or outliers):

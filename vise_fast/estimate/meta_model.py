@@ -24,6 +24,7 @@ from vise_fast.engine.fast import FastEngine, Sheet
 from vise_fast.engine.rollout import Answered, Prefixes, Prompts, Rollout
 from vise_fast.estimate.live_bytes import Live
 from vise_fast.estimate.stages import Stages
+from vise_fast.images.geometry import Box
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model import quantise
@@ -198,11 +199,16 @@ class MetaTokens(Tokens):
         self.eos = [0]
         self.yes = [0]
         self.no = [1]
+        self.digits = list(range(10))
         self.read = 0
 
     def row(self, text: str) -> list[int]:
         """A question of the kind `text`."""
         return [0] * getattr(self.lengths, text)
+
+    def written_boxes(self, boxes_1000: list[Box]) -> list[list[int]]:
+        """Boxes as answers, of the length of all."""
+        return [[0] * self.lengths.box for _ in boxes_1000]
 
     def verdict_row(self, text: str) -> list[int]:
         """The same: its length counts the opening."""

@@ -150,6 +150,8 @@ def counted(case: Case, model_config: Any) -> Counted:
     """
     config = case.config.model_copy(deep=True)
     config.train.attention_every = 0  # its shares would have to be read home
+    config.reward.settled = 0.0  # at most: as if every ghost hid something and told of no other
+    config.reward.implied = 0.0
     size = config.train.micro_batch or len(case.sizes)
     largest = sorted(case.sizes, key=lambda s: -s[0] * s[1])[:size]
     others = -(-len(case.sizes) // size) - 1

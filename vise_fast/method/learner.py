@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vise_kernels import linear_logprob_kl
+from vise_kernels import linear_logprob, linear_logprob_kl
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.rollout import Answered, Engine
-from vise_fast.method import loss, rewards
+from vise_fast.engine.rollout import Answered, Engine, Rollout
+from vise_fast.method import consensus, loss, rewards
 from vise_fast.method.evidence import join
 from vise_fast.method.experience import Played
 from vise_fast.method.roles import Boxes
@@ -36,10 +36,13 @@ MAX_SKIPPED = 5
 
 @dataclass
 class Targets:
-    """Per answer (of a slice: samples, then views): its advantage and whether it is scored."""
+    """Per answer (of a slice: samples, then views): its advantage and whether it is scored.
+    earlier: log-probs (scored, T) before the first update on them, where several are made.
+    """
 
     advantage: Tensor
     scored: Tensor
+    earlier: Tensor | None = None
 
     def cut(self, sizes: list[int]) -> list[Targets]:
         """Along the slices, which have so many answers each."""
@@ -53,15 +56,24 @@ class Targets:
 
 
 @dataclass
+class Choices:
+    """The digits of some answers, and the log-probs (D, 10) of what could stand in their places."""
+
+    digits: consensus.Digits
+    logprob: Tensor
+
+
+@dataclass
 class TokenScores:
     """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer.
+    per answer. choices: where the answers' digits are moved to a consensus.
     """
 
     logprob: Tensor
     reference: Tensor
     kl: Tensor
     lengths: list[int]
+    choices: Choices | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -161,11 +173,22 @@ class Learner:
                 self._apply(metrics["grad_norm"])
             if math.isfinite(metrics["grad_norm"]):
                 self.beta.update(metrics["kl"])
+                self._again(slices, targets, samples)
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
         self.moving = False
         self.ranks.step_done()
         return scores.metrics | metrics | unique
+
+    def _again(self, slices: list[Played], targets: list[Targets], samples: int) -> None:
+        """The further updates on the same answers (`update.reuse`)."""
+        for _ in range(1, self.config.update.reuse):
+            self.moving = True  # the step has begun: it cannot be done again from here
+            self.ranks.step_done()  # and exchanges anew
+            with self.engine.clock.phase("update"):
+                totals = self._totals(self._gradient(slices, targets, samples))
+            with self.engine.clock.phase("optimizer"):
+                self._apply(totals["grad_norm"])
 
     def _score(self, slices: list[Played], step: int) -> rewards.Scores:
         """The rewards of the whole batch; each slice keeps its own."""
@@ -198,7 +221,8 @@ class Learner:
         advantage, metrics = loss.advantages(
             reward, scores.carries, rollout.samples, kind, self.baseline
         )
-        scored = scores.carries & self._alive(advantage)
+        agreed = torch.cat(self.ranks.gather("agreed", self._agreed(slices)))
+        scored = scores.carries & (self._alive(advantage) | agreed)
         own = self._cut(Targets(advantage, scored), slices, rollout.samples)
         views = self._cut(self._view_targets(scores), slices, rollout.views)
         pairs = zip(own, views, strict=True)
@@ -219,6 +243,13 @@ class Learner:
         group = self.config.rollout.samples
         alive = advantage.view(-1, group).abs().amax(1) > 0
         return alive.repeat_interleave(group)
+
+    def _agreed(self, slices: list[Played]) -> Tensor:
+        """(N,) bool: answers that learn from the consensus of their views."""
+        if self.config.update.consensus == 0:
+            return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
+        agreed = [consensus.target(played.evidence, self.config.reward) for played in slices]
+        return torch.cat([one.known for one in agreed])
 
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
@@ -277,15 +308,87 @@ class Learner:
             scores.table(scores.reference),
             scores.table(scores.kl),
             scores.mask,
+            target.earlier,
         )
-        advantage = put(target.advantage[chosen], tokens.mask.device)
+        if self.config.update.reuse > 1 and target.earlier is None:
+            target.earlier = tokens.logprob.detach()
+        share = self.config.update.consensus
+        advantage = put(target.advantage[chosen] * (1 - share), tokens.mask.device)
         kind = self.config.update.kl
-        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
+        clip = self.config.update.clip
+        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
+        if share > 0:
+            value = value - share * self._consensus(played, chosen, scores, samples)
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
+
+    def _consensus(
+        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
+    ) -> Tensor:
+        """What the consensus of the views raises in this slice; a scalar to maximise."""
+        if scores.choices is None:
+            return self._likelihood(played, chosen, samples)
+        return self._agreement(played, chosen, scores.choices, scores.lengths, samples)
+
+    def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
+        """That of the consensus as an answer about every image with a chosen sample, at temperature
+        1; it counts as often as the image has samples.
+        """
+        group = self.config.rollout.samples
+        agreed = consensus.target(played.evidence, self.config.reward)
+        count = len(agreed.known)
+        images = sorted({n // group for n in chosen if n < count and agreed.known[n]})
+        if not images:
+            return torch.zeros((), device=self.policy.device)
+        rows = [image * group for image in images]
+        answered = self._written(played, images, agreed.box_1000[rows])
+        engine = self.engine
+        features = played.features.select(images)
+        recompute = self.config.train.checkpointing
+        hidden = engine.score(features, answered, True, recompute=recompute)
+        answers = answered.answers
+        head = engine.backbone.head.weight
+        logprob = linear_logprob(hidden, head, answers.packed(), banned=engine.banned)
+        digits = consensus.digits_of(answers.rows(), engine.tokens.digits)
+        return consensus.likelihood(logprob, answers.lengths, digits, samples) * group
+
+    def _written(self, played: Played, images: list[int], box_1000: Tensor) -> Answered:
+        """The questions about these images with boxes (images, 4) as their answers."""
+        tokens = self.engine.tokens
+        boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in box_1000.tolist()]
+        answers = tokens.written_boxes(boxes)
+        lengths = [len(row) for row in answers]
+        padded = [row + [tokens.pad] * (max(lengths) - len(row)) for row in answers]
+        ids = put(padded, self.policy.device)
+        rollout = Rollout(ids, torch.zeros(ids.shape, device=ids.device), lengths, padded)
+        rows = [played.boxes.rows[image] for image in images]
+        return Answered(rows, rollout, list(range(len(images))))
+
+    def _agreement(
+        self,
+        played: Played,
+        chosen: list[int],
+        choices: Choices,
+        lengths: list[int],
+        samples: int,
+    ) -> Tensor:
+        """The chosen answers' expected agreement with the consensus of their views, per digit; the
+        views' own answers have none.
+        """
+        agreed = consensus.target(played.evidence, self.config.reward)
+        count = len(agreed.known)
+        own = torch.tensor([n if n < count else 0 for n in chosen])
+        known = agreed.known[own] & (torch.tensor(chosen) < count)
+        digits = choices.digits
+        device = choices.logprob.device
+        values = consensus.agreements(digits, agreed.box_1000[own])
+        values = put(values * known[digits.row][:, None], device)
+        row = put(digits.row, device)
+        tokens = put(lengths, device)
+        return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
 
     def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
         """The chosen answers' tokens under policy and reference."""
@@ -304,8 +407,32 @@ class Learner:
         head = engine.backbone.head.weight
         ids = answered.answers.packed()
         with engine.clock.phase("head"):
-            scores = linear_logprob_kl(hidden, reference, head, ids, banned=engine.banned)
-        return TokenScores(*scores, answered.answers.lengths)
+            states = self._tempered(hidden), self._tempered(reference)
+            scores = linear_logprob_kl(*states, head, ids, banned=engine.banned)
+        found = TokenScores(*scores, answered.answers.lengths)
+        update = self.config.update
+        if update.consensus > 0 and update.consensus_by == "agreement":
+            found.choices = self._choices(found.logprob, states[0], answered)
+        return found
+
+    def _choices(self, logprob: Tensor, hidden: Tensor, answered: Answered) -> Choices:
+        """Of these answers, from the log-probs (tokens,) of theirs and hidden (tokens, E)."""
+        ids = self.engine.tokens.digits
+        digits = consensus.digits_of(answered.answers.rows(), ids)
+        device = hidden.device
+        place = put(digits.place, device)
+        head = self.engine.backbone.head.weight
+        written = answered.answers.packed()[place]
+        states = hidden[place]
+        found = consensus.digit_logprobs(states, head, put(ids, device), written, logprob[place])
+        return Choices(digits, found)
+
+    def _tempered(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose logits are those that the answers were sampled by, where
+        `update.tempered`: divided by the temperature; else as they are.
+        """
+        temperature = self.config.rollout.temperature
+        return hidden / temperature if self.config.update.tempered else hidden
 
     def _released(self, features: Any, answered: Answered) -> TokenScores:
         """The same over the released code's span."""
@@ -313,7 +440,8 @@ class Learner:
             reference = self.engine.score_released(features, answered, False)
         span = self.engine.score_released(features, answered, True)
         head = self.engine.backbone.head.weight
-        scores = linear_logprob_kl(span.hidden, reference.hidden, head, span.ids)
+        states = self._tempered(span.hidden), self._tempered(reference.hidden)
+        scores = linear_logprob_kl(*states, head, span.ids)
         return TokenScores(*scores, span.lengths)
 
     def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:

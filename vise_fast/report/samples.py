@@ -217,12 +217,14 @@ def _ghost(image: Tensor, box: Tensor, config: Config) -> Picture:
 def _verdicts(line: dict[str, Any], best: int | None) -> list[Verdict]:
     """What the judge said of the image and, where a judged box is given, of its ghosts."""
     found = [Verdict("as it is", float(line["seen"]), True)]
+    further = line.get("further")
+    settled = best is not None and further is not None and not further[best]
     for name, label, wanted in (
         ("gone", "box hidden", False),
         ("control", "elsewhere hidden", True),
         ("keep", "the rest hidden", True),
     ):
-        values = line.get(name)
+        values = None if settled and name != "gone" else line.get(name)
         if best is not None and values is not None:
             found.append(Verdict(label, float(np.mean(values[best])), wanted))
     return found

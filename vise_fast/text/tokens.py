@@ -8,9 +8,12 @@ verify. Nothing here needs an image processor.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from vise_fast.images.geometry import Box
 from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import Style
 
@@ -47,6 +50,10 @@ class Tokens:
         """The ids of a text, without anything added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def written_boxes(self, boxes_1000: list[Box]) -> list[list[int]]:
+        """Boxes as answers, with their end."""
+        return [self.ids(self.style.write_box(box)) + [self.eos[0]] for box in boxes_1000]
+
     def row(self, text: str) -> list[int]:
         """What follows the image prefix: the question and the opening of the answer."""
         return self.ids(text) + self.turn
@@ -69,6 +76,11 @@ class Tokens:
         mask[max(known.values()) + 1 :] = True
         mask[[known[name] for name in NEVER_SAMPLED if name in known]] = True
         return mask
+
+    @cached_property
+    def digits(self) -> list[int]:
+        """The token of each digit 0..9, by itself."""
+        return [self.ids(str(digit))[-1] for digit in range(10)]
 
     def _ends(self) -> list[int]:
         known = self.tokenizer.get_vocab()
