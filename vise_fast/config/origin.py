@@ -14,12 +14,13 @@ from typing import Any
 from vise_fast.config import schema, settings
 from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config, load
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.system.files import LARGEST_JSON
 
 OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
 """The options that `configuration` reads, each with what its value looks like; and `resume`."""
-PROJECTOR = ("merger", "linear_fc", "all-linear")
+PROJECTOR = ("merger", "linear_fc", "all-linear", "projector", "connector")
 """What PEFT's `target_modules` holds where LoRA lies on the projectors."""
 SETTINGS = tuple(key for key, _ in settings.fields(Config))
 """The dotted keys of everything that can be set."""
@@ -41,7 +42,16 @@ def configuration(given: CommandLine, extra: Sequence[str] = ()) -> Config:
         overrides.append(f"--model.path={model}")
     if resume is not None:
         overrides.append(f"--train.resume={resume}")
-    return load(file, [*overrides, *given.settings])
+    words = [*overrides, *given.settings]
+    _run_plugins(schema.stated(file, words))
+    return load(file, words)
+
+
+def _run_plugins(stated: Mapping[str, Any]) -> None:
+    """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
+    named = stated.get("run.plugins") or ()
+    for path in named.split(",") if isinstance(named, str) else named:
+        plugin.load(str(path).strip(), "run.plugins")
 
 
 def stated(given: CommandLine) -> dict[str, Any]:
@@ -96,7 +106,8 @@ def _adapter_settings(written: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = value
     targets = written.get("target_modules")
     if isinstance(targets, str | list):  # one pattern, or names
-        found["lora.projector"] = any(name in str(targets) for name in PROJECTOR)
+        both = f"{targets} {written.get('target_parameters') or ''}"
+        found["lora.projector"] = any(name in both for name in PROJECTOR)
     return found
 
 

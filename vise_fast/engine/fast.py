@@ -159,6 +159,10 @@ class FastEngine:
         self.counters.host_reads += 1
         return values.cpu()
 
+    def sizes(self, prefixes: Prefixes) -> list[tuple[int, int] | None]:
+        """Not kept: no style of this engine's families needs them."""
+        return [None] * len(prefixes)
+
     # ---- images and prefixes ---------------------------------------------------------------------
 
     def encode(self, images: list[Tensor]) -> Features:

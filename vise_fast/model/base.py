@@ -158,7 +158,8 @@ def _check_files(home: Path, path: str, model_config: PreTrainedConfig) -> None:
     for file in weight_files(home, path):
         with believed(f"{file}"), safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
-    layers = model_config.text_config.num_hidden_layers + model_config.vision_config.depth
+    layers = model_config.text_config.num_hidden_layers
+    layers += getattr(model_config.vision_config, "depth", 0)
     if layers > tensors:
         raise EnvironmentFault(
             f"the weights of {path} cannot be used: config.json promises {layers} layers, the "
