@@ -21,6 +21,7 @@ ORDER = (
     "evaluate",
     "estimate",
     "report",
+    "probe",
     "run",
     "train",
 )

@@ -29,6 +29,8 @@ from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
 from vise_fast.model import load as model
+from vise_fast.probe.measure import measure
+from vise_fast.probe.verdict import warnings
 from vise_fast.run.opening import lacking
 from vise_fast.system import checkpoint
 from vise_fast.system.console import Console, duration
@@ -37,6 +39,7 @@ from vise_fast.system.errors import EnvironmentFault, UserError
 T = TypeVar("T")
 TOGETHER = "\xa0"
 """Between a setting and its value, so that a line ends behind both."""
+PROBED = 16
 
 
 def dry_run(config: Config) -> int:
@@ -122,6 +125,7 @@ def _try_out(
 ) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
     engine = open_engine(policy, config, console.warn)
+    _probe(console, config, engine, source)
     learner = Learner(policy, engine, config)
     _update(engine, learner, source, config, 0)
     start = time.monotonic()
@@ -139,6 +143,20 @@ def _try_out(
         f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, "
         "evaluation not counted"
     )
+
+
+def _probe(console: Console, config: Config, engine: Engine, source: Source) -> None:
+    """What the base answers on a few of the pictures, and whether that can be trained on."""
+    style = engine.tokens.style
+    found = measure(engine, source.batch(0, PROBED), config, style)
+    console.say(
+        f"probe    style {style.name}, {found.pictures} pictures: readable queries "
+        f"{found.readable_queries:.0%}, boxes {found.readable_boxes:.0%}, agreement across a view "
+        f"{found.agreement:.2f}, p(visible) with the box hidden {found.hidden:.2f}, with another "
+        f"{found.elsewhere:.2f}"
+    )
+    for line in warnings(found):
+        console.warn(line)
 
 
 def _update(

@@ -8,6 +8,7 @@ verify. Nothing here needs an image processor.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,6 @@ class Tokens:
         template: Template = QWEN,
     ) -> None:
         self.tokenizer = tokenizer
-        self.style = style
         self.vocabulary = vocabulary
         self.image_token = image_token
         self.head = self.ids(template.head)
@@ -122,9 +122,21 @@ class Tokens:
         self.turn = self.ids(template.turn)
         self.eos = self._ends()
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
+        self._take(style)
+
+    def _take(self, style: Style) -> None:
+        self.style = style
         self.opening = self.ids(style.verdict_opening)
         self.yes = self._verdict_words(style.yes)
         self.no = self._verdict_words(style.no)
+
+    def in_style(self, style: Style) -> Tokens:
+        """The same conversation in another prompt style. Raises ConfigError where its verdict words
+        are no tokens.
+        """
+        other = copy.copy(self)
+        other._take(style)
+        return other
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without anything added."""
