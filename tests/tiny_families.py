@@ -159,8 +159,13 @@ def bare(family, seed=0):
     """The model without adapters; numbers as in tiny.py, so that answers differ."""
     if family == "qwen3_vl":
         return build_qwen3(adapters=False, seed=seed)
+    return bare_of(CONFIGS[family](), seed)
+
+
+def bare_of(config, seed=0):
+    """A random model of this config."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForImageTextToText.from_config(CONFIGS[family]()).eval()
+    model = hf.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             flat = p.dim() < 2

@@ -6,12 +6,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small_runs import SMALL, go
 from tiny import images
 from tiny_families import CONFIGS, bare
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import engine_of, open_engine
+from vise_fast.estimate.rehearsal import rehearse
+from vise_fast.evaluate import __main__ as evaluate
 from vise_fast.evaluate.held_out import examine
+from vise_fast.export import __main__ as exported
 from vise_fast.export import merged
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.sources import open_source
@@ -20,7 +25,7 @@ from vise_fast.method.learner import Learner
 from vise_fast.model import export, load, quantise
 from vise_fast.model.families import FAMILIES
 from vise_fast.nano import DIRECTORY as NANO
-from vise_fast.system import checkpoint
+from vise_fast.system import checkpoint, console
 from vise_fast.system.errors import ConfigError
 
 TOKENS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -184,3 +189,41 @@ def test_the_engine_says_why(directory):
     assert choice.path == "generic" and row.model_type in choice.reason
     with pytest.raises(ConfigError, match="no forward pass of its own"):
         engine_of(settings(directory, engine="fast"), row)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama", "qwen2_5_vl", "smolvlm"])
+def test_the_commands_themselves(family, tmp_path, capsys):
+    """A dry run (plan, probe, two steps, a checkpoint, an adapter) and, of one family, a whole run
+    and what becomes of its adapter.
+    """
+    home = saved(family, tmp_path / family)
+    words = ["--model.path", home, "--scenes.size", 32, "--rollout.box_tokens", 4, *SMALL]
+    assert go(*words, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "GiB predicted" in said and "probe    style short" in said and "bit for bit" in said
+    if family != "smolvlm":
+        return
+    run = tmp_path / "run"
+    assert go(*words, "--run.dir", run, "--train.steps", 1) == 0
+    said = capsys.readouterr().out
+    assert "engine   generic: smolvlm runs through transformers' forward" in said
+    assert console.run(evaluate.main, ["--adapter", str(run / "adapter"), "--scenes", "2"]) == 0
+    form = ["--form", "language-only", "--adapter", str(run / "adapter"), "--out", str(run / "out")]
+    assert console.run(exported.main, form) == 0
+    kept = load_file(run / "out" / "adapter_model.safetensors")
+    assert kept and not [name for name in kept if "connector" in name]
+
+
+def test_a_planned_step_holds_what_the_model_holds(directory):
+    """Weights and masters to the byte; the rest is in the peak of some phase."""
+    config = settings(directory)
+    model_config = load.read_config(str(directory))
+    planned = rehearse(config, model_config, [(32, 32)] * 2, torch.float32, device="cpu").phases
+    policy, _ = opened(config)
+    frozen = {p.data_ptr(): p for p in policy.model.parameters() if not p.requires_grad}
+    weights = sum(p.numel() * 4 for p in frozen.values())
+    masters = sum(p.numel() * 4 for p in policy.parameters().values())
+    for phase, parts in planned.items():
+        assert parts["LoRA masters"] == masters, phase
+        assert 0 <= parts["weights"] - weights < 4096, phase  # and the buffers of rope
+    assert {"rollout", "activations", "LoRA gradients"} <= set().union(*planned.values())

@@ -14,7 +14,6 @@ from typing import Any
 from vise_fast.config import schema, settings
 from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config, load
-from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 from vise_fast.system.files import LARGEST_JSON
 
@@ -42,16 +41,7 @@ def configuration(given: CommandLine, extra: Sequence[str] = ()) -> Config:
         overrides.append(f"--model.path={model}")
     if resume is not None:
         overrides.append(f"--train.resume={resume}")
-    words = [*overrides, *given.settings]
-    _run_plugins(schema.stated(file, words))
-    return load(file, words)
-
-
-def _run_plugins(stated: Mapping[str, Any]) -> None:
-    """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
-    named = stated.get("run.plugins") or ()
-    for path in named.split(",") if isinstance(named, str) else named:
-        plugin.load(str(path).strip(), "run.plugins")
+    return load(file, [*overrides, *given.settings])
 
 
 def stated(given: CommandLine) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError
 
 Switch = bool | Literal["auto"]
@@ -614,6 +615,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
+    _run_plugins(stated)
     embedded = {}
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
@@ -624,6 +626,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
+
+
+def _run_plugins(stated: Mapping[str, Any]) -> None:
+    """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
+    named = stated.get("run.plugins") or ()
+    for path in named.split(",") if isinstance(named, str) else named:
+        plugin.load(str(path).strip(), "run.plugins")
 
 
 def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def read_config(source: str, path: str, families: Collection[str]) -> PreTrained
         known = ", ".join(families)
         raise ConfigError(
             f"model.path {path} is of family {str(family)[:80]}; this trainer knows {known}; "
-            "choose a model of those"
+            "choose a model of those, or see what a row for it would be with: python -m "
+            "vise_fast.doctor --model DIR"
         )
     with believed(f"config.json of {path}"), quiet():
         return AutoConfig.from_pretrained(source, trust_remote_code=False)

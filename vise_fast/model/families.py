@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -383,9 +383,12 @@ def draft(model: nn.Module) -> dict[str, str]:
     towers = [name for name, _ in model.named_modules() if re.fullmatch(r"model\.vi\w+", name)]
     any_model: Any = model
     language = [name for name in names if re.fullmatch(LANGUAGE, name)]
-    return {
+    guessed = {
         "model_type": repr(any_model.config.model_type),
         "projector": repr("|".join(re.escape(name) for name in outside)),
         "tower": repr(towers[0].removeprefix("model.") if towers else "?"),
         "language": "LANGUAGE" if language else "'?'  # no linear matches LANGUAGE",
-    } | {f.name: "?" for f in fields(Family)[3:8]}
+    }
+    required = [f.name for f in fields(Family) if f.default is MISSING]
+    open_ = {name: "?" for name in required if name not in guessed and name != "settings"}
+    return guessed | open_

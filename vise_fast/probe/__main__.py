@@ -10,13 +10,17 @@ with sample cards (--html FILE, probe.html unless said). Exit code 0, warnings o
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("probe")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
 from vise_fast.images.sources import open_source
@@ -30,10 +34,7 @@ from vise_fast.system.errors import ConfigError
 from vise_fast.text import styles
 from vise_fast.text.prompts import Style
 
-SYNTAX = Syntax(
-    options=origin.OPTIONS | {"pictures": "32", "styles": "natural,json", "html": "FILE"},
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("probe")
 PICTURES = 32
 
 
@@ -42,7 +43,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     screen = console.Console()
     if given.help:
-        screen.say(__doc__)
+        screen.say(commands.page("probe", words))
         return 0
     config = origin.configuration(given)
     threads.settle(screen.say)
