@@ -14,6 +14,7 @@ from small_engines import ROWS, SIZES, leaves, relative, worst
 from tiny import IMAGE, TinyTokens, images
 from tiny_families import CONFIGS, build
 
+from vise_fast.engine.attention_meter import image_share
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.generic import GenericEngine
 from vise_fast.engine.rollout import Answered
@@ -190,6 +191,31 @@ def test_nothing_is_done_twice(model):
     assert counted["verdicts"] == 8 and counted["forwards"] == 2 + 4 + counted["decode_steps"]
 
 
+def test_the_attention_on_the_image_is_a_share(model):
+    """Against the fast engine's own meter on Qwen3-VL; elsewhere within 0..1, all of it where every
+    key is the image's.
+    """
+    engine = generic(model)
+    answers = answered(engine, limit=4).select([0, 2, 3, 4])
+    prefixes = engine.prefill(engine.encode(images(SIZES)), True)
+    if engine.backbone.row.crosses:
+        assert not engine.measures_attention
+        with pytest.raises(TypeError):
+            image_share(engine, prefixes, OWNER, ROWS, answers)
+        return
+    share = image_share(engine, prefixes, OWNER, ROWS, answers)
+    depth = model.get_base_model().config.get_text_config().num_hidden_layers
+    assert share.shape == (depth, 4) and bool(((share > 0) & (share < 1)).all())
+    if engine.backbone.row.fast:
+        fast = FastEngine(Qwen3VL(model), TinyTokens())
+        held = fast.prefill(fast.encode(images(SIZES)), True)
+        assert relative(share, image_share(fast, held, OWNER, ROWS, answers)) < 1e-5
+    else:
+        engine.tokens.head, before = [2, 3, 4], engine.tokens.head
+        assert not torch.equal(share, image_share(engine, prefixes, OWNER, ROWS, answers))
+        engine.tokens.head = before
+
+
 def test_three_engines_agree_on_qwen3_vl():
     model = build("qwen3_vl")
     engines = [FastEngine(Qwen3VL(model), TinyTokens()), generic(model), stock(model)]
@@ -204,8 +230,8 @@ def test_three_engines_agree_on_qwen3_vl():
 def test_padding_in_a_sliding_window_is_refused():
     engine = generic(build("gemma3"))
     features = engine.encode(images(SIZES))
-    rows = [[10] * 40, [11], [12], [13]]
-    with pytest.raises(ConfigError, match="sliding window of 32"):
+    rows = [[10] * 99, [11], [12], [13]]
+    with pytest.raises(ConfigError, match="sliding window of 96"):
         engine.verdict_logits(features, rows, True)
 
 

@@ -214,9 +214,11 @@ def test_the_commands_themselves(family, tmp_path, capsys):
     assert kept and not [name for name in kept if "connector" in name]
 
 
-def test_a_planned_step_holds_what_the_model_holds(directory):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_planned_step_holds_what_the_model_holds(directory, checkpointing):
     """Weights and masters to the byte; the rest is in the peak of some phase."""
     config = settings(directory)
+    config.train.checkpointing = checkpointing
     model_config = load.read_config(str(directory))
     planned = rehearse(config, model_config, [(32, 32)] * 2, torch.float32, device="cpu").phases
     policy, _ = opened(config)
@@ -226,4 +228,4 @@ def test_a_planned_step_holds_what_the_model_holds(directory):
     for phase, parts in planned.items():
         assert parts["LoRA masters"] == masters, phase
         assert 0 <= parts["weights"] - weights < 4096, phase  # and the buffers of rope
-    assert {"rollout", "activations", "LoRA gradients"} <= set().union(*planned.values())
+    assert {"rollout", "activations", "optimizer"} <= set().union(*planned.values())

@@ -337,7 +337,6 @@ class ViewConfig(Section):
 
     kinds: tuple[str, ...] = Field(
         ("affine", "crop", "flip"),
-        min_length=1,
         description="affine, crop, flip, or a registered one; drawn uniformly",
     )
     degrees: float = Field(10.0, ge=0, le=180, description="rotation: uniform in +-degrees")
@@ -365,8 +364,7 @@ class ViewConfig(Section):
     @classmethod
     def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
         """Kinds that can be drawn."""
-        unknown = next((kind for kind in kinds if kind not in VIEW_KINDS), None)
-        if unknown is not None:
+        if not kinds or set(kinds) - set(VIEW_KINDS):
             raise PydanticCustomError(
                 settings.UNUSABLE, f"expected {', '.join(VIEW_KINDS)}; plugins may register others"
             )
@@ -489,6 +487,14 @@ class RunConfig(Section):
     loggers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         (), description="beside metrics.jsonl; a failing one is dropped, never the run"
     )
+
+    @field_validator("plugins", mode="after")
+    @classmethod
+    def _paths(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        """Texts that can be paths."""
+        if not all(map(_writable, plugins)):
+            raise PydanticCustomError(settings.UNUSABLE, "expected paths of python files")
+        return plugins
 
 
 class Config(Section):
@@ -630,9 +636,12 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def _run_plugins(stated: Mapping[str, Any]) -> None:
     """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
-    named = stated.get("run.plugins") or ()
-    for path in named.split(",") if isinstance(named, str) else named:
-        plugin.load(str(path).strip(), "run.plugins")
+    try:
+        named = RunConfig(plugins=stated.get("run.plugins", ())).plugins
+    except ValidationError:
+        return  # said of the whole configuration, in the words of its settings
+    for path in named:
+        plugin.load(path, "run.plugins")
 
 
 def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

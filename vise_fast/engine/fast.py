@@ -116,6 +116,7 @@ class FastEngine:
     """
 
     keeps_keys = True
+    measures_attention = True
 
     def __init__(
         self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64

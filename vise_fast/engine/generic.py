@@ -165,6 +165,8 @@ class GenericEngine:
         self.banned = tokens.banned().to(self.device)
         self.poll = poll or (1 if self.device.type == "cpu" else 8)
         self.chunk = chunk
+        # the keys of cross-attention are all the image's: there is no share to measure
+        self.measures_attention = not backbone.row.crosses
         self.interrupted: Callable[[], None] = lambda: None
         self.clock = Clock(self.device)
         self._spans: dict[tuple[int, int], Tensor] = {}
@@ -367,6 +369,42 @@ class GenericEngine:
         ids = [rows.ids[n, start:end] for n, (start, end) in enumerate(spans)]
         return ReleasedSpan(torch.cat(states), torch.cat(ids), [len(x) for x in ids])
 
+    @torch.no_grad()
+    def attention_share(
+        self,
+        prefixes: GenericPrefixes,
+        owner: list[int],
+        questions: list[list[int]],
+        answers: Rollout,
+    ) -> Tensor:
+        """fp32 (layers, N) on the CPU: see `attention_meter.image_share`. One pass of the stock
+        model's eager attention, whose weights (N, heads, T, S) of all layers are held at once.
+        """
+        pairs = zip(questions, answers.rows(), strict=True)
+        new = self._rows(
+            [question + ids[:-1] for question, ids in pairs],
+            [prefixes.following[i] for i in owner],
+        )
+        kept = prefixes.kept.select(owner)
+        with self.backbone.adapters(prefixes.adapters), self.backbone.eager():
+            out = self._continued(kept, new, output_attentions=True)
+        image = self._image_slots([prefixes.grids[i] for i in owner], kept.valid.shape[1])
+        steps = torch.arange(new.ids.shape[1], device=self.device)
+        first = put([len(question) - 1 for question in questions], self.device)[:, None]
+        asks = ((steps >= first) & new.valid).float()
+        shares = []
+        for weights in out.attentions:
+            on_image = (weights[..., : image.shape[1]] * image[:, None, None]).sum(-1).mean(1)
+            shares.append((on_image.float() * asks).sum(1) / asks.sum(1))
+        return torch.stack(shares).cpu()
+
+    def _image_slots(self, grids: list[tuple[int, int]], slots: int) -> Tensor:
+        """(N, slots): 1 where a prefix holds its image."""
+        head = len(self.tokens.head)
+        ends = [head + self.backbone.image_tokens(grid) for grid in grids]
+        places = torch.arange(slots, device=self.device)
+        return ((places >= head) & (places < put(ends, self.device)[:, None])).float()
+
     # ---- passes ----------------------------------------------------------------------------------
 
     def _pass_with_images(
@@ -380,12 +418,12 @@ class GenericEngine:
         with backbone.recorded(features):
             return self._forward(rows, mask, cache, backbone.blank(features) | more)
 
-    def _continued(self, kept: Kept, rows: Rows) -> Any:
+    def _continued(self, kept: Kept, rows: Rows, **more: Any) -> Any:
         """The stock forward over rows that go on from what is kept."""
         mask = None
         if not (kept.whole and rows.whole):
             mask = torch.cat([kept.valid, rows.valid], 1)
-        more = self.backbone.crossing(rows.ids, 0)
+        more |= self.backbone.crossing(rows.ids, 0)
         return self._forward(rows, mask, kept.cache(), more)
 
     def _forward(
@@ -393,7 +431,7 @@ class GenericEngine:
         rows: Rows,
         mask: Tensor | None,
         cache: DynamicCache | None,
-        more: dict[str, Tensor],
+        more: dict[str, Any],
     ) -> Any:
         """mask: bool (N, S) of all slots so far, None where no slot is padding."""
         self.counters.forwards += 1

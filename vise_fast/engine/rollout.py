@@ -213,8 +213,10 @@ class Engine(Protocol):
     banned: Tensor
     """bool (V,): ids that are never sampled"""
     keeps_keys: bool
-    """Prefixes hold keys and values: the update can go on from the rollout's forward pass, and
-    attention can be measured."""
+    """Prefixes hold keys and values with their graph: the update can go on from the rollout's
+    forward pass."""
+    measures_attention: bool
+    """The share of attention on the image can be measured (attention_meter.py)."""
     interrupted: Callable[[], None]
     """called between steps of a long answer; may raise"""
 

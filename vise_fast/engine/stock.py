@@ -82,6 +82,7 @@ class StockEngine:
     """See `rollout.Engine`; the arguments and results are the same."""
 
     keeps_keys = False
+    measures_attention = False
 
     def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
         """There is nothing to share."""

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vise_fast.engine.fast import Sheet
 from vise_fast.engine.generic import GenericEngine, GenericPrefixes, GenericPrompts, Rows
@@ -24,6 +27,7 @@ from vise_fast.model.stock_modules import Encoded, StockModules
 from vise_fast.text.tokens import Tokens
 
 META = torch.device("meta")
+ATTENTION = "vise_fast_meta"
 WIDTHS_AT_ONCE = 4
 """Activations of a tower's block beside its MLP: queries, keys, values and their sum."""
 
@@ -53,8 +57,54 @@ def kept_by_tower(modules: MetaModules, sizes: list[tuple[int, int]]) -> int:
     return sum(tree.numel() * tree.dtype.itemsize for tree in kept.said.values())
 
 
+class _Attention(torch.autograd.Function):
+    """Fused attention as it is held: queries, keys and values until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """(N, H, T, D) to (N, T, H, D), as transformers asks of an attention function."""
+    return _Attention.apply(query, key, value).transpose(1, 2), None
+
+
+def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """A mixture's MLP (n, E) as large as it is: every chosen pair of token and expert, through the
+    first expert's shapes.
+    """
+    chosen = index.shape[-1]
+    pairs = hidden.repeat_interleave(chosen, 0)
+    gate, up = _product(pairs, module.gate_up_proj[0]).chunk(2, -1)
+    out = _product(F.silu(gate) * up, module.down_proj[0])
+    return (out * weights.reshape(-1, 1)).view(len(hidden), chosen, -1).sum(1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x times a weight that lies (in, out) or (out, in)."""
+    return x @ weight if weight.shape[0] == x.shape[-1] else x @ weight.T
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_EXPERTS_FUNCTIONS.register(ATTENTION, _experts)
+
+
 class MetaModules(StockModules):
     """The stock modules, whose images nobody computes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        text = self.core.model.get_submodule(self._text()).config
+        text._attn_implementation = ATTENTION
+        text._experts_implementation = ATTENTION
 
     def encode(self, images: list[Tensor]) -> Encoded:
         """What the tower would say, after the widest moment of its pass."""

@@ -306,6 +306,17 @@ class StockModules:
                 layer.gradient_checkpointing = False
                 layer.training = False
 
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, the language model writes its attention weights out."""
+        text = self.core.model.get_submodule(self._text()).config
+        before = text._attn_implementation
+        text._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            text._attn_implementation = before
+
     def _text(self) -> str:
         names = ("language_model", "text_model")
         return next(name for name in names if hasattr(self.core.model, name))
