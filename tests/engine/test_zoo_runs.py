@@ -13,6 +13,7 @@ from tiny_families import CONFIGS, bare
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import engine_of, open_engine
+from vise_fast.engine.rollout import Answered, Rollout
 from vise_fast.estimate.rehearsal import rehearse
 from vise_fast.evaluate import __main__ as evaluate
 from vise_fast.evaluate.held_out import examine
@@ -229,3 +230,20 @@ def test_a_planned_step_holds_what_the_model_holds(directory, checkpointing):
         assert parts["LoRA masters"] == masters, phase
         assert 0 <= parts["weights"] - weights < 4096, phase  # and the buffers of rope
     assert {"rollout", "activations", "optimizer"} <= set().union(*planned.values())
+
+
+def test_a_step_in_bf16_goes_where_the_fp32_one_goes(directory):
+    """The gradient of the masters; forward passes round to 8 bits."""
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        config = settings(directory, dtype=dtype)
+        policy, engine = opened(config)
+        answers = torch.tensor([[10, 11, 2], [12, 13, 14]])
+        answered = Answered([[20, 21], [22]], Rollout(answers, answers * 0.0, [3, 3]), [0, 1])
+        features = engine.encode(images([(32, 32), (24, 40)]))
+        hidden = engine.score(features, answered, True)
+        logits = engine.backbone.logits(hidden)
+        value = logits.log_softmax(-1).gather(1, answered.answers.packed()[:, None]).sum()
+        gradients.append(torch.autograd.grad(value, list(policy.parameters().values())))
+    ups = [torch.cat([g.flatten().float() for g in some]) for some in gradients]
+    assert torch.nn.functional.cosine_similarity(*ups, dim=0) > 0.98

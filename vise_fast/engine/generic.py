@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from vise_kernels import sample
 
 from vise_fast.engine.fast import COMPACT_BELOW, Sheet
@@ -49,8 +50,10 @@ class Kept:
         keys = [layer.keys for layer in cache.layers]
         return cls(keys, [layer.values for layer in cache.layers], valid, whole)
 
-    def select(self, rows: list[int] | Tensor) -> Kept:
-        """A copy of some rows; differentiable."""
+    def select(self, rows: list[int]) -> Kept:
+        """A copy of some rows, differentiable; all of them in their order are taken as they are."""
+        if rows == list(range(len(self.valid))):
+            return self
         places = put(rows, self.valid.device)
         keys = [k.index_select(0, places) for k in self.keys]
         values = [v.index_select(0, places) for v in self.values]
@@ -58,7 +61,14 @@ class Kept:
 
     def cache(self) -> DynamicCache:
         """The same as a cache of the model's; it grows by new tensors, not in these."""
-        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
+        cache = DynamicCache()
+        for keys, values in zip(self.keys, self.values, strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys = keys
+            layer.values = values
+            cache.layers.append(layer)
+        return cache
 
 
 @dataclass
