@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SMALL, go
+from small_runs import SMALL, adapter, go, lines
 from tiny import images
 from tiny_families import CONFIGS, bare
 
@@ -121,10 +121,10 @@ def _state(learner):
 def _exported_and_merged(policy, engine, config, where):
     """The adapter loads again to the same numbers; merged, it needs no PEFT."""
     truth = verdicts(engine)
-    adapter = export.export(policy, config, where / "adapter")
-    _, reopened = opened(config, str(adapter))
+    made = export.export(policy, config, where / "adapter")
+    _, reopened = opened(config, str(made))
     assert torch.equal(verdicts(reopened), truth)
-    both = merged.load(config, str(adapter))
+    both = merged.load(config, str(made))
     loss = merged.merge(both)
     # fp32 weights near 1 round an update near 1e-2
     assert loss.matrices == len(policy.parameters()) // 2 and loss.relative < 1e-5
@@ -140,10 +140,10 @@ def _exported_and_merged(policy, engine, config, where):
 def test_evaluated_without_an_adapter_and_with(directory):
     config = settings(directory)
     _, engine = opened(config)
-    base, adapter = examine(engine, Scenes(config, 1), config, (False, True))
-    assert base.n == adapter.n == 2
+    base, after = examine(engine, Scenes(config, 1), config, (False, True))
+    assert base.n == after.n == 2
     # an adapter that has not moved is the base
-    assert base.values == adapter.values and "greedy_iou" in base.values
+    assert base.values == after.values and "greedy_iou" in base.values
 
 
 def between(policy):
@@ -247,3 +247,20 @@ def test_a_step_in_bf16_goes_where_the_fp32_one_goes(directory):
         gradients.append(torch.autograd.grad(value, list(policy.parameters().values())))
     ups = [torch.cat([g.flatten().float() for g in some]) for some in gradients]
     assert torch.nn.functional.cosine_similarity(*ups, dim=0) > 0.98
+
+
+def test_the_embedded_model_trains_alike_on_all_three_engines(tmp_path):
+    """The same ids are sampled, so the same rewards are earned and the same adapter is learned."""
+    rewards = []
+    adapters = []
+    for engine in ("fast", "generic", "stock"):
+        run = tmp_path / engine
+        words = ["--run.dir", run, "--train.steps", 2, "--run.report", "false", "--eval.scenes", 1]
+        assert go(*SMALL, *words, "--model.engine", engine) == 0
+        rewards.append([(line["reward"], line["kl"]) for line in lines(run / "metrics.jsonl")])
+        adapters.append(adapter(run))
+    for found, learned in zip(rewards[1:], adapters[1:], strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(rewards[0]), atol=1e-5, rtol=0)
+        ours = torch.cat([x.flatten() for x in learned.values()])
+        fast = torch.cat([adapters[0][name].flatten() for name in learned])
+        assert (ours - fast).norm() / fast.norm() < 1e-4
