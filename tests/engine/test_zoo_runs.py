@@ -192,7 +192,7 @@ def test_the_engine_says_why(directory):
         engine_of(settings(directory, engine="fast"), row)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mllama", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm"])
 def test_the_commands_themselves(family, tmp_path, capsys):
     """A dry run (plan, probe, two steps, a checkpoint, an adapter) and, of one family, a whole run
     and what becomes of its adapter.
@@ -255,7 +255,7 @@ def test_the_embedded_model_trains_alike_on_all_three_engines(tmp_path):
     adapters = []
     for engine in ("fast", "generic", "stock"):
         run = tmp_path / engine
-        words = ["--run.dir", run, "--train.steps", 2, "--run.report", "false", "--eval.scenes", 1]
+        words = ["--run.dir", run, "--train.steps", 1, "--run.report", "false", "--eval.scenes", 1]
         assert go(*SMALL, *words, "--model.engine", engine) == 0
         rewards.append([(line["reward"], line["kl"]) for line in lines(run / "metrics.jsonl")])
         adapters.append(adapter(run))
