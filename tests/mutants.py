@@ -56,7 +56,7 @@ OWN_TESTS = {
     "vise_fast/method/invented.py": [METHOD + "plugin.py", "-k", PLUGIN],
     "vise_fast/method/learner.py": [METHOD + "learner.py", "-k", LEARNER],
     "vise_fast/method/loss.py": [METHOD + "loss.py"],
-    "vise_fast/method/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
+    "vise_fast/system/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
     "vise_fast/method/rewards.py": [METHOD + "rewards.py", *WRONG_PLUGINS],
     "vise_fast/method/roles.py": [METHOD + "roles.py"],
     "vise_fast/method/step_plan.py": [METHOD + "step_plan.py"],

@@ -115,7 +115,8 @@ def test_the_reward_of_the_example_trains(workplace, monkeypatch):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES} == {*WORDS, "reward_plugin"}
+    plugins = {"reward_plugin", "view_plugin", "family_plugin"}  # test_plugins.py
+    assert {path.stem for path in EXAMPLES} == {*WORDS, *plugins}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

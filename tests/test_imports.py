@@ -22,6 +22,7 @@ ORDER = (
     "evaluate",
     "estimate",
     "report",
+    "probe",
     "run",
     "train",
 )

@@ -134,6 +134,19 @@ ALL = (
         loads=True,
     ),
     Command(
+        "probe",
+        "what the base answers on your pictures, in which prompt style, before training",
+        "probe.__main__",
+        ORIGIN
+        | {
+            "pictures": ("32", "how many pictures are asked about"),
+            "styles": ("natural,json", "the prompt styles to try; else its own and the usual ones"),
+            "html": ("probe.html", "the page of sample cards"),
+        },
+        settings=True,
+        loads=True,
+    ),
+    Command(
         "infer",
         "ask a model about one picture",
         "infer",
@@ -246,7 +259,10 @@ ALL = (
         "doctor",
         "is this machine ready?",
         "doctor.__main__",
-        {"run.dir": ("DIRECTORY", "where runs will go")},
+        {
+            "run.dir": ("DIRECTORY", "where runs will go"),
+            "model": ("DIRECTORY", "say its family instead, or the row that a new one needs"),
+        },
         alone=True,
     ),
 )

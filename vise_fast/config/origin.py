@@ -19,7 +19,7 @@ from vise_fast.system.files import LARGEST_JSON
 
 OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
 """The options that `configuration` reads, each with what its value looks like; and `resume`."""
-PROJECTOR = ("merger", "linear_fc", "all-linear")
+PROJECTOR = ("merger", "linear_fc", "all-linear", "projector", "connector")
 """What PEFT's `target_modules` holds where LoRA lies on the projectors."""
 SETTINGS = tuple(key for key, _ in settings.fields(Config))
 """The dotted keys of everything that can be set."""
@@ -96,7 +96,8 @@ def _adapter_settings(written: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = value
     targets = written.get("target_modules")
     if isinstance(targets, str | list):  # one pattern, or names
-        found["lora.projector"] = any(name in str(targets) for name in PROJECTOR)
+        both = f"{targets} {written.get('target_parameters') or ''}"
+        found["lora.projector"] = any(name in both for name in PROJECTOR)
     return found
 
 

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError
 
 Switch = bool | Literal["auto"]
@@ -83,7 +84,10 @@ class ModelConfig(Section):
     path: str = Field(
         "nano",
         min_length=1,
-        description="directory or hub id of a Qwen3-VL model; 'nano' is the embedded one",
+        description=(
+            "directory or hub id of a model of a family in docs/BACKBONES.md; 'nano' is the "
+            "embedded one"
+        ),
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
@@ -110,8 +114,13 @@ class ModelConfig(Section):
             "out"
         ),
     )
-    engine: Literal["fast", "stock"] = Field(
-        "fast", description="fast: own forward over the same weights; stock: transformers' forward"
+    engine: Literal["auto", "fast", "generic", "stock"] = Field(
+        "auto",
+        description=(
+            "fast: own forward over the same weights; generic: transformers' forward, images "
+            "encoded and prefilled once; stock: the same, every row by itself; auto: fast where "
+            "the family has one, else generic"
+        ),
     )
     graphs: Switch = Field(
         "auto",
@@ -122,6 +131,33 @@ class ModelConfig(Section):
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto", description="auto: Triton / native kernels where they run; plain: PyTorch only"
+    )
+
+
+class PromptConfig(Section):
+    """How the model is asked."""
+
+    ask: str = Field(
+        "auto",
+        min_length=1,
+        description=(
+            "prompt style of the question for an object: natural, short, native (the family's "
+            "trained format), json, or one of prompts.file; auto: the model's own default"
+        ),
+    )
+    ground: str = Field("auto", min_length=1, description="prompt style of the question for a box")
+    verify: str = Field(
+        "auto", min_length=1, description="prompt style of the question whether it is visible"
+    )
+    system: str | None = Field(
+        None, description="system turn before every question; none: the chat template's"
+    )
+    file: str | None = Field(None, description="YAML file of prompt styles of your own")
+    paraphrases: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="wordings of the visibility question whose verdicts are averaged",
     )
 
 
@@ -295,14 +331,16 @@ class RolloutConfig(Section):
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
 
-ViewKind = Literal["affine", "crop", "flip"]
+VIEW_KINDS = ["affine", "crop", "flip"]
+"""Those that can be drawn; `images.views.register` adds to them."""
 
 
 class ViewConfig(Section):
     """The transforms of the geometric reward."""
 
-    kinds: tuple[ViewKind, ...] = Field(
-        ("affine", "crop", "flip"), min_length=1, description="drawn uniformly"
+    kinds: tuple[str, ...] = Field(
+        ("affine", "crop", "flip"),
+        description="affine, crop, flip, or a registered one; drawn uniformly",
     )
     degrees: float = Field(10.0, ge=0, le=180, description="rotation: uniform in +-degrees")
     scale: tuple[float, float] = Field(
@@ -324,6 +362,16 @@ class ViewConfig(Section):
     side_words: Literal["drop", "swap", "keep"] = Field(
         "drop", description="queries naming left/right under a flip"
     )
+
+    @field_validator("kinds", mode="after")
+    @classmethod
+    def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Kinds that can be drawn."""
+        if not kinds or set(kinds) - set(VIEW_KINDS):
+            raise PydanticCustomError(
+                settings.UNUSABLE, f"expected {', '.join(VIEW_KINDS)}; plugins may register others"
+            )
+        return kinds
 
 
 class GhostConfig(Section):
@@ -488,15 +536,31 @@ class RunConfig(Section):
     keep: int = Field(3, ge=1, description="checkpoints kept")
     samples_every: int = Field(10, ge=1, description="steps between sample cards")
     report: bool = Field(True, description="write report.html and plots at the end")
+    plugins: tuple[str, ...] = Field(
+        (),
+        description=(
+            "python files run before anything else, which may register model families, views, "
+            "prompt styles and rewards"
+        ),
+    )
     loggers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         (), description="beside metrics.jsonl; a failing one is dropped, never the run"
     )
+
+    @field_validator("plugins", mode="after")
+    @classmethod
+    def _paths(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        """Texts that can be paths."""
+        if not all(map(_writable, plugins)):
+            raise PydanticCustomError(settings.UNUSABLE, "expected paths of python files")
+        return plugins
 
 
 class Config(Section):
     """Everything a run is made of."""
 
     model: ModelConfig = ModelConfig()
+    prompts: PromptConfig = PromptConfig()
     lora: LoraConfig = LoraConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -634,6 +698,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
+    _run_plugins(stated)
     embedded = {}
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
@@ -644,6 +709,16 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
+
+
+def _run_plugins(stated: Mapping[str, Any]) -> None:
+    """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
+    try:
+        named = RunConfig(plugins=stated.get("run.plugins", ())).plugins
+    except ValidationError:
+        return  # said of the whole configuration, in the words of its settings
+    for path in named:
+        plugin.load(path, "run.plugins")
 
 
 def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -707,7 +782,7 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             "tokens too; set update.consensus to 0 or choose another reward.preset"
         )
     outliers = model.quant == "int8" and model.int8_threshold > 0
-    if model.graphs is True and (model.engine != "fast" or outliers):
+    if model.graphs is True and (model.engine not in ("auto", "fast") or outliers):
         yield (
             f"model.graphs needs engine fast, and with quant int8 int8_threshold 0, not "
             f"{model.engine} and {model.int8_threshold:g}; change them or leave model.graphs auto"

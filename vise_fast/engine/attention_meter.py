@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Engine, Prefixes, Rollout
+from vise_fast.engine.generic import GenericEngine
+from vise_fast.engine.rollout import Engine, Held, Prefixes, Rollout
 from vise_fast.model.tree import Grid, Level, Parent, Part
 
 
 @torch.no_grad()
 def image_share(
     engine: Engine,
-    prefixes: Prefixes,
+    prefixes: Held,
     owner: list[int],
     questions: list[list[int]],
     answers: Rollout,
 ) -> Tensor:
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
-    are the tokens that predicted its tokens. Raises TypeError for an engine that keeps no keys.
+    are the tokens that predicted its tokens. Raises TypeError for an engine that cannot tell.
     """
+    if isinstance(engine, GenericEngine) and engine.measures_attention:
+        return engine.attention_share(prefixes, owner, questions, answers)
     if not isinstance(engine, FastEngine):
         raise TypeError(f"{type(engine).__name__} keeps no keys: no attention can be measured")
     level, asks = _fed_back(engine, prefixes, owner, questions, answers)

@@ -20,14 +20,17 @@ from transformers import AutoModelForImageTextToText
 from vise_kernels.dispatch import announce
 
 from vise_fast.config.schema import Config
+from vise_fast.engine.choose import engine_of
 from vise_fast.engine.fast import FastEngine, Sheet
 from vise_fast.engine.rollout import Answered, Prefixes, Prompts, Rollout
 from vise_fast.estimate.live_bytes import Live
+from vise_fast.estimate.meta_generic import MetaModules
 from vise_fast.estimate.stages import Stages
 from vise_fast.images.geometry import Box
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model import quantise
+from vise_fast.model.families import FAMILIES
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.qwen3_vl_vision import ENCODE_AT_ONCE
 from vise_fast.model.tree import Features
@@ -172,6 +175,10 @@ class Packed(nn.Module):
         size = self.out_features * self.in_features * dtype.itemsize
         announce("unpack", moved=self.weight.numel() + size)
         return size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a module (PEFT calls it so): (..., in) to empty (..., out)."""
+        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Empty (out, in)."""
@@ -374,6 +381,15 @@ def meta_policy(
             if isinstance(module, LoraLayer) and quantise.LANGUAGE.match(name):
                 module.base_layer = Packed(module.base_layer, config, device)
     tokens = MetaTokens(lengths, base.lm_head.weight.shape[0])
-    backbone = model.FAMILIES[model_config.model_type].backbone(policy)
+    if not runs_fast(config, model_config):
+        return model.Policy(policy, tokens, MetaModules(policy), "")
+    backbone = model.backbone_of(policy)
     backbone.vision.at_once = ENCODE_AT_ONCE if device == "cpu" else None
     return model.Policy(policy, tokens, backbone, "")
+
+
+def runs_fast(config: Config, model_config: Any) -> bool:
+    """Whether the run's engine is the fast one; the stock one, which shares nothing, needs less
+    than the generic one that is rehearsed in its place.
+    """
+    return engine_of(config, FAMILIES[model_config.model_type]).path == "fast"

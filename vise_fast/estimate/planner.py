@@ -27,9 +27,9 @@ from vise_fast.images.sources import Source, is_here, open_source
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model.base import read_tokenizer
+from vise_fast.model.families import FAMILIES
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError, EnvironmentFault, MemoryFloor
-from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
 Settings = dict[str, Any]
@@ -132,8 +132,7 @@ class Planner:
         self.dtype = dtype or model.dtype_of(config.model.dtype, device)
         self.lengths = lengths_of(config, self.model_config)
         self.sizes = _sizes(config, source)
-        vision = self.model_config.vision_config
-        self.multiple = vision.patch_size * vision.spatial_merge_size
+        self.multiple = FAMILIES[self.model_config.model_type].multiple(self.model_config)
         self._peaks: dict[str, Rehearsed] = {}
 
     def rehearse(self, config: Config) -> Rehearsed:
@@ -324,7 +323,7 @@ def _tokens_at_hand(config: Config, model_config: Any) -> Tokens | None:
         tokenizer = read_tokenizer(source, path, vocabulary, local_files_only=True)
     except (ConfigError, EnvironmentFault):
         return None
-    return Tokens(tokenizer, style_for(model_config), vocabulary, model_config.image_token_id)
+    return model.tokens_of(config, model_config, tokenizer, vocabulary)
 
 
 def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:

@@ -316,7 +316,7 @@ def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None
     do not measure it.
     """
     every = part.config.train.attention_every
-    if not (every > 0 and part.draws.step % every == 0 and part.engine.keeps_keys):
+    if not (every > 0 and part.draws.step % every == 0 and part.engine.measures_attention):
         return None
     first = boxes.answers.select([i * part.plan.samples for i in part.originals])
     rows = boxes.rows[: len(part.pixels)]

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
-from vise_fast.method import as_released, invented, plugin
+from vise_fast.method import as_released, invented
 from vise_fast.method.evidence import VISIBLE, Evidence, beaf_cells, r_geo
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError, NumericFault
 
 LARGE_AREA = 0.8

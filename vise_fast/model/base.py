@@ -73,7 +73,8 @@ def read_config(source: str, path: str, families: Collection[str]) -> PreTrained
         known = ", ".join(families)
         raise ConfigError(
             f"model.path {path} is of family {str(family)[:80]}; this trainer knows {known}; "
-            "choose a model of those"
+            "choose a model of those, or see what a row for it would be with: python -m "
+            "vise_fast.doctor --model DIR"
         )
     with believed(f"config.json of {path}"), quiet():
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -158,7 +159,8 @@ def _check_files(home: Path, path: str, model_config: PreTrainedConfig) -> None:
     for file in weight_files(home, path):
         with believed(f"{file}"), safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
-    layers = model_config.text_config.num_hidden_layers + model_config.vision_config.depth
+    layers = model_config.text_config.num_hidden_layers
+    layers += getattr(model_config.vision_config, "depth", 0)
     if layers > tensors:
         raise EnvironmentFault(
             f"the weights of {path} cannot be used: config.json promises {layers} layers, the "

@@ -31,9 +31,17 @@ from vise_kernels.unpack import Coarse, Nibbles
 from vise_fast.config.schema import Config
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
-LANGUAGE = re.compile(r"(?:model\.)?language_model\.layers\.\d+\.")
+LANGUAGE = re.compile(r"(?:model\.)?(?:language_model|text_model)\.layers\.\d+\.")
 KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
-KEPT = [r"model\.visual", "visual", "lm_head"]  # what transformers must leave alone
+KEPT = [  # what transformers must leave alone
+    r"model\.visual",
+    "visual",
+    r"model\.vision_tower",
+    r"model\.vision_model",
+    r"model\.multi_modal_projector",
+    r"model\.connector",
+    "lm_head",
+]
 FEW_ROWS = 4
 """Of a product: bitsandbytes' kernel for few multiplies by the packed weight (from 0.50 on, on any
 card); for more it would write the weight out, and that is quicker done here."""

@@ -223,6 +223,9 @@ class Run:
         self.evaluation = self._known_evaluation() if self.first > 0 else {}
         if "before" not in self.evaluation:
             self._evaluate("before", engine, source, adapters=False)
+        base = Results.of(self.evaluation, "before")
+        if base is not None:
+            self.alarms.begin_at(base.values)
 
     def _known_evaluation(self) -> dict[str, dict]:
         """What evaluation.json says; nothing, and that is said, where it is damaged."""

@@ -23,6 +23,7 @@ from vise_fast.config import schema, settings
 from vise_fast.config.schema import Config
 from vise_fast.config.share import share
 from vise_fast.engine.choose import open_engine
+from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
@@ -30,6 +31,8 @@ from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
 from vise_fast.model import load as model
+from vise_fast.probe.measure import measure
+from vise_fast.probe.verdict import warnings
 from vise_fast.ranks.ranks import Ranks
 from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.opening import lacking, ranks_lines
@@ -40,6 +43,7 @@ from vise_fast.system.errors import EnvironmentFault, UserError
 T = TypeVar("T")
 TOGETHER = "\xa0"
 """Between a setting and its value, so that a line ends behind both."""
+PROBED = 16
 
 
 def dry_run(config: Config, ranks: Ranks) -> int:
@@ -145,6 +149,8 @@ def _try_out(trial: _Trial, policy: model.Policy, source: Source) -> None:
     console = trial.console
     config = trial.config
     engine = open_engine(policy, share(config, trial.ranks), console.warn)
+    if trial.ranks.rank == 0:
+        _probe(console, config, engine, source)
     learner = Learner(policy, engine, share(config, trial.ranks), ranks=trial.ranks)
     _update(learner, source, config, 0)
     trial.ranks.work({}, 0, engine.device)
@@ -167,6 +173,20 @@ def _try_out(trial: _Trial, policy: model.Policy, source: Source) -> None:
         f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, "
         "evaluation not counted"
     )
+
+
+def _probe(console: Console, config: Config, engine: Engine, source: Source) -> None:
+    """What the base answers on a few of the pictures, and whether that can be trained on."""
+    style = engine.tokens.style
+    found = measure(engine, source.batch(0, PROBED), config, style)
+    console.say(
+        f"probe    style {style.name}, {found.pictures} pictures: readable queries "
+        f"{found.readable_queries:.0%}, boxes {found.readable_boxes:.0%}, agreement across a view "
+        f"{found.agreement:.2f}, p(visible) with the box hidden {found.hidden:.2f}, with another "
+        f"{found.elsewhere:.2f}"
+    )
+    for line in warnings(found):
+        console.warn(line)
 
 
 def _update(learner: Learner, source: Source, config: Config, step: int) -> Mapping[str, float]:

@@ -17,9 +17,11 @@ import vise_kernels
 
 from vise_fast import __version__
 from vise_fast.config.schema import Config
+from vise_fast.engine.choose import engine_of
 from vise_fast.images.sources import Source
 from vise_fast.model import quantise, side_files
-from vise_fast.model.load import Policy, check_targets, resolve
+from vise_fast.model.families import FAMILIES, row_of
+from vise_fast.model.load import Policy, check_targets, known_shapes, resolve
 from vise_fast.ranks.part import part
 from vise_fast.ranks.ranks import Ranks
 
@@ -40,6 +42,8 @@ def opening_lines(directory: Path, config: Config, policy: Policy, source: Sourc
     kernels = ", ".join(f"{count} {path}" for path, count in paths.most_common())
     dtype = str(policy.backbone.dtype).removeprefix("torch.")
     yield f"device   {policy.device}, {dtype}; kernels: {kernels} (--verbose names them)"
+    choice = engine_of(config, row_of(policy.model))
+    yield f"engine   {choice.path}: {choice.reason}"
 
 
 def verbose_lines(policy: Policy) -> Iterator[str]:
@@ -80,7 +84,8 @@ def lacking(config: Config) -> Iterator[str]:
     """A line for every small file that the base lacks, so that the adapter will lack it."""
     source = resolve(config.model.path)
     named = source if not Path(source).is_dir() else config.adapter.base
-    return side_files.missing(source, named or "HUB_ID_OF_THE_BASE")
+    row = FAMILIES[known_shapes(config.model.path).model_type]
+    return side_files.missing(source, named or "HUB_ID_OF_THE_BASE", row.video)
 
 
 def _count(policy: Policy, trained: bool) -> int:
