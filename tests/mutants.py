@@ -5,10 +5,19 @@
 
 cosmic-ray makes the faults (its stock operators: another operator, a number one off, a condition
 turned around, a loop that does nothing, a decorator left out). There are thousands, so a seeded
-sample of *places* is drawn from each file and one fault at each; annotations are left out, as
-nothing evaluates them. A fault that no test notices survives: docs/MUTANTS.md says what was seen
-and what to think of the rest. A run that takes ten times as long as without a fault, and at least a
-minute, was noticed: the fault hangs.
+sample of *places* is drawn from each file and one fault at each. A fault that no test notices
+survives: docs/MUTANTS.md says what was seen and what to think of the rest. A run that takes ten
+times as long as without a fault, and at least a minute, was noticed: the fault hangs.
+
+Left out by rule (`left_out`), before anything is drawn, is what is no fault by construction:
+
+- annotations: nothing evaluates them;
+- `strict=` of a zip: it only adds a check, and changes nothing while the lengths agree;
+- the arguments of `@dataclass`: they forbid what no line does (the type checker refuses it);
+- `*` and `/` in a signature: how else it may be called, not what it does;
+- a `Protocol`'s body: it is never run;
+- `is` or `is not` for `==` or `!=` beside a literal (and only these two faults of the place):
+  equality still, as equal literals are one object in CPython; the linter refuses it (F632).
 
 Two steps in two environments, as cosmic-ray's needs are not the trainer's: `draw` (in the
 environment that `make mutants` fills) writes the faults as JSON, `run` plants them in a copy of the
@@ -23,6 +32,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -33,7 +43,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = 24
@@ -69,6 +81,80 @@ OWN_TESTS = {
 NEED_ARGUMENTS = ("core/VariableReplacer", "core/VariableInserter")
 
 
+# ---- what is left out ----------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """A part of a source, as (line, column), in which no operator whose name ends so is used."""
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+    endings: tuple[str, ...] = ("",)
+
+    def holds(self, place: tuple[int, int], operator: str) -> bool:
+        """Whether this fault at this place is left out."""
+        return self.first <= place < self.last and operator.endswith(self.endings)
+
+
+def left_out(source: str) -> list[Span]:
+    """Where a fault would be none; the first docstring has the kinds and the reasons."""
+    kinds = (_annotations, _lengths_checked, _dataclass_arguments, _signature, _protocol, _literals)
+    return [span for node in ast.walk(ast.parse(source)) for kind in kinds for span in kind(node)]
+
+
+def _begin(node: ast.AST) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _end(node: ast.AST) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
+
+
+def _annotations(node: ast.AST) -> Iterator[Span]:
+    for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+        if note is not None:
+            yield Span(_begin(note), _end(note))
+
+
+def _lengths_checked(node: ast.AST) -> Iterator[Span]:
+    """`strict=` of a zip."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "zip":
+        for word in node.keywords:
+            yield Span(_begin(word), _end(word))
+
+
+def _dataclass_arguments(node: ast.AST) -> Iterator[Span]:
+    for call in getattr(node, "decorator_list", []):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "dataclass":
+            for word in call.keywords:
+                yield Span(_begin(word), _end(word))
+
+
+def _signature(node: ast.AST) -> Iterator[Span]:
+    """All but the defaults: names, annotations, `*` and `/`."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        start = _begin(node)
+        defaults = [value for value in node.args.defaults + node.args.kw_defaults if value]
+        for default in sorted(defaults, key=_begin):
+            yield Span(start, _begin(default))
+            start = _end(default)
+        yield Span(start, _begin(node.body[0]))
+
+
+def _protocol(node: ast.AST) -> Iterator[Span]:
+    if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases):
+        yield Span(_begin(node), _end(node))
+
+
+def _literals(node: ast.AST) -> Iterator[Span]:
+    """`is` beside a word or a number."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        for left, right in itertools.pairwise(sides):
+            if isinstance(left, ast.Constant) or isinstance(right, ast.Constant):
+                yield Span(_end(left), _begin(right), ("_Eq_Is", "_NotEq_IsNot"))
+
+
 # ---- draw ----------------------------------------------------------------------------------------
 
 
@@ -88,7 +174,7 @@ def _faults_by_place(source: str) -> dict[tuple[int, int], list[tuple[str, int]]
     from cosmic_ray import plugins
 
     found = defaultdict(list)
-    notes = _annotations(source)
+    spans = left_out(source)
     nodes = list(trees.ast_nodes(trees.get_ast(source)))
     for name in plugins.operator_names():
         if name in NEED_ARGUMENTS:
@@ -97,20 +183,9 @@ def _faults_by_place(source: str) -> dict[tuple[int, int], list[tuple[str, int]]
         count = 0
         for node in nodes:
             for start, _ in operator.mutation_positions(node):
-                if not any(first <= start < last for first, last in notes):
+                if not any(span.holds(start, name) for span in spans):
                     found[start].append((name, count))
                 count += 1
-    return found
-
-
-def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where annotations begin and end, as (line, column)."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            if note is not None:
-                end = (note.end_lineno, note.end_col_offset)
-                found.append(((note.lineno, note.col_offset), end))
     return found
 
 
