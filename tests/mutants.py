@@ -64,7 +64,7 @@ OWN_TESTS = {
     "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
     "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
     "vise_fast/method/experience.py": [METHOD + "experience.py", MICRO_BATCHES],
-    "vise_fast/method/invented.py": [METHOD + "plugin.py", "-k", PLUGIN],
+    "vise_fast/method/invented.py": [METHOD + "invented.py", METHOD + "plugin.py", "-k", PLUGIN],
     "vise_fast/method/learner.py": [METHOD + "learner.py", "-k", LEARNER],
     "vise_fast/method/loss.py": [METHOD + "loss.py"],
     "vise_fast/method/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
