@@ -60,6 +60,7 @@ WRONG_PLUGINS = [
     METHOD + f"plugin.py::test_what_goes_wrong_in_{where}_is_known_at_the_start"
     for where in ("a_call", "the_file")
 ]
+GPU_WAYS = "tests/engine/test_gpu_ways.py"
 OWN_TESTS = {
     "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
     "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
@@ -74,7 +75,7 @@ OWN_TESTS = {
     "vise_fast/images/geometry.py": ["tests/images/test_geometry.py"],
     "vise_fast/images/views.py": ["tests/images/test_views.py"],
     "vise_fast/engine/rollout.py": ["tests/engine/test_rollout.py", "tests/engine/test_fast.py"],
-    "vise_fast/engine/fast.py": ["tests/engine/test_fast.py"],
+    "vise_fast/engine/fast.py": ["tests/engine/test_fast.py", GPU_WAYS, "-k", "not below"],
     "vise_fast/system/checkpoint.py": ["tests/system/test_checkpoint.py", "-k", "not kill"],
 }
 """Words for pytest; each at most 20 s on one core."""

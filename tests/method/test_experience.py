@@ -9,7 +9,7 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import roles
+from vise_fast.method import experience, roles
 from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
@@ -150,6 +150,30 @@ def test_verdicts_are_the_judges_on_the_ghosts_of_each_box(judge):
             elsewhere = torch.tensor(views.control_box(rng, box)[0])
             truth = verdict(elsewhere).item()
             assert evidence.control[row, c] == pytest.approx(truth, abs=1e-5)
+
+
+def test_ghosts_are_judged_so_many_at_once(monkeypatch):
+    """Per image of the slice; the last may be fewer, and none is lost."""
+    wanted = played(*JUDGED, adapter=0.02).evidence
+    monkeypatch.setattr(experience, "GHOSTS_AT_ONCE", 1)
+    config, engine = opened(*JUDGED, adapter=0.02)
+    encoded = []
+    honest = engine.encode
+
+    def counted(images):
+        encoded.append(len(images))
+        return honest(images)
+
+    monkeypatch.setattr(engine, "encode", counted)
+    (one,) = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
+    rows = one.evidence.judged.nonzero()[:, 0].tolist()
+    boxes = {(row // 2, *one.evidence.box_1000[row].tolist()) for row in rows}
+    ghosts = 4 * len(boxes)  # the box, two controls, all but the box
+    rest = [ghosts % 3] if ghosts % 3 else []
+    assert encoded == [3 + 6] + [3] * (ghosts // 3) + rest
+    for name in ("gone", "keep", "control"):
+        found = getattr(one.evidence, name)
+        torch.testing.assert_close(found, getattr(wanted, name), atol=1e-5, rtol=0)
 
 
 def test_nothing_is_judged_that_no_reward_reads_or_nobody_sees():
