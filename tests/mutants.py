@@ -263,14 +263,34 @@ def _pytest(tests: list[str]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     words = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
+    order = ShortFirst()
     try:
-        code = int(pytest.main(words))
+        code = int(pytest.main(words, plugins=[order]))
     except BaseException:  # a fault may end the process in any way: it was noticed
         code = 1
     if os.environ.get("LEAVE_MODULES"):
         names = [name for name in sys.modules if name.split(".")[0] not in OURS]
         Path("modules").write_text("\n".join(names))
+        order.seconds_file.write_text(json.dumps(order.seconds))
     return code
+
+
+class ShortFirst:
+    """A pytest plugin: the tests that took least come first, so that a fault is noticed early."""
+
+    seconds_file = Path("seconds")
+
+    def __init__(self) -> None:
+        there = self.seconds_file.is_file()
+        self.seconds = json.loads(self.seconds_file.read_text()) if there else {}
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        """By the seconds of the run without a fault; unknown ones keep their place in front."""
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Set-up, call and tear-down add up."""
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
 
 
 OURS = {"vise_fast", "vise_kernels", "__main__", "conftest"} | {
@@ -280,8 +300,9 @@ OURS = {"vise_fast", "vise_kernels", "__main__", "conftest"} | {
 
 def warm(tests: list[str]) -> float:
     """Seconds the tests take without a fault; everything else they import is imported here from
-    then on.
+    then on, and the short ones come first.
     """
+    Path("seconds").unlink(missing_ok=True)
     os.environ["LEAVE_MODULES"] = "1"
     passed, _ = tested(tests, 600)
     del os.environ["LEAVE_MODULES"]
@@ -290,13 +311,27 @@ def warm(tests: list[str]) -> float:
     for name in Path("modules").read_text().split():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    return tested(tests, 600)[1]
+    passed, seconds = tested(tests, 600)
+    if not passed:
+        sys.exit(f"{' '.join(tests)} fail in another order:\n{Path('log').read_text()}")
+    return seconds
+
+
+def freeze_bytecode(mutated: Path) -> None:
+    """What the runs without a fault compiled is used again, but for the file that will change: a
+    stale copy of that would hide the next fault.
+    """
+    for compiled in mutated.parent.glob(f"__pycache__/{mutated.stem}.*.pyc"):
+        compiled.unlink()
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def plant(path: str, drawn: dict) -> dict:
     """Every fault of one file: what was noticed and what was not."""
     tests = OWN_TESTS[path]
     usual = warm(tests)
+    freeze_bytecode(Path(path))
     honest = Path(path).read_text(encoding="utf-8")
     survived = []
     for fault in drawn["faults"]:
@@ -316,8 +351,7 @@ def plant(path: str, drawn: dict) -> dict:
 
 def run(faults: dict) -> list[dict]:
     """Each file in a process of its own, so that one's imports are not another's."""
-    sys.dont_write_bytecode = True
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a stale one would hide the next fault
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # until `freeze_bytecode`
     rows = []
     with copied_tree() as home:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(home), str(home / "kernels")])
