@@ -4,7 +4,7 @@ selected and stacked.
 
 import torch
 
-from vise_fast.engine.rollout import Counters, Prefixes, Prompts, Rollout, owners
+from vise_fast.engine.rollout import Answered, Counters, Prefixes, Prompts, Rollout, owners
 from vise_fast.model.tree import Segment
 
 
@@ -56,6 +56,17 @@ def test_some_answers_in_any_order():
         assert some.lengths == [4, 3]
         assert torch.equal(some.logprob, answers().logprob[[2, 0]])
         assert (some.home is None) == (not home)
+
+
+def test_one_each_is_one_answer_to_every_question_in_order():
+    for owner, one_each in (
+        ([0, 1, 2], True),
+        ([0, 2, 1], False),
+        ([0, 1], False),
+        ([0, 1, 1], False),
+        ([0, 1, 2, 2], False),
+    ):
+        assert Answered([[5], [6, 7], [8]], answers(), owner).one_each == one_each
 
 
 # ---- prefixes and prompts ------------------------------------------------------------------------

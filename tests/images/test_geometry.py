@@ -157,8 +157,23 @@ def test_projection_is_clamped_and_broadcasts():
     assert out.shape == (3, 2, 4)
     close(out[0], [(600, 200, 900, 700), (0, 200, 0, 700)])
     close(out[1], [(0, 0, 1000, 1000), (0, 0, 500, 1000)])
+    away = [geo.affine_px(0, 1, dx, dy, W, H) for dx, dy in ((320, 240), (-320, -240))]
+    out = geo.project_1000((300, 400, 700, 600.0), torch.stack(away), H, W)
+    close(out, [(800, 900, 1000, 1000), (0, 0, 200, 100)])
+    out = geo.project_1000((300, 400, 700, 600.0), torch.stack(away), H, W, clamp=False)
+    close(out, [(800, 900, 1200, 1100), (-200, -100, 200, 100)])
     with pytest.raises(ValueError, match="known: corners, ellipse"):
         geo.project_1000(boxes, matrices, H, W, "hexagon")
+
+
+@pytest.mark.parametrize("row, place", [(2, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize("change", [0.5, -1e-9])
+def test_a_matrix_with_a_perspective_is_refused(row, place, change):
+    """One among several is enough."""
+    matrices = torch.stack([geo.flip_px(W)] * 3)
+    matrices[1, row, place] += change
+    with pytest.raises(ValueError, match="perspective"):
+        geo.project_1000((100, 200, 400, 700.0), matrices, H, W)
 
 
 def test_rotation_turns_counter_clockwise_as_seen_and_keeps_the_centre():

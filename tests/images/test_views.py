@@ -351,3 +351,26 @@ def test_literal_lengths_blur_more_on_a_small_image():
         for flag in (False, True)
     )
     assert literal.double().var() < 0.5 * scaled.double().var()
+
+
+def test_what_is_not_said_is_scaled_and_inside():
+    image = noise(96, 128)
+    box = torch.tensor([(100.0, 100, 900, 900)])
+    one = torch.tensor([0])
+    (plain,) = views.ghost([image], one, box, GhostConfig())
+    (said,) = views.ghost([image], one, box, GhostConfig(), "inside", literal=False)
+    assert torch.equal(plain, said)
+    assert views.length_scale(96, 128) == views.length_scale(96, 128, False) == 0.2
+    assert views.length_scale(128, 96) == 0.2 and views.length_scale(96, 128, True) == 1
+    config = GhostConfig(feather_px=10)
+    assert views.ghost_lengths(96, 128, config) == views.GhostLengths(5, 15, 2)
+
+
+@pytest.mark.parametrize(
+    "sigmas, sigma, radius",
+    [(1, 1, 1), (1, 1.01, 2), (3, 1 / 3, 1), (2.2, 25.0, 55), (0.5, 0.1, 1), (2, 3.5, 7)],
+)
+def test_the_radius_is_rounded_up_and_is_at_least_one(sigmas, sigma, radius):
+    """A product a rounding error above a whole number is that number."""
+    config = GhostConfig(sigma_px=sigma, radius_sigmas=sigmas)
+    assert views.ghost_lengths(480, 640, config).radius == radius

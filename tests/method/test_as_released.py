@@ -60,6 +60,37 @@ def test_a_flip_lands_elsewhere():
     assert found == pytest.approx(0.455, abs=0.0006)
 
 
+def test_a_shift_is_added_to_thousandths():
+    """50 and 60 pixels become 50 and 60 thousandths, whatever the image's size."""
+    shift = geometry.affine_px(0, 1, 50, 60, W, H)
+    assert as_released.project((100.0, 200, 400, 700), shift).tolist() == [150, 260, 450, 760]
+    assert as_released.project((100.0, 200, 980, 990), shift).tolist() == [150, 260, 1000, 1000]
+    swapped = as_released.project((400.0, 700, 100, 200), shift).tolist()
+    assert swapped == [150, 260, 450, 760]
+
+
+def giou_by_hand(a, b):
+    """Of numbers, as the released code has it."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    sizes = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    iou = shared / (sum(sizes) - shared)
+    wide = max(a[2], b[2]) - min(a[0], b[0])
+    high = max(a[3], b[3]) - min(a[1], b[1])
+    return iou - (wide * high - sum(sizes) * (1 - iou)) / (wide * high)
+
+
+def test_the_value_is_that_of_the_formula():
+    """Boxes apart, one in the other, across; first and second are the same to it."""
+    boxes = [(0, 0, 10, 30), (40, 5, 47, 100), (2, 3, 5, 7), (-5, 10, 60, 20), (3, 1, 9, 33)]
+    for a in boxes:
+        for b in boxes:
+            wanted = giou_by_hand(a, b)
+            assert as_released.giou(a, b).item() == pytest.approx(wanted, abs=1e-9)
+            pair = torch.tensor([[a, b], [b, a]]).double()
+            both = as_released.giou(pair, pair.flip(1))
+            assert both.flatten().tolist() == pytest.approx([wanted] * 4, abs=1e-9)
+
+
 def random_cases(count=20_000):
     rng = np.random.default_rng(0)
     sizes = rng.uniform(100, 700, (count, 2))
@@ -87,8 +118,14 @@ def test_empty_hulls_score_nothing():
 def test_the_ghost_is_cut_at_one_sigma():
     released = ghost_lengths(H, W, GhostConfig(radius_sigmas=1))
     assert (released.sigma, 2 * released.radius + 1) == (25, 51)
+    assert (as_released.SIGMA_PX, as_released.RADIUS_PX) == (25, 25)
     assert 2 * ghost_lengths(H, W, GhostConfig()).radius + 1 == 151
     assert as_released.blur_spread_px() == pytest.approx(13.7, abs=0.05)
+    # by hand: weights e^-1/2 and e^-2 at one and two taps either side
+    near = 2 * np.exp(-0.5)
+    far = 2 * np.exp(-2.0)
+    spread = np.sqrt((near + 4 * far) / (1 + near + far))
+    assert as_released.blur_spread_px(1, 2) == pytest.approx(spread, abs=1e-12)
     assert as_released.blur_spread_px(radius=75) == pytest.approx(24.7, abs=0.1)
 
 

@@ -83,6 +83,29 @@ def test_a_box_without_area_was_asked_for_on_the_image_alone():
         evidence(box_1000=boxes, seen=unknown)
 
 
+@pytest.mark.parametrize("name", ["seen", "gone", "control", "keep"])
+def test_probabilities_reach_from_zero_to_one_and_no_further(name):
+    """Every entry of every judged row is looked at."""
+    shape = (4, 3) if name == "control" else (4,)
+    for sound in (0.0, 1.0):
+        evidence(**{name: torch.full(shape, sound, dtype=torch.float64)})
+    for bad in (-1e-9, 1 + 1e-9, float("nan"), float("inf"), -float("inf")):
+        for place in (0, -1):
+            p = torch.full(shape, 0.5, dtype=torch.float64)
+            p.view(-1)[place] = bad
+            with pytest.raises(NumericFault, match=rf"p\({name}\) is not within 0..1"):
+                evidence(**{name: p})
+
+
+def test_verdicts_on_ghosts_are_looked_at_where_they_were_judged():
+    unknown = torch.tensor([0.5, float("nan"), 0.5, 0.5])
+    judged = torch.tensor([True, False, True, True])
+    for name in ("gone", "keep"):
+        evidence(judged=judged, **{name: unknown})
+        with pytest.raises(NumericFault, match=name):
+            evidence(judged=~judged, **{name: unknown})
+
+
 def test_means_are_taken_within_groups_over_the_chosen_rows():
     of = torch.tensor([True, True, True, False, False, False])
     values = torch.tensor([1.0, 3.0, 5.0, 100.0, 7.0, 9.0], dtype=torch.float64)

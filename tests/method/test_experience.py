@@ -2,6 +2,8 @@
 that says something else.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import roles
+from vise_fast.method import experience, roles
 from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
@@ -150,6 +152,75 @@ def test_verdicts_are_the_judges_on_the_ghosts_of_each_box(judge):
             elsewhere = torch.tensor(views.control_box(rng, box)[0])
             truth = verdict(elsewhere).item()
             assert evidence.control[row, c] == pytest.approx(truth, abs=1e-5)
+
+
+BOX = (10.0, 20.0, 30.0, 40.0)
+OTHER = (10.0, 20.0, 30.0, 41.0)
+FLAT = (10.0, 20.0, 30.0, 20.0)
+
+
+def to_hide(boxes, gate=0.5, seen=(0.5, 0.5, 0.5), judges=True, **changes):
+    """What there is to judge of two boxes on each of three images; a view's box follows."""
+    known = {"readable": [True] * 7, "queries": [True] * 3} | changes
+    part = SimpleNamespace(
+        plan=SimpleNamespace(samples=2, judges_ghosts=judges),
+        config=SimpleNamespace(reward=SimpleNamespace(gate=gate)),
+        pixels=[None] * 3,
+    )
+    answers = SimpleNamespace(
+        boxes=SimpleNamespace(
+            box_1000=torch.tensor([*boxes, BOX], dtype=torch.float64),
+            readable=torch.tensor(known["readable"]),
+        ),
+        queries=SimpleNamespace(readable=known["queries"]),
+        seen=torch.tensor(seen, dtype=torch.float64),
+    )
+    return experience._hidden(part, answers)
+
+
+def test_a_box_drawn_twice_on_an_image_is_judged_once():
+    """The first row's draw places its control; the same box on another image is another."""
+    hidden = to_hide([BOX, BOX, OTHER, BOX, BOX, OTHER])
+    assert hidden.rows == [0, 1, 2, 3, 4, 5]
+    assert hidden.slot == [0, 0, 1, 2, 3, 4]
+    assert hidden.image == [0, 1, 1, 2, 2]
+    assert hidden.first == [0, 2, 3, 4, 5]
+    assert hidden.box_1000.tolist() == [list(b) for b in (BOX, OTHER, BOX, BOX, OTHER)]
+
+
+def test_boxes_that_are_none_and_images_that_are_not_open_are_not_judged():
+    every = [BOX] * 6
+    assert to_hide([BOX, FLAT, FLAT, BOX, BOX, BOX]).rows == [0, 3, 4, 5]
+    unread = [True, False, True, True, False, True, True]
+    assert to_hide(every, readable=unread).rows == [0, 2, 3, 5]
+    assert to_hide(every, queries=[True, False, True]).rows == [0, 1, 4, 5]
+    assert to_hide(every, seen=(0.5, 0.49, 1.0)).rows == [0, 1, 4, 5]
+    nothing = to_hide(every, judges=False)
+    assert nothing.rows == nothing.slot == nothing.image == nothing.first == []
+
+
+def test_ghosts_are_judged_so_many_at_once(monkeypatch):
+    """Per image of the slice; the last may be fewer, and none is lost."""
+    wanted = played(*JUDGED, adapter=0.02).evidence
+    monkeypatch.setattr(experience, "GHOSTS_AT_ONCE", 1)
+    config, engine = opened(*JUDGED, adapter=0.02)
+    encoded = []
+    honest = engine.encode
+
+    def counted(images):
+        encoded.append(len(images))
+        return honest(images)
+
+    monkeypatch.setattr(engine, "encode", counted)
+    (one,) = play_batch(engine, Scenes(config).batch(0, 3), config, 0)
+    rows = one.evidence.judged.nonzero()[:, 0].tolist()
+    boxes = {(row // 2, *one.evidence.box_1000[row].tolist()) for row in rows}
+    ghosts = 4 * len(boxes)  # the box, two controls, all but the box
+    rest = [ghosts % 3] if ghosts % 3 else []
+    assert encoded == [3 + 6] + [3] * (ghosts // 3) + rest
+    for name in ("gone", "keep", "control"):
+        found = getattr(one.evidence, name)
+        torch.testing.assert_close(found, getattr(wanted, name), atol=1e-5, rtol=0)
 
 
 def test_nothing_is_judged_that_no_reward_reads_or_nobody_sees():

@@ -21,6 +21,7 @@ from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model
 from vise_fast.ranks.ranks import Alone
+from vise_fast.system.checkpoint import Corrupt
 from vise_fast.system.errors import NumericFault
 
 SMALL = [
@@ -218,6 +219,26 @@ def test_the_reference_scores_are_the_base_models_whoever_judged(judge):
         truth = learner._logprobs(played, everyone)
     assert (found.reference - truth.reference).abs().max() < 1e-4
     assert (found.reference - found.logprob).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kl", ["k1_loss", "k1_reward"])
+def test_the_kl_is_taken_from_the_rewards_only_as_k1_reward(kl):
+    """Beta times the mean log-ratio of each sample's tokens, slice by slice."""
+    config, learner, source = moved(*BETA, f"--update.kl={kl}", "--train.micro_batch=3")
+    slices = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    reward = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    wanted = reward.clone()
+    if kl == "k1_reward":
+        ratios = []
+        for played, size in zip(slices, (9, 3), strict=True):
+            with torch.no_grad():
+                tokens = learner._logprobs(played, list(range(size)))
+            pieces = (tokens.logprob - tokens.reference).split(tokens.lengths)
+            ratios += [piece.mean().item() for piece in pieces]
+        wanted -= 0.5 * torch.tensor(ratios, dtype=torch.float64)
+        assert (wanted - reward).abs().max() > 1e-2
+    found = learner._learned_from(slices, reward)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +482,214 @@ def test_learning_rate_schedules():
     assert learning_rate(4, cosine) == pytest.approx(1e-3)
     assert learning_rate(8, cosine) == pytest.approx(5e-4)
     assert 0 < learning_rate(11, cosine) < 1e-4
+
+
+@pytest.mark.parametrize("warmup", [0, 4, 12])
+def test_the_cosine_goes_from_the_rate_to_nothing(warmup):
+    words = ["--train.lr=1e-3", f"--train.warmup={warmup}", "--train.steps=12"]
+    config = configuration.load(None, [*words, "--train.schedule=cosine"])
+    left = 12 - warmup
+    for step in range(left + 1):
+        share = step / left if left else 0.0
+        wanted = 1e-3 * (1 + math.cos(math.pi * share)) / 2
+        assert learning_rate(warmup + step, config) == pytest.approx(wanted, abs=1e-12)
+    for step in range(warmup):
+        assert learning_rate(step, config) == pytest.approx(1e-3 * (step + 1) / warmup)
+
+
+# ---- the optimizer -------------------------------------------------------------------------------
+
+
+def test_the_optimizer_is_the_configurations():
+    words = ["--train.lr=0.25", "--train.weight_decay=0.125", "--optim.eps=0.0625"]
+    config = configuration.load(None, [*words, "--optim.betas=0.5,0.75"])
+    (group,) = learners.make_optimizer([torch.nn.Parameter(torch.zeros(3))], config).param_groups
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.25, 0.125, 0.0625)
+    assert tuple(group["betas"]) == (0.5, 0.75)
+
+
+def test_the_optimizers_rate_is_that_of_the_step():
+    _, learner, _ = setup("--train.lr=1e-3", "--train.warmup=4", "--train.steps=12")
+    for index, rate in ((0, 2.5e-4), (3, 1e-3)):
+        assert learner._set_lr(index) == pytest.approx(rate)
+        assert [group["lr"] for group in learner.optimizer.param_groups] == [pytest.approx(rate)]
+
+
+def pretend(learner, size=0.5):
+    """Gradients, as if a batch had been scored."""
+    for parameter in learner.parameters.values():
+        parameter.grad = torch.full_like(parameter, size)
+
+
+def test_the_optimizer_finds_room_for_its_moments_before_anything_changes(monkeypatch):
+    """Bytes: two moments and a copy of every fp32 master, then the copy alone; where there is no
+    room, nothing has moved.
+    """
+    _, learner, _ = setup()
+    numbers = sum(p.numel() for p in learner.parameters.values())
+    asked = []
+    honest = torch.empty
+
+    def spied(size, *args, **options):
+        if options.get("dtype") == torch.uint8:
+            asked.append(size)
+        return honest(size, *args, **options)
+
+    monkeypatch.setattr(torch, "empty", spied)
+    for _ in range(2):
+        pretend(learner)
+        learner._apply(1.0)
+    assert asked == [12 * numbers, 4 * numbers]
+    before = adapter_of(learner)
+    monkeypatch.setattr(learner, "_make_room", lambda: [].pop())
+    pretend(learner)
+    with pytest.raises(IndexError):
+        learner._apply(1.0)
+    assert not learner.moving
+    assert all(torch.equal(before[n], p) for n, p in learner.parameters.items())
+
+
+def test_an_optimizers_step_that_breaks_off_leaves_the_adapter_in_between(monkeypatch):
+    _, learner, _ = setup()
+    monkeypatch.setattr(learner.optimizer, "step", lambda: [].pop())
+    pretend(learner)
+    with pytest.raises(IndexError):
+        learner._apply(1.0)
+    assert learner.moving
+
+
+def test_after_an_optimizers_step_no_gradient_is_kept_and_skips_are_forgotten():
+    _, learner, _ = setup()
+    for _ in range(MAX_SKIPPED - 1):
+        learner._apply(math.nan)
+    assert learner.skipped == MAX_SKIPPED - 1 and not learner.moving
+    before = adapter_of(learner)
+    pretend(learner)
+    learner._apply(1.0)
+    assert learner.skipped == 0
+    assert all(parameter.grad is None for parameter in learner.parameters.values())
+    assert all(not torch.equal(before[n], p) for n, p in learner.parameters.items())
+    for _ in range(MAX_SKIPPED - 1):
+        learner._apply(math.inf)
+
+
+def test_gradients_are_scaled_to_the_limit_together():
+    _, learner, _ = setup("--train.clip=2")
+    for size, factor in ((1.0, None), (1e-6, 1.0)):
+        pretend(learner, size)
+        norm = size * math.sqrt(sum(p.numel() for p in learner.parameters.values()))
+        assert learner._clip().item() == pytest.approx(norm, rel=1e-4)
+        wanted = size * (factor or 2 / norm)
+        for parameter in learner.parameters.values():
+            assert parameter.grad.max().item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_batch_that_teaches_nothing_moves_nothing_and_says_so():
+    """Every query unreadable: no answer is scored, neither beta nor baseline nor adapter moves."""
+    config, learner, source = setup()
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    nobody = torch.zeros(12, dtype=torch.bool)
+    played.evidence = replace(played.evidence, query_readable=nobody)
+    before = adapter_of(learner)
+    metrics = learner.learn([played], 0)
+    assert (metrics["scored"], metrics["kl"], metrics["grad_norm"]) == (0, 0, 0)
+    assert metrics["beta"] == learner.beta.value == config.update.beta
+    assert learner.baseline.value is None and learner.skipped == 0
+    assert all(torch.equal(before[n], p) for n, p in learner.parameters.items())
+
+
+# ---- what is remembered --------------------------------------------------------------------------
+
+
+STATE = {"optimizer": {}, "beta": {"value": 0.5}, "baseline": {"value": 0.25}, "skipped": 3}
+NO_STATES = {
+    "beta not a number": {"beta": {"value": math.nan}},
+    "beta without end": {"beta": {"value": math.inf}},
+    "beta below zero": {"beta": {"value": -1e-9}},
+    "beta in words": {"beta": {"value": "0.5"}},
+    "beta nothing": {"beta": {"value": None}},
+    "beta without a value": {"beta": {}},
+    "beta a number": {"beta": 0.5},
+    "beta of 400 digits": {"beta": {"value": 10**400}},
+    "baseline not a number": {"baseline": {"value": math.nan}},
+    "baseline a list": {"baseline": [0.5]},
+    "skipped below zero": {"skipped": -1},
+    "skipped true": {"skipped": True},
+    "skipped a fraction": {"skipped": 1.0},
+    "optimizer a number": {"optimizer": 5},
+    "optimizer nothing": {"optimizer": None},
+}
+
+
+@pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES)
+def test_a_state_that_no_learner_made_is_not_loaded(change):
+    for wrong in (STATE | change, {k: v for k, v in STATE.items() if k not in change}, [STATE]):
+        with pytest.raises(Corrupt, match="not a learner's"):
+            learners._Remembered.read(wrong)
+
+
+def test_a_state_at_its_limits_is_loaded():
+    found = learners._Remembered.read(STATE)
+    assert (found.numbers, found.skipped) == ({}, 3)
+    least = {"optimizer": {"a/step": 1}, "beta": {"value": 0}, "baseline": {}, "skipped": 0}
+    found = learners._Remembered.read(least)
+    assert (found.numbers, found.skipped) == ({"a/step": 1}, 0)
+    learners._Remembered.read(STATE | {"baseline": {"value": -3.0}})
+
+
+def without_one(adapter):
+    adapter.popitem()
+
+
+def one_more(adapter):
+    adapter["another"] = torch.zeros(3)
+
+
+def changed_one(change):
+    """The last tensor becomes something else."""
+
+    def damage(adapter):
+        name, tensor = adapter.popitem()
+        adapter[name] = change(tensor)
+
+    return damage
+
+
+def poisoned(number):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = number
+        return tensor
+
+    return changed_one(change)
+
+
+NO_ADAPTERS = {
+    "one is missing": (without_one, "other tensors"),
+    "one more": (one_more, "other tensors"),
+    "another shape": (changed_one(lambda tensor: tensor[:-1]), "other tensors"),
+    "the same numbers in another order": (changed_one(lambda tensor: tensor.T), "other tensors"),
+    "whole numbers": (changed_one(lambda tensor: tensor.int()), "not finite"),
+    "not a number": (poisoned(math.nan), "not finite"),
+    "without end": (poisoned(-math.inf), "not finite"),
+}
+
+
+def test_an_adapter_of_another_model_is_not_loaded_and_nothing_changes():
+    _, learner, _ = setup()
+    learner.beta.value = 0.125
+    before = adapter_of(learner)
+    for damage, message in NO_ADAPTERS.values():
+        wrong = {name: tensor + 1 for name, tensor in before.items()}
+        damage(wrong)
+        with pytest.raises(Corrupt, match=message):
+            learner.load({"adapter": wrong, "optimizer": {}}, STATE)
+        assert all(torch.equal(before[n], p) for n, p in learner.parameters.items())
+        assert (learner.beta.value, learner.baseline.value, learner.skipped) == (0.125, None, 0)
+    right = {name: tensor + 1 for name, tensor in before.items()}
+    learner.load({"adapter": right, "optimizer": {}}, STATE)
+    assert all(torch.equal(right[n], p) for n, p in learner.parameters.items())
+    assert (learner.beta.value, learner.baseline.value, learner.skipped) == (0.5, 0.25, 3)
 
 
 def test_state_round_trip_is_bitwise():

@@ -324,6 +324,13 @@ def test_oracle_is_the_true_iou():
         score(evidence(), settings(name="oracle"), rng())
 
 
+def test_the_truth_is_for_the_oracle_and_for_rewards_of_ones_own(tmp_path):
+    assert rewards.wants_truth(settings(name="oracle"))
+    for name in ("vise", "random", "shuffled", "area_only"):
+        assert not rewards.wants_truth(settings(name=name))
+    assert rewards.wants_truth(settings(name="vise", plugin=str(tmp_path / "mine.py")))
+
+
 def test_oracle_punishes_the_unreadable():
     truth = torch.tensor([BOX] * 4).double()
     scores = score(

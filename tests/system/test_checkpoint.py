@@ -4,9 +4,11 @@ damage.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -401,6 +403,42 @@ def test_what_no_save_makes_is_passed_over(tmp_path, monkeypatch, name):
     assert choice.path == good and len(choice.notes) == 1
 
 
+GIB = 2**30
+SUM = hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name, size, sha256, fits",
+    [
+        ("a.safetensors", 64 * GIB, SUM, True),
+        ("a.safetensors", 64 * GIB + 1, SUM, False),
+        ("state.json", checkpoint.files.LARGEST_JSON, SUM, True),
+        ("state.json", checkpoint.files.LARGEST_JSON + 1, SUM, False),
+        ("state.json", 0, SUM, True),
+        ("state.json", -1, SUM, False),
+        ("state.json", True, SUM, False),
+        ("state.json", 5.0, SUM, False),
+        ("state.json", 5, SUM[1:], False),
+        ("state.json", 5, SUM + "0", False),
+        ("state.json", 5, SUM.upper(), False),
+        ("state.json", 5, "", False),
+    ],
+)
+def test_an_entry_is_believed_up_to_its_limits(name, size, sha256, fits):
+    assert checkpoint._described(name, {"bytes": size, "sha256": sha256}) == fits
+
+
+def test_a_manifest_may_be_a_megabyte(tmp_path):
+    """Blanks behind it change nothing, up to there."""
+    path = saved(tmp_path, 1)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.ljust(2**20))
+    assert whole(path, 1)
+    (path / "manifest.json").write_text(text.ljust(2**20 + 1))
+    with pytest.raises(Corrupt, match="manifest.json"):
+        load(path)
+
+
 @pytest.mark.parametrize("name", CONTENT)
 def test_a_content_that_no_save_makes_is_refused(tmp_path, name):
     bad = saved(tmp_path, 2)
@@ -510,6 +548,24 @@ def test_a_refusing_disk_leaves_the_old_one(tmp_path, monkeypatch, owner, name, 
         and present(tmp_path)[-1] == "step_3"
         and not any(name.startswith(".") for name in present(tmp_path))
     )
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_refusing_disk_leaves_one_of_a_step_that_is_saved_again(
+    tmp_path, monkeypatch, turn, again
+):
+    """Twice in a row, at any rename: a whole one is there at every moment."""
+    saved(tmp_path, 5)
+    for allowed in (turn, again):
+        with monkeypatch.context() as patch:
+            fault = OSError(errno.EIO, os.strerror(errno.EIO))
+            calls = refusing(patch, os, "rename", allowed, fault)
+            with contextlib.suppress(EnvironmentFault):
+                saved(tmp_path, 5)
+        assert calls[0] > 0 and whole(latest(tmp_path), 5)
+    saved(tmp_path, 5)
+    assert whole(latest(tmp_path), 5) and present(tmp_path) == ["step_5"]
 
 
 def test_a_full_disk_frees_what_it_took(tmp_path, monkeypatch):
@@ -682,6 +738,42 @@ def test_moments_of_other_parameters_are_refused():
     values, numbers = moments(optimizer, named)
     with pytest.raises(Corrupt, match="not trained here"):
         restore_moments(optimizer, {"a": named["a"]}, values, numbers)
+
+
+@pytest.mark.parametrize(
+    "step, is_count",
+    [
+        (0, True),
+        (7, True),
+        (7.0, True),
+        (2**53 - 1, True),
+        (2**53, False),
+        (-1, False),
+        ("7", False),
+        (None, False),
+        (math.nan, False),
+        (torch.tensor(7.0), True),
+        (torch.tensor([7]), True),
+        (torch.tensor(-1.0), False),
+        (torch.tensor([7.0, 7.0]), False),
+        (torch.tensor([]), False),
+    ],
+)
+def test_a_number_of_steps_is_one_plain_number(step, is_count):
+    assert checkpoint._counts(step) == is_count
+
+
+def test_adamws_counter_stays_on_the_cpu_and_its_moments_follow_the_parameter():
+    """On the device that stands for any other: `meta` holds no numbers."""
+    named, optimizer = trained(1)
+    values, numbers = moments(optimizer, named)
+    away = {name: torch.nn.Parameter(p.detach().to("meta")) for name, p in named.items()}
+    other = torch.optim.AdamW(away.values(), lr=0.1)
+    restore_moments(other, away, values, numbers)
+    for parameter in away.values():
+        kept = other.state[parameter]
+        assert kept["step"].device.type == "cpu" and kept["step"] == 1
+        assert kept["exp_avg"].device.type == kept["exp_avg_sq"].device.type == "meta"
 
 
 def halved(values: dict, numbers: dict) -> None:

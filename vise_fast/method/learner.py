@@ -166,7 +166,7 @@ class Learner:
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that
         # were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / max(scored, 1)
-        metrics |= totals | {"scored": max(scored, 1) / samples, "beta": self.beta.value}
+        metrics |= totals | {"scored": scored / samples, "beta": self.beta.value}
         metrics["lr"] = self._set_lr(step)
         if scored:
             with self.engine.clock.phase("optimizer"):
