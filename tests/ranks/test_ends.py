@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults.forked import again, go, words
-from ranks.forked_ranks import apart, go_apart, go_together
+from forked_ranks import apart, go_apart, go_together
 
 from vise_fast.method.learner import Learner
 from vise_fast.run import agreement

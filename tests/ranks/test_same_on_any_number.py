@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from faults.forked import go, words
-from ranks.forked_ranks import HELD, adapter, apart, go_together, telling, told
+from forked_ranks import HELD, adapter, apart, go_together, telling, told
 
 from vise_fast.engine.fast import FastEngine
 from vise_fast.method.learner import Learner

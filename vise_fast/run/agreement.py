@@ -17,8 +17,9 @@ import transformers
 import vise_kernels
 from torch import Tensor
 
-import vise_fast
+from vise_fast import __version__
 from vise_fast.config import settings
+from vise_fast.config.places import PACKAGE
 from vise_fast.config.schema import Config
 from vise_fast.images.sources import Source
 from vise_fast.model.load import Policy
@@ -81,14 +82,14 @@ def _other(told: list[Any]) -> int | None:
 def _code(config: Config) -> str:
     """Versions, and a hash of every Python file that computes, a reward of the user's as well."""
     digest = hashlib.sha256()
-    for package in (vise_fast, vise_kernels):
-        home = Path(str(package.__file__)).parent
+    for home in (PACKAGE, Path(vise_kernels.__file__).parent):
         for file in sorted(home.rglob("*.py")):
             digest.update(str(file.relative_to(home)).encode() + b"\0" + file.read_bytes())
-    if config.reward.plugin is not None:
-        digest.update(Path(config.reward.plugin).expanduser().read_bytes())
+    for name in (config.reward.plugin, *config.run.plugins):
+        if name is not None:
+            digest.update(Path(name).expanduser().read_bytes())
     return (
-        f"vise_fast {vise_fast.__version__} {digest.hexdigest()[:12]}, torch {torch.__version__}, "
+        f"vise_fast {__version__} {digest.hexdigest()[:12]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, peft {peft.__version__}"
     )
 
