@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Both make .venv from the lock file first; nothing is needed but Python >= 3.11 with pip.
-# After either, `.venv/bin/python -m vise_fast.train` works as it is typed, with no variable set.
+# After either, `.venv/bin/vise-fast train` works as it is typed, with no variable set.
 #   make train ARGS="--data.dir photos --train.steps 50"    words for the trainer
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
@@ -58,6 +58,7 @@ $(VENV)/native.stamp: $(VENV)/checkout.stamp CMakeLists.txt $(wildcard kernels/c
 ifeq ($(COMPILER),)
 	@echo "no C++ compiler: the plain kernels will run (same results, slower images)"
 else
+	@echo "compiling the image kernels, once"
 	$(RUN) -m vise_kernels.build
 endif
 	@touch $@
@@ -69,11 +70,14 @@ $(VENV)/checkout.stamp: $(VENV)/packages.stamp
 	site = pathlib.Path(sysconfig.get_path("purelib")); \
 	places = [os.path.relpath(place, site) for place in (".", "kernels")]; \
 	(site / "vise_fast_checkout.pth").write_text("\n".join(places) + "\n")'
+	@printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -m vise_fast "$$@"\n' > $(VENV)/bin/vise-fast
+	@chmod +x $(VENV)/bin/vise-fast
 	@touch $@
 
 # some systems ship venv without pip: then the system's pip fills the environment
 $(VENV)/packages.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say make PYTHON=/path/to/python3"; exit 1; }
+	@echo "making $(VENV) and installing the packages of constraints.txt: about 2 GB to download (torch), some minutes, once"
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install -q pip; }
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r constraints.txt
 	@touch $@
@@ -88,6 +92,7 @@ consumers: $(CONSUMERS)/made.stamp
 	OMP_NUM_THREADS=1 $(CONSUMERS)/bin/python -m pytest -q tests/consumers $(ARGS)
 
 $(CONSUMERS)/made.stamp: tests/consumers/requirements.txt vise_fast/table/environment.txt
+	@echo "installing lmms-eval and what it needs into $(CONSUMERS): 7 GB, once"
 	$(PYTHON) -m venv $(CONSUMERS) || { $(PYTHON) -m venv --clear --without-pip $(CONSUMERS) && $(PYTHON) -m pip --python $(CONSUMERS)/bin/python install -q pip; }
 	$(CONSUMERS)/bin/python -m pip install -q --disable-pip-version-check -r tests/consumers/requirements.txt
 	@touch $@

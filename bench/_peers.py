@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from _measure import installed
 from PIL import Image
 from torch import Tensor
+from vise_kernels.unpack import Nibbles
 
 PEERS = ("cv2", "torchvision", "kornia", "trl", "liger_kernel", "cut_cross_entropy")
 Contenders = dict[str, Callable]
@@ -184,6 +185,27 @@ def stock_processor(images: list[Tensor], size: tuple[int, int]) -> Contenders:
         planes = [image.permute(2, 0, 1) for image in images]
         contenders |= {"stock processor on torchvision": lambda: fast(planes, return_tensors="pt")}
     return contenders
+
+
+def unpack(held: Nibbles, shape: tuple[int, int], dtype: torch.dtype) -> Contenders:
+    """The same bytes written out by bitsandbytes."""
+    if not installed("bitsandbytes") or held.coarse is None:
+        return {}
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    codes, of, offset, block = held.coarse
+    wide = QuantState(of, code=codes, blocksize=block, dtype=torch.float32)
+    state = QuantState(
+        held.scales,
+        shape=torch.Size(shape),
+        code=held.levels,
+        blocksize=held.block,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset,
+        state2=wide,
+    )
+    return {"bitsandbytes dequantize_4bit": lambda: dequantize_4bit(held.bytes, state)}
 
 
 def token_logprob(ids: Tensor) -> Contenders:

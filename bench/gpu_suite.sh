@@ -6,11 +6,11 @@
 #   bench/gpu_suite.sh --minutes 8            each part ends after so long, with what it has (8)
 #   bench/gpu_suite.sh --smoke                everything at its smallest, on a CPU too: does it all run?
 #   OUT=/somewhere PYTHON=python3 bench/gpu_suite.sh
-# Three files, added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
-# document), log.txt. A part that lacks a package is skipped with a line; one that fails is named at the end and makes
+# Four files, three added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
+# document), log.txt; at the end goals.md, every goal beside what was measured and what is forecast (bench/goals.py). A part that lacks a package is skipped with a line; one that fails is named at the end and makes
 # the exit status 1; the others still run. Needs bash, timeout and Python with torch; git only to name the commit.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 out="${OUT:-bench/results/gpu}"
 python="${PYTHON:-$(command -v python3 || command -v python)}"
 minutes=8
@@ -41,7 +41,7 @@ chosen() {
 
 # part NAME "PACKAGES" COMMAND...: runs it, if it is wanted and its packages are there
 part() {
-    local name="$1" needs="$2" start=$SECONDS status=done
+    local name="$1" needs="$2" start=$SECONDS status="done"
     shift 2
     chosen "$name" || return 0
     if [ -n "$list" ]; then
@@ -97,18 +97,22 @@ bench() { part "$1" "$2" "$python" "${@:3}"; }
 if [ -n "$smoke" ]; then
     bench tests "$all pytest" -m pytest -q -m gpu --collect-only
     bench launches "$all" bench/launches.py --smoke
+    bench forecast_check "$all" bench/forecast_check.py --smoke
     bench rollout "$all" bench/rollout.py --smoke
     bench kernels "" bench/kernels.py --smoke
+    bench tune "" bench/tune.py --smoke
     bench memory "$all bitsandbytes" bench/memory.py --smoke
     bench train_step "$all" bench/train_step.py --smoke
 else
     bench tests "$all pytest" -m pytest -q -m gpu
     bench launches "$all" bench/launches.py
+    bench forecast_check "$all" bench/forecast_check.py
     bench rollout-2b-b1 "$all" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive
     bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
     bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
     bench rollout-nano "$all" bench/rollout.py --batch 1 16 64
     bench kernels "" bench/kernels.py
+    bench tune triton bench/tune.py
     bench memory "$all bitsandbytes" bench/memory.py --device cuda
     bench train_step-2b "$all" bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480 --dtype bfloat16 --batch 1 32
 fi
@@ -120,6 +124,7 @@ for name in ${wanted[@]+"${wanted[@]}"}; do
     esac
 done
 [ -n "$list" ] && exit 0
+"$python" bench/goals.py --gpu "$out" | sed '$d' | tee "$out/goals.md"
 [ "${#skipped[@]}" -gt 0 ] && echo "skipped: ${skipped[*]}"
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}"

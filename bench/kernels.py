@@ -52,6 +52,8 @@ from vise_kernels import (
     swiglu,
     swiglu_backward,
     token_logprob,
+    unpack_int8,
+    unpack_nf4,
     up_gradient,
     warp,
 )
@@ -60,6 +62,7 @@ from vise_kernels.attention import Bank
 from vise_kernels.decode_attention import Banks, locate
 from vise_kernels.dispatch import native
 from vise_kernels.heads import Turn
+from vise_kernels.unpack import Coarse, Nibbles
 
 
 @dataclass
@@ -507,6 +510,28 @@ def vision_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     yield Case("rotate", f"{tuple(heads_.shape)}", run, moved=2 * size_of(heads_))
 
 
+def unpack_cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """2B's gate projection, held in 4 bits with scales in 8, and in 8 bits."""
+    rows, width = (48, 64) if smoke else (6144, 2048)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    made = {"device": device, "dtype": torch.uint8}
+    size = rows * width
+    scales = torch.randint(0, 256, (size // 64,), **made)
+    of = torch.rand(-(-len(scales) // 256), device=device)
+    levels = torch.linspace(-1, 1, 16, device=device)
+    codes = torch.linspace(-1, 1, 256, device=device)
+    coarse = Coarse(codes, of, torch.tensor(0.1, device=device), 256)
+    held = Nibbles(torch.randint(0, 256, (size // 2, 1), **made), levels, scales, 64, coarse)
+    run = beside_plain(partial(unpack_nf4, held, (rows, width), dtype))
+    run |= peers.unpack(held, (rows, width), dtype)
+    written = size * dtype.itemsize
+    told = f"({rows}, {width}) to {name_of(dtype)}"
+    yield Case("unpack_nf4", told, run, moved=written + size_of(held.bytes, scales))
+    whole = torch.randint(-128, 128, (rows, width), device=device, dtype=torch.int8)
+    run = beside_plain(partial(unpack_int8, whole, torch.rand(rows, device=device), dtype))
+    yield Case("unpack_int8", told, run, moved=written + size)
+
+
 class Prompt(NamedTuple):
     """Box questions of one layer."""
 
@@ -572,6 +597,8 @@ CASES = {
     "merge_attention": merge_cases,
     "add_layer_norm": vision_cases,
     "rotate": vision_cases,
+    "unpack_nf4": unpack_cases,
+    "unpack_int8": unpack_cases,
 }
 
 

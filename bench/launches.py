@@ -29,9 +29,10 @@ from vise_fast.config.places import SHAPES
 from vise_fast.config.schema import load
 from vise_fast.estimate.launches import count_step
 from vise_fast.method.step_plan import StepPlan
-from vise_fast.profile.cards import CARDS, forecast
+from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
+from vise_fast.profile.roofline import decode_bytes
 
 SIZE = (480, 640)
 MIXED = [(480, 640), (384, 512), (640, 480), (512, 512), (352, 640), (480, 480), (640, 640)]
@@ -60,8 +61,19 @@ CASES = {
 }
 
 
-def counted(name: str, case: Case) -> tuple[Launches, float]:
-    """The counts of one case at a model's shapes, and executed over minimal FLOPs."""
+@dataclass(frozen=True)
+class Counted:
+    """A case: its counts, executed over minimal FLOPs, and bytes that decoding a row of an image
+    must move, by phase.
+    """
+
+    seen: Launches
+    ratio: float
+    decoding: dict[str, float]
+
+
+def counted(name: str, case: Case) -> Counted:
+    """One case at a model's shapes."""
     words = [
         f"--model.path=Qwen/{name}",
         "--model.dtype=bfloat16",
@@ -78,7 +90,28 @@ def counted(name: str, case: Case) -> tuple[Launches, float]:
     sizes = Shapes.of(shapes, config.lora.r)
     least = sum(sum(minimal_step(sizes, plan, PINNED, size).values()) for size in case.sizes)
     done = sum(flops * count for (flops, _), count in seen.total.kernels.items())
-    return seen, done / least
+    return Counted(seen, done / least, decoding(sizes, case.sizes[0]))
+
+
+def decoding(shapes: Shapes, size: tuple[int, int]) -> dict[str, float]:
+    """Bytes that the decode steps of each answer must move, for one row behind one image."""
+    tokens = size[0] * size[1] // (shapes.patch * shapes.merge) ** 2
+    prefix = PINNED.head + tokens + PINNED.tail
+    found = {}
+    for question, limit in (("ask", PINNED.query), ("ground", PINNED.box)):
+        context = prefix + getattr(PINNED, question) + limit - 1
+        found[f"{question}: decode"] = (limit - 1) * decode_bytes(shapes, 1, context)
+    return found
+
+
+def decode_share(found: Counted) -> dict[str, float]:
+    """By card, for a step of one row: time at the memory's full bandwidth over the sum rule's."""
+    shares = {}
+    for card in CARDS:
+        tallies = [found.seen.by_phase[name] for name in found.decoding]
+        told = sum(floor(t, card) + t.launches * SECONDS_IN_LINE for t in tallies)
+        shares[card.name] = sum(found.decoding.values()) / card.bandwidth / told
+    return shares
 
 
 def table(seen: Launches, verbose: bool) -> None:
@@ -118,8 +151,9 @@ def show(found: dict[str, dict[str, float]], images: int, goal: float | None) ->
         print(f"    goal on an H200: {1e3 * goal:.0f} ms")
 
 
-def document(seen: Launches, ratio: float, found: dict) -> dict:
+def document(case: Counted, found: dict) -> dict:
     """One case of the result file."""
+    seen = case.seen
     total = seen.total
     return {
         "launches": total.launches,
@@ -127,7 +161,7 @@ def document(seen: Launches, ratio: float, found: dict) -> dict:
         "reads": total.reads,
         "replays": total.replays,
         "kernels_inside_replays": total.inside,
-        "executed_over_minimal_flops": ratio,
+        "executed_over_minimal_flops": case.ratio,
         "phases": {
             name: {
                 "launches": t.launches,
@@ -166,12 +200,17 @@ def main(words: list[str]) -> None:
     cases = {}
     for name in args.case:
         case = CASES[name]
-        seen, ratio = counted(args.model, case)
+        known = counted(args.model, case)
+        seen = known.seen
         found = forecasts(seen)
-        cases[name] = document(seen, ratio, found)
-        print(f"\n== {name}: {args.model}, executed over minimal FLOPs {ratio:.3f}")
+        cases[name] = document(known, found)
+        print(f"\n== {name}: {args.model}, executed over minimal FLOPs {known.ratio:.3f}")
         table(seen, args.verbose)
         show(found, len(case.sizes), GOALS.get(name) if args.model == "qwen3-vl-2b" else None)
+        if name == "paper_1":
+            cases[name]["decode_share"] = decode_share(known)
+            shares = [f"{card} {value:.0%}" for card, value in cases[name]["decode_share"].items()]
+            print(f"    decoding, of the bandwidth floor: {', '.join(shares)}")
     if args.write:
         path = Path(str(RESULT).format(model=args.model))
         results = {

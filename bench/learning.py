@@ -1,20 +1,23 @@
 """Does it learn? Rewards x seeds on the embedded model, against an oracle and against controls, on
 scenes no setting was chosen on.
 
-    python bench/learning.py --quick                    one seed, few updates, every row: minutes on
-                                                        two cores
+    python bench/learning.py --quick                    one seed, few updates, every row without a
+                                                        comma: minutes on two cores
     python bench/learning.py --steps 500 --seeds 0 1 2  the study; resumable: a finished cell is
                                                         never run again
     python bench/learning.py --split validation …       for choosing settings; the reported split is
                                                         touched by the final table only
+    python bench/learning.py --minutes 10 --seeds 0 1 2  the same at equal time: every row gets as
+                                                        many updates as fit into so many CPU minutes
     python bench/learning.py --smoke                    every row, one update each, nothing kept:
                                                         does it run?
     python bench/learning.py --table                    rebuild table and curves, and the table in
                                                         docs/LEARNING.md, from the finished cells
 
-A cell is (row, seed, updates, split), one process, one thread, one JSON file under
+A cell is (row, seed, updates or minutes, split), one process, one thread, one JSON file under
 bench/results/learning/; its adapter stays in build/learning/, so that another split examines it
-without training it again. Left out: the method itself, which is the trainer's own
+without training it again. Minutes are CPU time of that thread: a few updates are timed first, and
+the schedule is laid over what fits. Left out: the method itself, which is the trainer's own
 (vise_fast/method/); training sees pixels only, the oracle's truth excepted.
 """
 
@@ -59,8 +62,19 @@ ROWS = {
     "random": "--reward.name random",
     "shuffled": "--reward.name shuffled",
     "oracle": "--reward.name oracle --reward.w_area 0",
+    "consensus": "--reward.preset consensus",
+    "consensus, shuffled": "--reward.preset consensus --reward.name shuffled",
+    "consensus, oracle": "--reward.preset consensus --reward.name oracle",
+    "likelihood": "--reward.preset consensus --update.consensus_by likelihood",
+    "likelihood, oracle": "--reward.preset consensus --update.consensus_by likelihood "
+    "--reward.name oracle",
 }
-"""The words of each row's configuration; the base is not trained."""
+"""The words of each row's configuration; the base is not trained. `consensus` and `likelihood` are
+not VISE's update; behind a comma their controls take another image's box, or the true one, in place
+of the consensus. The likelihood of the true box is plain supervised training.
+"""
+TIMED = 3
+"""Updates that are timed for `--minutes`, after one that is not."""
 
 FIGURES = {
     "greedy_iou": "greedy IoU",
@@ -79,8 +93,9 @@ FIGURES = {
 }
 RESCALED = "base, rescaled"
 MARK = "<!-- bench/learning.py --table -->"
-SPLIT_SEED = {"validation": 70_001, "reported": 110_003}
-SCENES = {"validation": 256, "reported": 512}
+SPLIT_SEED = {"validation": 70_001, "reported": 110_003, "fresh": 150_011}
+"""`reported` was looked at on 2026-11-21; `fresh` has not been yet."""
+SCENES = {"validation": 256, "reported": 512, "fresh": 512}
 CURVE = (
     "reward",
     "geometric",
@@ -98,9 +113,31 @@ CURVE = (
 )
 
 
-def cell_path(row: str, seed: int, steps: int, split: str) -> Path:
-    """Where a cell lies; the base has neither seed nor updates."""
-    name = f"{row.replace(' ', '-')}-s{seed}-u{steps}" if row != "base" else "base"
+@dataclass(frozen=True)
+class Length:
+    """How long a row is trained: so many updates, or as many as fit into so many CPU minutes."""
+
+    steps: int
+    minutes: int = 0
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return f"m{self.minutes}" if self.minutes else f"u{self.steps}"
+
+    def holds(self, cell: dict) -> bool:
+        """Whether a finished cell has this length; the base has all."""
+        if cell["row"] == "base":
+            return True
+        if self.minutes:
+            return cell.get("minutes", 0) == self.minutes
+        return cell.get("minutes", 0) == 0 and cell["steps"] == self.steps
+
+
+def cell_path(row: str, seed: int, length: Length, split: str) -> Path:
+    """Where a cell lies; the base has neither seed nor length."""
+    plain = row.replace(",", "").replace(" ", "-")
+    name = f"{plain}-s{seed}-{length.name}" if row != "base" else "base"
     return CELLS / f"{split}-{name}.json"
 
 
@@ -135,7 +172,7 @@ class Study:
         return cls(policy, FastEngine(policy.backbone, policy.tokens), Scenes(config), config)
 
 
-def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> dict:
+def run_cell(row: str, seed: int, length: Length, split: str, extra: list[str]) -> dict:
     """Train one row with one seed, unless its adapter lies there from another split, and examine
     it; the base is examined untrained.
     """
@@ -144,19 +181,25 @@ def run_cell(row: str, seed: int, steps: int, split: str, extra: list[str]) -> d
     from vise_fast.evaluate import held_out as evaluate
 
     torch.set_num_threads(1)
-    words = ["--train.seed", str(seed), "--train.steps", str(steps)]
+    path = ADAPTERS / cell_path(row, seed, length, "trained").stem
+    words = ["--train.seed", str(seed)]
     words += ["--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
-    study = Study.of(words + (ROWS[row] or "").split() + extra)
+    words += (ROWS[row] or "").split() + extra
     trains = ROWS[row] is not None
-    history = {"curve": [], "seconds": 0.0}
+    steps = length.steps
+    if trains and length.minutes:
+        steps = affordable(words, length.minutes, path.with_suffix(".json"))
+    study = Study.of([*words, "--train.steps", str(steps)])
+    history = {"curve": [], "seconds": 0.0, "cpu_seconds": 0.0}
     if trains:
-        history = trained(study, ADAPTERS / cell_path(row, seed, steps, "trained").stem)
+        history = trained(study, path)
     figures = evaluate.examine(study.engine, study.source, study.config, (trains,))[0].json()
     marks = {name: figures["marks"][name] for name in FIGURES if name in figures["marks"]}
     return {
         "row": row,
         "seed": seed,
         "steps": steps,
+        "minutes": length.minutes,
         "split": split,
         "extra": extra,
         "torch": torch.__version__,
@@ -191,11 +234,25 @@ def trained(study: Study, path: Path) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().clone() for name, p in parameters.items()}, adapter)
         about.write_text(json.dumps(history) + "\n")
-    return {name: history[name] for name in ("curve", "seconds")}
+    return {name: history.get(name, 0.0) for name in ("curve", "seconds", "cpu_seconds")}
 
 
-def train(study: Study) -> dict:
-    """A training as the trainer runs it: its curve and the seconds it took."""
+def affordable(words: list[str], minutes: int, about: Path) -> int:
+    """Updates of this configuration that fit into so many CPU minutes, timed here; those of the
+    training whose history lies at `about`, where there is one.
+    """
+    if about.exists():
+        return json.loads(about.read_text())["config"]["train"]["steps"]
+    study = Study.of([*words, "--train.steps", str(1 + TIMED)])
+    train(study, 1)
+    seconds = train(study, TIMED)["cpu_seconds"] / TIMED
+    return max(1, int(60 * minutes / seconds))
+
+
+def train(study: Study, updates: int | None = None) -> dict:
+    """A training as the trainer runs it, or its first updates: its curve, and the seconds and CPU
+    seconds it took.
+    """
     from vise_fast.method.experience import play_batch
     from vise_fast.method.learner import Learner
 
@@ -204,24 +261,30 @@ def train(study: Study) -> dict:
     truth = study.source.truth if config.reward.name == "oracle" else None
     curve = []
     start = time.monotonic()
-    for step in range(config.train.steps):
+    worked = time.process_time()
+    for step in range(config.train.steps if updates is None else updates):
         images = study.source.batch(step, config.train.batch)
         played = play_batch(study.engine, images, config, step, truth)
         metrics = learner.learn(played, step)
         curve.append({name: round(float(metrics[name]), 5) for name in CURVE if name in metrics})
-    return {"curve": curve, "seconds": round(time.monotonic() - start, 1)}
+    return {
+        "curve": curve,
+        "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+    }
 
 
 def spawn(
-    cells: list[tuple[str, int]], steps: int, split: str, workers: int, extra: list[str]
+    cells: list[tuple[str, int]], length: Length, split: str, workers: int, extra: list[str]
 ) -> None:
     """Run what is not finished, `workers` processes at a time."""
-    todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, steps, split).exists()]
+    todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, length, split).exists()]
     print(f"{len(cells) - len(todo)} cells finished, {len(todo)} to do")
 
     def one(cell: tuple[str, int]) -> int:
         row, seed = cell
-        words = ["--cell", row, "--seeds", str(seed), "--steps", str(steps), "--split", split]
+        words = ["--cell", row, "--seeds", str(seed), "--split", split]
+        words += ["--steps", str(length.steps), "--minutes", str(length.minutes)]
         return _run(f"{row} seed {seed}", [*words, *INTO, "--", *extra])
 
     with ThreadPoolExecutor(workers) as pool:
@@ -238,12 +301,12 @@ def _run(name: str, words: list[str]) -> int:
     return done.returncode
 
 
-def load_cells(steps: int, split: str) -> dict[str, list[dict]]:
-    """The finished cells of so many updates, by row; the base, and the base rescaled, first."""
+def load_cells(length: Length, split: str) -> dict[str, list[dict]]:
+    """The finished cells of one length, by row; the base, and the base rescaled, first."""
     found: dict[str, list[dict]] = {}
     for path in sorted(CELLS.glob(f"{split}-*.json")):
         cell = json.loads(path.read_text())
-        if cell["row"] == "base" or cell["steps"] == steps:
+        if length.holds(cell):
             found.setdefault(cell["row"], []).append(cell)
     if "base" in found:
         found[RESCALED] = [rescaled(found["base"][0])]
@@ -419,25 +482,30 @@ def _curve(name: str, cell: dict) -> list[float]:
     return [point.get(name, np.nan) for point in cell["curve"]]
 
 
-def write_table(steps: int, split: str) -> None:
+def write_table(length: Length, split: str) -> None:
     """results/learning.json, the curves, and the table on screen; the last line is the JSON."""
-    cells = load_cells(steps, split)
+    cells = load_cells(length, split)
     if "base" not in cells:
         sys.exit("the base has not been examined yet; run the study first")
     table = summarise(cells)
-    target = CELLS.parent / ("learning.json" if split == "reported" else f"learning-{split}.json")
-    target.write_text(json.dumps(_document(cells, table, steps, split), indent=1) + "\n")
+    kind = "" if split == "reported" else f"-{split}"
+    kind += f"-{length.name}" if length.minutes else ""
+    target = CELLS.parent / f"learning{kind}.json"
+    target.write_text(json.dumps(_document(cells, table, length, split), indent=1) + "\n")
     plot(cells, target.with_suffix(".png"))
-    if split == "reported":
+    if not kind:
         publish(show(table, cells), ROOT / "docs" / "LEARNING.md")
     print(show(table, cells))
     print(json.dumps({"learning": {row: _means(entries) for row, entries in table.items()}}))
 
 
-def _document(cells: dict[str, list[dict]], table: dict[str, dict], steps: int, split: str) -> dict:
+def _document(
+    cells: dict[str, list[dict]], table: dict[str, dict], length: Length, split: str
+) -> dict:
     any_cell = next(iter(cells.values()))[0]
+    long = f"--minutes {length.minutes}" if length.minutes else f"--steps {length.steps}"
     return {
-        "command": f"python bench/learning.py --steps {steps} --split {split}",
+        "command": f"python bench/learning.py {long} --split {split}",
         "seeds": _of_cells("seed", cells),
         "commit": _commit(),
         "date": date.today().isoformat(),
@@ -445,9 +513,10 @@ def _document(cells: dict[str, list[dict]], table: dict[str, dict], steps: int, 
         "torch": any_cell["torch"],
         "split": split,
         "scenes": any_cell["n"],
-        "updates": steps,
+        "updates": _of_cells("steps", cells),
         "table": table,
         "seconds": _of_cells("seconds", cells),
+        "cpu_seconds": _of_cells("cpu_seconds", cells),
     }
 
 
@@ -455,7 +524,7 @@ def _of_cells(key: str, cells: dict[str, list[dict]]) -> dict[str, list]:
     """One entry of each cell, by row."""
     found: dict[str, list] = {}
     for row, group in cells.items():
-        found[row] = [cell[key] for cell in group]
+        found[row] = [cell.get(key) for cell in group]
     return found
 
 
@@ -491,6 +560,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=500)
+    add("--minutes", type=int, default=0, help="CPU minutes of each training, instead of --steps")
     add("--split", choices=list(SPLIT_SEED), default="reported")
     add("--workers", type=int, default=2)
     add("--quick", action="store_true", help="one seed, 60 updates, the validation split")
@@ -500,6 +570,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.quick:
+        args.rows = [row for row in args.rows if "," not in row]
         args.seeds = [0]
         args.steps = 60
         args.split = "validation"
@@ -531,18 +602,19 @@ def main() -> None:
         keep_in(args.into)
     if args.smoke:
         sys.exit(smoke())
+    length = Length(args.steps, args.minutes)
     if args.cell:
-        result = run_cell(args.cell, args.seeds[0], args.steps, args.split, extra)
+        result = run_cell(args.cell, args.seeds[0], length, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)
-        place = cell_path(args.cell, args.seeds[0], args.steps, args.split)
+        place = cell_path(args.cell, args.seeds[0], length, args.split)
         place.write_text(json.dumps(_short(result), separators=(",", ":")) + "\n")
         return
     if not args.table:
         rows = [row for row in args.rows if row != "base"]
         cells = [("base", 0)]
         cells += [(row, seed) for seed, row in itertools.product(args.seeds, rows)]
-        spawn(cells, args.steps, args.split, args.workers, extra)
-    write_table(args.steps, args.split)
+        spawn(cells, length, args.split, args.workers, extra)
+    write_table(length, args.split)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ class NaiveEngine:
 
     batched = False
     keeps_keys = False
+    measures_attention = False
 
     def __init__(self, subject: Subject, config: Config, locked) -> None:
         self.tokens = Texts(locked)

@@ -4,6 +4,8 @@ the box's true IoU, and with its size?
     python bench/signals.py               the default configuration, 128 validation scenes
     python bench/signals.py --scenes 32 -- --rollout.views 2 --rollout.view_temperature 1
                                           any setting, behind --
+    python bench/signals.py --verdicts -- --reward.shared_controls true
+                                          fewer verdicts: does the reward still say the same?
 
 Two figures per piece, on drawn scenes whose true boxes training never sees: the correlation of its
 deviation from its group's mean with that of the true IoU (and of the log area: a piece that grows
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import NamedTuple
 
 import torch
 from learning import SPLIT_SEED, parted
@@ -104,6 +107,63 @@ def collect(scenes: int, extra: list[str]) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
+FULL = {
+    "reward.sufficiency": True,
+    "reward.controls": 1,
+    "reward.shared_controls": False,
+    "reward.settled": 0.0,
+    "reward.implied": 0.0,
+}
+"""What the verdicts of `--verdicts` are compared with."""
+
+
+class Judging(NamedTuple):
+    """One way to judge: evidence of the same boxes, verdicts asked for per image."""
+
+    evidence: Evidence
+    config: configuration.RewardConfig
+    verdicts: float
+
+
+def judged_in(config: configuration.Config, scenes: int) -> Judging:
+    """So many scenes under one configuration."""
+    policy = model.load(config)
+    engine = FastEngine(policy.backbone, policy.tokens)
+    source = Scenes(config)
+    size = config.train.batch
+    steps = -(-scenes // size)
+    found: list[Evidence] = []
+    for step in range(steps):
+        slices = play_batch(engine, source.batch(step, size), config, step, source.truth)
+        found += [played.evidence for played in slices]
+    count = engine.counters.take()["verdicts"] / (steps * size)
+    return Judging(join(found), config.reward, count)
+
+
+def compare_verdicts(scenes: int, extra: list[str]) -> dict:
+    """The reward of fewer verdicts beside that of all of them: correlation of their deviations from
+    the group's mean, and of each with the true IoU.
+    """
+    torch.set_num_threads(1)
+    config = configuration.load(None, ["--train.seed", str(SPLIT_SEED["validation"]), *extra])
+    few = judged_in(config, scenes)
+    full = judged_in(configuration.with_changes(config, FULL), scenes)
+    rows = usable(full.evidence).nonzero()[:, 0]
+    group = rows // config.rollout.samples
+    told = [pieces(way.evidence, way.config) for way in (few, full)]
+    mine, whole = ({n: deviation(v[rows].double(), group) for n, v in p.items()} for p in told)
+    return {
+        "bench": "signals --verdicts",
+        "scenes": scenes,
+        "boxes": len(rows),
+        "extra": extra,
+        "verdicts_per_image": [few.verdicts, full.verdicts],
+        "reward_with_full": correlation(mine["reward"], whole["reward"]),
+        "semantic_with_full": correlation(mine["R_sem"], whole["R_sem"]),
+        "reward_with_iou": [correlation(p["reward"], p["true IoU"]) for p in (mine, whole)],
+    }
+
+
 def measure(scenes: int, extra: list[str]) -> dict:
     """Both figures of each piece."""
     torch.set_num_threads(1)
@@ -139,10 +199,14 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=128)
     parser.add_argument("--smoke", action="store_true", help="one small batch")
+    parser.add_argument("--verdicts", action="store_true", help="fewer verdicts against all")
     args = parser.parse_args(own)
     if args.smoke:
         args.scenes = 2
         extra = ["--train.batch", "2", "--rollout.samples", "4"]
+    if args.verdicts:
+        print(json.dumps(compare_verdicts(args.scenes, extra)))
+        return
     document = measure(args.scenes, extra)
     print(
         f"{document['boxes']} boxes of {document['groups']} questions; mean true IoU "

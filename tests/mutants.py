@@ -63,15 +63,17 @@ WRONG_PLUGINS = [
 GPU_WAYS = "tests/engine/test_gpu_ways.py"
 OWN_TESTS = {
     "vise_fast/method/as_released.py": [METHOD + "as_released.py"],
+    "vise_fast/method/consensus.py": [METHOD + "consensus.py"],
     "vise_fast/method/evidence.py": [METHOD + "evidence.py"],
     "vise_fast/method/experience.py": [METHOD + "experience.py", MICRO_BATCHES],
     "vise_fast/method/invented.py": [METHOD + "invented.py", METHOD + "plugin.py", "-k", PLUGIN],
     "vise_fast/method/learner.py": [METHOD + "learner.py", "-k", LEARNER],
     "vise_fast/method/loss.py": [METHOD + "loss.py"],
-    "vise_fast/method/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
+    "vise_fast/system/plugin.py": [METHOD + "plugin.py", "-k", PLUGIN],
     "vise_fast/method/rewards.py": [METHOD + "rewards.py", *WRONG_PLUGINS],
     "vise_fast/method/roles.py": [METHOD + "roles.py"],
     "vise_fast/method/step_plan.py": [METHOD + "step_plan.py"],
+    "vise_fast/method/verdicts.py": [METHOD + "verdicts.py", METHOD + "experience.py"],
     "vise_fast/images/geometry.py": ["tests/images/test_geometry.py"],
     "vise_fast/images/views.py": ["tests/images/test_views.py"],
     "vise_fast/engine/rollout.py": ["tests/engine/test_rollout.py", "tests/engine/test_fast.py"],

@@ -55,6 +55,7 @@ def test_the_trainer_runs_as_typed_with_no_variable_set(checkout):
     run("make", STAMP, cwd=checkout)
     text = run(".venv/bin/python", "-m", "vise_fast.train", "--help", cwd=checkout)
     assert "--train.steps" in text
+    assert text == run(".venv/bin/vise-fast", "train", "--help", cwd=checkout)
 
 
 def test_the_environment_moves_with_the_checkout(checkout, tmp_path):

@@ -1,8 +1,10 @@
 """Every script of examples/ is run on the embedded model, with fewer updates and scenes."""
 
 import ast
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ WORDS = {
     "estimate_memory": ["nano", "8"],
     "train_from_python": ["2"],
     "read_metrics": ["runs/nano"],
+    "picture_before_and_after": ["runs/nano", "boxes.png", "2"],
 }
 """What each script is given; reward_plugin.py is no script but what the trainer is given."""
 SAYS = {
@@ -38,6 +41,7 @@ SAYS = {
     "ask_about_one_picture": "it names",
     "estimate_memory": "GiB",
     "train_from_python": "rank 16",
+    "picture_before_and_after": "adapter  mean IoU",
     "read_metrics": "2 updates of 2 images",
 }
 
@@ -71,6 +75,35 @@ def test_an_example_runs(name, workplace, monkeypatch, capsys):
     assert SAYS.get(name, "") in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_first_real_run_ends_with_a_report_and_goes_on_where_it_was(workplace):
+    """On the embedded model; again, it finds the run finished and ends well."""
+    script = ROOT / "examples" / "first_real_run.sh"
+    # both prompts and pictures as small as they go
+    small = [*SMALL[1:], "--data.max_pixels=16384"]
+    environment = os.environ | {
+        "CONFIGS": "nano",
+        "STEPS": "1",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    }
+    command = ["bash", str(script), "photos", "runs/first", *small]
+    for _ in range(2):
+        options = {"capture_output": True, "text": True, "env": environment, "cwd": workplace}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    run = workplace / "runs" / "first" / "nano"
+    assert (run / "report.html").is_file() and (run / "adapter").is_dir()
+    assert len(console.read_lines(run / "metrics.jsonl")) == 1
+    assert "make consumers" in done.stdout
+
+
+def test_the_first_real_run_ends_at_what_is_wrong(workplace):
+    script = ROOT / "examples" / "first_real_run.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=workplace)
+    assert done.returncode != 0 and "give a folder of images" in done.stderr
+
+
 def test_the_reward_of_the_example_trains(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     plugin = ROOT / "examples" / "reward_plugin.py"
@@ -82,7 +115,8 @@ def test_the_reward_of_the_example_trains(workplace, monkeypatch):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES} == {*WORDS, "reward_plugin"}
+    plugins = {"reward_plugin", "view_plugin", "family_plugin"}  # test_plugins.py
+    assert {path.stem for path in EXAMPLES} == {*WORDS, *plugins}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ NEEDED = [
     "vise_fast",
     "kernels",
     "configs",
+    "examples",
     "CMakeLists.txt",
     "pyproject.toml",
     "README.md",
@@ -142,6 +143,29 @@ def test_a_wheel_holds_every_preset_and_shape(plain_wheel):
     assert expected == {n for n in names_in(plain_wheel) if n.startswith("vise_fast/configs/")}
 
 
+def test_a_wheel_holds_the_examples_and_the_console_script(plain_wheel):
+    names = names_in(plain_wheel)
+    examples = {f"vise_fast/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+    assert len(examples) > 5 and examples <= set(names)
+    (entry,) = [name for name in names if name.endswith("entry_points.txt")]
+    text = zipfile.ZipFile(plain_wheel).read(entry).decode()
+    assert "vise-fast = vise_fast.__main__:run" in text.replace("=", " = ").replace("  ", " ")
+
+
+def test_the_console_script_runs_from_anywhere(site, tmp_path):
+    """As pip writes it: no checkout, no variable but the folder that was installed into."""
+    words = [str(Path(site) / "bin" / "vise-fast"), "train", "--config", "qwen3-vl-2b", "--help"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={"PATH": os.defpath, "PYTHONPATH": site},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--train.steps 500" in done.stdout and "--train.lr 1e-06" in done.stdout
+
+
 @pytest.mark.parametrize("script", [TRY_EVERY_OP, TRY_EVERY_FILE], ids=["ops", "files"])
 def test_a_wheel_without_a_compiler_works_once_installed(script, site, tmp_path):
     done = subprocess.run(
@@ -168,6 +192,7 @@ def test_a_source_archive_holds_what_a_wheel_is_made_from(tmp_path):
     with tarfile.open(archive) as file:
         names = [name.partition("/")[2] for name in file.getnames()]
     assert "vise_fast/train.py" in names and "kernels/csrc/module.cpp" in names
+    assert "examples/train_on_a_folder.py" in names
     assert "configs/qwen3-vl-2b.yaml" in names and "configs/models/qwen3-vl-2b.json" in names
     assert not natives(names)
 

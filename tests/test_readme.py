@@ -2,9 +2,9 @@
 where it is not.
 """
 
-import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -12,6 +12,7 @@ import pytest
 import skimage.data
 
 from vise_fast import train
+from vise_fast.__main__ import main
 from vise_fast.system import console
 
 ROOT = Path(__file__).parents[1]
@@ -31,23 +32,32 @@ TRAIN = [
 # What is added to a command to make it small, and the exit code it has on a machine without the
 # real weights.
 SMALL = {
-    "python -m vise_fast.train": ([*TRAIN, "--run.dir", "{tmp}/fresh"], 0),
-    "python -m vise_fast.train --help": ([], 0),
-    "python -m vise_fast.doctor": ([], None),
-    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos --dry-run": (
+    "vise-fast train": ([*TRAIN, "--run.dir", "{tmp}/fresh"], 0),
+    "vise-fast train --help": ([], 0),
+    "python -m vise_fast.train": (["--help"], 0),
+    "vise-fast doctor": ([], None),
+    "vise-fast evaluate --adapter runs/nano/adapter --alphas 0,0.5,1 "
+    "--json runs/nano/strengths.json": (["--scenes", "4"], 0),
+    "vise-fast table --adapter runs/nano/adapter --out tables/nano --tasks drawn": (
+        ["--dry-run"],
+        None,
+    ),
+    "vise-fast compare runs/nano runs/nano-2": (["--out", "{tmp}/compare.html"], 0),
+    "vise-fast sweep sweep.yaml": (["--dry-run"], 0),
+    "vise-fast train --config qwen3-vl-2b --data.dir photos --dry-run": (
         [],
         4,
     ),
-    "python -m vise_fast.train --config configs/qwen3-vl-2b.yaml --data.dir photos": (
+    "vise-fast train --config qwen3-vl-2b --data.dir photos": (
         ["--model.path", "nano", *TRAIN, "--run.dir", "{tmp}/real"],
         0,
     ),
-    "python -m vise_fast.evaluate --adapter runs/nano/adapter": (["--scenes", "4"], 0),
-    "python -m vise_fast.report runs/nano": ([], 0),
-    "python -m vise_fast.infer --adapter runs/nano/adapter --image photo.jpg": ([], 0),
-    "python -m vise_fast.merge --adapter runs/nano/adapter --out merged": ([], 0),
-    "python -m vise_fast.export --form linked --adapter runs/nano/adapter --out linked": ([], 0),
-    "python -m vise_fast.estimate --config configs/qwen3-vl-8b.yaml": (
+    "vise-fast evaluate --adapter runs/nano/adapter": (["--scenes", "4"], 0),
+    "vise-fast report runs/nano": ([], 0),
+    "vise-fast infer --adapter runs/nano/adapter --image photo.jpg": ([], 0),
+    "vise-fast merge --adapter runs/nano/adapter --out merged": ([], 0),
+    "vise-fast export --form linked --adapter runs/nano/adapter --out linked": ([], 0),
+    "vise-fast estimate --config qwen3-vl-8b": (
         ["--data.dir", "photos"],
         None,
     ),
@@ -56,13 +66,15 @@ ELSEWHERE = {
     "make train",
     "make test",
     "pip install -c constraints.txt -e .",
+    "vise-fast demo --adapter runs/nano/adapter",  # tests/demo
+    "vise-fast report runs/nano --live",  # tests/report/test_live.py
 }  # .ci/run and test_packaging.py
 
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`(python -m [^`]+)`", README)
+    inline = re.findall(r"`((?:vise-fast|python -m) [^`]+)`", README)
     return list(dict.fromkeys(line for line in [*lines, *inline] if line))
 
 
@@ -80,6 +92,8 @@ def workplace(tmp_path_factory):
     PIL.Image.fromarray(skimage.data.chelsea()).save(home / "photo.jpg")
     (home / "configs").symlink_to(ROOT / "configs")
     assert console.run(train.main, [*TRAIN, "--run.dir", str(home / "runs" / "nano")]) == 0
+    shutil.copytree(home / "runs" / "nano", home / "runs" / "nano-2")
+    (home / "sweep.yaml").write_text("config: nano\ngrid: {train.seed: [0, 1]}\n")
     return home
 
 
@@ -90,9 +104,7 @@ def test_command_runs(command, workplace, tmp_path, monkeypatch, capsys):
     assert command in SMALL, f"a new command in the README: {command}"
     extra, code = SMALL[command]
     monkeypatch.chdir(workplace)
-    program, *words = shlex.split(command.removeprefix("python -m "))
-    package = (ROOT / program.replace(".", "/")).is_dir()
-    main = importlib.import_module(program + ".__main__" * package).main
+    words = shlex.split(command.replace("python -m vise_fast.", "vise-fast "))[1:]
     got = console.run(main, [*words, *(word.format(tmp=tmp_path) for word in extra)])
     assert got == code or code is None and got in (0, 4, 5), capsys.readouterr().err
 

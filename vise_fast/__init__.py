@@ -1,6 +1,14 @@
 """vise_fast: Visual Invariance Self-Evolution of vision-language models on one GPU."""
 
 import logging
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # a checkout runs under any Python
+    sys.stderr.write(
+        f"error: Python {sys.version.split()[0]} is too old ({sys.executable}); vise_fast needs "
+        "3.11 or newer; say make PYTHON=/path/to/python3.11, or use that one\n"
+    )
+    sys.exit(4)
 
 from vise_fast.system import threads
 

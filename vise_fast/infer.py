@@ -10,6 +10,11 @@ batches, sampling.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("infer")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +26,6 @@ from PIL import ImageDraw
 from torch import Tensor
 
 from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
@@ -35,10 +39,7 @@ from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
 
 ORANGE = (255, 126, 30)
-SYNTAX = Syntax(
-    options=origin.OPTIONS | {"image": "photo.jpg", "query": "TEXT", "draw": "FILE.png"},
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("infer")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     console = Console()
     if given.help:
-        console.say(__doc__)
+        console.say(commands.page("infer", words))
         return 0
     if given["image"] is None:
         raise ConfigError(

@@ -8,6 +8,11 @@ Without a directory they go into configs/.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("lowmem")  # before what takes seconds to import
+
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -17,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.estimate.planner import GIB, Plan, plan
 from vise_fast.system import console
@@ -138,10 +142,10 @@ def _words(held: Plan) -> str:
 
 def main(words: Sequence[str]) -> int:
     """The command: into `configs`, or the directory given."""
-    given = Syntax(positional=1).parse(words)
+    given = commands.syntax("lowmem").parse(words)
     out = Console()
     if given.help:
-        out.say(__doc__)
+        out.say(commands.page("lowmem", words))
         return 0
     return write(Path(given.positional[0] if given.positional else "configs"), out)
 

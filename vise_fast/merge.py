@@ -11,28 +11,27 @@ asks for it.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("merge")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 
-from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
 from vise_fast.export import __main__ as export
 from vise_fast.export.merged import Loss, merge
 from vise_fast.system.console import Console, run
 
 __all__ = ["Loss", "main", "merge"]
-SYNTAX = Syntax(
-    options=origin.OPTIONS | {"out": "DIR", "dtype": "float32"},
-    flags=("lossy",),
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("merge")
 
 
 def main(words: Sequence[str]) -> int:
     """The command."""
     given = SYNTAX.parse(words)
     if given.help:
-        Console().say(__doc__)
+        Console().say(commands.page("merge", words))
         return 0
     given.values = dict.fromkeys(export.SYNTAX.options) | given.values | {"form": "merged"}
     return export.export(given)

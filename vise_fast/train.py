@@ -9,17 +9,23 @@ run/directory.py.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("train")  # before what takes seconds to import
+
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from vise_fast.config import origin, settings
-from vise_fast.config.command_line import Syntax
+from vise_fast.config import origin, schema, settings
 from vise_fast.config.schema import Config
+from vise_fast.config.share import share
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
@@ -29,49 +35,70 @@ from vise_fast.method import rewards
 from vise_fast.method.experience import Played, Truth, attention_share, play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
+from vise_fast.ranks.joined import joined
+from vise_fast.ranks.ranks import Ranks
+from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.directory import Run
 from vise_fast.run.dry_run import dry_run
+from vise_fast.run.follower import open_run
 from vise_fast.run.out_of_memory import Halving
 from vise_fast.run.resume import refuse_changes, resolve
 from vise_fast.system import allocator, console, threads
-from vise_fast.system.signals import Interrupted, Signals
+from vise_fast.system.signals import Interrupted, Signals, heard
 
-SYNTAX = Syntax(
-    options={"config": "FILE.yaml", "resume": "auto"}, flags=("dry-run",), settings=origin.SETTINGS
-)
+SYNTAX = commands.syntax("train")
 
 
 def main(words: Sequence[str]) -> int:
     """The command: parse, then train, explain (--dry-run) or help."""
     given = SYNTAX.parse(words)
     if given.help:
-        console.Console().say(__doc__ + "\n" + settings.help_text(Config))
+        console.Console().say(commands.page("train", words))
         return 0
-    threads.settle(console.Console().say)
-    stated = origin.stated(given)
-    config = origin.from_adapter(origin.configuration(given), stated)
-    if "dry-run" in given.flags:
-        return dry_run(config)
-    return train(config, stated=stated)
+    with joined() as ranks:
+        screen = console.Console.of_rank(ranks.rank)
+        threads.settle(screen.say)
+        stated = origin.stated(given)
+        config = origin.from_adapter(origin.configuration(given), stated)
+        for note in origin.preset_notes(given):
+            screen.warn(note)
+        if "dry-run" in given.flags:
+            return dry_run(config, ranks)
+        verbose = "verbose" in given.flags
+        return train(config, stated=stated, ranks=ranks, verbose=verbose)
 
 
 def train(
-    config: Config, truth: Truth | None = None, stated: Mapping[str, Any] | None = None
+    config: Config,
+    truth: Truth | None = None,
+    stated: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    verbose: bool = False,
 ) -> int:
     """One run, start to finish. truth: tells true boxes, for a reward that asks for them (None: the
     drawn scenes' own); stated: the settings that were asked for by name (those that differ from
-    their defaults): a resumed run takes the others from its own configuration.
+    their defaults): a resumed run takes the others from its own configuration; ranks: the processes
+    that train it together (None: those that a launcher started, this one alone where none did);
+    verbose: say which kernels run.
 
     Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
     """
-    start = resolve(config, settings.changed(config) if stated is None else stated)
-    rewards.check(start.config.reward, truth is not None or start.config.data.dir is None)
+    if ranks is None:
+        with joined() as ranks:
+            return train(config, truth, stated, ranks, verbose)
+    same_settings(ranks, config)
+    said = settings.changed(config) if stated is None else stated
+    start = ranks.first(lambda: resolve(config, said))
+    rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
     allocator.keep_freed_memory()
-    with Signals() as stop:
-        run = Run(start)
+    with heard() as stop:
+        run = open_run(start, ranks, verbose)
+        ranks.interrupted = stop.check
         try:
             whole(run, stop, truth)
+            ranks.end()
         except Interrupted as reason:
+            ranks.leave(reason.code)
             return run.interrupted(reason)
         except BaseException:  # SystemExit too: a reward of the user's may call it
             run.save_finished()
@@ -84,18 +111,23 @@ def train(
 def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
     """Load, look at the base, train, look again, export."""
     torch.use_deterministic_algorithms(run.config.train.deterministic)
+    ranks = run.ranks
+    ranks.ordered = run.config.train.deterministic
     with contextlib.closing(fitted_source(run)) as source:
         stop.check()
-        policy = model.load(run.config, say=run.console.warn)
+        own = share(run.config, ranks)
+        with run.console.working("loading the model"):
+            policy = ranks.node_by_node(lambda: model.load(own, say=run.console.warn))
         stop.check()
-        engine = open_engine(policy, run.config, run.console.warn)
+        engine = open_engine(policy, own, run.console.warn)
         engine.interrupted = stop.check
-        learner = Learner(policy, engine, run.config)
+        learner = Learner(policy, engine, own, ranks=ranks)
+        same_inputs(ranks, policy, source)
         run.resume(learner)
         run.opening(policy, source)
         stop.check()
         run.before(engine, source)
-        loop(run, engine, learner, source, truth or truth_of(source, run.config.reward))
+        loop(run, engine, learner, source, truth or truth_of(source, own.reward))
         run.finish(policy, engine, source)
         stop.check()
 
@@ -103,13 +135,15 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
 def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Truth | None) -> None:
     """The updates that are still to do."""
     config = run.config
-    in_memory = Halving(config, engine, learner, run.console.warn)
+    part = run.ranks.part(config.train.batch)
+    in_memory = Halving(learner.config, engine, learner, run.console.warn)
     with run.progress() as steps:
         while run.done < config.train.steps:
-            images = source.batch(run.done, config.train.batch)
-            step = Step(engine, learner, images, config, run.done, truth)
+            images = source.batch(run.done, config.train.batch, part)
+            step = Step(engine, learner, images, part.start, run.done, truth)
             slices, metrics = in_memory(step)
-            work = engine.counters.take() | in_memory.figures() | source.figures()
+            counts = engine.counters.take() | in_memory.figures() | source.figures()
+            work = run.ranks.work(counts, len(images), engine.device)
             steps.advance(metrics | work | {"phases": engine.clock.take()}, slices)
             run.keep()
             engine.interrupted()
@@ -120,20 +154,26 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
 
 @dataclass(frozen=True)
 class Step:
-    """One update, which can be done again where memory runs out."""
+    """One update, which can be done again where memory runs out. `images`: of the batch those that
+    stand behind `before` others.
+    """
 
     engine: Engine
     learner: Learner
     images: list[Image]
-    config: Config
+    before: int
     number: int
     truth: Truth | None
 
     def __call__(self) -> tuple[list[Played], dict]:
         """Play the batch and learn from it: (slices, metrics)."""
-        slices = play_batch(self.engine, self.images, self.config, self.number, self.truth)
-        attention = attention_share(slices)  # before the adapter moves: it may run out of memory
-        return slices, self.learner.learn(slices, self.number) | attention
+        learner = self.learner
+        slices = play_batch(
+            self.engine, self.images, learner.config, self.number, self.truth, self.before
+        )
+        # before the adapter moves: it may run out of memory
+        attention = attention_share(slices, learner.ranks)
+        return slices, learner.learn(slices, self.number) | attention
 
 
 def fitted_source(run: Run) -> Source:
@@ -142,18 +182,22 @@ def fitted_source(run: Run) -> Source:
     """
     config = run.config
     multiple = model.grid_multiple(config.model.path)
-    source = open_source(config, multiple, run.directory, run.console.warn)
+    ranks = run.ranks
+    opened = partial(open_source, multiple=multiple, directory=run.log_place, say=run.console.warn)
+    through = run.console.through
+    source = ranks.node_by_node(lambda: opened(config, through=through))
     if config.memory.budget_gb is None:
         return source
-    plan = estimate.plan(config, source)
+    with run.console.working("planning the memory of a step"):
+        plan = ranks.first(lambda: estimate.plan(config, source, ranks=ranks.count))
     run.console.say(str(plan))
     if run.resumed is not None:
         refuse_changes(plan.changes, run.directory)
-    run.config = plan.config
-    if plan.config.data.max_pixels == config.data.max_pixels:
+    run.config = schema.with_changes(config, plan.changes)
+    if run.config.data.max_pixels == config.data.max_pixels:
         return source
     source.close()
-    return open_source(plan.config, multiple, run.directory, run.console.warn)
+    return ranks.node_by_node(lambda: opened(run.config, through=through))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vise_kernels.rotate import rotate
 from vise_kernels.sample import sample
 from vise_kernels.swiglu import swiglu, swiglu_backward
 from vise_kernels.token_logprob import token_logprob
+from vise_kernels.unpack import unpack_int8, unpack_nf4
 from vise_kernels.up_gradient import up_gradient
 from vise_kernels.warp import warp
 
@@ -52,6 +53,8 @@ __all__ = [
     "swiglu",
     "swiglu_backward",
     "token_logprob",
+    "unpack_int8",
+    "unpack_nf4",
     "up_gradient",
     "warp",
 ]

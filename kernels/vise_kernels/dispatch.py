@@ -48,6 +48,8 @@ NATIVE_OPS = {
     "raised_swiglu": False,
     "raised_heads": False,
     "up_gradient": False,  # small products: PyTorch's own
+    "unpack_nf4": False,  # the library that packed them does it on a CPU
+    "unpack_int8": False,
     "merge_attention": False,  # a CPU's kernel takes all parts at once
 }
 CPU_ONLY = {"attention", "few_rows"}  # no Triton version

@@ -268,8 +268,10 @@ def _native(images: Images, plan: Plan) -> list[Tensor]:
 
 # One row per box: addresses of source, out, scratch, taps; width, height; box; region; radius, cell
 COLUMNS = 16
-TILE = 64
-STRETCH = 32  # pixels of a program's tile along both axes; samples per tensor-core product
+TILE = 64  # pixels of a program's tile along both axes
+STRETCH = 16  # samples per tensor-core product
+WARPS = 8  # of a tile: with fewer, or longer stretches, registers spill on sm_80 to sm_89
+ALIGNED = 8  # halves, 16 bytes: where rows of the scratch begin, so that they are loaded by vectors
 PIXELS = 1024  # per step of a cell's sum
 
 
@@ -331,9 +333,15 @@ def _band(taps, samples, outputs, radius):
 
 
 @jit
+def _pitch(width):
+    """Halves from one row of the scratch to the next; see ALIGNED."""
+    return tl.cdiv(width * 3, 8) * 8
+
+
+@jit
 def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl.constexpr):
-    """Blurs a tile of a region along x, from uint8 into its fp16 scratch (height, width, 3), as
-    levels minus 128: fp16's spacing is half of what it is at 255.
+    """Blurs a tile of a region along x, from uint8 into its fp16 scratch (height, 3 · width and
+    what fills the row up), as levels minus 128: fp16's spacing is half of what it is at 255.
     """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.uint8))
@@ -363,11 +371,14 @@ def _across_kernel(table, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRETCH: tl
             red += tl.dot(tl.load(at, mask=seen, other=128).to(tl.float16) - 128, band)
             green += tl.dot(tl.load(at + 1, mask=seen, other=128).to(tl.float16) - 128, band)
             blue += tl.dot(tl.load(at + 2, mask=seen, other=128).to(tl.float16) - 128, band)
-        to = scratch + (y.to(tl.int64)[:, None] * width + x[None, :]) * 3
-        inside = (y < height)[:, None] & (x < width)[None, :]
-        tl.store(to, red.to(tl.float16), mask=inside)
-        tl.store(to + 1, green.to(tl.float16), mask=inside)
-        tl.store(to + 2, blue.to(tl.float16), mask=inside)
+        pitch = _pitch(width)
+        j = x * 3
+        to = scratch + y.to(tl.int64)[:, None] * pitch + j[None, :]
+        there = (y < height)[:, None]
+        # to the end of the row: what fills it up is loaded too, and must be numbers
+        tl.store(to, red.to(tl.float16), mask=there & (j < pitch)[None, :])
+        tl.store(to + 1, green.to(tl.float16), mask=there & (j + 1 < pitch)[None, :])
+        tl.store(to + 2, blue.to(tl.float16), mask=there & (j + 2 < pitch)[None, :])
 
 
 @jit
@@ -383,13 +394,14 @@ def _down_kernel(
     bytes, three per pixel.
     """
     row = table + tl.program_id(1).to(tl.int64) * COLUMNS
-    scratch = tl.load(row + 2).to(tl.pointer_type(tl.float16))
+    scratch = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float16)), 16)
     taps = tl.load(row + 3).to(tl.pointer_type(tl.float32))
     left = _number(row, 10)
     top = _number(row, 11)
     radius = _number(row, 14)
     bytes = (_number(row, 12) - left) * 3
     height = _number(row, 13) - top
+    pitch = tl.multiple_of(_pitch(_number(row, 12) - left), 8)
     tiles = tl.maximum(tl.cdiv(bytes, TILE), 1)
     j0 = tl.program_id(0) % tiles * TILE
     y0 = tl.program_id(0) // tiles * TILE
@@ -399,8 +411,9 @@ def _down_kernel(
         level = tl.zeros((TILE, TILE), tl.float32)
         for start in range(y0 - radius, tl.minimum(y0 + TILE, height) + radius, STRETCH):
             sample = start + tl.arange(0, STRETCH)
-            at = scratch + _mirror(sample, height).to(tl.int64)[:, None] * bytes + j[None, :]
-            seen = (sample < height + radius)[:, None] & (j < bytes)[None, :]
+            at = scratch + _mirror(sample, height).to(tl.int64)[:, None] * pitch + j[None, :]
+            # what fills a row up is loaded too, into columns that nobody stores
+            seen = (sample < height + radius)[:, None] & (j < pitch)[None, :]
             level += tl.dot(
                 _band(taps, sample[None, :], y[:, None], radius), tl.load(at, mask=seen, other=0)
             )
@@ -510,17 +523,19 @@ def _launch_blur(boxes: _Table, plan: Plan) -> None:
     begin = dict(zip(parts, starts, strict=True))
     taps = torch.cat(list(parts.values())).to(boxes.device, non_blocking=True)
     taps_at = taps.data_ptr() + 4 * torch.tensor([begin[key] for key in keys])
-    values = 3 * boxes.extent[:, 0] * boxes.extent[:, 1]
+    pitch = (3 * boxes.extent[:, 0] + ALIGNED - 1) // ALIGNED * ALIGNED
+    values = pitch * boxes.extent[:, 1]
     scratch = torch.empty(int(values.sum()), dtype=torch.float16, device=boxes.device)
     scratch_at = scratch.data_ptr() + 2 * _starts(values)
     radius = torch.tensor(plan.radius)
     table = boxes.on_device(scratch_at, taps_at, radius, torch.ones_like(radius))
     tiles = (boxes.extent + TILE - 1) // TILE
     grid = (int(tiles.prod(1).max()), len(table))
-    launch(_across_kernel, grid, table, COLUMNS, TILE, STRETCH)
+    launch(_across_kernel, grid, table, COLUMNS, TILE, STRETCH, num_warps=WARPS)
     tiles = (boxes.extent * torch.tensor([3, 1]) + TILE - 1) // TILE
     grid = (int(tiles.prod(1).max()), len(table))
-    launch(_down_kernel, grid, table, plan.feather, COLUMNS, TILE, STRETCH, plan.outside)
+    sizes = (COLUMNS, TILE, STRETCH, plan.outside)
+    launch(_down_kernel, grid, table, plan.feather, *sizes, num_warps=WARPS)
 
 
 def _launch_cells(boxes: _Table, plan: Plan) -> None:

@@ -28,6 +28,7 @@ from vise_kernels.rotate import rotate
 from vise_kernels.sample import sample
 from vise_kernels.swiglu import swiglu, swiglu_backward
 from vise_kernels.token_logprob import token_logprob
+from vise_kernels.unpack import Coarse, Nibbles, unpack_int8, unpack_nf4
 from vise_kernels.up_gradient import up_gradient
 from vise_kernels.warp import warp
 
@@ -212,6 +213,21 @@ def _rotate(g: Given) -> list[Tensor]:
     return [rotate(g.draw(9, 11, 24), angle.cos(), angle.sin(), path=g.path)]
 
 
+def _unpack_nf4(g: Given) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randint(0, 256, (37 * 35 + 41,), generator=generator)
+    data = drawn.to(torch.uint8).to(g.device)
+    coarse = Coarse(g.wide(256), g.wide(1, seed=1), g.wide(1, seed=2)[0], 256)
+    weight = Nibbles(data[: 37 * 35], g.wide(16), data[-41:], 64, coarse)
+    return [unpack_nf4(weight, (37, 70), g.dtype, path=g.path)]
+
+
+def _unpack_int8(g: Given) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randint(-128, 128, (9, 1100), generator=generator).to(torch.int8).to(g.device)
+    return [unpack_int8(weight, g.wide(9).abs(), g.dtype, path=g.path)]
+
+
 PROOFS: dict[str, Callable[[Given], list[Tensor]]] = {
     "ghost": _ghost,
     "warp": _warp,
@@ -233,6 +249,8 @@ PROOFS: dict[str, Callable[[Given], list[Tensor]]] = {
     "recast": _recast,
     "add_layer_norm": _add_layer_norm,
     "rotate": _rotate,
+    "unpack_nf4": _unpack_nf4,
+    "unpack_int8": _unpack_int8,
 }
 
 

@@ -43,7 +43,9 @@ def test_a_part_leaves_a_line_behind(tmp_path):
         "machine.json",
         "results.jsonl",
         "log.txt",
+        "goals.md",
     }
+    assert "| S1 paper, 1 image |" in (tmp_path / "goals.md").read_text()
     (line,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert line["part"] == "launches" and line["status"] == "done"
     assert line["document"]["paper_1"]["blocking_copies"] == 0

@@ -16,6 +16,8 @@ import learning
 import signals
 
 ROOT = Path(__file__).parents[2]
+ONE = learning.Length(1)
+FIVE = learning.Length(5)
 
 
 def cell(row, seed, iou, n=200, steps=5):
@@ -47,11 +49,11 @@ def cells(tmp_path, monkeypatch):
         cell("random", 0, 0.40),
     ]
     for one in made:
-        learning.cell_path(one["row"], one["seed"], 5, "validation").write_text(json.dumps(one))
-    learning.cell_path("robust", 0, 9, "validation").write_text(
+        learning.cell_path(one["row"], one["seed"], FIVE, "validation").write_text(json.dumps(one))
+    learning.cell_path("robust", 0, learning.Length(9), "validation").write_text(
         json.dumps(cell("robust", 0, 0.9, steps=9))
     )
-    return learning.load_cells(5, "validation")
+    return learning.load_cells(FIVE, "validation")
 
 
 def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
@@ -69,6 +71,31 @@ def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
 
 def test_cells_of_other_lengths_stay_out(cells):
     assert [c["seed"] for c in cells["robust"]] == [0, 1, 2]
+
+
+def test_cells_of_so_many_minutes_are_a_table_of_their_own(cells):
+    ten = learning.Length(0, 10)
+    timed = cell("robust", 1, 0.6, steps=5) | {"minutes": 10}
+    learning.cell_path("robust", 1, ten, "validation").write_text(json.dumps(timed))
+    assert list(learning.load_cells(ten, "validation")) == ["base", learning.RESCALED, "robust"]
+    assert [c["seed"] for c in learning.load_cells(FIVE, "validation")["robust"]] == [0, 1, 2]
+
+
+def test_as_many_updates_are_trained_as_fit_into_the_time(tmp_path, monkeypatch):
+    """A tenth of a second each; examined on another split, the training is not timed again."""
+    asked = []
+
+    def timed(study, updates):
+        asked.append(updates)
+        return {"cpu_seconds": 0.1 * updates}
+
+    monkeypatch.setattr(learning.Study, "of", lambda words: words)
+    monkeypatch.setattr(learning, "train", timed)
+    assert learning.affordable([], 2, tmp_path / "none.json") in (1199, 1200)
+    assert asked == [1, learning.TIMED]
+    about = tmp_path / "about.json"
+    about.write_text(json.dumps({"config": {"train": {"steps": 77}}}))
+    assert learning.affordable([], 2, about) == 77
 
 
 def test_the_base_rescaled_is_a_row_of_its_own(cells):
@@ -97,18 +124,18 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     for split in learning.SCENES:
         monkeypatch.setitem(learning.SCENES, split, 4)
     words = ["--train.batch", "2", "--rollout.samples", "2"]
-    result = learning.run_cell("oracle", 0, 1, "validation", words)
+    result = learning.run_cell("oracle", 0, ONE, "validation", words)
     monkeypatch.setattr(learning, "train", None)
     again, elsewhere = (
-        learning.run_cell("oracle", 0, 1, split, words) for split in ("validation", "reported")
+        learning.run_cell("oracle", 0, ONE, split, words) for split in ("validation", "reported")
     )
     assert again == result
     assert elsewhere["curve"] == result["curve"], "examined again, not trained again"
     assert elsewhere["marks"] != result["marks"]
     assert result["row"] == "oracle" and len(result["curve"]) == 1
     assert {"greedy_iou", "sampled_iou"} <= set(result["marks"])
-    learning.cell_path("oracle", 0, 1, "validation").write_text(json.dumps(result))
-    learning.spawn([("oracle", 0)], 1, "validation", 1, [])
+    learning.cell_path("oracle", 0, ONE, "validation").write_text(json.dumps(result))
+    learning.spawn([("oracle", 0)], ONE, "validation", 1, [])
     assert "1 cells finished, 0 to do" in capsys.readouterr().out
 
 

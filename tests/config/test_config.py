@@ -149,6 +149,8 @@ def test_a_wrong_override_is_one_line(words, parts):
             ["--rollout.samples", "1", "--update.advantage", "dr_grpo"],
             "rollout.samples to 2 or more",
         ),
+        (["--update.advantage=ema", "--rollout.temperature=0.9"], "update.tempered"),
+        (["--reward.preset=as_released", "--update.consensus=0.5"], "update.consensus"),
         (["--update.beta_min", "1", "--update.beta_max", "0.5"], "beta_min"),
         (["--update.beta", "1000"], "beta_max"),
         (["--data.min_pixels", "400000"], "min_pixels"),
@@ -171,8 +173,10 @@ def test_settings_that_contradict_each_other_are_refused(words, part):
     assert part in complaint(None, *words)
 
 
-def test_one_sample_is_fine_with_a_running_baseline():
-    assert load(None, ["--rollout.samples", "1", "--update.advantage", "ema"]).rollout.samples == 1
+@pytest.mark.parametrize("right", ["--update.tempered=true", "--rollout.temperature=1"])
+def test_one_sample_is_fine_with_a_running_baseline(right):
+    words = ["--rollout.samples", "1", "--update.advantage", "ema", right]
+    assert load(None, words).rollout.samples == 1
 
 
 def test_several_wrong_values_are_counted():
@@ -202,7 +206,10 @@ def test_several_wrong_values_are_counted():
         ("data:\n  dir: 2024\n", ["data.dir", "'2024'", "text"]),
         ("data:\n  dir: [a, b]\n", ["data.dir", "text"]),
         ("view:\n  scale: 1\n", ["view.scale", "2 numbers"]),
-        ("reward:\n  preset: best\n", ["reward.preset", "'best'", "robust, paper, as_released"]),
+        (
+            "reward:\n  preset: best\n",
+            ["reward.preset", "'best'", "robust, paper, as_released, consensus"],
+        ),
         ("1: 2\n", ["unknown key '1'"]),
         ("? [a, b]\n: 1\n", ["YAML"]),
         ("train:\n  ? {a: b}\n  : 1\n", ["YAML"]),

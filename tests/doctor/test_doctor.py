@@ -192,7 +192,7 @@ MACHINES = {
         "not installed",
     ),
     "no flash-attn": (
-        lambda m: absent(m, "flash_attn", "flash_attn_4", "flash_attn_interface"),
+        lambda m: absent(m, "flash_attn", "flash_attn_interface"),
         fast_paths.flash_attention,
         "OK",
         "torch's own",

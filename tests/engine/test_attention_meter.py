@@ -5,7 +5,7 @@ import torch
 from small_engines import ROWS, SIZES, engine_of, sampled, stock_inputs, switched
 from tiny import SHAPES, images
 
-from vise_fast.engine.attention_meter import image_share, log_sum_exp
+from vise_fast.engine.attention_meter import image_map, image_share, log_sum_exp
 from vise_fast.engine.rollout import Rollout, owners
 from vise_fast.model.tree import Grid, Part
 
@@ -67,6 +67,27 @@ def test_share_depends_on_the_adapters_and_lies_between_zero_and_one():
     off = measured(engine, pictures, answers, [0, 1, 2, 3], ROWS, False)
     assert on.shape == (3, 4) and ((on > 0) & (on < 1)).all()
     assert (on - off).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_map_of_the_image_equals_eager_weights(shape):
+    model, engine = engine_of(shape)
+    pictures = images(SIZES)
+    _, answers = sampled(engine, pictures, fan=1)
+    for n, picture in enumerate(pictures):
+        prefixes = engine.prefill(engine.encode([picture]), True)
+        found = image_map(engine, prefixes, ROWS[n], answers.select([n]))
+        answer = answers.rows()[n]
+        model.get_base_model().set_attn_implementation("eager")
+        inputs = stock_inputs(engine, picture, ROWS[n] + answer[:-1])
+        image = inputs["input_ids"][0] == engine.tokens.image_token
+        with switched(model, True):
+            layers = model(**inputs, use_cache=False, output_attentions=True).attentions
+        seen = torch.stack([w[0, :, -len(answer) :][..., image] for w in layers])
+        truth = (seen / seen.sum(-1, keepdim=True)).mean((0, 1, 2))
+        assert found.shape == truth.shape and (found - truth).abs().max() < 1e-5
+        assert abs(float(found.sum()) - 1) < 1e-5
 
 
 def test_log_sum_exp_of_a_shared_ragged_part():

@@ -132,6 +132,7 @@ def test_a_family_without_a_fast_forward_generates_as_its_own_generate_does():
     banned = torch.where(engine.banned)[0].tolist()
     for i, row in enumerate(answers.rows()):
         inputs = stock_inputs(engine, images(SIZES)[i], ROWS[i])
+        inputs["pixel_values"], _ = engine.backbone.pixels([images(SIZES)[i]])
         out = model.generate(
             **inputs,
             max_new_tokens=8,

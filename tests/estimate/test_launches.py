@@ -13,6 +13,7 @@ from vise_fast.config.places import SHAPES
 from vise_fast.config.schema import load
 from vise_fast.estimate.launches import count_step
 from vise_fast.method.step_plan import StepPlan
+from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, SHORTEST, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
@@ -79,6 +80,13 @@ def test_a_robust_step_of_eight_images():
     assert total.reads <= 8
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_step_on_a_quantised_base(quant):
+    total = counted("paper", 1, f"--model.quant={quant}").total
+    assert total.launches <= 9000
+    assert (total.blocking_copies, total.reads, total.replays) == (0, 6, 34)
+
+
 def test_kernels_of_a_layer(depths):
     steps = PINNED.query - 1
     assert more(depths, "ask: decode", "inside") <= 12 * steps
@@ -102,6 +110,32 @@ def test_mixed_sizes_wait_for_nothing():
     sizes = [(480, 640), (352, 512), (640, 480)]
     total = count_step(config, shapes(5), sizes).total
     assert total.blocking_copies == 0
+
+
+def from_a_list(hidden):
+    torch.tensor([0], device=hidden.device)
+
+
+def without_haste(hidden):
+    torch.zeros(1).to(hidden.device)
+
+
+def by_a_list(hidden):
+    hidden[[0]]
+
+
+@pytest.mark.parametrize("fault", [from_a_list, without_haste, by_a_list])
+def test_a_copy_that_waits_is_seen_wherever_it_hides(monkeypatch, fault):
+    """Planted before the head: once for every sampled token and verdict, in graphs too."""
+    usual = Qwen3VL.logits
+
+    def planted(backbone, hidden):
+        fault(hidden)
+        return usual(backbone, hidden)
+
+    monkeypatch.setattr(Qwen3VL, "logits", planted)
+    answered = PINNED.query + PINNED.box
+    assert counted("paper", 1, layers=5).total.blocking_copies >= answered
 
 
 # ---- the counter itself --------------------------------------------------------------------------
@@ -183,6 +217,28 @@ def test_only_inside_do_tensors_without_data_stand_for_a_gpus():
         assert stands_for_a_gpu(META) and not stands_for_a_gpu(torch.device("cpu"))
         assert choose("sample", META).path == "triton"
     assert choose("sample", META).path == "plain"
+
+
+@pytest.mark.parametrize(
+    "work, moved",
+    [
+        (lambda: torch.nn.functional.embedding(blank(3, dtype=torch.int64), blank(1000, 4)), 120),
+        (lambda: blank(1000, 4).index_select(0, blank(2, dtype=torch.int64)), 80),
+        (lambda: blank(9, 4).index_copy_(0, blank(2, dtype=torch.int64), blank(2, 4)), 96),
+        (lambda: blank(1, 4).expand(50, 4) + blank(50, 4), 16 + 2 * 800),
+    ],
+)
+def test_rows_that_nobody_touches_move_nowhere(work, moved):
+    ((kernel, _),) = [pair for pair in seen_of(work).kernels.items() if pair[0] != (0, 0)]
+    assert kernel == (0, moved)
+
+
+def test_on_a_cpus_tensors_every_operator_is_one_call():
+    with Launches("cpu") as seen:
+        (torch.ones(3, 4) @ torch.ones(4, 5)).view(15).logsumexp(0)
+    assert seen.total.names == {"aten.ones": 2, "aten.mm": 1, "aten.logsumexp": 1}
+    assert sum(flops for flops, _ in seen.total.kernels) == 2 * 3 * 4 * 5
+    assert seen.total.blocking_copies == 0
 
 
 # ---- the forecast --------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from vise_fast.evaluate.objects import lookalike
 from vise_fast.evaluate.table import side_by_side
 from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.images import geometry
+from vise_fast.images.albums.door import open_album
 from vise_fast.images.drawn import Scenes
-from vise_fast.images.folder import Folder
+from vise_fast.images.photographs import Photographs
 from vise_fast.method import roles
 from vise_fast.method.rewards import LARGE_AREA
 from vise_fast.model import load as model
@@ -317,7 +318,8 @@ def test_photographs_get_the_figures_that_need_no_labels(shipped, tmp_path):
             "--rollout.query_tokens=8",
         ],
     )
-    folder = Folder(tmp_path, photographs, model.grid_multiple("nano"), tmp_path / "bad.jsonl")
+    album = open_album(str(tmp_path))
+    folder = Photographs(album, photographs, model.grid_multiple("nano"), tmp_path / "bad.jsonl")
     found = evaluate.held_out(FastEngine(policy.backbone, policy.tokens), folder, photographs, True)
     assert found.n == 2 and {"attention_share", "own_parse_rate", "query_parse_rate"} <= set(
         found.values

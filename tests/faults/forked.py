@@ -56,6 +56,7 @@ TINY = {
 CURVES = [Plot(name, name, "", "<svg></svg>", name.encode() * 2000) for name in ("reward", "kl")]
 SECONDS = 300
 """A child that takes longer hangs, on whatever machine."""
+LOGS = ("out", "err", "calls")
 LOAD = load.load
 Act = Callable[[Call], None]
 
@@ -113,18 +114,40 @@ def go(
 
     kill_after_s: SIGKILL after so many seconds, if it is not over by then; the code is -9 then.
     """
+    child = begin(said, root, root.parent / f"{root.name}.logs", act, prepare)
+    return child.ended(kill_after_s)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A run in a process of its own, and where it writes what it says."""
+
+    pid: int
+    logs: Path
+
+    def ended(self, kill_after_s: float | None = None) -> Outcome:
+        """Wait for it."""
+        code = _wait(self.pid, kill_after_s)
+        texts = [(self.logs / name).read_text(errors="replace") for name in LOGS]
+        return Outcome(code, texts[0], texts[1], texts[2].splitlines())
+
+
+def begin(
+    said: Sequence[str],
+    root: Path,
+    logs: Path,
+    act: Act | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Child:
+    """One run in a child, which goes on by itself."""
     _warm()
-    logs = root.parent / f"{root.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
-    said_and_done = [logs / name for name in ("out", "err", "calls")]
-    for log in said_and_done:  # a child may be killed before it makes them
-        log.write_bytes(b"")
+    for name in LOGS:  # a child may be killed before it makes them
+        (logs / name).write_bytes(b"")
     child = os.fork()
     if child == 0:
         _live(said, root, logs, act, prepare)
-    code = _wait(child, kill_after_s)
-    texts = [log.read_text(errors="replace") for log in said_and_done]
-    return Outcome(code, texts[0], texts[1], texts[2].splitlines())
+    return Child(child, logs)
 
 
 @functools.cache

@@ -177,7 +177,12 @@ def test_gradients_that_stay_not_finite_end_a_run_after_saving_it(value, tmp_pat
 
     calls = []
     directory = tmp_path / "run"
-    settings = UNSAVED | {"train__batch": 4, "update__advantage": "ema", "train__steps": 9}
+    settings = UNSAVED | {
+        "train__batch": 4,
+        "update__advantage": "ema",
+        "update__tempered": True,
+        "train__steps": 9,
+    }
     said = words(directory, **settings)
     outcome = go(said, directory, prepare=lambda: setattr(Learner, "_totals", totals))
     ended(outcome, directory, code=6, saved=5)

@@ -8,7 +8,7 @@ from PIL import Image as Pillow
 
 from vise_fast.config.schema import load
 from vise_fast.images.drawn import Scenes
-from vise_fast.images.folder import Folder
+from vise_fast.images.photographs import Photographs
 from vise_fast.images.sources import open_source
 from vise_fast.system.errors import ConfigError, DataError
 
@@ -34,7 +34,7 @@ def test_a_folder_is_opened_on_the_grid_and_logs_where_the_run_lies(tmp_path, st
     words = [f"--data.dir={photographs}", f"--run.dir={tmp_path / 'run'}", "--data.max_bad_share=1"]
     where = tmp_path / "elsewhere" if stated else None
     with closing(open_source(load(None, words), 32, where)) as source:
-        assert isinstance(source, Folder)
+        assert isinstance(source, Photographs)
         assert source.sizes() == [(96, 128)]
     assert (tmp_path / ("elsewhere" if stated else "run") / "bad_images.jsonl").is_file()
 

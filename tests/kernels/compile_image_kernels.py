@@ -1,19 +1,23 @@
-"""Compiles the Triton kernels of the image ops to machine code for two GPU generations; needs no
+"""Compiles the Triton kernels of the image ops to machine code for one GPU generation; needs no
 GPU.
 
-Run by test_image_kernels_compile.py in a process of its own, because interpreted kernels cannot be
-compiled. One line per kernel.
+    python compile_image_kernels.py 86
+
+Run by test_triton_compiles.py in a process of its own, because interpreted kernels cannot be
+compiled. A line per kernel, as compile_token_kernels.py's.
 """
 
 import importlib
+import sys
 
-from compile_token_kernels import compiled
+from compile_token_kernels import compiled, resources
 
 TABLE = {"table": "*i64"}
 
 
 def ghost(module):
     sizes = {"COLUMNS": module.COLUMNS, "TILE": module.TILE, "STRETCH": module.STRETCH}
+    sizes["num_warps"] = module.WARPS
     yield "_across_kernel", TABLE, sizes
     for outside in (False, True):
         yield "_down_kernel", {**TABLE, "feather": "fp32"}, {**sizes, "OUTSIDE": outside}
@@ -56,12 +60,15 @@ def patchify(module):
     )
 
 
+OPS = (ghost, warp, resize, patchify)
+
+
 if __name__ == "__main__":
-    for op in (ghost, warp, resize, patchify):
+    capability = int(sys.argv[1])
+    for op in OPS:
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
-        for capability in (80, 90):
-            for name, arguments, constants in op(module):
-                code = compiled(getattr(module, name), arguments, constants, capability).asm[
-                    "cubin"
-                ]
-                print(op.__name__, name, f"sm_{capability}", len(code), "bytes")
+        for name, arguments, constants in op(module):
+            code = compiled(getattr(module, name), arguments, constants, capability)
+            if name == "_down_kernel":
+                assert "ld.global.b16" not in code.asm["ptx"], "no vectors: one half at a time"
+            print(op.__name__, name, *resources(code, capability), flush=True)

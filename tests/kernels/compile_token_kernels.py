@@ -170,6 +170,18 @@ def recast(x):
     yield "_kernel", {"table": LONGS, "like": x}, {"VALUES": 1024}
 
 
+def unpack(x):
+    given = {"bytes": BYTES, "levels": FLOATS, "codes": FLOATS, "of": FLOATS, "offset": FLOATS}
+    for coarse, scales in ((True, BYTES), (False, FLOATS)):
+        sizes = {"BLOCK": 64, "WIDE": 256, "COARSE": coarse, "BYTES": 1024}
+        yield "_nibble_kernel", {**given, "scales": scales, "out": x, "size": INT}, sizes
+    yield (
+        "_byte_kernel",
+        {"weight": "*i8", "peaks": FLOATS, "out": x, "width": INT},
+        {"BYTES": 1024},
+    )
+
+
 def heads(x):
     turn = {"q_weight": x, "k_weight": x, "cos": FLOATS, "sin": FLOATS}
     sizes = {"eps": "fp32", "queries": INT, "keys": INT}
@@ -216,11 +228,15 @@ def resources(code, capability):
     return registers, spilled, code.metadata.shared
 
 
+TOKENS = (token_logprob, sample, linear_logprob, decode_attention)
+LAYERS = (swiglu, rms_norm, heads, merge_attention, up_gradient, raised)
+OPS = (*TOKENS, *LAYERS, recast, add_layer_norm, rotate, unpack)
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     dtype = f"*{sys.argv[2]}"
-    ops = (token_logprob, sample, linear_logprob, decode_attention, swiglu, rms_norm, heads)
-    for op in (*ops, merge_attention, up_gradient, raised, recast, add_layer_norm, rotate):
+    for op in OPS:
         module = importlib.import_module(f"vise_kernels.{op.__name__}")
         for name, arguments, constants in op(dtype):
             code = compiled(getattr(module, name), arguments, constants, capability)

@@ -32,6 +32,8 @@ OPS = {
     "raised_heads",
     "add_layer_norm",
     "rotate",
+    "unpack_nf4",
+    "unpack_int8",
 }
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

@@ -9,14 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vise_kernels import linear_logprob
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
+from vise_fast.engine.rollout import Answered, Rollout
 from vise_fast.images.drawn import Scenes
+from vise_fast.method import consensus
 from vise_fast.method import learner as learners
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
 from vise_fast.model import load as model
+from vise_fast.ranks.ranks import Alone
 from vise_fast.system.checkpoint import Corrupt
 from vise_fast.system.errors import NumericFault
 
@@ -85,10 +89,13 @@ def step(config, learner, source, index=0, micro=0):
     return slices, learner.learn(slices, index)
 
 
+CONSENSUS = ("--update.consensus=0.5", "--rollout.views=3", "--update.tempered=true")
+
+
 @pytest.mark.parametrize(
     "words",
-    [(), ("--reward.preset=paper", "--rollout.samples=2", "--train.batch=4")],
-    ids=["robust", "paper"],
+    [(), ("--reward.preset=paper", "--rollout.samples=2", "--train.batch=4"), CONSENSUS],
+    ids=["robust", "paper", "consensus"],
 )
 def test_micro_batches_do_not_change_samples_or_result(words):
     (one,), metrics = step(*setup(*words))
@@ -270,6 +277,166 @@ def test_views_learn_against_their_images_other_views():
     assert targets.scored.tolist() == [True, True, True, False, False, False]
 
 
+def full_logprobs(learner, played, adapters, temperature):
+    """(answers, T, V) log-softmax of the logits over the temperature, banned ids left out; by one
+    forward pass per answer.
+    """
+    engine = learner.engine
+    found = []
+    for n, ids in enumerate(played.boxes.answers.rows()):
+        image = played.boxes.owner[n]
+        features = played.features.select([image])
+        alone = Answered([played.boxes.rows[image]], played.boxes.answers.select([n]), [0])
+        with torch.no_grad():
+            logits = engine.backbone.logits(engine.score(features, alone, adapters))
+        logits = logits.masked_fill(engine.banned, -torch.inf)
+        found.append(((logits / temperature).log_softmax(-1), torch.tensor(ids)))
+    return found
+
+
+@pytest.mark.parametrize("tempered, scored_at", [("true", 0.5), ("false", 1.0)])
+def test_answers_are_scored_at_one_or_at_the_temperature_they_were_sampled_at(tempered, scored_at):
+    config, learner, source = moved("--rollout.temperature=0.5", f"--update.tempered={tempered}")
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    everyone = list(range(12))
+    with torch.no_grad():
+        scores = learner._logprobs(played, everyone)
+    policy = full_logprobs(learner, played, True, scored_at)
+    base = full_logprobs(learner, played, False, scored_at)
+    own, others, kl = ([] for _ in range(3))
+    for (table, ids), (reference, _) in zip(policy, base, strict=True):
+        own.append(table.gather(1, ids[:, None])[:, 0])
+        others.append(reference.gather(1, ids[:, None])[:, 0])
+        allowed = ~learner.engine.banned
+        kl.append((table.exp() * (table - reference))[:, allowed].sum(1))
+    for found, truth in ((scores.logprob, own), (scores.reference, others), (scores.kl, kl)):
+        torch.testing.assert_close(found, torch.cat(truth), atol=2e-4, rtol=2e-4)
+
+
+def gradient_of(share, *, equal=False):
+    """Of the first batch, KL left out; the targets too. equal: as if every answer earned the
+    same.
+    """
+    alone = ["--update.beta=0", "--update.beta_min=0", "--train.clip=1e9", "--rollout.views=3"]
+    config, learner, source = moved(f"--update.consensus={share}", *alone)
+    slices = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    scores = learner._score(slices, 0)
+    if equal:
+        scores = replace(scores, reward=torch.full_like(scores.reward, 0.5))
+    targets, _ = learner._targets(slices, scores)
+    learner._gradient(slices, targets, 12)
+    found = [p.grad for p in learner.parameters.values() if p.grad is not None]
+    return torch.cat([grad.flatten() for grad in found]) if found else None, targets
+
+
+def test_the_update_is_mixed_by_the_share_of_the_consensus():
+    reinforce, _ = gradient_of(0)
+    direct, targets = gradient_of(1)
+    mixed, _ = gradient_of(0.25)
+    wanted = 0.75 * reinforce + 0.25 * direct
+    assert (mixed - wanted).norm() < 1e-4 * wanted.norm()
+    cosine = torch.nn.functional.cosine_similarity(reinforce, direct, dim=0)
+    assert direct.norm() > 0.05 * reinforce.norm() and cosine.abs() < 0.95
+    assert all(target.scored.any() for target in targets)
+
+
+def test_an_image_whose_answers_all_earn_the_same_still_learns_from_the_consensus():
+    _, targets = gradient_of(0, equal=True)
+    assert not any(target.scored.any() for target in targets)
+    direct, targets = gradient_of(1, equal=True)
+    assert any(target.scored.any() for target in targets) and direct.norm() > 0
+
+
+def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is():
+    config, learner, source = moved("--rollout.temperature=0.5", *CONSENSUS)
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    with torch.no_grad():
+        scores = learner._logprobs(played, list(range(12)))
+    tables = torch.cat([table for table, _ in full_logprobs(learner, played, True, 0.5)])
+    truth = tables[scores.choices.digits.place][:, learner.engine.tokens.digits]
+    assert len(truth) > 100
+    torch.testing.assert_close(scores.choices.logprob, truth, atol=3e-4, rtol=3e-4)
+
+
+def updates_made(learner):
+    return {int(learner.optimizer.state[p]["step"]) for p in learner.parameters.values()}
+
+
+@pytest.mark.parametrize("words", [(), CONSENSUS], ids=["reinforce", "consensus"])
+def test_a_rollout_can_be_learned_from_several_times(words):
+    """Each time by the log-probs of the policy as it was when it sampled; one step of the run."""
+    _, once = step(*setup(*words))
+    config, learner, source = setup("--update.reuse=3", *words)
+    _, metrics = step(config, learner, source)
+    assert updates_made(learner) == {3} and not learner.moving
+    for name in ("policy_loss", "kl", "grad_norm"):
+        assert metrics[name] == pytest.approx(once[name], rel=1e-4, abs=1e-8)
+
+
+def test_the_second_time_counts_by_what_has_changed_since_the_first():
+    config, learner, source = setup("--update.reuse=2", "--update.beta=0", "--update.beta_min=0")
+    slices = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    seen = []
+    real = learners.loss.reinforce
+
+    def watched(tokens, *rest):
+        seen.append(tokens)
+        return real(tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learners.loss, "reinforce", watched)
+        learner.learn(slices, 0)
+    first, second = seen
+    assert first.earlier is None
+    assert torch.equal(second.earlier, first.logprob.detach())
+    moved_by = (second.logprob.detach() - second.earlier)[second.mask].abs()
+    assert 1e-6 < moved_by.max() < 1
+
+
+def test_the_likelihood_of_the_consensus_is_that_of_its_text():
+    words = ["--update.consensus=1", "--update.consensus_by=likelihood", "--rollout.views=3"]
+    config, learner, source = moved(*words)
+    (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
+    agreed = consensus.target(played.evidence, config.reward)
+    known = [image for image in range(4) if agreed.known[3 * image]]
+    with torch.no_grad():
+        found = learner._likelihood(played, [3 * image + 1 for image in range(4)], 12)
+    tokens = learner.engine.tokens
+    total = 0.0
+    for image in known:
+        text = tokens.style.write_box(agreed.box_1000[3 * image].tolist())
+        ids = torch.tensor([[*tokens.ids(text), tokens.eos[0]]])
+        answers = Rollout(ids, torch.zeros(0), [ids.shape[1]])
+        alone = Answered([played.boxes.rows[image]], answers, [0])
+        with torch.no_grad():
+            hidden = learner.engine.score(played.features.select([image]), alone, True)
+            logits = learner.engine.backbone.logits(hidden)
+        table = logits.masked_fill(learner.engine.banned, -torch.inf).log_softmax(-1)
+        weight = torch.tensor([0.1] + [1, 0.4, 0.1, 0.1] * 4 + [0.1])
+        total += float((weight * table.gather(1, ids.T)[:, 0]).sum() / weight.sum())
+    assert known and float(found) == pytest.approx(total * 3 / 12, rel=1e-4)
+    _, metrics = step(*moved(*words))
+    assert metrics["grad_norm"] > 0 and metrics["policy_loss"] == 0
+
+
+def test_under_a_constant_reward_only_scoring_at_the_sampling_temperature_has_no_gradient():
+    """The sum over all tokens of their chance of being sampled times the gradient of their score:
+    what `ema` is left with where every answer earns the same.
+    """
+    torch.manual_seed(0)
+    head = torch.randn(11, 5, dtype=torch.float64)
+    left = {}
+    for scored_at in (0.6, 1.0):
+        hidden = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        hidden.requires_grad_()
+        chance = (hidden.detach() @ head.T / 0.6).softmax(-1)[0]
+        rows = hidden.expand(11, 5) / scored_at
+        scored = linear_logprob(rows, head, torch.arange(11))
+        (gradient,) = torch.autograd.grad((chance * scored).sum(), hidden)
+        left[scored_at] = gradient.norm().item()
+    assert left[0.6] < 1e-12 < 0.1 < left[1.0]
+
+
 def test_as_released_scores_image_tokens_too():
     config, learner, source = setup("--reward.preset=as_released")
     (played,), metrics = step(config, learner, source)
@@ -302,8 +469,8 @@ def test_the_share_of_different_queries_is_the_batchs():
     slices = [
         SimpleNamespace(queries=SimpleNamespace(texts=texts)) for texts in (["a", "b"], ["a", "a"])
     ]
-    assert learners._unique_queries(slices) == 0.5
-    assert learners._unique_queries(slices[:1]) == 1
+    assert learners._unique_queries(slices, Alone()) == 0.5
+    assert learners._unique_queries(slices[:1], Alone()) == 1
 
 
 def test_learning_rate_schedules():

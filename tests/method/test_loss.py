@@ -242,6 +242,45 @@ def test_means_over_tokens_then_samples(kind):
     assert loss.item() == pytest.approx(total, abs=1e-6)
 
 
+@pytest.mark.parametrize("clip", [0.05, 0.2, 0.9])
+def test_answers_learned_from_before_count_by_clipped_importance_weights(clip):
+    """Value and gradient, token by token, for advantages of both signs, ratios beyond both ends."""
+    tokens, advantage = ragged()
+    torch.manual_seed(5)
+    earlier = tokens.logprob + torch.randn(tokens.logprob.shape) * 0.3
+    leaf = tokens.logprob.clone().requires_grad_()
+    again = replace(tokens, logprob=leaf, earlier=earlier)
+    loss, metrics = reinforce(again, advantage, 0.0, "exact", 7, clip)
+    loss.backward()
+    wanted = 0.0
+    slopes = torch.zeros_like(tokens.logprob)
+    kinds = set()
+    for n in range(7):
+        places = tokens.mask[n].nonzero()[:, 0].tolist()
+        for t in places:
+            ratio = math.exp(tokens.logprob[n, t].item() - earlier[n, t].item())
+            a = advantage[n].item()
+            held = min(max(ratio, 1 - clip), 1 + clip)
+            free = ratio * a <= held * a
+            kinds.add((free, a > 0))
+            wanted -= min(ratio * a, held * a) / len(places) / 7
+            slopes[n, t] = -ratio * a / len(places) / 7 if free else 0
+    assert loss.item() == pytest.approx(wanted, abs=1e-6) == metrics["policy_loss"].item()
+    torch.testing.assert_close(leaf.grad, slopes, atol=1e-6, rtol=1e-4)
+    assert len(kinds) == 4 or clip == 0.9
+
+
+def test_the_first_time_importance_weights_change_nothing():
+    tokens, advantage = ragged()
+    gradients = []
+    for earlier in (None, tokens.logprob.clone()):
+        leaf = tokens.logprob.clone().requires_grad_()
+        again = replace(tokens, logprob=leaf, earlier=earlier)
+        reinforce(again, advantage, 0.3, "exact", 7)[0].backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+
+
 def estimate(kind, tokens, n, t):
     """One token's estimate of the KL, by definition."""
     ratio = (tokens.logprob[n, t] - tokens.reference[n, t]).item()
@@ -288,13 +327,17 @@ def test_micro_batches_and_left_out_rows_add_up(kind, cut):
     assert fewer[0][~some].abs().sum() == 0
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_poison_behind_the_mask_stays_there(kind):
+def test_poison_behind_the_mask_stays_there(kind, again):
     tokens, advantage = ragged()
     mask = tokens.mask
     leaf = tokens.logprob.clone().requires_grad_()
     exact = tokens.kl.clone().requires_grad_()
-    loss, _ = reinforce(replace(tokens, logprob=leaf, kl=exact), advantage, 0.3, kind, 7)
+    poisoned = replace(tokens, logprob=leaf, kl=exact)
+    if again:
+        poisoned = replace(poisoned, earlier=tokens.logprob)
+    loss, _ = reinforce(poisoned, advantage, 0.3, kind, 7)
     loss.backward()
     assert loss.isfinite() and leaf.grad.isfinite().all() and leaf.grad[~mask].abs().sum() == 0
     if kind == "exact":

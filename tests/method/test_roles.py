@@ -33,7 +33,9 @@ class Scripted:
     def __init__(self, *written):
         self.written = list(written)
         self.prompted = []
-        style = SimpleNamespace(ask=lambda: "ask", ground=lambda query: f"where is {query}")
+        style = SimpleNamespace(
+            ask=lambda: "ask", ground=lambda query: f"where is {query}", space="1000"
+        )
         self.tokens = SimpleNamespace(
             style=style, row=lambda text: [text], text=lambda ids: self.written[ids[0]]
         )

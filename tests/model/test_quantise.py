@@ -19,7 +19,9 @@ from vise_fast.engine.rollout import Answered, owners
 from vise_fast.estimate.live_bytes import Live
 from vise_fast.method.learner import make_optimizer
 from vise_fast.model import quantise
+from vise_fast.model.lora_linear import FusedLinear
 from vise_fast.model.qwen3_vl import LORA_TARGETS, Qwen3VL
+from vise_fast.profile.launches import Launches
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
@@ -303,3 +305,21 @@ def test_nothing_upcasts_the_base():
     assert files
     for file in files:
         assert "prepare_model_for_kbit_training(" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_weights_written_out_in_one_launch_give_the_same(monkeypatch, kind, rows):
+    """As on a card: each product goes straight to its columns."""
+    torch.manual_seed(4)
+    linears = [nn.Linear(64, outs, bias=False) for outs in (48, 80)]
+    group = FusedLinear([held(linear, kind) for linear in linears])
+    x = torch.randn(rows, 64)
+    grad = torch.randn(rows, 128)
+    wanted = [group(x, None), group._input_gradient(grad)]
+    monkeypatch.setattr(quantise, "_in_one_launch", lambda base, device: True)
+    with Launches("cpu") as seen, torch.no_grad():
+        found = [group(x, None), group._input_gradient(grad)]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    copies = seen.total.names["aten.copy_"]
+    assert copies == (2 if kind != "int8" and rows <= quantise.FEW_ROWS else 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import benches
 import pytest
+import torch
 from transformers import AutoConfig
 
 from vise_fast.engine.fast import FastEngine
@@ -197,6 +198,27 @@ def test_host_syncs_of_a_step(directory, preset):
     assert work.total <= 8, dict(work.syncs)
     reported = step.rollout["host_reads"] + step.update["host_reads"]
     assert work.total == reported, "metrics.jsonl reports every one of them"
+
+
+@pytest.mark.parametrize(
+    "copy, waiting",
+    [
+        (lambda x: torch.tensor([0, 2], device="meta"), 1),
+        (lambda x: torch.ones(3).to("meta"), 1),
+        (lambda x: x.copy_(torch.ones(3, 4)), 1),
+        (lambda x: x[[0, 2]], 1),
+        (lambda x: torch.ones(3).to("meta", non_blocking=True), 0),
+        (lambda x: x.copy_(torch.ones(3, 4), non_blocking=True), 0),
+        (lambda x: torch.tensor([0, 2]), 0),
+        (lambda x: x[1:, None], 0),
+    ],
+)
+def test_copies_to_a_device_that_wait_are_syncs(copy, waiting):
+    """A tensor without data stands for one on a device."""
+    x = torch.empty(3, 4, device="meta")
+    with Work() as work:
+        copy(x)
+    assert work.total == waiting, dict(work.syncs)
 
 
 def test_one_copy_of_the_weights(directory):

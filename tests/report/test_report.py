@@ -5,18 +5,22 @@ model wrote becomes markup.
 import html.parser
 import json
 import re
+import sys
 import xml.etree.ElementTree as xml
 
 import fake_run
+import numpy as np
 import pytest
+from PIL import Image
 
 from vise_fast.evaluate import strengths
-from vise_fast.evaluate.results import Results
+from vise_fast.evaluate.results import Results, paired_gain
 from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.report import __main__ as command
 from vise_fast.report import diagnosis, stored_run
 from vise_fast.report import page as report
-from vise_fast.report.samples import samples
+from vise_fast.report.plots import DPI
+from vise_fast.report.samples import STRIP, samples, strip
 from vise_fast.system.errors import ConfigError, DataError
 
 EVIL = "</h1><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }}"
@@ -225,6 +229,97 @@ def test_an_alarm_that_went_off_is_a_note(tmp_path):
     assert found.level == "good" and "went off again" in texts(found, "note")
 
 
+@pytest.mark.parametrize("label", ["sampled", "greedy"])
+def test_boxes_of_the_wrong_size_are_named_whoever_answered(tmp_path, label):
+    run = fake_run.write(tmp_path / "run")
+    content = json.loads((run / "evaluation.json").read_text())
+    after = content["after"]
+    mark = after["marks"][f"{label}_area_ratio"]
+    mark["top"] = [2 * top for top in mark["top"]]
+    del after["sha256"]
+    (run / "evaluation.json").write_text(json.dumps(content))
+    found = diagnosis.diagnose(stored_run.read(run))
+    assert f"{label.capitalize()} boxes cover 1.9" in texts(found, "bad")
+    other = {"sampled": "Greedy", "greedy": "Sampled"}[label]
+    assert f"{other} boxes cover 0.9" in texts(found, "good")
+
+
+def test_a_run_that_is_not_finished_shows_no_figure_of_the_base_as_its_own(tmp_path):
+    run = fake_run.write(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:20]))
+    content = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({"before": content["before"]}))
+    page = report.write(run).read_text()
+    assert "not finished: step 20 of 60" in page and "Not finished (step 20 of 60)" in page
+    tiles = re.findall(r'<p class="value">(.*?)</p>', page)
+    assert tiles and set(tiles) == {"–"} and page.count("not measured yet") == len(tiles)
+    assert "vise-fast train --resume auto --run.dir" in page
+
+
+def test_tiles_tell_how_many_images_and_how_certain(healthy):
+    page = healthy[1]
+    tiles = page.split('aria-label="Key figures"')[1].split("</section>")[0]
+    assert tiles.count("n 96") == report.TILE_COUNT
+    gain = paired_gain(*arms(healthy[0]), "sampled_iou")
+    wanted = f"95 % {gain.low:+.3f} to {gain.high:+.3f}".replace("-", "−")
+    assert wanted in tiles
+
+
+def arms(run):
+    found = stored_run.read(run)
+    return found.before, found.after
+
+
+def test_the_page_says_what_comes_next_how_it_was_started_and_what_could_not_be_used(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=4)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "bad_images.jsonl").write_text('{"name": "a<b>.png", "reason": "is cut short"}\n')
+    page = report.write(run).read_text()
+    assert f"vise-fast infer --adapter {run / 'adapter'} --image photo.jpg" in page
+    assert "vise-fast train --seed 1" in page  # env.json's words
+    assert "1 files that could not be used" in page and "a&lt;b&gt;.png: is cut short" in page
+    targets = re.findall(r'<a href="#(\w+)"', page)
+    assert len(targets) == 5 and all(f'id="{target}"' in page for target in targets)
+
+
+def test_boxes_over_training_are_a_strip(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=12)
+    frames = strip(stored_run.read(run))
+    assert [frame.caption for frame in frames] == ["step 1", "step 6", "step 12"]
+    assert all(frame.boxes and {box.kind for box in frame.boxes} == {"sampled"} for frame in frames)
+    first = (run / "samples.jsonl").read_text().splitlines()[0]
+    many = [json.dumps(json.loads(first) | {"step": step}) for step in range(1, 41)]
+    (run / "samples.jsonl").write_text("\n".join(many) + "\n")
+    assert len(strip(stored_run.read(run))) == STRIP
+
+
+def test_what_size_costs_is_a_curve_and_pictures_carry_title_and_name(tmp_path):
+    with_size = fake_run.write(tmp_path / "a", steps=4)
+    without = fake_run.write(tmp_path / "b", steps=4, config_words=["--reward.w_area=0"])
+    for run in (with_size, without):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps(line | {"size": 0.3}) + "\n" for line in lines)
+        )
+    assert "less: size" in report.write(with_size).read_text()
+    assert "less: size" not in report.write(without).read_text()
+    one, other = (Image.open(tmp_path / name / "plots" / "kl.png") for name in "ab")
+    head = (0, 0, one.width, round(0.28 * DPI))
+    assert np.array(one.crop(head)).min() < 100  # there is text
+    assert one.size == other.size and one.crop(head).tobytes() != other.crop(head).tobytes()
+
+
+def test_a_report_without_matplotlib_lacks_its_curves_alone(tmp_path, monkeypatch):
+    run = fake_run.write(tmp_path / "run", steps=3)
+    monkeypatch.setitem(sys.modules, "vise_fast.report.plots", None)
+    said = []
+    page = report.write(run, said.append).read_text()
+    assert "mean IoU, sampled" in page and 'role="img"' not in page
+    assert len(said) == 1 and "pip install matplotlib" in said[0]
+
+
 def test_an_unfinished_run_says_so(tmp_path):
     run = fake_run.write(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -322,6 +417,22 @@ def test_ghosts_that_nobody_judged_are_not_shown_as_gone(tmp_path):
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     verdicts = samples(stored_run.read(run))["Step 1"][0].verdicts
     assert [v.label for v in verdicts] == ["as it is"] and not verdicts[0].right
+
+
+@pytest.mark.parametrize("further, labels", [(True, 4), (False, 2)])
+def test_what_was_not_asked_of_a_settled_box_is_not_shown(tmp_path, further, labels):
+    """Its controls and keep are zeros that nobody said."""
+    run = fake_run.write(tmp_path / "run", steps=1)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0]) | {
+        "seen": 0.9,
+        "gone": [0.95] * 8,
+        "control": [[0.0]] * 8,
+        "keep": [0.0] * 8,
+        "further": [further] * 8,
+    }
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    verdicts = samples(stored_run.read(run))["Step 1"][0].verdicts
+    assert len(verdicts) == labels and verdicts[1].label == "box hidden"
 
 
 def test_figures_over_alpha_are_drawn_where_they_were_measured(tmp_path):

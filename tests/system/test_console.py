@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,67 @@ def test_progress_on_a_terminal_shows_figures():
         and "reward 0.75" in text
         and "alarm: area 0.9" in text
     )
+
+
+def drawn(width: int, monkeypatch) -> list[str]:
+    """The lines of a live bar on a terminal of that width, without their codes."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    screen = Screen(terminal=True)
+    console = Console(screen, screen, plain=False)
+    figures = {"reward": 0.25, "kl": 1.5e-5, "area": 0.125, "parse_rate": 1.0, "images_per_s": 2.5}
+    with console.progress(200, "train", done=39) as advance:
+        advance(figures)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    return [line for line in re.split(r"[\r\n]+", text) if "train" in line]
+
+
+@pytest.mark.parametrize("width, shown", [(80, 2), (120, 5), (45, 0)])
+def test_a_live_bar_keeps_bar_step_and_time_and_the_figures_that_fit(width, shown, monkeypatch):
+    line = drawn(width, monkeypatch)[-1]
+    assert "━" in line and "40/200" in line and "ETA" in line and "…" not in line
+    names = ("reward", "kl", "area", "parse_rate", "images_per_s")
+    assert [name in line for name in names] == [n < shown for n in range(5)]
+    assert len(line.rstrip()) <= width
+
+
+def test_figures_that_fit_are_whole_and_the_first():
+    figures = {"reward": 0.25, "kl": 0.5, "a": 1.0}
+    whole = "reward 0.25  kl 0.5  a 1"
+    for room in range(40):
+        said = module.fitting(figures, room)
+        assert len(said) <= room and whole.startswith(said)
+    assert module.fitting(figures, len(whole)) == whole
+    assert module.fitting(figures, len(whole) - 1) == "reward 0.25  kl 0.5"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_things_pass_through_a_bar(terminal):
+    screen = Screen(terminal)
+    console = Console(screen, screen, plain=not terminal)
+    assert list(console.through(range(5), "reading")) == [0, 1, 2, 3, 4]
+    assert list(console.through([], "reading")) == []
+    assert ("reading" in screen.getvalue()) == terminal  # lines only once it takes long
+
+
+def test_things_that_take_long_are_lines_without_a_terminal(monkeypatch):
+    screen = Screen()
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(module._Lines.__init__, "__defaults__", (lambda: float(next(now)),))
+    list(Console(screen, screen).through(range(9), "reading"))
+    said = screen.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in said] == ["reading 3/9", "reading 6/9", "reading 9/9"]
+
+
+def test_a_sign_of_life_says_what_is_done_and_goes():
+    screen = Screen(terminal=True)
+    with Console(screen, screen, plain=False).working("loading the model"):
+        pass
+    assert "loading the model … 0s" in screen.getvalue() and "\x1b[2K" in screen.getvalue()
+    screen = Screen()
+    with Console(screen, screen).working("loading the model"):
+        pass
+    assert screen.getvalue() == ""
 
 
 @pytest.mark.parametrize("terminal", [False, True])

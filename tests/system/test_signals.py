@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vise_fast.system.signals import Interrupted, Signals
+from vise_fast.system.signals import Interrupted, Signals, heard
 
 BOTH = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -31,6 +31,22 @@ def test_the_first_signal_is_a_flag(number, code):
         assert caught.value.code == code
         with pytest.raises(Interrupted):
             stop.check()  # it stays
+
+
+def test_somebody_elses_thread_hears_nothing():
+    def listen():
+        with heard() as stop:
+            found.append((stop.asked, signal.getsignal(signal.SIGTERM)))
+
+    found = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+    with heard():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_handlers_come_back():

@@ -7,7 +7,7 @@ finds its base and its data unasked. An adapter that lies elsewhere brings the b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vise_fast.system.files import LARGEST_JSON
 
 OPTIONS = {"config": "FILE.yaml", "adapter": "RUN/adapter", "model": "PATH"}
 """The options that `configuration` reads, each with what its value looks like; and `resume`."""
-PROJECTOR = ("merger", "linear_fc", "all-linear")
+PROJECTOR = ("merger", "linear_fc", "all-linear", "projector", "connector")
 """What PEFT's `target_modules` holds where LoRA lies on the projectors."""
 SETTINGS = tuple(key for key, _ in settings.fields(Config))
 """The dotted keys of everything that can be set."""
@@ -52,6 +52,21 @@ def stated(given: CommandLine) -> dict[str, Any]:
     return found
 
 
+def preset_notes(given: CommandLine) -> Iterator[str]:
+    """What a person should know who typed a preset over a file. Raises ConfigError."""
+    file = given.values.get("config")
+    kept = schema.kept_from_preset(file, given.settings)
+    if kept:
+        listed = ", ".join(
+            f"{key} {settings.bare(own)} ({settings.bare(preset)})"
+            for key, (own, preset) in kept.items()
+        )
+        yield (
+            f"--reward.preset fills what {file} leaves open; the file still decides {listed}; in "
+            "brackets what the preset says; type those you want from it"
+        )
+
+
 def from_adapter(config: Config, stated: Mapping[str, Any]) -> Config:
     """Where training starts from an adapter, its rank, alpha and targets are the run's.
 
@@ -81,7 +96,8 @@ def _adapter_settings(written: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = value
     targets = written.get("target_modules")
     if isinstance(targets, str | list):  # one pattern, or names
-        found["lora.projector"] = any(name in str(targets) for name in PROJECTOR)
+        both = f"{targets} {written.get('target_parameters') or ''}"
+        found["lora.projector"] = any(name in both for name in PROJECTOR)
     return found
 
 

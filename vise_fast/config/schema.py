@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError
 
 Switch = bool | Literal["auto"]
@@ -83,7 +84,10 @@ class ModelConfig(Section):
     path: str = Field(
         "nano",
         min_length=1,
-        description="directory or hub id of a Qwen3-VL model; 'nano' is the embedded one",
+        description=(
+            "directory or hub id of a model of a family in docs/BACKBONES.md; 'nano' is the "
+            "embedded one"
+        ),
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
@@ -110,8 +114,13 @@ class ModelConfig(Section):
             "out"
         ),
     )
-    engine: Literal["fast", "stock"] = Field(
-        "fast", description="fast: own forward over the same weights; stock: transformers' forward"
+    engine: Literal["auto", "fast", "generic", "stock"] = Field(
+        "auto",
+        description=(
+            "fast: own forward over the same weights; generic: transformers' forward, images "
+            "encoded and prefilled once; stock: the same, every row by itself; auto: fast where "
+            "the family has one, else generic"
+        ),
     )
     graphs: Switch = Field(
         "auto",
@@ -122,6 +131,33 @@ class ModelConfig(Section):
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto", description="auto: Triton / native kernels where they run; plain: PyTorch only"
+    )
+
+
+class PromptConfig(Section):
+    """How the model is asked."""
+
+    ask: str = Field(
+        "auto",
+        min_length=1,
+        description=(
+            "prompt style of the question for an object: natural, short, native (the family's "
+            "trained format), json, or one of prompts.file; auto: the model's own default"
+        ),
+    )
+    ground: str = Field("auto", min_length=1, description="prompt style of the question for a box")
+    verify: str = Field(
+        "auto", min_length=1, description="prompt style of the question whether it is visible"
+    )
+    system: str | None = Field(
+        None, description="system turn before every question; none: the chat template's"
+    )
+    file: str | None = Field(None, description="YAML file of prompt styles of your own")
+    paraphrases: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="wordings of the visibility question whose verdicts are averaged",
     )
 
 
@@ -159,10 +195,19 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    """Your images: any folder of photographs, no labels."""
+    """Your images: any photographs, no labels."""
 
     dir: str | None = Field(
-        None, description="folder of images, searched recursively; none: the embedded scenes"
+        None,
+        description="folder of images, searched recursively; or a list (.txt .jsonl .csv), an "
+        "archive (.zip .tar), a table (.parquet), a pattern of them, hf:OWNER/NAME[@COMMIT]; none: "
+        "the embedded scenes",
+    )
+    mix: list[str] = Field(
+        [], description="several such places instead of one, by weight: [PLACE=3, OTHER=1]"
+    )
+    column: str | None = Field(
+        None, description="of a list or table, the column of images; none: image and the like"
     )
     holdout: float = Field(
         0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures"
@@ -183,6 +228,16 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="do not start when a larger share of the files is unreadable"
     )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether no place is named: scenes are drawn, whose truth is known."""
+        return self.dir is None and not self.mix
+
+    @property
+    def places(self) -> str:
+        """What is named, for messages."""
+        return " + ".join(self.mix) or self.dir or "drawn scenes"
 
 
 class ScenesConfig(Section):
@@ -223,7 +278,10 @@ class TrainConfig(Section):
             "never"
         ),
     )
-    deterministic: bool = Field(False, description="bitwise repeatable kernels on a GPU, at a cost")
+    deterministic: bool = Field(
+        False,
+        description="bitwise repeatable on a GPU, and on several ranks of CPUs, at a cost",
+    )
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
     stop_on_alarm: bool = Field(
         False, description="end early, keeping the best healthy checkpoint, when an alarm stays on"
@@ -273,14 +331,16 @@ class RolloutConfig(Section):
     box_tokens: int = Field(64, ge=1, description="new tokens for a box at most")
 
 
-ViewKind = Literal["affine", "crop", "flip"]
+VIEW_KINDS = ["affine", "crop", "flip"]
+"""Those that can be drawn; `images.views.register` adds to them."""
 
 
 class ViewConfig(Section):
     """The transforms of the geometric reward."""
 
-    kinds: tuple[ViewKind, ...] = Field(
-        ("affine", "crop", "flip"), min_length=1, description="drawn uniformly"
+    kinds: tuple[str, ...] = Field(
+        ("affine", "crop", "flip"),
+        description="affine, crop, flip, or a registered one; drawn uniformly",
     )
     degrees: float = Field(10.0, ge=0, le=180, description="rotation: uniform in +-degrees")
     scale: tuple[float, float] = Field(
@@ -303,6 +363,16 @@ class ViewConfig(Section):
         "drop", description="queries naming left/right under a flip"
     )
 
+    @field_validator("kinds", mode="after")
+    @classmethod
+    def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Kinds that can be drawn."""
+        if not kinds or set(kinds) - set(VIEW_KINDS):
+            raise PydanticCustomError(
+                settings.UNUSABLE, f"expected {', '.join(VIEW_KINDS)}; plugins may register others"
+            )
+        return kinds
+
 
 class GhostConfig(Section):
     """How the inside of a box is hidden."""
@@ -324,7 +394,7 @@ class GhostConfig(Section):
 class RewardConfig(Section):
     """What is rewarded."""
 
-    preset: Literal["robust", "paper", "as_released"] = Field(
+    preset: Literal["robust", "paper", "as_released", "consensus"] = Field(
         "robust", description="fills what is not stated elsewhere"
     )
     name: str = Field(
@@ -359,6 +429,31 @@ class RewardConfig(Section):
         "ellipse", description="hull of the inscribed ellipse, or of the four corners"
     )
     controls: int = Field(1, ge=1, description="control ghosts per box")
+    shared_controls: bool = Field(
+        False,
+        description=(
+            "the boxes of an image share one control; a box too large for one beside it keeps its "
+            "own"
+        ),
+    )
+    implied: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "a box that contains this share of one whose ghost surely hides is not asked about, "
+            "nor one of which this share lies in a box whose ghost surely does not; 0: all are"
+        ),
+    )
+    settled: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "a box whose ghost hides no more than this, p(x) (1 - p(ghosted)), has R_sem 0, and "
+            "no further ghost of it is judged; 0: all are"
+        ),
+    )
     plugin: str | None = Field(None, description="python file that registers further rewards")
 
 
@@ -380,6 +475,37 @@ class UpdateConfig(Section):
         0.1, ge=0, lt=1, description="beta moves by this factor per step; 0: fixed beta"
     )
     views_too: bool = Field(False, description="gradient on the boxes of the views as well")
+    reuse: int = Field(
+        1,
+        ge=1,
+        description="updates per rollout; from the second on with clipped importance weights",
+    )
+    clip: float = Field(
+        0.2, gt=0, lt=1, description="reuse: importance weights beyond 1 +- this gain nothing"
+    )
+    consensus: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "share of the update that moves every digit directly towards the box on which the "
+            "views agree, the rest being REINFORCE; above 0 it is not VISE's update any more"
+        ),
+    )
+    consensus_by: Literal["agreement", "likelihood"] = Field(
+        "agreement",
+        description=(
+            "what the consensus raises: the expected agreement with it at every digit of the "
+            "samples, or its own likelihood as an answer"
+        ),
+    )
+    tempered: bool = Field(
+        False,
+        description=(
+            "score answers, reference and KL at the temperature the answers were sampled at, "
+            "instead of 1"
+        ),
+    )
 
 
 class EvalConfig(Section):
@@ -410,15 +536,31 @@ class RunConfig(Section):
     keep: int = Field(3, ge=1, description="checkpoints kept")
     samples_every: int = Field(10, ge=1, description="steps between sample cards")
     report: bool = Field(True, description="write report.html and plots at the end")
+    plugins: tuple[str, ...] = Field(
+        (),
+        description=(
+            "python files run before anything else, which may register model families, views, "
+            "prompt styles and rewards"
+        ),
+    )
     loggers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         (), description="beside metrics.jsonl; a failing one is dropped, never the run"
     )
+
+    @field_validator("plugins", mode="after")
+    @classmethod
+    def _paths(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        """Texts that can be paths."""
+        if not all(map(_writable, plugins)):
+            raise PydanticCustomError(settings.UNUSABLE, "expected paths of python files")
+        return plugins
 
 
 class Config(Section):
     """Everything a run is made of."""
 
     model: ModelConfig = ModelConfig()
+    prompts: PromptConfig = PromptConfig()
     lora: LoraConfig = LoraConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -480,8 +622,26 @@ AS_RELEASED = PAPER | {
     "view.min_kept": 0.0,
     "view.side_words": "keep",
 }
+# Not VISE's update: digits are moved to the box on which eight views of the reference agree, and no
+# verdict is asked for but the one on the image itself. Chosen on the embedded model alone.
+CONSENSUS = {
+    "update.consensus": 1.0,
+    "update.tempered": True,
+    "rollout.temperature": 0.3,
+    "rollout.samples": 4,
+    "rollout.views": 8,
+    "train.batch": 16,
+    "reward.w_geo": 1.0,
+    "reward.w_sem": 0.0,
+    "reward.w_area": 0.0,
+}
 # robust has no entries: its numbers are the defaults above
-PRESETS: dict[str, dict[str, Any]] = {"robust": {}, "paper": PAPER, "as_released": AS_RELEASED}
+PRESETS: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": PAPER,
+    "as_released": AS_RELEASED,
+    "consensus": CONSENSUS,
+}
 NANO = nano.DIRECTORY / "nano.yaml"
 
 
@@ -492,6 +652,26 @@ def stated(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     return written | settings.parse(overrides, Config)
+
+
+def kept_from_preset(path: str | Path | None, overrides: Sequence[str]) -> dict[str, tuple]:
+    """{dotted key: (what the file says, what the preset would)} where a preset that was typed does
+    not reach, since a file states otherwise. Raises ConfigError.
+    """
+    typed = settings.parse(overrides, Config)
+    preset = typed.get("reward.preset")
+    if path is None or not isinstance(preset, str) or preset not in PRESETS:
+        return {}
+    below = PRESETS[preset]
+    if preset == "robust":
+        usual = dict(settings.fields(Config))
+        below = {key: usual[key].default for key in AS_RELEASED}
+    written = settings.read(places.config_file(path), Config)
+    return {
+        key: (written[key], value)
+        for key, value in below.items()
+        if key in written and key not in typed and written[key] != value
+    }
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -518,6 +698,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
+    _run_plugins(stated)
     embedded = {}
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
@@ -528,6 +709,16 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(settings.nest(merged))
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
+
+
+def _run_plugins(stated: Mapping[str, Any]) -> None:
+    """The files of `run.plugins`, before any setting is checked: they may bring what it names."""
+    try:
+        named = RunConfig(plugins=stated.get("run.plugins", ())).plugins
+    except ValidationError:
+        return  # said of the whole configuration, in the words of its settings
+    for path in named:
+        plugin.load(path, "run.plugins")
 
 
 def _shortened(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -560,6 +751,11 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _contradicting_choices(config: Config) -> Iterator[str]:
+    if config.data.dir is not None and config.data.mix:
+        yield (
+            "data.dir and data.mix both say where images are; write the folder into data.mix with "
+            "its weight, or leave one out"
+        )
     rollout = config.rollout
     update = config.update
     model = config.model
@@ -568,14 +764,25 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
             f"update.advantage {update.advantage} compares samples of one image; set "
             "rollout.samples to 2 or more, or update.advantage to ema"
         )
+    if update.advantage == "ema" and rollout.temperature != 1 and not update.tempered:
+        yield (
+            f"update.advantage ema learns from a constant reward where answers are sampled at "
+            f"temperature {rollout.temperature:g} and scored at 1; set update.tempered to true, or "
+            "rollout.temperature to 1"
+        )
     alike = rollout.regrounder == "policy" and rollout.view_temperature == rollout.temperature
     if update.views_too and not alike:
         yield (
             "update.views_too trains boxes that the policy sampled; set rollout.regrounder policy "
             "and rollout.view_temperature as rollout.temperature"
         )
+    if update.consensus > 0 and config.reward.preset == "as_released":
+        yield (
+            "update.consensus needs answers scored by themselves, and as_released scores image "
+            "tokens too; set update.consensus to 0 or choose another reward.preset"
+        )
     outliers = model.quant == "int8" and model.int8_threshold > 0
-    if model.graphs is True and (model.engine != "fast" or outliers):
+    if model.graphs is True and (model.engine not in ("auto", "fast") or outliers):
         yield (
             f"model.graphs needs engine fast, and with quant int8 int8_threshold 0, not "
             f"{model.engine} and {model.int8_threshold:g}; change them or leave model.graphs auto"

@@ -8,6 +8,7 @@ takes (command_line.py). Nothing is read from the environment.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,28 +38,57 @@ UNUSABLE = "unusable"
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def help_text(schema: Schema, width: int = 100) -> str:
-    """Every setting by section: key, what it accepts, default, description; wrapped to `width`
-    columns.
+def help_text(
+    schema: Schema, width: int = 100, values: BaseModel | None = None, topics: Sequence[str] = ()
+) -> str:
+    """Every setting by section: key, its value (in `values`, else the default), what it is and
+    accepts; wrapped to `width` columns.
+
+    topics: only the sections of these names, else only what speaks of every one of these words;
+    "all" is everything; "" where nothing does.
     """
+    words = [] if list(topics) == ["all"] else [word.lower().lstrip("-") for word in topics]
     lines = []
-    for section, inside in _sections(schema):
-        lines += ["", f"{section}: {(inside.__doc__ or '').splitlines()[0]}"]
+    for section, about, inside in sections(schema):
+        told = []
         for name, field in inside.model_fields.items():
-            lines += _help_lines(f"{section}.{name}", field, width)
+            key = f"{section}.{name}"
+            if words == [section] or _speaks_of(words, schema, key, field):
+                value = field.default if values is None else get(values, key)
+                told += _help_lines(key, field, value, width)
+        if told:
+            lines += ["", f"{section}: {about}", *told]
     return "\n".join(lines[1:])
 
 
-def _help_lines(key: str, field: FieldInfo, width: int) -> list[str]:
+def _speaks_of(words: Sequence[str], schema: Schema, key: str, field: FieldInfo) -> bool:
+    """Whether every word is in a setting's key or text; a section's name means that section."""
+    if len(words) == 1 and words[0] in schema.model_fields:
+        return False
+    text = f"{key} {field.description} {expected(field)}".lower()
+    return all(word in text for word in words)
+
+
+def _help_lines(key: str, field: FieldInfo, value: Any, width: int) -> list[str]:
     accepts = expected(field)
     described = field.description and field.description != accepts
     about = (f"{field.description}. " if described else "") + f"[{accepts}]"
     indent = " " * 6
-    default = show(field.default).strip("'")
     return [
-        f"  --{key} {default}",
+        f"  --{key} {bare(value)}",
         *textwrap.wrap(about, width, initial_indent=indent, subsequent_indent=indent),
     ]
+
+
+def bare(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    return show(value).strip("'")
+
+
+def sections(schema: Schema) -> Iterator[tuple[str, str, Schema]]:
+    """(name, its line of help, its model) of every section, in the order of the file."""
+    for name, inside in _sections(schema):
+        yield name, (inside.__doc__ or "").splitlines()[0], inside
 
 
 def _sections(schema: Schema) -> Iterator[tuple[str, Schema]]:
@@ -109,6 +139,7 @@ def read(path: str | Path, schema: Schema) -> dict[str, Any]:
     ConfigError.
     """
     text = _text(path)
+    _refuse_glued(text, path, schema)
     try:
         content = _loaded(text)
         _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
@@ -142,6 +173,18 @@ def _text(path: str | Path) -> str:
             "few lines; give --config a YAML file of settings"
         )
     return text
+
+
+def _refuse_glued(text: str, path: str | Path, schema: Schema) -> None:
+    """YAML takes `steps:5` for a text of its own, and says something else of it."""
+    names = {*schema.model_fields, *(key.rpartition(".")[2] for key, _ in fields(schema))}
+    for number, line in enumerate(text.splitlines(), 1):
+        found = re.match(r"\s*(\w+):(\S.*)", line)
+        if found is not None and found[1] in names:
+            raise ConfigError(
+                f"{path} line {number} has no space after the colon of '{line.strip()[:60]}', so "
+                f"it states nothing; write '{found[1]}: {found[2][:60]}'"
+            )
 
 
 def _loaded(text: str) -> Any:

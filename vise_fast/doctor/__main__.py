@@ -2,6 +2,10 @@
 it.
 
     python -m vise_fast.doctor [--run.dir runs]
+    python -m vise_fast.doctor --model DIR
+
+With --model: which family a model directory belongs to, and of one that is not known the row one
+would have to write.
 
 Exit code 0, or 4 where a check fails. WARN: it runs, but slower or with less. Nothing is
 downloaded.
@@ -9,15 +13,19 @@ downloaded.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("doctor")  # before what takes seconds to import
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vise_fast.config.command_line import Syntax
 from vise_fast.doctor.checks import examine
 from vise_fast.system import console
 
-SYNTAX = Syntax(options={"run.dir": "DIRECTORY"})
+SYNTAX = commands.syntax("doctor")
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,7 +33,13 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     screen = console.Console()
     if given.help:
-        screen.say(__doc__)
+        screen.say(commands.page("doctor", words))
+        return 0
+    if given["model"] is not None:
+        from vise_fast.doctor import family  # needs torch and transformers, which may be missing
+
+        for line in family.lines(given["model"]):
+            screen.say(line)
         return 0
     findings = list(examine(Path(given["run.dir"] or "runs")))
     rows = [[finding.name, finding.status, finding.found] for finding in findings]

@@ -64,6 +64,7 @@ RESOURCES = (
     resources.cpu_instructions,
     resources.memory,
     resources.open_files,
+    resources.ranks,
 )
 EMBEDDED = (models.nano_files, models.nano_weights, models.nano_tokenizer)
 HUB = (models.hub_cache, models.offline, models.telemetry)

@@ -23,13 +23,17 @@ def bitsandbytes() -> Finding:
 
 def flash_attention() -> Finding:
     """Not needed, and importable where it is installed."""
-    names = ("flash_attn", "flash_attn_4", "flash_attn_interface")
+    library = imported("vise_fast.model.flash_library")
+    names = dict.fromkeys(package.module.partition(".")[0] for package in library.PACKAGES)
     present = [name for name in names if not absent(name)]
     if not present:
         return ok("flash-attn", "not installed; torch's own FlashAttention serves")
-    imported(present[0])
-    found = f"{present[0]} installed, not needed: torch's own FlashAttention serves"
-    return ok("flash-attn", found)
+    for name in present:
+        imported(name)
+    torch = imported("torch")
+    if not torch.cuda.is_available():
+        return ok("flash-attn", f"{present[0]} installed, of no use without a GPU")
+    return ok("flash-attn", library.of(torch.device("cuda")).reason)
 
 
 def attention() -> Finding:

@@ -8,6 +8,16 @@ import sys
 from vise_fast.doctor.finding import Finding, fail, ok, warn
 
 OLDEST = (3, 11)
+UNTESTED = {
+    "Darwin": (
+        "only Linux is tested; here a run takes the CPU (mps is refused: nothing was ever checked "
+        "on it), without Triton kernels"
+    ),
+    "Windows": (
+        "only Linux is tested; here nothing keeps two processes out of one run's folder, planning "
+        "needs --memory.budget_gb, and Triton kernels are not used; WSL2 is Linux"
+    ),
+}
 
 
 def python() -> Finding:
@@ -22,7 +32,7 @@ def system() -> Finding:
     """Linux, which is what is tested."""
     found = f"{platform.system()} {platform.machine()}"
     if platform.system() != "Linux":
-        return warn("system", found, "only Linux is tested; Triton kernels need it")
+        return warn("system", found, UNTESTED.get(platform.system(), "only Linux is tested"))
     return ok("system", found)
 
 

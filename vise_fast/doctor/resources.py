@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -62,8 +61,29 @@ def _available_memory() -> float:
     return int(available[1]) * 1e3
 
 
+def ranks() -> Finding:
+    """What several processes would exchange numbers by; no socket is opened."""
+    torch = imported("torch")
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        advice = "one process trains all the same; for several, install torch's own wheel"
+        return warn("several ranks", "this torch has no gloo", advice)
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and not distributed.is_nccl_available():
+        advice = "gradients would go through the host; install torch's own CUDA wheel"
+        return warn("several ranks", f"{gpus} GPUs, and this torch has no NCCL", advice)
+    lines = "NCCL and gloo" if distributed.is_nccl_available() else "gloo"
+    started = os.environ.get("WORLD_SIZE")
+    here = f"started as rank {os.environ.get('RANK')} of {started}" if started else "one process"
+    return ok("several ranks", f"{lines}; {gpus} GPUs; {here}")
+
+
 def open_files() -> Finding:
     """Enough files may be open at once."""
+    try:
+        import resource
+    except ImportError:
+        return ok("open files", "this system sets no limit of its own")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 256:
         return warn("open files", soft, "ulimit -n 1024")

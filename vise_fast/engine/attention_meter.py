@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Engine, Prefixes, Rollout
+from vise_fast.engine.generic import GenericEngine
+from vise_fast.engine.rollout import Engine, Held, Prefixes, Rollout
 from vise_fast.model.tree import Grid, Level, Parent, Part
 
 
 @torch.no_grad()
 def image_share(
     engine: Engine,
-    prefixes: Prefixes,
+    prefixes: Held,
     owner: list[int],
     questions: list[list[int]],
     answers: Rollout,
 ) -> Tensor:
     """fp32 (layers, N) on the CPU: answer n to questions[n] about prefixes[owner[n]]; its queries
-    are the tokens that predicted its tokens. Raises TypeError for an engine that keeps no keys.
+    are the tokens that predicted its tokens. Raises TypeError for an engine that cannot tell.
     """
+    if isinstance(engine, GenericEngine) and engine.measures_attention:
+        return engine.attention_share(prefixes, owner, questions, answers)
     if not isinstance(engine, FastEngine):
         raise TypeError(f"{type(engine).__name__} keeps no keys: no attention can be measured")
     level, asks = _fed_back(engine, prefixes, owner, questions, answers)
@@ -99,3 +102,34 @@ def log_sum_exp(q: Tensor, part: Part, scale: float) -> Tensor:
         later = torch.ones(q.shape[1], scores.shape[-1], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later[:, None, None], -torch.inf)
     return grid.gather(scores.logsumexp(-1).flatten(3))
+
+
+@torch.no_grad()
+def image_map(engine: Engine, prefixes: Prefixes, question: list[int], answer: Rollout) -> Tensor:
+    """fp32 (tokens,) on the CPU, sum 1: where on the one image behind `prefixes` the one answer to
+    a question looked, of the attention that went to the image; mean over layers, heads and the
+    tokens that predicted the answer. Raises TypeError for an engine that keeps no keys.
+    """
+    if not isinstance(engine, FastEngine):
+        raise TypeError(f"{type(engine).__name__} keeps no keys: no attention can be measured")
+    level, asks = _fed_back(engine, prefixes, [0], [question], answer)
+    maps: list[Tensor] = []
+
+    def observe(index: int, q: Tensor, k: Tensor) -> None:
+        weights = _over_image(engine, level, index, level.rag.pad(q))
+        maps.append((weights * asks[0][:, None]).sum(0) / asks.sum())
+
+    engine.backbone.forward([level], prefixes.adapters, keep=False, observe=observe)
+    return torch.stack(maps).mean(0).cpu()
+
+
+def _over_image(engine: FastEngine, level: Level, index: int, q: Tensor) -> Tensor:
+    """(T, tokens): softmax over the image's keys alone, mean over heads, of q (1, T, H, D)."""
+    segment, grid = level.parents[0]
+    assert not isinstance(segment, int)
+    head = len(engine.tokens.head)
+    count = int(segment.counts()[0]) - head - len(engine.tokens.tail)
+    keys = segment.part(index, grid).keys[0, :, head : head + count].float()
+    groups = q[0].float().unflatten(1, (keys.shape[0], -1))
+    scores = torch.einsum("tkrd,ksd->tkrs", groups, keys) * engine.backbone.scale
+    return scores.softmax(-1).mean((1, 2))

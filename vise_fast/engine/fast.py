@@ -116,6 +116,7 @@ class FastEngine:
     """
 
     keeps_keys = True
+    measures_attention = True
 
     def __init__(
         self, backbone: Backbone, tokens: Tokens, poll: int | None = None, chunk: int = 64
@@ -158,6 +159,10 @@ class FastEngine:
         """Values on the CPU: a host sync, counted."""
         self.counters.host_reads += 1
         return values.cpu()
+
+    def sizes(self, prefixes: Prefixes) -> list[tuple[int, int] | None]:
+        """Not kept: no style of this engine's families needs them."""
+        return [None] * len(prefixes)
 
     # ---- images and prefixes ---------------------------------------------------------------------
 

@@ -47,13 +47,23 @@ class Counters:
     verdicts: int = 0
     tokens_decoded: int = 0
     host_reads: int = 0
+    spread_sum: float = 0.0
+    spread_of: int = 0
+    """Standard deviations of verdicts over their wordings, where there are several."""
 
-    def take(self) -> dict[str, int]:
-        """All counts, which begin anew."""
-        values = asdict(self)
+    def spread(self, total: float, verdicts: int) -> None:
+        """Notes how far the wordings of so many verdicts lay apart, in all."""
+        self.spread_sum += total
+        self.spread_of += verdicts
+
+    def take(self) -> dict[str, Any]:
+        """All counts, which begin anew; `verdict_spread` where verdicts had several wordings."""
+        values: dict[str, Any] = asdict(self)
         for name in values:
             setattr(self, name, 0)
-        return values
+        total = values.pop("spread_sum")
+        count = values.pop("spread_of")
+        return values | ({"verdict_spread": total / count} if count else {})
 
 
 @dataclass
@@ -203,8 +213,10 @@ class Engine(Protocol):
     banned: Tensor
     """bool (V,): ids that are never sampled"""
     keeps_keys: bool
-    """Prefixes hold keys and values: the update can go on from the rollout's forward pass, and
-    attention can be measured."""
+    """Prefixes hold keys and values with their graph: the update can go on from the rollout's
+    forward pass."""
+    measures_attention: bool
+    """The share of attention on the image can be measured (attention_meter.py)."""
     interrupted: Callable[[], None]
     """called between steps of a long answer; may raise"""
 
@@ -222,6 +234,11 @@ class Engine(Protocol):
 
     def home(self, values: Tensor) -> Tensor:
         """Values on the CPU: a host sync, counted."""
+
+    def sizes(self, prefixes: Held) -> list[tuple[int, int] | None]:
+        """(height, width) in pixels of each image as the model sees it; None where that is not
+        kept.
+        """
 
     def encode(self, images: list[Tensor]) -> Held:
         """uint8 (H, W, 3) images on the model's grid; no adapters inside."""

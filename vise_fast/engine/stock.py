@@ -1,82 +1,39 @@
 """The rollout engine over transformers' own forward (`engine: stock`): plain, unshared, one row at
 a time.
 
-Same interface and same sampled ids as `fast.FastEngine`, so that it is the plain version the fast
-engine is tested against, and the way to run families the fast forward does not know: any whose
-forward takes pixel_values, image_grid_thw and mm_token_type_ids (Qwen2-VL to Qwen3-VL-MoE). Every
-row is its own full sequence with its own image: nothing is encoded once for two questions, and the
-counters say so. Left out: batching (rows would need padding), quick answers.
+Same interface and same sampled ids as `fast.FastEngine` and `generic.GenericEngine`, so that it is
+the plain version they are tested against, for every family that has a row (model/families.py).
+Every row is its own full sequence with its own image, encoded anew: nothing is encoded once for two
+questions, and the counters say so. Left out: batching (rows would need padding), quick answers.
 
     engine = StockEngine(StockBackbone(policy.model), policy.tokens)
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from vise_kernels import patchify, sample
+from vise_kernels import sample
 
 from vise_fast.engine.rollout import Answered, Counters, ReleasedSpan, Rollout, owners
+from vise_fast.model.stock_modules import StockModules
 from vise_fast.system.clock import Clock
 from vise_fast.text.tokens import Tokens
 
 
-class StockBackbone:
-    """The stock modules of a model (with or without PEFT around it), under the names the rest of
-    the trainer uses.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    ) -> None:
-        self.model = model
-        self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = self.core.config
-        self.head = self.core.lm_head
-        vision = self.config.vision_config
-        self.patch = vision.patch_size
-        self.merge_size = vision.spatial_merge_size
-        self.temporal = vision.temporal_patch_size
-        self.mean = mean
-        self.std = std
-        self.dtype = self.head.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
-
-    def refresh(self) -> None:
-        """Nothing is cached of the adapters."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits (n, V) of hidden states (n, E)."""
-        return F.linear(hidden, self.head.weight).float()
-
-    @contextlib.contextmanager
-    def adapters(self, on: bool) -> Iterator[None]:
-        """The model with its adapters on or off."""
-        if on or self.core is self.model:
-            yield
-        else:
-            with self.model.disable_adapter():
-                yield
+class StockBackbone(StockModules):
+    """The stock modules of a model, with PEFT around it or without."""
 
 
 @dataclass
 class Pictures:
-    """Images as the stock model takes them, not encoded: pixels [(patches, channels·temporal·p·p)],
-    grids [(rows, columns)] in patches.
+    """Images as the stock model takes them, not encoded: pixels [(patches, channels·temporal·p·p)]
+    or [(1, 3, S, S)], grids [(rows, columns)] in patches.
     """
 
     pixels: list[Tensor]
@@ -125,6 +82,7 @@ class StockEngine:
     """See `rollout.Engine`; the arguments and results are the same."""
 
     keeps_keys = False
+    measures_attention = False
 
     def gains_by_sharing(self, sizes: Sequence[tuple[int, int]]) -> bool:
         """There is nothing to share."""
@@ -147,21 +105,15 @@ class StockEngine:
         self.counters.host_reads += 1
         return values.cpu()
 
+    def sizes(self, prefixes: StockPrefixes) -> list[tuple[int, int] | None]:
+        """(height, width) in pixels of each image as the model sees it."""
+        return [self.backbone.size(grid) for grid in prefixes.pictures.grids]
+
     def encode(self, images: list[Tensor]) -> Pictures:
         """uint8 (H, W, 3) images on the model's grid."""
-        b = self.backbone
-        patches, grid = patchify(
-            images,
-            patch=b.patch,
-            merge=b.merge_size,
-            temporal=b.temporal,
-            mean=b.mean,
-            std=b.std,
-            dtype=b.dtype,
-        )
-        grids = [(rows, columns) for _, rows, columns in grid.tolist()]
-        sizes = [rows * columns for rows, columns in grids]
-        return Pictures(list(patches.to(self.device).split(sizes)), grids)
+        pixels, grids = self.backbone.pixels(images)
+        sizes = [rows * columns or 1 for rows, columns in grids]
+        return Pictures(list(pixels.split(sizes)), grids)
 
     def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> StockPrefixes:
         """Notes the adapter state. Raises ValueError where a graph is asked for."""
@@ -295,8 +247,10 @@ class StockEngine:
         """
         self.counters.decode_steps += 1
         self.counters.tokens_decoded += 1
-        return self.backbone.core.model(
-            input_ids=token[None], past_key_values=keys_values, use_cache=True
+        ids = token[None]
+        more = self.backbone.crossing(ids, 0)
+        return self.backbone.forward(
+            input_ids=ids, past_key_values=keys_values, use_cache=True, **more
         )
 
     def _forward(self, pictures: Pictures, image: int, row: list[int], cached: bool = False) -> Any:
@@ -305,15 +259,10 @@ class StockEngine:
         self.counters.images_encoded += 1
         self.counters.prefixes += 1
         self.counters.forwards += 1
-        return self.backbone.core.model(
-            input_ids=ids,
-            pixel_values=pictures.pixels[image],
-            image_grid_thw=torch.tensor([[1, *pictures.grids[image]]], device=self.device),
-            mm_token_type_ids=(ids == self.tokens.image_token).int(),
-            use_cache=cached,
-        )
+        inputs = self.backbone.inputs(pictures.pixels[image], [pictures.grids[image]])
+        inputs |= self.backbone.marks(ids) | self.backbone.crossing(ids, len(self.tokens.head))
+        return self.backbone.forward(input_ids=ids, use_cache=cached, **inputs)
 
     def _prefix_ids(self, pictures: Pictures, image: int) -> list[int]:
-        rows, columns = pictures.grids[image]
-        places = rows * columns // self.backbone.merge_size**2
+        places = self.backbone.image_tokens(pictures.grids[image])
         return self.tokens.head + [self.tokens.image_token] * places + self.tokens.tail

@@ -20,13 +20,17 @@ from transformers import AutoModelForImageTextToText
 from vise_kernels.dispatch import announce
 
 from vise_fast.config.schema import Config
+from vise_fast.engine.choose import engine_of
 from vise_fast.engine.fast import FastEngine, Sheet
 from vise_fast.engine.rollout import Answered, Prefixes, Prompts, Rollout
 from vise_fast.estimate.live_bytes import Live
+from vise_fast.estimate.meta_generic import MetaModules
 from vise_fast.estimate.stages import Stages
+from vise_fast.images.geometry import Box
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model import quantise
+from vise_fast.model.families import FAMILIES
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.qwen3_vl_vision import ENCODE_AT_ONCE
 from vise_fast.model.tree import Features
@@ -117,7 +121,6 @@ class Packed(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.int8 = config.model.quant == "int8"
-        self.unpacking = _unpacking(config)
         self.rounds_rows = quantise.slices_matter(config)
         held = torch.empty(self._held_bytes(config), dtype=torch.uint8, device=META)
         self.weight = nn.Parameter(held, requires_grad=False)
@@ -132,44 +135,59 @@ class Packed(nn.Module):
             return size // 2 + blocks + 4 * -(-blocks // 256) + 1024 + 68
         return size // 2 + 4 * blocks + 64
 
+    def writes_out(self, x: Tensor) -> bool:
+        """As quantise.writes_out answers on this device."""
+        return self.inside and not self.rounds_rows and (self.int8 or len(x) > quantise.FEW_ROWS)
+
     def product(self, x: Tensor) -> Tensor:
         """Empty (n, out) in x's dtype."""
+        held = self.scratch(x)
+        out = x.new_empty(len(x), self.out_features)
+        del held
+        return out
+
+    def scratch(self, x: Tensor) -> list[Tensor]:
+        """What a product needs for a moment, beside its result."""
         rows, width = x.shape
         work = 2 * rows * width * self.out_features
-        moved = self.weight.numel() + x.dtype.itemsize * rows * (width + self.out_features)
-        announce("quantised product", self.unpacking + 1, flops=work, moved=moved)
+        moved = self._unpacked_bytes(x) + x.dtype.itemsize * rows * (width + self.out_features)
+        announce("quantised product", flops=work, moved=moved)
+        if not self.rounds_rows:
+            written = self.int8 or self.inside  # read by torch, or inside bitsandbytes
+            if not written:
+                return []
+            return [torch.empty(self.out_features, width, dtype=x.dtype, device=META)]
+        # the fp16 copy that is quantised
+        half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
+        held = x.new_empty(rows, width + 4, dtype=torch.uint8)
+        del half
+        return [held, x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)]
+
+    def _unpacked_bytes(self, x: Tensor) -> int:
+        """Of the weight that a product with x reads, written out before it where that is done."""
         if self.rounds_rows:
-            # the fp16 copy that is quantised
-            half = x.new_empty(rows, 2 * width, dtype=torch.uint8)
-            held = x.new_empty(rows, width + 4, dtype=torch.uint8)
-            del half
-            sums = x.new_empty(rows, 4 * self.out_features * self.inside, dtype=torch.uint8)
-        else:
-            held = x
-            if self.int8 or self.inside:  # read by torch, or inside bitsandbytes
-                held = torch.empty(self.out_features, width, dtype=x.dtype, device=META)
-            sums = held
-        out = x.new_empty(rows, self.out_features)
-        del held, sums
-        return out
+            announce("rows to 8 bits", LLM_INT8, moved=x.numel() * (2 * x.dtype.itemsize + 1))
+            return self.weight.numel()
+        return self._announce_unpacking(x.dtype) if self.writes_out(x) else self.weight.numel()
+
+    def _announce_unpacking(self, dtype: torch.dtype) -> int:
+        """Bytes of the weight written out."""
+        size = self.out_features * self.in_features * dtype.itemsize
+        announce("unpack", moved=self.weight.numel() + size)
+        return size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a module (PEFT calls it so): (..., in) to empty (..., out)."""
+        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Empty (out, in)."""
-        size = self.out_features * self.in_features * dtype.itemsize
-        announce("dequantise", self.unpacking, moved=self.weight.numel() + size)
+        self._announce_unpacking(dtype)
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
 
 
-def _unpacking(config: Config) -> int:
-    """Kernels before a quantised product: for int8 the weight's cast and scaling or, where rows are
-    rounded too, the cast and quantisation of the input and the scaling of the result; for nf4 the
-    weight's, with `double_quant` its scales' too, a product and a sum.
-    """
-    if config.model.quant == "int8":
-        return 3 if quantise.slices_matter(config) else 2
-    return 3 if config.model.double_quant else 1
-
-
+LLM_INT8 = 3
+"""Kernels beside its product: the cast and quantisation of the input, the scaling of the result."""
 KINDS = Style("meta", ask_text="ask", ground_text="ground", verify_text="verify")
 """Questions by their kind: `MetaTokens` knows their lengths."""
 
@@ -188,11 +206,16 @@ class MetaTokens(Tokens):
         self.eos = [0]
         self.yes = [0]
         self.no = [1]
+        self.digits = list(range(10))
         self.read = 0
 
     def row(self, text: str) -> list[int]:
         """A question of the kind `text`."""
         return [0] * getattr(self.lengths, text)
+
+    def written_boxes(self, boxes_1000: list[Box]) -> list[list[int]]:
+        """Boxes as answers, of the length of all."""
+        return [[0] * self.lengths.box for _ in boxes_1000]
 
     def verdict_row(self, text: str) -> list[int]:
         """The same: its length counts the opening."""
@@ -358,6 +381,15 @@ def meta_policy(
             if isinstance(module, LoraLayer) and quantise.LANGUAGE.match(name):
                 module.base_layer = Packed(module.base_layer, config, device)
     tokens = MetaTokens(lengths, base.lm_head.weight.shape[0])
-    backbone = model.FAMILIES[model_config.model_type].backbone(policy)
+    if not runs_fast(config, model_config):
+        return model.Policy(policy, tokens, MetaModules(policy), "")
+    backbone = model.backbone_of(policy)
     backbone.vision.at_once = ENCODE_AT_ONCE if device == "cpu" else None
     return model.Policy(policy, tokens, backbone, "")
+
+
+def runs_fast(config: Config, model_config: Any) -> bool:
+    """Whether the run's engine is the fast one; the stock one, which shares nothing, needs less
+    than the generic one that is rehearsed in its place.
+    """
+    return engine_of(config, FAMILIES[model_config.model_type]).path == "fast"

@@ -4,7 +4,8 @@ value …]`.
 Predicts the peak of a step by component from shapes alone (rehearsal.py), for the image sizes of
 the actual folder, and says what would make it fit. With `memory.budget_gb` (a number, or auto: this
 machine's) it chooses pixel budget, quantisation, micro-batch, checkpointing and optimizer;
-lowmem.py writes presets so. Left out: what torch does not see; `usable` leaves room for it.
+lowmem.py writes presets so. `--ranks N`: of N that train together, one (docs/SCALING.md). Left out:
+what torch does not see; `usable` leaves room for it.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
+from vise_fast.config import commands, origin
 from vise_fast.config.schema import Config
-from vise_fast.estimate.rehearsal import Rehearsed, rehearse
+from vise_fast.config.share import of_one
+from vise_fast.estimate import remembered
+from vise_fast.estimate.rehearsal import Case, Rehearsed, rehearsed
 from vise_fast.images import picture_file
-from vise_fast.images.sources import Source, open_source
+from vise_fast.images.sources import Source, is_here, open_source
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model.base import read_tokenizer
+from vise_fast.model.families import FAMILIES
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError, EnvironmentFault, MemoryFloor
-from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 
 Settings = dict[str, Any]
 """Values by `section.key`."""
 
 GIB = 2**30
-SYNTAX = Syntax(options={"config": "FILE.yaml", "resume": "auto"}, settings=origin.SETTINGS)
+SYNTAX = commands.syntax("estimate")
 LEANEST = "paged_adamw8bit"
 PIXEL_SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT = 0.6 * GIB
@@ -58,6 +59,7 @@ class Plan:
     changes: Settings = field(default_factory=dict)
     advice: Settings | None = None
     dtype: torch.dtype = torch.float32
+    ranks: int = 1
 
     @property
     def fits(self) -> bool:
@@ -65,7 +67,7 @@ class Plan:
         return self.rehearsed.peak <= self.budget
 
     def __str__(self) -> str:
-        lines = [self._peak(), self._held(), self._verdict()]
+        lines = [self._peak(), self._held(), *self._shared(), self._verdict()]
         if self.advice:
             lines.append(f"would fit with {_words(self.advice)}")
         elif self.advice is not None:
@@ -86,6 +88,14 @@ class Plan:
         form = dtype if quant == "none" else f"{quant}, computed in {dtype}"
         return f"weights in {form}; the adapter beside them in float32, unmerged"
 
+    def _shared(self) -> Iterator[str]:
+        """What a prediction for several ranks is about."""
+        if self.ranks > 1:
+            yield (
+                f"that is each of {self.ranks} ranks, with {self.config.train.batch} images of a "
+                f"batch at most; weights, masters and moments are whole on every one"
+            )
+
     def _verdict(self) -> str:
         room = f"{self.budget / GIB:.1f} GiB"
         if self.changes:
@@ -102,20 +112,27 @@ def _words(changes: Settings) -> str:
 
 
 class Planner:
-    """Predictions for one model and one folder; each configuration is rehearsed once."""
+    """Predictions for one model and one folder; each configuration is rehearsed once, and once for
+    all planners of this machine (remembered.py). `ranks`: how many train
+    together, of which `config` is the share of one.
+    """
 
     def __init__(
-        self, config: Config, source: Source | None = None, dtype: torch.dtype | None = None
+        self,
+        config: Config,
+        source: Source | None = None,
+        dtype: torch.dtype | None = None,
+        ranks: int = 1,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         device = torch.device("cuda") if dtype else model.device_of(config.model.device)
         self.device = device.type
         self.model_config = model.known_shapes(config.model.path)
         self.dtype = dtype or model.dtype_of(config.model.dtype, device)
         self.lengths = lengths_of(config, self.model_config)
         self.sizes = _sizes(config, source)
-        vision = self.model_config.vision_config
-        self.multiple = vision.patch_size * vision.spatial_merge_size
+        self.multiple = FAMILIES[self.model_config.model_type].multiple(self.model_config)
         self._peaks: dict[str, Rehearsed] = {}
 
     def rehearse(self, config: Config) -> Rehearsed:
@@ -125,10 +142,22 @@ class Planner:
         speed = (train.micro_batch, train.checkpointing, train.share_forward, config.optim.name)
         key = repr((config.model, config.lora, speed, batch))
         if key not in self._peaks:
-            self._peaks[key] = rehearse(
-                config, self.model_config, batch, self.dtype, self.lengths, self.device
-            )
+            case = Case(config, batch, self.dtype, self.lengths, self.device)
+            found = self._remembered(case)
+            if self.ranks > 1:  # the sum of everybody's is kept until the optimizer has moved
+                parts = found.phases["optimizer"]
+                parts["exchanged gradients"] = parts["LoRA masters"]
+            self._peaks[key] = found
         return self._peaks[key]
+
+    def _remembered(self, case: Case) -> Rehearsed:
+        """From the user's cache where this was asked before."""
+        place = remembered.place_of(case, self.model_config)
+        found = remembered.read(place)
+        if found is None:
+            found = rehearsed(case, self.model_config)
+            remembered.write(place, found)
+        return found
 
     def _largest(self, config: Config) -> list[tuple[int, int]]:
         """The batch of the folder's largest images as the model would see them, over and over where
@@ -203,24 +232,33 @@ class Planner:
                     yield _knobs(micro, checkpointing, name) | {"train.share_forward": share}
 
 
-def plan(config: Config, source: Source | None = None, dtype: torch.dtype | None = None) -> Plan:
-    """The run's prediction; where `memory.budget_gb` is set, the configuration that fits it.
+def plan(
+    config: Config,
+    source: Source | None = None,
+    dtype: torch.dtype | None = None,
+    ranks: int = 1,
+) -> Plan:
+    """The run's prediction; where `memory.budget_gb` is set, the configuration that fits it. Of
+    several `ranks`, the one with most images.
 
     Raises MemoryFloor where a budget is set and nothing fits it, ConfigError where the model's
     shapes are unknown.
     """
-    planner = Planner(config, source, dtype)
-    budget = usable(config)
+    config = of_one(config, ranks)
+    planner = Planner(config, source, dtype, ranks)
+    budget = usable(config, ranks)
     asked = planner.rehearse(config)
     if asked.peak <= budget:
-        return Plan(config, asked, budget, dtype=planner.dtype)
+        return Plan(config, asked, budget, dtype=planner.dtype, ranks=ranks)
     changes = planner.choose(budget)
     if config.memory.budget_gb is None:
-        return Plan(config, asked, budget, advice=changes or {}, dtype=planner.dtype)
+        advice = changes or {}
+        return Plan(config, asked, budget, advice=advice, dtype=planner.dtype, ranks=ranks)
     if changes is None:
         raise _floor(planner, budget)
     chosen = _with(config, changes)
-    return Plan(chosen, planner.rehearse(chosen), budget, changes, dtype=planner.dtype)
+    rehearsed = planner.rehearse(chosen)
+    return Plan(chosen, rehearsed, budget, changes, dtype=planner.dtype, ranks=ranks)
 
 
 def _floor(planner: Planner, budget: float) -> MemoryFloor:
@@ -236,16 +274,25 @@ def _floor(planner: Planner, budget: float) -> MemoryFloor:
     )
 
 
-def usable(config: Config) -> float:
-    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine."""
+def usable(config: Config, ranks: int = 1) -> float:
+    """Bytes a step may use: of `memory.budget_gb` (GiB, as cards are sold), or of this machine,
+    whose host memory its ranks share.
+
+    Raises EnvironmentFault where the machine does not tell.
+    """
     asked = config.memory.budget_gb
     device = model.device_of(config.model.device)
     if isinstance(asked, float):
         total = asked * GIB
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
     else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        raise EnvironmentFault(
+            "this system does not tell how much memory it has; so nothing can be planned for it; "
+            "say how much may be used: --memory.budget_gb 16"
+        )
     return total * (1 - FRAGMENTS) - CONTEXT
 
 
@@ -276,7 +323,7 @@ def _tokens_at_hand(config: Config, model_config: Any) -> Tokens | None:
         tokenizer = read_tokenizer(source, path, vocabulary, local_files_only=True)
     except (ConfigError, EnvironmentFault):
         return None
-    return Tokens(tokenizer, style_for(model_config), vocabulary, model_config.image_token_id)
+    return model.tokens_of(config, model_config, tokenizer, vocabulary)
 
 
 def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
@@ -285,7 +332,7 @@ def _sizes(config: Config, source: Source | None) -> list[tuple[int, int]]:
     """
     if source is not None:
         return source.sizes()
-    return [(config.scenes.size, config.scenes.size)] if config.data.dir is None else [(4800, 6400)]
+    return [(config.scenes.size, config.scenes.size)] if config.data.is_drawn else [(4800, 6400)]
 
 
 def _knobs(micro_batch: int, checkpointing: bool, optimizer: str) -> Settings:
@@ -310,18 +357,27 @@ def _with(config: Config, changes: Settings) -> Config:
     return Config.model_validate(values)
 
 
+def _ranks(text: str | None) -> int:
+    """How many cards or processes are meant. Raises ConfigError."""
+    if text is None:
+        return 1
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"--ranks {text}: not a number of ranks; give 1 or more")
+    return int(text)
+
+
 def main(words: Sequence[str]) -> int:
     """The command: predict and explain."""
     given = SYNTAX.parse(words)
     out = console.Console()
     if given.help:
-        out.say(__doc__)
+        out.say(commands.page("estimate", words))
         return 0
     config = origin.configuration(given)
     source = None
-    if config.data.dir is None or Path(config.data.dir).is_dir():
+    if is_here(config):
         source = open_source(config, model.grid_multiple(config.model.path))
-    found = plan(config, source)
+    found = plan(config, source, ranks=_ranks(given["ranks"]))
     phases = []
     for name, parts in found.rehearsed.phases.items():
         weights = parts.get("weights", 0)

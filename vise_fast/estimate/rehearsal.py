@@ -19,6 +19,7 @@ from vise_fast.config.schema import Config
 from vise_fast.engine.choose import graphs_of
 from vise_fast.engine.graphed import decoder_bytes
 from vise_fast.estimate.live_bytes import Live
+from vise_fast.estimate.meta_generic import MetaGenericEngine, MetaModules, kept_by_tower
 from vise_fast.estimate.meta_model import (
     META,
     MetaEngine,
@@ -26,6 +27,7 @@ from vise_fast.estimate.meta_model import (
     MetaOptimizer,
     NoScores,
     meta_policy,
+    runs_fast,
 )
 from vise_fast.estimate.stages import Stages
 from vise_fast.images.image import Image
@@ -33,6 +35,7 @@ from vise_fast.method.experience import Draws, play
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths, StepPlan
 from vise_fast.model.load import Policy
+from vise_fast.model.stock_modules import StockModules
 
 Phases = dict[str, dict[str, int]]
 """Bytes alive at the peak of each phase, by component."""
@@ -95,12 +98,19 @@ def rehearse(
 ) -> Rehearsed:
     """One step on images of these (height, width) in pixels, one entry per image of the batch, as
     it would go on this type of device.
+    """
+    return rehearsed(Case(config, sizes, dtype, lengths, device), model_config)
+
+
+def rehearsed(case: Case, model_config: Any) -> Rehearsed:
+    """`rehearse`, of a case.
 
     Every layer needs what its neighbour needs, so two shallow models are rehearsed and the line
     through them drawn on to the full depth. In the shallowest a phase may need most at another
     moment than in deep ones.
     """
-    case = Case(config, sizes, dtype, lengths, device)
+    if not runs_fast(case.config, model_config):
+        return _rehearse_generic(case, model_config)
     depth = model_config.text_config.num_hidden_layers
     shallow = len(model_config.vision_config.deepstack_visual_indexes) + 3
     if depth <= shallow + 1:
@@ -111,6 +121,42 @@ def rehearse(
     for components in phases.values():
         components["weights"] += near.block * (model_config.vision_config.depth - shallow)
     return Rehearsed(phases)
+
+
+def _rehearse_generic(case: Case, model_config: Any) -> Rehearsed:
+    """The same through the stock decoder: two depths that differ by one round of its kinds of
+    layers. All blocks of the tower are there in both: none is run.
+    """
+    text = model_config.text_config
+    depth = text.num_hidden_layers
+    period = _period(text)
+    if depth <= 3 * period:
+        return Rehearsed(counted(case, model_config).phases)
+    near = counted(case, _cut(model_config, period))
+    far = counted(case, _cut(model_config, 2 * period))
+    return Rehearsed(_drawn_on(near.phases, far.phases, (depth - period) // period))
+
+
+def _period(text: Any) -> int:
+    """Layers after which their kinds come again."""
+    crossing = getattr(text, "cross_attention_layers", None)
+    if crossing and len(crossing) > 1:
+        return crossing[1] - crossing[0]
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    first = kinds.index("full_attention") if "full_attention" in kinds else 0
+    return first + 1 if len(set(kinds)) > 1 else 2
+
+
+def _cut(model_config: Any, layers: int) -> Any:
+    """The same model with fewer decoder layers."""
+    small = copy.deepcopy(model_config)
+    text = small.text_config
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    if getattr(text, "cross_attention_layers", None):
+        text.cross_attention_layers = [n for n in text.cross_attention_layers if n < layers]
+    return small
 
 
 def _drawn_on(near: Phases, far: Phases, layers: int) -> Phases:
@@ -145,6 +191,8 @@ def counted(case: Case, model_config: Any) -> Counted:
     """
     config = case.config.model_copy(deep=True)
     config.train.attention_every = 0  # its shares would have to be read home
+    config.reward.settled = 0.0  # at most: as if every ghost hid something and told of no other
+    config.reward.implied = 0.0
     size = config.train.micro_batch or len(case.sizes)
     largest = sorted(case.sizes, key=lambda s: -s[0] * s[1])[:size]
     others = -(-len(case.sizes) // size) - 1
@@ -157,6 +205,8 @@ def counted(case: Case, model_config: Any) -> Counted:
             live.adopt(pixels, "images and vision features")
         _keep(live, others * _kept_bytes(config, policy, largest))
         peaks = _step(config, policy, pixels, live, device=case.device, accumulates=others > 0)
+    if isinstance(policy.backbone, StockModules):
+        return Counted(peaks, 0)
     block = policy.backbone.vision.visual.blocks[0]
     return Counted(peaks, sum(p.numel() * p.dtype.itemsize for p in block.parameters()))
 
@@ -170,6 +220,8 @@ def _keep(live: Live, size: int) -> None:
 def _sort_lora(live: Live, policy: Policy) -> None:
     """The adapters' bytes under their own names."""
     live.relabel(policy.parameters().values(), "LoRA masters")
+    if isinstance(policy.backbone, StockModules):
+        return
     for linear in policy.backbone.fused():
         if linear.cached is not None:
             live.relabel(linear.cached.factors(), "LoRA in compute dtype")
@@ -178,6 +230,8 @@ def _sort_lora(live: Live, policy: Policy) -> None:
 def _kept_bytes(config: Config, policy: Policy, sizes: list[tuple[int, int]]) -> int:
     """Vision features that a slice keeps for the update."""
     backbone = policy.backbone
+    if isinstance(backbone, MetaModules):
+        return kept_by_tower(backbone, sizes) * StepPlan.of(config).trained
     patches = sum(height * width for height, width in sizes) // backbone.patch**2
     trained = StepPlan.of(config).trained
     vectors = patches * trained * len(backbone.mergers)
@@ -196,6 +250,13 @@ def _hold_decoders(live: Live, policy: Policy, config: Config, images: int) -> N
     live.hold([held], "graphed decoders")
 
 
+def _engine(policy: Policy, stages: Stages, device: str) -> Any:
+    """The run's engine on shapes."""
+    if isinstance(policy.backbone, MetaModules):
+        return MetaGenericEngine(policy.backbone, policy.tokens, stages)
+    return MetaEngine(policy.backbone, policy.tokens, stages, device)
+
+
 def _step(
     config: Config,
     policy: Policy,
@@ -207,13 +268,13 @@ def _step(
 ) -> Phases:
     """The step itself: components at the peak of each of its stages."""
     stages = Stages(live)
-    engine = MetaEngine(policy.backbone, policy.tokens, stages, device)
+    engine = _engine(policy, stages, device)
     name = config.optim.name
     paged = name.startswith("paged") and device == "cuda"
     masters = list(policy.parameters().values())
     optimizer = MetaOptimizer(masters, name, live, paged=paged, accumulates=accumulates)
     learner = Learner(policy, engine, config, optimizer)
-    if graphs_of(config, device):
+    if graphs_of(config, device) and isinstance(engine, MetaEngine):
         _hold_decoders(live, policy, config, len(pixels))
     images = [Image(image, f"image {i}", i) for i, image in enumerate(pixels)]
     played = play(engine, images, config, Draws(0, STEP), lambda image, query: ANYWHERE)

@@ -14,6 +14,11 @@ figures mean: docs/EVALUATION.md.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("evaluate")  # before what takes seconds to import
+
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from vise_fast.config import origin
-from vise_fast.config.command_line import Syntax
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
@@ -34,10 +38,7 @@ from vise_fast.model.load import Policy, grid_multiple, load
 from vise_fast.system import console, threads
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
-SYNTAX = Syntax(
-    options=origin.OPTIONS | {"scenes": "64", "json": "FILE", "alphas": "0,0.5,1"},
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("evaluate")
 
 
 def main(words: Sequence[str]) -> int:
@@ -45,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     screen = console.Console()
     if given.help:
-        screen.say(__doc__)
+        screen.say(commands.page("evaluate", words))
         return 0
     adapter = given["adapter"]
     alphas = None if given["alphas"] is None else strengths.parsed(given["alphas"])

@@ -7,13 +7,10 @@ is the boxes'.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from vise_fast.engine.attention_meter import image_share
-from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import owners
 from vise_fast.evaluate.look import Look, Tally
 from vise_fast.evaluate.results import Mark, Marks
@@ -89,9 +86,8 @@ def _hiding(look: Look, box_1000: Tensor, placed: Tensor) -> Marks:
 
 def _attention(look: Look, arm: bool, boxes: roles.Boxes) -> Tensor | None:
     """(layers, images) while the boxes were written; None where it is not wanted, or the engine
-    keeps no keys to measure it by.
+    cannot measure it.
     """
-    if not (look.config.eval.attention and look.engine.keeps_keys):
+    if not (look.config.eval.attention and look.engine.measures_attention):
         return None
-    engine = cast(FastEngine, look.engine)
-    return image_share(engine, look.prefix(arm), look.everyone, boxes.rows, boxes.answers)
+    return image_share(look.engine, look.prefix(arm), look.everyone, boxes.rows, boxes.answers)

@@ -14,40 +14,32 @@ it.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("export")  # before what takes seconds to import
+
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vise_fast.config import origin
-from vise_fast.config.command_line import CommandLine, Syntax
+from vise_fast.config.command_line import CommandLine
 from vise_fast.export import push
 from vise_fast.export.forms import FORMS, Order, make
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SYNTAX = Syntax(
-    options=origin.OPTIONS
-    | {
-        "form": "|".join(FORMS),
-        "out": "DIR",
-        "alpha": "0.5",
-        "average": "A B",
-        "dtype": "float32",
-        "push": "OWNER/NAME",
-    },
-    flags=("copy", "lossy", "yes"),
-    positional=15,
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("export")
 
 
 def main(words: Sequence[str]) -> int:
     """The command."""
     given = SYNTAX.parse(words)
     if given.help:
-        Console().say(__doc__)
+        Console().say(commands.page("export", words))
         return 0
     return export(given)
 

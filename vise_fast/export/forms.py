@@ -24,7 +24,9 @@ from vise_fast.export.update import Update, average
 from vise_fast.model import adapter as adapters
 from vise_fast.model import base as bases
 from vise_fast.model import card, side_files
-from vise_fast.model.load import FAMILIES, read_config, resolve
+from vise_fast.model.base import quiet
+from vise_fast.model.families import FAMILIES
+from vise_fast.model.load import read_config, resolve
 from vise_fast.system import files, manifest
 from vise_fast.system.console import Console
 from vise_fast.system.errors import ConfigError
@@ -154,6 +156,7 @@ def _merged(
     with tempfile.TemporaryDirectory() as scratch:
         update.write(Path(scratch), card.base_name(config))
         model = merged.merged(config, scratch, console, order.dtype, order.lossy)
-    model.save_pretrained(str(aside), safe_serialization=True)
+    with quiet():
+        model.save_pretrained(str(aside), safe_serialization=True)
     _small_files(config, order.adapters[0], aside)
     (aside / "README.md").write_text(cards.merged(config, done), encoding="utf-8")

@@ -73,13 +73,19 @@ def merge(model: PeftModel, adapter: str = "default") -> Loss:
     loss = Loss()
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            base: Any = module.get_base_layer()
-            weight: Tensor = base.weight
+            weight = _weight(module)
             wanted = _update(module, adapter)
             merged = (weight.float() + wanted).to(weight.dtype)
             loss.add(wanted, merged.float() - weight.float())
             weight.copy_(merged)
     return loss
+
+
+def _weight(layer: Any) -> Tensor:
+    """What the product is added to: a linear's weight, or a bare parameter."""
+    if hasattr(layer, "get_param"):
+        return layer.get_param()
+    return layer.get_base_layer().weight
 
 
 def _update(layer: Any, adapter: str) -> Tensor:

@@ -26,7 +26,7 @@ from vise_fast.system.errors import ConfigError
 
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
-PROJECTOR = re.compile(r"\.visual\.")
+PROJECTOR = re.compile(r"\.(visual|multi_modal_projector|connector)\.")
 
 
 @dataclass
@@ -102,7 +102,9 @@ class Update:
         """Without the projectors' layers."""
         tensors = {n: t for n, t in self.tensors.items() if not PROJECTOR.search(n)}
         kept = Update(self.settings, tensors)
-        return Update(_copy(self.settings, target_modules=kept._targets()), tensors)
+        targets = kept._targets()
+        settings = _copy(self.settings, target_modules=targets, target_parameters=None)
+        return Update(settings, tensors)
 
     def _targets(self) -> str | list[str]:
         """PEFT's target_modules of exactly these layers: the pattern where it says the same."""

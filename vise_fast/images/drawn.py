@@ -33,11 +33,11 @@ class Scenes:
         self.seed = config.train.seed if seed is None else seed
         self.eval = config.eval
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """`n` fresh scenes of step `step`."""
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """`n` fresh scenes of step `step`; of them those at the places `part`."""
         return [
             self._image(randomness.key(self.seed, step, "scene", i), f"scene {step}.{i}")
-            for i in range(n)
+            for i in part or range(n)
         ]
 
     def held_out(self, limit: int = 128) -> list[Image]:

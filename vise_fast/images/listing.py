@@ -7,8 +7,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from vise_fast.images.albums.album import Place
 from vise_fast.system.errors import DataError
 
 _READ = "jpg jpeg jpe jfif png apng webp bmp dib gif tif tiff ppm pgm pbm pnm pfm"
@@ -22,10 +23,10 @@ photographs is not.
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable file: name relative to the folder, and (height, width) after the resize."""
+    """One usable picture: its name in the album, and (height, width) after the resize."""
 
     name: str
-    path: Path
+    place: Place
     key: int
     size: tuple[int, int]
 
@@ -96,11 +97,12 @@ def _mode(path: Path, skip: Callable[[Path, str], None]) -> int | None:
         return None
 
 
-def irrelevant(path: Path) -> bool:
+def irrelevant(name: str) -> bool:
     """A file whose name says that it is no picture; names without a suffix are judged by their
     content.
     """
-    return bool(path.suffix) and path.suffix.lower() not in SUFFIXES | FOREIGN
+    suffix = PurePosixPath(name).suffix.lower()
+    return bool(suffix) and suffix not in SUFFIXES | FOREIGN
 
 
 def key_of(name: str) -> int:

@@ -3,11 +3,12 @@
 Allow-listed formats by content (never by name), a pixel cap read from the header before anything is
 decoded, limits on time and memory (cost.py), EXIF orientation applied, deep greys scaled (not
 clipped), transparency laid over white (as the Qwen-VL tools do), the first frame of animations.
-Left out: colour profiles, and everything about folders (folder.py).
+Left out: colour profiles, and where pictures lie (albums/).
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
@@ -17,13 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as Pillow
 
+from vise_fast.images.albums.album import Place
 from vise_fast.images.cost import EXIF, Costly, Reader, before_opening, refuse_costly
+from vise_fast.system.files import WITHOUT_WAITING
 
+FLAGS = WITHOUT_WAITING | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Of an opened picture; each system has its own."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_RATIO = 200  # the longest side over the shortest; Qwen's own processor refuses more
 WHITE = (255, 255, 255, 255)
@@ -70,24 +75,24 @@ class Header:
     width: int
 
 
-def header(path: Path, max_pixels: int) -> Header:
+def header(place: Place, max_pixels: int) -> Header:
     """Reads the header only.
 
     Raises BadImage for anything that is not a usable picture of at most `max_pixels`.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(place, max_pixels) as image:
         width, height = image.size
         if image.format != "TIFF" and _orientation(image) >= 5:  # Pillow turns TIFFs itself
             width, height = height, width
         return Header(image.format or "", height, width)
 
 
-def decode(path: Path, max_pixels: int) -> Pillow.Image:
+def decode(place: Place, max_pixels: int) -> Pillow.Image:
     """The upright picture, mode RGB. Takes at most 12 bytes of memory per pixel of `max_pixels`.
 
     Raises BadImage.
     """
-    stored = _stored(path, max_pixels)
+    stored = _stored(place, max_pixels)
     return stored.picture if stored.turn is None else stored.picture.transpose(stored.turn)
 
 
@@ -98,9 +103,9 @@ class _Stored(NamedTuple):
     turn: Pillow.Transpose | None
 
 
-def _stored(path: Path, max_pixels: int) -> _Stored:
+def _stored(place: Place, max_pixels: int) -> _Stored:
     """A function of its own: what the decoder made is let go before the picture is turned."""
-    with _opened(path, max_pixels, whole=True) as image:
+    with _opened(place, max_pixels, whole=True) as image:
         image.load()
         return _Stored(to_rgb(image, image.format or ""), TURNS.get(_orientation(image)))
 
@@ -165,15 +170,13 @@ def _span(low: float, high: float, mode: str, format: str) -> tuple[float, float
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int, whole: bool = False) -> Iterator[Pillow.Image]:
+def _opened(place: Place, max_pixels: int, whole: bool = False) -> Iterator[Pillow.Image]:
     """The file as an image whose pixels are not decoded yet, but may be where `whole`; every fault
     inside the block leaves as BadImage.
     """
     try:
-        # not blocking: a name may have become a pipe since the folder was listed
-        raw = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
+        raw = _raw(place)
         with raw, Reader(raw) as file:
-            _refuse_kind(os.fstat(file.fileno()))
             before_opening(file)
             with Pillow.open(file, formats=FORMATS) as image:
                 _refuse_size(*image.size, max_pixels)
@@ -193,10 +196,28 @@ def _opened(path: Path, max_pixels: int, whole: bool = False) -> Iterator[Pillow
         raise BadImage(" ".join(f"cannot be decoded: {reason}".split())[:200]) from None
 
 
-def _refuse_kind(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise BadImage("is no regular file")
-    if status.st_size == 0:
+def _raw(place: Place) -> Any:
+    """Its bytes as an unbuffered file. Raises OSError, BadImage."""
+    if not isinstance(place, Path):
+        raw = place.open()
+        _refuse_empty(raw.seek(0, io.SEEK_END))
+        raw.seek(0)
+        return raw
+    # not blocking: a name may have become a pipe since the folder was listed
+    raw = os.fdopen(os.open(place, os.O_RDONLY | FLAGS), "rb", 0)
+    try:
+        status = os.fstat(raw.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("is no regular file")
+        _refuse_empty(status.st_size)
+    except BadImage:
+        raw.close()
+        raise
+    return raw
+
+
+def _refuse_empty(size: int) -> None:
+    if size == 0:
         raise BadImage("is empty")
 
 

@@ -2,7 +2,7 @@
 
 `source.batch(step, n)` is a function of (seed, step) and of the files alone, so a resumed run sees
 what the first would have seen. A new source is a class that can what `Source` asks for, and a line
-in `open_source`. Left out: the sources themselves (folder.py, drawn.py).
+in `open_source`. Left out: the sources themselves (photographs.py, drawn.py, mixed.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vise_fast.config.schema import Config
+from vise_fast.images.albums import door
+from vise_fast.images.albums.door import open_album
 from vise_fast.images.drawn import Scenes
-from vise_fast.images.folder import LOG, Folder, silent
 from vise_fast.images.image import Image
+from vise_fast.images.mixed import Mixed, parts_of
+from vise_fast.images.photographs import LOG, Photographs, Through, silent, unseen
 
 
 class Source(Protocol):
@@ -25,8 +28,8 @@ class Source(Protocol):
     evaluation, and `truth(image, query)`, for a reward that asks for it.
     """
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0."""
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """The `n` images of step `step`, counted from 0; of them those at the places `part`."""
 
     def held_out(self, limit: int = 128) -> list[Image]:
         """Images that are in no batch, at most `limit`; always the same."""
@@ -56,15 +59,31 @@ def open_source(
     multiple: int,
     directory: Path | None = None,
     say: Callable[[str], None] = silent,
+    through: Through = unseen,
 ) -> Source:
-    """The user's folder, or the embedded scenes where data.dir is not set.
+    """The user's pictures, wherever they lie (albums/door.py), several places mixed where data.mix
+    names them, or the embedded scenes where nothing is named.
 
     multiple: pixels per image token side (model.load.grid_multiple), which every height and width
     is a multiple of; directory: where bad_images.jsonl goes (None: run.dir); say: takes what a
-    person should know of the images. Raises ConfigError where sizes do not fit the grid, DataError
-    where the folder cannot be used.
+    person should know of the images; through: shows how far their headers are read. Raises
+    ConfigError where sizes do not fit the grid, DataError where a place cannot be used.
     """
+    log = None if directory is None else directory / LOG
+
+    def photographs(place: str) -> Photographs:
+        album = open_album(place, config.data.column)
+        return Photographs(album, config, multiple, log, say, through=through)
+
+    if config.data.mix:
+        weights = parts_of(config.data.mix)
+        return Mixed({p: photographs(p) for p in weights}, weights, config.train.seed)
     if config.data.dir is None:
         return Scenes(config, multiple)
-    log = None if directory is None else directory / LOG
-    return Folder(config.data.dir, config, multiple, log, say)
+    return photographs(config.data.dir)
+
+
+def is_here(config: Config) -> bool:
+    """Whether `open_source` needs no network, as far as names say."""
+    places = parts_of(config.data.mix) or ([config.data.dir] if config.data.dir else [])
+    return all(map(door.is_here, places))

@@ -23,9 +23,10 @@ import torch
 import vise_kernels
 from torch import Tensor
 
-from vise_fast.config.schema import GhostConfig, ViewConfig, ViewKind
+from vise_fast.config.schema import VIEW_KINDS, GhostConfig, ViewConfig
 from vise_fast.images import geometry
 from vise_fast.images.geometry import Box
+from vise_fast.system.errors import ConfigError
 
 SHORT_SIDE_PX = 480
 BORDER = 128
@@ -37,7 +38,7 @@ class View:
     pixels.
     """
 
-    kind: ViewKind
+    kind: str
     matrix_px: Tensor
 
 
@@ -73,12 +74,24 @@ def _affine(rng: np.random.Generator, height: int, width: int, settings: ViewCon
     return geometry.affine_px(angle, scale, dx, dy, width, height)
 
 
-DRAWN: dict[ViewKind, Callable[[np.random.Generator, int, int, ViewConfig], Tensor]] = {
+Draw = Callable[[np.random.Generator, int, int, ViewConfig], Tensor]
+DRAWN: dict[str, Draw] = {
     "affine": _affine,
     "crop": _crop,
     "flip": _flip,
 }
 """How the (3, 3) float64 matrix of each kind is drawn: (rng, height, width, settings)."""
+
+
+def register(kind: str, draw: Draw) -> None:
+    """Makes a kind of view known to `view.kinds`: an affine matrix, source pixels to view pixels.
+
+    Raises ConfigError for a name that is taken.
+    """
+    if kind in DRAWN:
+        raise ConfigError(f"a view {kind} is known already; names must differ; rename it")
+    DRAWN[kind] = draw
+    VIEW_KINDS.append(kind)
 
 
 def matrices(views: Sequence[View]) -> Tensor:

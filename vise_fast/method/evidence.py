@@ -28,8 +28,8 @@ class Evidence:
 
     Raises ValueError when rows do not fill whole groups or a tensor has another number of rows,
     NumericFault for a probability that is not a number in 0..1 on a row it was asked for: `seen`
-    where query and box could be read, the others where `judged` (elsewhere anything may stand, NaN
-    too).
+    where query and box could be read, the others where `judged`, `control` and `keep` where
+    `further` (elsewhere anything may stand, NaN too).
     """
 
     box_1000: Tensor
@@ -66,6 +66,10 @@ class Evidence:
     """(N,) bool: rows whose ghosts were judged; None: all whose query could be read and whose box
     has area. The others have R_sem = 0
     """
+    further: Tensor | None = None
+    """(N,) bool: judged rows whose controls and keep were asked for too; None: all of them. The
+    others hide no more than `reward.settled` and have R_sem = 0
+    """
     truth_1000: Tensor | None = None
     """(N, 4) for the oracle only; a box without area: no truth"""
 
@@ -81,12 +85,18 @@ class Evidence:
     def _check_probabilities(self) -> None:
         for name in ("seen", "gone", "control", "keep"):
             p = getattr(self, name)
-            asked = self.readable & self.query_readable if name == "seen" else self.has_verdicts
+            asked = self._asked(name)
             if p is not None and not ((p[asked] >= 0) & (p[asked] <= 1)).all():
                 raise NumericFault(
                     f"p({name}) is not within 0..1; the judge's logits are not finite; lower the "
                     "learning rate or use float32"
                 )
+
+    def _asked(self, name: str) -> Tensor:
+        """(N,) bool: rows on which this probability was asked for."""
+        if name == "seen":
+            return self.readable & self.query_readable
+        return self.has_verdicts if name == "gone" else self.has_all_verdicts
 
     @property
     def placed(self) -> Tensor:
@@ -98,6 +108,11 @@ class Evidence:
         """(N,) bool: rows with verdicts on their ghosts."""
         placed = self.placed & self.query_readable
         return placed if self.judged is None else placed & self.judged
+
+    @property
+    def has_all_verdicts(self) -> Tensor:
+        """(N,) bool: rows with verdicts on their controls and on what they keep as well."""
+        return self.has_verdicts if self.further is None else self.has_verdicts & self.further
 
     def group_mean(self, values: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the chosen rows (N,) bool of each group, spread over its rows, and whether

@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vise_fast.config.schema import Config, RewardConfig
 from vise_fast.engine.attention_meter import image_share
 from vise_fast.engine.rollout import Engine, Held
-from vise_fast.images import geometry, views
+from vise_fast.images import views
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source
 from vise_fast.method import rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
-from vise_fast.method.step_plan import GhostKind, StepPlan
-from vise_fast.system import randomness
+from vise_fast.method.slices import Draws, Slice
+from vise_fast.method.step_plan import StepPlan
+from vise_fast.method.verdicts import Verdicts, judge
+from vise_fast.ranks.ranks import Ranks
 from vise_fast.text import sides
 
 Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
@@ -36,58 +37,10 @@ Truth = Callable[[Image, str], tuple[float, float, float, float] | None]
 it.
 """
 
-GHOSTS_AT_ONCE = 8
-"""Ghosts encoded and judged together, per image of the slice: bounds their memory as the
-micro-batch does everything else's.
-"""
-
 
 def truth_of(source: Source, config: RewardConfig) -> Truth | None:
     """What tells true boxes; None where the reward asks for none, or the source knows none."""
     return getattr(source, "truth", None) if rewards.wants_truth(config) else None
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The named randomness of one step; `first` is the slice's first image in the batch."""
-
-    seed: int
-    step: int
-    first: int = 0
-
-    def keys(self, purpose: str, count: int, per_image: int = 1) -> list[int]:
-        """Seeds of `count` draws, `per_image` of each image."""
-        start = self.first * per_image
-        return [randomness.key(self.seed, self.step, purpose, start + i) for i in range(count)]
-
-    def generator(self, purpose: str, index: int, per_image: int = 1) -> np.random.Generator:
-        """The generator of draw `index` of the slice."""
-        place = self.first * per_image + index
-        return randomness.generator(self.seed, self.step, purpose, place)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The images of the batch that are played together, uint8 (H, W, 3) on the engine's device, and
-    how.
-    """
-
-    engine: Engine
-    config: Config
-    plan: StepPlan
-    draws: Draws
-    pixels: list[Tensor]
-
-    @property
-    def originals(self) -> list[int]:
-        """The places of the images themselves among images and views."""
-        return list(range(len(self.pixels)))
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the policy's boxes are drawn."""
-        rollout = self.config.rollout
-        return Sampling(rollout.box_tokens, rollout.temperature)
 
 
 @dataclass
@@ -123,7 +76,7 @@ def play(
     part = Slice(engine, config, plan, draws, pixels)
     drawn = draw_views(part)
     answers = ask_and_box(part, drawn)
-    verdicts = judge(part, answers)
+    verdicts = judge(part, answers.queries, answers.boxes, answers.seen)
     truths = None if truth is None else _truths(truth, images, answers.queries.texts)
     evidence = pack(part, drawn, answers, verdicts, truths)
     return Played(
@@ -146,15 +99,20 @@ def _can_share(engine: Engine, config: Config, pixels: list[Tensor]) -> bool:
 
 
 def play_batch(
-    engine: Engine, images: list[Image], config: Config, step: int, truth: Truth | None = None
+    engine: Engine,
+    images: list[Image],
+    config: Config,
+    step: int,
+    truth: Truth | None = None,
+    before: int = 0,
 ) -> list[Played]:
     """The batch in slices of `train.micro_batch` images; what is sampled does not depend on the
-    slices.
+    slices. before: images of the batch that another rank plays and that stand before these.
     """
     size = config.train.micro_batch or len(images)
     played = []
     for first in range(0, len(images), size):
-        draws = Draws(config.train.seed, step, first)
+        draws = Draws(config.train.seed, step, before + first)
         played.append(play(engine, images[first : first + size], config, draws, truth))
     return played
 
@@ -358,122 +316,20 @@ def _attention(part: Slice, prefixes: Held, boxes: roles.Boxes) -> Tensor | None
     do not measure it.
     """
     every = part.config.train.attention_every
-    if not (every > 0 and part.draws.step % every == 0 and part.engine.keeps_keys):
+    if not (every > 0 and part.draws.step % every == 0 and part.engine.measures_attention):
         return None
     first = boxes.answers.select([i * part.plan.samples for i in part.originals])
     rows = boxes.rows[: len(part.pixels)]
     return image_share(part.engine, prefixes, part.originals, rows, first).mean(0)
 
 
-def attention_share(slices: list[Played]) -> dict[str, float]:
+def attention_share(slices: list[Played], ranks: Ranks) -> dict[str, float]:
     """The batch's figure `attention_share`; nothing on steps that did not measure it."""
     measured = [played.attention for played in slices if played.attention is not None]
-    return {"attention_share": float(torch.cat(measured).mean())} if measured else {}
-
-
-# ---- judge ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """The distinct (image, box) pairs whose ghosts are judged, and the rows that share them.
-
-    rows: rows of the slice's boxes that are judged; slot: the pair of each; image, box_1000 (pairs,
-    4) and first (the row whose draw places the pair's control) per pair.
-    """
-
-    rows: list[int]
-    slot: list[int]
-    image: list[int]
-    box_1000: Tensor
-    first: list[int]
-
-
-@dataclass
-class Verdicts:
-    """p(visible) of each box's ghosts by kind, (N,) float64, zeros where `judged` (N,) is False."""
-
-    judged: Tensor
-    p: dict[str, Tensor]
-
-
-def judge(part: Slice, answers: Answers) -> Verdicts:
-    """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict
-    per distinct (image, box).
-
-    Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that
-    do not read the answer: zeros.
-    """
-    hidden = _hidden(part, answers)
-    names = [kind.name for kind in part.plan.kinds]
-    count = len(part.pixels) * part.plan.samples
-    judged = torch.zeros(count, dtype=torch.bool)
-    judged[hidden.rows] = True
-    table = torch.zeros(len(names), count, dtype=torch.float64)
-    if hidden.rows:
-        with part.engine.clock.phase("verify"):
-            p = _verdicts(part, hidden, answers.queries.texts)
-        table[:, hidden.rows] = p.view(len(names), -1)[:, hidden.slot]
-    return Verdicts(judged, dict(zip(names, table, strict=True)))
-
-
-def _hidden(part: Slice, answers: Answers) -> Hidden:
-    """What there is to judge."""
-    samples = part.plan.samples
-    count = len(part.pixels) * samples
-    box_1000 = answers.boxes.box_1000[:count]
-    seen = answers.seen >= part.config.reward.gate
-    worth = seen & torch.tensor(answers.queries.readable)
-    judged = answers.boxes.readable[:count] & geometry.proper(box_1000)
-    judged = judged & worth.repeat_interleave(samples)
-    rows = judged.nonzero()[:, 0].tolist() if part.plan.judges_ghosts else []
-    slots: dict[tuple, int] = {}
-    slot = []
-    first = []
-    for row in rows:
-        pair = (row // samples, *box_1000[row].tolist())
-        if pair not in slots:
-            slots[pair] = len(slots)
-            first.append(row)
-        slot.append(slots[pair])
-    return Hidden(rows, slot, [row // samples for row in first], box_1000[first], first)
-
-
-def _verdicts(part: Slice, hidden: Hidden, queries: list[str]) -> Tensor:
-    """p(visible) (kinds · pairs,) of every ghost, so many in memory at a time."""
-    engine = part.engine
-    ghosts: list[Tensor] = []
-    for kind in part.plan.kinds:
-        ghosts += _ghosts(part, hidden, kind)
-    texts = [queries[i] for i in hidden.image] * len(part.plan.kinds)
-    at_once = GHOSTS_AT_ONCE * len(part.pixels)
-    found = []
-    for start in range(0, len(ghosts), at_once):
-        cut = slice(start, start + at_once)
-        features = engine.encode(ghosts[cut])
-        policy = part.plan.policy_judges
-        found.append(roles.verify(engine, features, texts[cut], policy, stay=True))
-    return engine.home(torch.cat(found))
-
-
-def _ghosts(part: Slice, hidden: Hidden, kind: GhostKind) -> list[Tensor]:
-    """The images with each pair's box, its control, or all but its box hidden."""
-    boxes = hidden.box_1000
-    if kind.control is not None:
-        boxes = _control_boxes(part, hidden, f"control{kind.control}")
-    owner = torch.tensor(hidden.image)
-    ghost = part.config.ghost
-    literal = part.config.view.literal_pixels
-    return views.ghost(part.pixels, owner, boxes, ghost, kind.region, literal=literal)
-
-
-def _control_boxes(part: Slice, hidden: Hidden, purpose: str) -> Tensor:
-    """A box of the same size elsewhere for each pair, (pairs, 4)."""
-    placed = []
-    for row, box in zip(hidden.first, hidden.box_1000, strict=True):
-        rng = part.draws.generator(purpose, row, part.plan.samples)
-        placed.append(views.control_box(rng, box)[0])
-    return torch.tensor(placed, dtype=torch.float64)
+    if not measured:
+        return {}
+    whole = torch.cat(ranks.gather("attention", torch.cat(measured)))
+    return {"attention_share": float(whole.mean())}
 
 
 # ---- the evidence --------------------------------------------------------------------------------
@@ -506,6 +362,7 @@ def pack(
         control=_controls(verdicts),
         keep=verdicts.p.get("keep"),
         judged=verdicts.judged,
+        further=verdicts.further,
         truth_1000=None if truths is None else _per_box(part, _table(truths)),
     )
 

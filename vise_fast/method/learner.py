@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vise_kernels import linear_logprob_kl
+from vise_kernels import linear_logprob, linear_logprob_kl
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.rollout import Answered, Engine
-from vise_fast.method import loss, rewards
+from vise_fast.engine.rollout import Answered, Engine, Rollout
+from vise_fast.method import consensus, loss, rewards
 from vise_fast.method.evidence import join
 from vise_fast.method.experience import Played
 from vise_fast.method.roles import Boxes
 from vise_fast.model import quantise
 from vise_fast.model.load import Policy
+from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import NumericFault
 from vise_fast.system.randomness import generator
@@ -34,10 +36,13 @@ MAX_SKIPPED = 5
 
 @dataclass
 class Targets:
-    """Per answer (of a slice: samples, then views): its advantage and whether it is scored."""
+    """Per answer (of a slice: samples, then views): its advantage and whether it is scored.
+    earlier: log-probs (scored, T) before the first update on them, where several are made.
+    """
 
     advantage: Tensor
     scored: Tensor
+    earlier: Tensor | None = None
 
     def cut(self, sizes: list[int]) -> list[Targets]:
         """Along the slices, which have so many answers each."""
@@ -51,15 +56,24 @@ class Targets:
 
 
 @dataclass
+class Choices:
+    """The digits of some answers, and the log-probs (D, 10) of what could stand in their places."""
+
+    digits: consensus.Digits
+    logprob: Tensor
+
+
+@dataclass
 class TokenScores:
     """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer.
+    per answer. choices: where the answers' digits are moved to a consensus.
     """
 
     logprob: Tensor
     reference: Tensor
     kl: Tensor
     lengths: list[int]
+    choices: Choices | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -96,14 +110,33 @@ class _Remembered:
             ) from None
 
 
+class Room(NamedTuple):
+    """Bytes that an optimizer takes of torch's memory for each parameter: in a step, and at the
+    first for its moments.
+    """
+
+    step: int
+    made: int
+
+
+# torch's works on one more copy; paged moments lie in memory that the driver manages
+ROOM = {"adamw": Room(4, 8), "adamw8bit": Room(0, 3), "paged_adamw8bit": Room(0, 0)}
+
+
 class Learner:
     """Turns played slices into one optimizer step on the LoRA masters. `optimizer`: made from the
-    configuration unless given.
+    configuration unless given; `ranks`: those that play the batch's other images, if there are any.
     """
 
     def __init__(
-        self, policy: Policy, engine: Engine, config: Config, optimizer: Any = None
+        self,
+        policy: Policy,
+        engine: Engine,
+        config: Config,
+        optimizer: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Alone()
         self.policy = policy
         self.engine = engine
         self.config = config
@@ -119,14 +152,17 @@ class Learner:
         """
 
     def learn(self, slices: list[Played], step: int) -> dict[str, float]:
-        """One update from the whole batch. Raises NumericFault after several non-finite gradients
-        in a row.
+        """One update from the whole batch, of which `slices` are this rank's. Raises NumericFault
+        after several non-finite gradients in a row.
         """
         scores = self._score(slices, step)
+        unique = {"unique_queries": _unique_queries(slices, self.ranks)}
         targets, metrics = self._targets(slices, scores)
         samples = len(scores.reward)
-        scored = sum(int(target.scored.sum()) for target in targets)
-        totals = self._gradient(slices, targets, samples)
+        scored = self.ranks.total("scored", sum(int(target.scored.sum()) for target in targets))
+        with self.engine.clock.phase("update"):
+            sums = self._gradient(slices, targets, samples)
+            totals = self._totals(sums) if scored else {"grad_norm": 0.0}
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that
         # were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / max(scored, 1)
@@ -137,28 +173,47 @@ class Learner:
                 self._apply(metrics["grad_norm"])
             if math.isfinite(metrics["grad_norm"]):
                 self.beta.update(metrics["kl"])
+                self._again(slices, targets, samples)
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
         self.moving = False
-        return scores.metrics | metrics | {"unique_queries": _unique_queries(slices)}
+        self.ranks.step_done()
+        return scores.metrics | metrics | unique
+
+    def _again(self, slices: list[Played], targets: list[Targets], samples: int) -> None:
+        """The further updates on the same answers (`update.reuse`)."""
+        for _ in range(1, self.config.update.reuse):
+            self.moving = True  # the step has begun: it cannot be done again from here
+            self.ranks.step_done()  # and exchanges anew
+            with self.engine.clock.phase("update"):
+                totals = self._totals(self._gradient(slices, targets, samples))
+            with self.engine.clock.phase("optimizer"):
+                self._apply(totals["grad_norm"])
 
     def _score(self, slices: list[Played], step: int) -> rewards.Scores:
         """The rewards of the whole batch; each slice keeps its own."""
-        evidence = join([played.evidence for played in slices])
+        own = join([played.evidence for played in slices])
+        evidence = join(self.ranks.gather("evidence", own))
         rng = generator(self.config.train.seed, step, "reward")
         scores = rewards.score(evidence, self.config.reward, rng)
-        pieces = scores.reward.split(_sizes(slices, self.config.rollout.samples))
+        samples = self.config.rollout.samples
+        pieces = self._own(scores.reward, samples).split(_sizes(slices, samples))
         for played, part in zip(slices, pieces, strict=True):
             played.rewards = part
         return scores
+
+    def _own(self, rows: Tensor, per_image: int) -> Tensor:
+        """Of the rows of a whole batch, which has so many per image, this rank's."""
+        part = self.ranks.part(len(rows) // per_image)
+        return rows[part.start * per_image : part.stop * per_image]
 
     # ---- who learns how much -------------------------------------------------------------------
 
     def _targets(
         self, slices: list[Played], scores: rewards.Scores
     ) -> tuple[list[Targets], dict[str, float]]:
-        """Advantages of all samples, and of the views where they are trained too, cut along the
-        slices.
+        """Advantages of all samples, and of the views where they are trained too; this rank's, cut
+        along the slices.
         """
         rollout = self.config.rollout
         kind = self.config.update.advantage
@@ -166,11 +221,18 @@ class Learner:
         advantage, metrics = loss.advantages(
             reward, scores.carries, rollout.samples, kind, self.baseline
         )
-        scored = scores.carries & self._alive(advantage)
-        own = Targets(advantage, scored).cut(_sizes(slices, rollout.samples))
-        views = self._view_targets(scores).cut(_sizes(slices, rollout.views))
+        agreed = torch.cat(self.ranks.gather("agreed", self._agreed(slices)))
+        scored = scores.carries & (self._alive(advantage) | agreed)
+        own = self._cut(Targets(advantage, scored), slices, rollout.samples)
+        views = self._cut(self._view_targets(scores), slices, rollout.views)
         pairs = zip(own, views, strict=True)
         return [samples.followed_by(more) for samples, more in pairs], metrics
+
+    def _cut(self, whole: Targets, slices: list[Played], per_image: int) -> list[Targets]:
+        """A batch's targets as those of this rank's slices."""
+        advantage = self._own(whole.advantage, per_image)
+        scored = self._own(whole.scored, per_image)
+        return Targets(advantage, scored).cut(_sizes(slices, per_image))
 
     def _alive(self, advantage: Tensor) -> Tensor:
         """(N,) bool. A group whose rewards are all equal teaches nothing and carries no gradient:
@@ -182,13 +244,22 @@ class Learner:
         alive = advantage.view(-1, group).abs().amax(1) > 0
         return alive.repeat_interleave(group)
 
+    def _agreed(self, slices: list[Played]) -> Tensor:
+        """(N,) bool: answers that learn from the consensus of their views."""
+        if self.config.update.consensus == 0:
+            return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
+        agreed = [consensus.target(played.evidence, self.config.reward) for played in slices]
+        return torch.cat([one.known for one in agreed])
+
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
         if self.config.update.kl != "k1_reward":
             return reward
-        pieces = reward.split(_sizes(slices, self.config.rollout.samples))
+        samples = self.config.rollout.samples
+        pieces = self._own(reward, samples).split(_sizes(slices, samples))
         pairs = zip(slices, pieces, strict=True)
-        return torch.cat([self._penalised(played, piece) for played, piece in pairs])
+        own = torch.cat([self._penalised(played, piece) for played, piece in pairs])
+        return torch.cat(self.ranks.gather("penalised", own))
 
     def _view_targets(self, scores: rewards.Scores) -> Targets:
         """The views' own answers, image-major: mean agreement with the image's samples, against the
@@ -219,15 +290,14 @@ class Learner:
 
     def _gradient(
         self, slices: list[Played], targets: list[Targets], samples: int
-    ) -> dict[str, float]:
-        """Backwards through every slice that has scored answers; figures of the whole batch."""
+    ) -> list[dict[str, Tensor]]:
+        """Backwards through every slice that has scored answers; their shares of the figures."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = []
-        with self.engine.clock.phase("update"):
-            for played, target in zip(slices, targets, strict=True):
-                if target.scored.any():
-                    sums.append(self._backward(played, target, samples))
-            return self._totals(sums)
+        for played, target in zip(slices, targets, strict=True):
+            if target.scored.any():
+                sums.append(self._backward(played, target, samples))
+        return sums
 
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
@@ -238,15 +308,87 @@ class Learner:
             scores.table(scores.reference),
             scores.table(scores.kl),
             scores.mask,
+            target.earlier,
         )
-        advantage = put(target.advantage[chosen], tokens.mask.device)
+        if self.config.update.reuse > 1 and target.earlier is None:
+            target.earlier = tokens.logprob.detach()
+        share = self.config.update.consensus
+        advantage = put(target.advantage[chosen] * (1 - share), tokens.mask.device)
         kind = self.config.update.kl
-        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples)
+        clip = self.config.update.clip
+        value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
+        if share > 0:
+            value = value - share * self._consensus(played, chosen, scores, samples)
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
+
+    def _consensus(
+        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
+    ) -> Tensor:
+        """What the consensus of the views raises in this slice; a scalar to maximise."""
+        if scores.choices is None:
+            return self._likelihood(played, chosen, samples)
+        return self._agreement(played, chosen, scores.choices, scores.lengths, samples)
+
+    def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
+        """That of the consensus as an answer about every image with a chosen sample, at temperature
+        1; it counts as often as the image has samples.
+        """
+        group = self.config.rollout.samples
+        agreed = consensus.target(played.evidence, self.config.reward)
+        count = len(agreed.known)
+        images = sorted({n // group for n in chosen if n < count and agreed.known[n]})
+        if not images:
+            return torch.zeros((), device=self.policy.device)
+        rows = [image * group for image in images]
+        answered = self._written(played, images, agreed.box_1000[rows])
+        engine = self.engine
+        features = played.features.select(images)
+        recompute = self.config.train.checkpointing
+        hidden = engine.score(features, answered, True, recompute=recompute)
+        answers = answered.answers
+        head = engine.backbone.head.weight
+        logprob = linear_logprob(hidden, head, answers.packed(), banned=engine.banned)
+        digits = consensus.digits_of(answers.rows(), engine.tokens.digits)
+        return consensus.likelihood(logprob, answers.lengths, digits, samples) * group
+
+    def _written(self, played: Played, images: list[int], box_1000: Tensor) -> Answered:
+        """The questions about these images with boxes (images, 4) as their answers."""
+        tokens = self.engine.tokens
+        boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in box_1000.tolist()]
+        answers = tokens.written_boxes(boxes)
+        lengths = [len(row) for row in answers]
+        padded = [row + [tokens.pad] * (max(lengths) - len(row)) for row in answers]
+        ids = put(padded, self.policy.device)
+        rollout = Rollout(ids, torch.zeros(ids.shape, device=ids.device), lengths, padded)
+        rows = [played.boxes.rows[image] for image in images]
+        return Answered(rows, rollout, list(range(len(images))))
+
+    def _agreement(
+        self,
+        played: Played,
+        chosen: list[int],
+        choices: Choices,
+        lengths: list[int],
+        samples: int,
+    ) -> Tensor:
+        """The chosen answers' expected agreement with the consensus of their views, per digit; the
+        views' own answers have none.
+        """
+        agreed = consensus.target(played.evidence, self.config.reward)
+        count = len(agreed.known)
+        own = torch.tensor([n if n < count else 0 for n in chosen])
+        known = agreed.known[own] & (torch.tensor(chosen) < count)
+        digits = choices.digits
+        device = choices.logprob.device
+        values = consensus.agreements(digits, agreed.box_1000[own])
+        values = put(values * known[digits.row][:, None], device)
+        row = put(digits.row, device)
+        tokens = put(lengths, device)
+        return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
 
     def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
         """The chosen answers' tokens under policy and reference."""
@@ -265,8 +407,32 @@ class Learner:
         head = engine.backbone.head.weight
         ids = answered.answers.packed()
         with engine.clock.phase("head"):
-            scores = linear_logprob_kl(hidden, reference, head, ids, banned=engine.banned)
-        return TokenScores(*scores, answered.answers.lengths)
+            states = self._tempered(hidden), self._tempered(reference)
+            scores = linear_logprob_kl(*states, head, ids, banned=engine.banned)
+        found = TokenScores(*scores, answered.answers.lengths)
+        update = self.config.update
+        if update.consensus > 0 and update.consensus_by == "agreement":
+            found.choices = self._choices(found.logprob, states[0], answered)
+        return found
+
+    def _choices(self, logprob: Tensor, hidden: Tensor, answered: Answered) -> Choices:
+        """Of these answers, from the log-probs (tokens,) of theirs and hidden (tokens, E)."""
+        ids = self.engine.tokens.digits
+        digits = consensus.digits_of(answered.answers.rows(), ids)
+        device = hidden.device
+        place = put(digits.place, device)
+        head = self.engine.backbone.head.weight
+        written = answered.answers.packed()[place]
+        states = hidden[place]
+        found = consensus.digit_logprobs(states, head, put(ids, device), written, logprob[place])
+        return Choices(digits, found)
+
+    def _tempered(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose logits are those that the answers were sampled by, where
+        `update.tempered`: divided by the temperature; else as they are.
+        """
+        temperature = self.config.rollout.temperature
+        return hidden / temperature if self.config.update.tempered else hidden
 
     def _released(self, features: Any, answered: Answered) -> TokenScores:
         """The same over the released code's span."""
@@ -274,22 +440,23 @@ class Learner:
             reference = self.engine.score_released(features, answered, False)
         span = self.engine.score_released(features, answered, True)
         head = self.engine.backbone.head.weight
-        scores = linear_logprob_kl(span.hidden, reference.hidden, head, span.ids)
+        states = self._tempered(span.hidden), self._tempered(reference.hidden)
+        scores = linear_logprob_kl(*states, head, span.ids)
         return TokenScores(*scores, span.lengths)
 
     def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Figures of the whole batch and the gradient norm before clipping, which happens here; the
         update's one host sync.
         """
-        if not sums:
-            return {"grad_norm": 0.0}
+        self.ranks.add_gradients(self.parameters.values())
         norm = self._clip()
-        totals = sums[0]
+        totals = sums[0] if sums else {}
         for more in sums[1:]:
             totals = {name: total + more[name] for name, total in totals.items()}
         values = torch.stack([value.float() for value in [*totals.values(), norm]])
-        home = self.engine.home(values).tolist()
-        return dict(zip([*totals, "grad_norm"], home, strict=True))
+        *home, length = self.engine.home(values).tolist()
+        own = dict(zip(totals, home, strict=True))
+        return self.ranks.sums("figures", own) | {"grad_norm": length}
 
     def _clip(self) -> Tensor:
         """Scale the gradients to at most `train.clip` together; their norm before, 0-d."""
@@ -319,11 +486,12 @@ class Learner:
             )
 
     def _make_room(self) -> None:
-        """Runs out of memory here, where nothing has changed yet, rather than halfway through:
-        moments not made yet and one more copy of all masters.
-        """
+        """Runs out of memory here, where nothing has changed yet, rather than halfway through."""
         made = any(self.optimizer.state.get(p) for p in self.parameters.values())
-        size = sum(p.numel() for p in self.parameters.values()) * (4 if made else 12)
+        each = ROOM[self.config.optim.name]
+        size = sum(p.numel() for p in self.parameters.values()) * (
+            each.step + (not made) * each.made
+        )
         torch.empty(size, dtype=torch.uint8, device=self.policy.device)
 
     def forget(self) -> None:
@@ -416,11 +584,12 @@ def _asked(played: Played, images: list[int]) -> Any:
     return asked.select(images)
 
 
-def _unique_queries(slices: list[Played]) -> float:
+def _unique_queries(slices: list[Played], ranks: Ranks) -> float:
     """Share of different queries among the batch's."""
-    queries: list[str] = []
+    own: list[str] = []
     for played in slices:
-        queries += played.queries.texts
+        own += played.queries.texts
+    queries = list(chain.from_iterable(ranks.gather("queries", own)))
     return len(set(queries)) / len(queries)
 
 

@@ -196,24 +196,42 @@ class ScoredTokens:
     padding.
 
     logprob with gradient; reference without; kl: the exact KL of each position, with gradient (None
-    where it was not computed; `exact` needs it).
+    where it was not computed; `exact` needs it). earlier: the log-probs before the first update on
+    these answers, without gradient; None: this is the first.
     """
 
     logprob: Tensor
     reference: Tensor
     kl: Tensor | None
     mask: Tensor
+    earlier: Tensor | None = None
+
+
+def clipped(logprob: Tensor, earlier: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's surrogate per token (N, T) to maximise: min(r A, clip(r, 1 - clip, 1 + clip) A) with r
+    = exp(logprob - earlier) and A the row's advantage (N,) (arXiv 1707.06347, equation 7).
+    """
+    ratio = (logprob - earlier).exp()
+    weight = advantage[:, None]
+    return torch.minimum(ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight)
 
 
 def reinforce(
-    tokens: ScoredTokens, advantage: Tensor, beta: float, kind: KLKind, denominator: int
+    tokens: ScoredTokens,
+    advantage: Tensor,
+    beta: float,
+    kind: KLKind,
+    denominator: int,
+    clip: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KL-regularised REINFORCE: minus the mean of advantage times log-prob, plus beta times the KL;
     a scalar to minimise.
 
     advantage (N,). denominator: samples of the whole batch, rows left out included; losses and
     metrics of micro-batches then simply add up. k1_loss has zero expected gradient (the paper's;
-    for parity), k1_reward acts through `k1_penalised` and adds no term here. Metrics are detached
+    for parity), k1_reward acts through `k1_penalised` and adds no term here. Answers that were
+    learned from before (`tokens.earlier`) count by their importance weights, clipped. Metrics are
+    detached
     0-d tensors (reading them is the caller's host sync): policy_loss, kl (of this estimator),
     kl_loss.
     """
@@ -223,7 +241,13 @@ def reinforce(
     # before any arithmetic: the gradient of a masked NaN would be NaN
     filled = tokens.logprob.float().masked_fill(~mask, 0)
     reference = tokens.reference.detach().float().masked_fill(~mask, 0)
-    policy_loss = -(advantage.detach().to(filled) * token_mean(filled, mask)).sum() / denominator
+    weight = advantage.detach().to(filled)
+    if tokens.earlier is None:
+        gained = weight * token_mean(filled, mask)
+    else:
+        earlier = tokens.earlier.detach().float().masked_fill(~mask, 0)
+        gained = token_mean(clipped(filled, earlier, weight, clip), mask)
+    policy_loss = -gained.sum() / denominator
     per_token = _kl_tokens(kind, filled, reference, tokens.kl)
     mean_kl = token_mean(per_token, mask).sum() / denominator
     kl_loss = torch.zeros_like(mean_kl) if kind == "k1_reward" else beta * mean_kl

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
-from vise_fast.method import as_released, invented, plugin
+from vise_fast.method import as_released, invented
 from vise_fast.method.evidence import VISIBLE, Evidence, beaf_cells, r_geo
+from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError, NumericFault
 
 LARGE_AREA = 0.8
@@ -238,7 +239,8 @@ def geometric(evidence: Evidence, agreements: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
-    """R_sem, (N,); 0 for answers that are not boxes with area and where nothing was judged.
+    """R_sem, (N,); 0 for answers that are not boxes with area, where nothing was judged, and where
+    the ghost hides so little that no more was asked (`reward.settled`).
 
     paper: p(x) (1 - p(ghosted)). contrast: the same minus p(x) (1 - p(control)), not below 0. Times
     p(keep) with `sufficiency`. Each p is a probability (`soft`) or its verdict at one half.
@@ -255,7 +257,7 @@ def semantic(evidence: Evidence, config: RewardConfig) -> Tensor:
         value = (value - elsewhere.mean(1)).clamp_min(0)
     if config.sufficiency:
         value = value * p(_given(e.keep, "keep"))
-    return torch.where(e.has_verdicts, value, torch.zeros_like(value))
+    return torch.where(e.has_all_verdicts, value, torch.zeros_like(value))
 
 
 def _given(values: Tensor | None, name: str) -> Tensor:
@@ -423,6 +425,7 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
         "reward": _mean(reward, carries),
         "geometric": _mean(parts.geometric, boxes & parts.measured),
         "semantic": _mean(parts.semantic, boxes & parts.open),
+        "size": _mean(parts.size, boxes),  # sqrt(area), as the area term takes it
         "carries": _mean(carries, torch.ones_like(carries)),  # of all rows
     }
     figures |= _readable_figures(evidence) | _box_figures(evidence)
@@ -461,10 +464,11 @@ def _verdict_figures(e: Evidence) -> dict[str, float]:
         "judged": _mean(judged, boxes),  # of readable boxes; the verdicts below are of judged ones
         "gone": _mean(e.gone, judged),
     }
+    asked = e.has_all_verdicts
     if e.control is not None:
         changed = (e.control >= VISIBLE) != (e.seen >= VISIBLE)[:, None]
-        figures["control"] = _mean(e.control.mean(1), judged)
-        figures["changed_elsewhere"] = _mean(changed.double().mean(1), judged)
+        figures["control"] = _mean(e.control.mean(1), asked)
+        figures["changed_elsewhere"] = _mean(changed.double().mean(1), asked)
     if e.keep is not None:
-        figures["keep"] = _mean(e.keep, judged)
+        figures["keep"] = _mean(e.keep, asked)
     return figures | beaf(e.seen, e.gone, judged)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from vise_fast.engine.rollout import Engine, Held, Rollout, owners
 from vise_fast.images import geometry
+from vise_fast.images.geometry import Box
 from vise_fast.system.errors import NumericFault
 from vise_fast.system.staging import put
-from vise_fast.text import prompts
+from vise_fast.text import prompts, spaces
 
 UNREADABLE_QUERY = "object"
 
@@ -111,18 +112,46 @@ def ground(
     fan = [len(question.seeds) for question in questions]
     seeds = list(chain.from_iterable(question.seeds for question in questions))
     answers = engine.generate(prompted, fan, sampling.limit, seeds, sampling.temperature)
-    return _read(engine, answers, rows, owners(fan), asked)
+    owner = owners(fan)
+    sizes = _sizes(engine, prefixes, [images[question] for question in owner])
+    written, boxes = _read(engine, answers, sizes)
+    return _boxes(answers, written, boxes, Asked(rows, owner, asked))
+
+
+def _sizes(engine: Engine, prefixes: Held, images: list[int]) -> Sequence[spaces.Size | None]:
+    """(height, width) of the image of each answer as the model sees it, where boxes come in its
+    pixels.
+    """
+    if engine.tokens.style.space != "pixels":
+        return [None] * len(images)
+    sizes = engine.sizes(prefixes)
+    return [sizes[image] for image in images]
 
 
 def _read(
-    engine: Engine, answers: Rollout, rows: list[list[int]], owner: list[int], asked: Held | None
-) -> Boxes:
+    engine: Engine, answers: Rollout, sizes: Sequence[spaces.Size | None]
+) -> tuple[list[str], list[Box | None]]:
+    """What was written, and its boxes in 0..1000."""
+    tokens = engine.tokens
+    written = [tokens.text(ids) for ids in answers.rows()]
+    pairs = zip(written, sizes, strict=True)
+    return written, [spaces.read_1000(text, tokens.style.space, size) for text, size in pairs]
+
+
+class Asked(NamedTuple):
+    """The ids of each question, the question of each answer, and the questions with their graph."""
+
+    rows: list[list[int]]
+    owner: list[int]
+    graph: Held | None
+
+
+def _boxes(answers: Rollout, written: list[str], boxes: list[Box | None], asked: Asked) -> Boxes:
     """Answers as boxes."""
-    written = [engine.tokens.text(ids) for ids in answers.rows()]
-    boxes = [prompts.read_box(text) for text in written]
     readable = torch.tensor([box is not None for box in boxes])
     table = torch.tensor([box or (0.0,) * 4 for box in boxes], dtype=torch.float64)
-    return Boxes(geometry.clean_1000(table), readable, written, answers, rows, owner, asked)
+    cleaned = geometry.clean_1000(table)
+    return Boxes(cleaned, readable, written, answers, asked.rows, asked.owner, asked.graph)
 
 
 def verify(
@@ -132,15 +161,30 @@ def verify(
 
     stay: leave it on the engine's device.
     """
-    rows = _verdict_rows(engine, queries)
-    p = _probability(engine, engine.verdict_logits(features, rows, adapters))
+    found = []
+    for rows in _verdict_rows(engine, queries):
+        found.append(_probability(engine, engine.verdict_logits(features, rows, adapters)))
+    p = _averaged(engine, found)
     return p if stay else engine.home(p)
 
 
 def verify_forked(engine: Engine, prefixes: Held, owner: list[int], queries: list[str]) -> Tensor:
     """The same where the images' prefixes are at hand; on the CPU."""
-    logits = engine.forked_verdict_logits(prefixes, owner, _verdict_rows(engine, queries))
-    return engine.home(_probability(engine, logits))
+    found = []
+    for rows in _verdict_rows(engine, queries):
+        logits = engine.forked_verdict_logits(prefixes, owner, rows)
+        found.append(_probability(engine, logits))
+    return engine.home(_averaged(engine, found))
+
+
+def _averaged(engine: Engine, found: list[Tensor]) -> Tensor:
+    """The mean (N,) over the wordings; how far they lie apart is counted."""
+    if len(found) == 1:
+        return found[0]
+    table = torch.stack(found)
+    spread = engine.home(table.std(0, correction=0).sum())
+    engine.counters.spread(float(spread), table.shape[1])
+    return table.mean(0)
 
 
 def finite(p: Tensor) -> Tensor:
@@ -155,9 +199,14 @@ def finite(p: Tensor) -> Tensor:
     return p
 
 
-def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[int]]:
+def _verdict_rows(engine: Engine, queries: list[str]) -> list[list[list[int]]]:
+    """The question about each query, once per wording."""
     tokens = engine.tokens
-    return [tokens.verdict_row(tokens.style.verify(query)) for query in queries]
+    style = tokens.style
+    first = [tokens.verdict_row(style.verify(query)) for query in queries]
+    again = [style.verify_again(query) for query in queries]
+    others = [[tokens.verdict_row(text) for text in texts] for texts in zip(*again, strict=True)]
+    return [first, *others]
 
 
 def _probability(engine: Engine, logits: Tensor) -> Tensor:

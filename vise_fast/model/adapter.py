@@ -37,6 +37,7 @@ UNDERSTOOD = frozenset(
         "inference_mode",
         "r",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
@@ -139,11 +140,7 @@ def check_fits(directory: Path, settings: LoraConfig, base: nn.Module) -> None:
 
     Raises ConfigError, EnvironmentFault.
     """
-    shapes = {
-        name: (m.out_features, m.in_features)
-        for name, m in base.named_modules()
-        if hasattr(m, "in_features")
-    }
+    shapes = _shapes(base, settings.target_parameters or [])
     rank = settings.r
     with (
         believed(f"the adapter {directory}", AGAIN),
@@ -160,6 +157,19 @@ def check_fits(directory: Path, settings: LoraConfig, base: nn.Module) -> None:
                     f"adapter {directory} was made for another base; {place.module} is {out} "
                     "here; use the base it was trained on"
                 )
+
+
+def _shapes(base: nn.Module, parameters: list[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every product of the base, and of the modules that own these bare parameters."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in base.named_modules():
+        if hasattr(module, "in_features"):
+            any_module: Any = module
+            shapes[name] = any_module.out_features, any_module.in_features
+    for name, parameter in base.named_parameters():
+        if parameter.dim() == 2 and any(name.endswith(f".{p}") for p in parameters):
+            shapes[name.rpartition(".")[0]] = parameter.shape[0], parameter.shape[1]
+    return shapes
 
 
 def _place(key: str) -> Place:

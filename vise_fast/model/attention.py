@@ -23,6 +23,7 @@ from vise_kernels import attention, merge_attention
 from vise_kernels.attention import DIM_STEP, Bank
 from vise_kernels.dispatch import choose as choose_kernel
 
+from vise_fast.model import flash_library
 from vise_fast.model.flash import (
     Gradients,
     Inputs,
@@ -209,7 +210,11 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, rag: Ragged, scale: float) ->
     (n, KV, D) to (n, H, D); differentiable. Where no kernel takes them so, they are padded.
     """
     if takes_packed(q):
-        return _Packed.apply(q, k, v.contiguous(), Rows(rag.ends, rag.longest), scale)
+        package = flash_library.of(q.device).function
+        rows = Rows(rag.ends, rag.longest)
+        if package is not None:
+            return flash_library.attend(package, (q, k, v.contiguous()), rows, scale)
+        return _Packed.apply(q, k, v.contiguous(), rows, scale)
     keys, values = (rag.pad(t).transpose(1, 2) for t in (k, v))
     return rag.pack(attend(rag.pad(q), [Part(keys, values, causal=True)], scale))
 

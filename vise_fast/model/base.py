@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vise_fast.system import files
+from vise_fast.system import files, hub
 from vise_fast.system.errors import ConfigError, EnvironmentFault, NumericFault, UserError
 
 WEIGHTS = "model.safetensors"
@@ -73,7 +73,8 @@ def read_config(source: str, path: str, families: Collection[str]) -> PreTrained
         known = ", ".join(families)
         raise ConfigError(
             f"model.path {path} is of family {str(family)[:80]}; this trainer knows {known}; "
-            "choose a model of those"
+            "choose a model of those, or see what a row for it would be with: python -m "
+            "vise_fast.doctor --model DIR"
         )
     with believed(f"config.json of {path}"), quiet():
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -85,6 +86,7 @@ def _content(source: str, path: str) -> dict[str, Any]:
         refuse_special(Path(source), "the model")
         with believed(f"config.json of {path}"):
             return read_json(Path(source) / "config.json")
+    hub.reach(source, path)
     try:
         content, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as fault:
@@ -157,7 +159,8 @@ def _check_files(home: Path, path: str, model_config: PreTrainedConfig) -> None:
     for file in weight_files(home, path):
         with believed(f"{file}"), safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
-    layers = model_config.text_config.num_hidden_layers + model_config.vision_config.depth
+    layers = model_config.text_config.num_hidden_layers
+    layers += getattr(model_config.vision_config, "depth", 0)
     if layers > tensors:
         raise EnvironmentFault(
             f"the weights of {path} cannot be used: config.json promises {layers} layers, the "
@@ -251,6 +254,7 @@ def read_tokenizer(source: str, path: str, vocabulary: int, **settings: Any):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What transformers and PEFT say of files is left unsaid: what matters of it is raised."""
+    logging.disable_progress_bar()
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

@@ -62,7 +62,8 @@ def training_settings(config: Config) -> str:
     of a run (where it lies, what it goes on from) is left at its default.
     """
     defaults = {"train.resume": None, "run.dir": "runs/again"}
-    named = {key: _bare(value) for key, value in _paths(config).items()}
+    named: dict[str, Any] = {key: _bare(value) for key, value in _paths(config).items()}
+    named["data.mix"] = [_bare_part(part) for part in config.data.mix]
     public = schema.with_changes(config, named | defaults | {"model.path": base_name(config)})
     return (
         "# The settings that this adapter was trained with; files and folders by bare names.\n"
@@ -77,7 +78,15 @@ def _paths(config: Config) -> dict[str, str]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def _bare_part(part: str) -> str:
+    """An entry of data.mix, PLACE=WEIGHT."""
+    place, _, weight = part.rpartition("=")
+    return f"{_bare(place)}={weight}"
+
+
 def _bare(path: str) -> str:
+    if path.startswith("hf:"):  # an address, the same for everybody
+        return path
     return Path(path).expanduser().resolve().name
 
 
@@ -103,10 +112,10 @@ def model_card(config: Config, style: Style, made: Made) -> str:
         targets="language model and projectors" if config.lora.projector else "language model",
         data=_data(config, made.data),
         settings=SETTINGS,
-        images=" --data.dir YOUR_IMAGES" if config.data.dir else "",
+        images="" if config.data.is_drawn else " --data.dir YOUR_IMAGES",
         table=_table(made.figures),
-        ask_box=style.ground(OBJECT[style.name]),
-        ask_words=DESCRIBE[style.name],
+        ask_box=style.ground(OBJECT.get(style.name, OBJECT["natural"])),
+        ask_words=DESCRIBE.get(style.name, DESCRIBE["natural"]),
         rank=next((r for r in VLLM_RANKS if r >= config.lora.r), config.lora.r),
         connector=" --enable-tower-connector-lora" if config.lora.projector else "",
         connector_why=_connector(config),
@@ -148,7 +157,7 @@ def _stated_licence(config: Config) -> str | None:
 
 def _data(config: Config, data: Mapping[str, Any]) -> str:
     """What it was trained on: how many images and their hash."""
-    if config.data.dir is None:
+    if config.data.is_drawn:
         size = config.scenes.size
         return f"scenes of {size} x {size} pixels drawn by vise_fast (seed {config.train.seed})"
     if "images" not in data:

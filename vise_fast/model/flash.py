@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from vise_kernels.dispatch import Choice, stands_for_a_gpu
 
+from vise_fast.model import flash_library
+
 aten = torch.ops.aten
 # rows of the memory-efficient kernel's log-sum-exp: a multiple of this, +inf beyond the last query
 LSE_ROWS = 32
@@ -94,7 +96,8 @@ def look(device: torch.device, dtype: torch.dtype) -> Choice:
     fault = _why_not_flash(dtype, capability)
     if fault is not None:
         return Choice("efficient", f"torch's memory-efficient kernel: {fault}")
-    return Choice("flash", "torch's FlashAttention; its memory-efficient kernel for ragged banks")
+    package = flash_library.of(device).reason
+    return Choice("flash", f"{package}; torch's memory-efficient kernel for ragged banks")
 
 
 def _why_not_flash(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:

@@ -9,15 +9,15 @@ torchvision.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import vise_kernels
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -31,44 +31,28 @@ from vise_fast.model import adapter as adapters
 from vise_fast.model import base as bases
 from vise_fast.model import quantise
 from vise_fast.model.attention import attend_plain
+from vise_fast.model.families import BLOCKS, FAMILIES, Family, row_of
 from vise_fast.model.flash import choose
-from vise_fast.model.qwen3_vl import LANGUAGE_TARGETS, PROJECTOR_TARGETS, Qwen3VL
+from vise_fast.model.qwen3_vl import Qwen3VL
+from vise_fast.model.stock_modules import StockModules, image_token
+from vise_fast.system import hub
 from vise_fast.system.errors import ConfigError, EnvironmentFault
-from vise_fast.text.prompts import style_for
-from vise_fast.text.tokens import Tokens
+from vise_fast.text import styles
+from vise_fast.text.prompts import Style, style_for
+from vise_fast.text.tokens import Template, Tokens, written_by
 
-
-class Family(NamedTuple):
-    """What the fast engine needs of a family: its forward, where LoRA goes (full match) in the
-    language model and in the projectors, and the processor class of transformers.
-    """
-
-    backbone: Callable[[nn.Module], Qwen3VL]
-    language_targets: str
-    projector_targets: str
-    processor: str
-
-    def lora_targets(self, projector: bool) -> str:
-        """Where LoRA goes, with the projectors or without."""
-        if not projector:
-            return self.language_targets
-        return f"{self.language_targets}|{self.projector_targets}"
-
-
-FAMILIES = {
-    "qwen3_vl": Family(Qwen3VL, LANGUAGE_TARGETS, PROJECTOR_TARGETS, "Qwen3VLProcessor"),
-}
+DECODER = r"\.(language_model|text_model)\.layers\."
 
 
 @dataclass
 class Policy:
     """A loaded model with adapters: `model` is the PeftModel, `backbone` the fast forward over its
-    tensors.
+    tensors, or the stock modules of a family without one.
     """
 
     model: PeftModel
     tokens: Tokens
-    backbone: Qwen3VL
+    backbone: Any
     source: str
 
     @property
@@ -79,6 +63,9 @@ class Policy:
     @property
     def attention(self) -> Choice:
         """How the decoder attends, and why."""
+        if isinstance(self.backbone, StockModules):
+            form = self.backbone.config._attn_implementation
+            return Choice(form, "transformers' own forward")
         if self.backbone.attend is attend_plain:
             return Choice("plain", "asked for by model.attention")
         return choose(self.device, self.backbone.dtype)
@@ -154,7 +141,7 @@ def read_config(path: str) -> PreTrainedConfig:
 def at_hand(path: str) -> bool:
     """Whether the model can be loaded without a download."""
     source = resolve(path)
-    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    return Path(source).is_dir() or hub.is_cached(source)
 
 
 def known_shapes(path: str) -> PreTrainedConfig:
@@ -169,8 +156,8 @@ def known_shapes(path: str) -> PreTrainedConfig:
 
 def grid_multiple(path: str) -> int:
     """Pixels per image token side: images are resized to multiples of it."""
-    vision = known_shapes(path).vision_config
-    return vision.patch_size * vision.spatial_merge_size
+    shapes = known_shapes(path)
+    return FAMILIES[shapes.model_type].multiple(shapes)
 
 
 def load(
@@ -197,26 +184,68 @@ def load(
     quantise.check(base, config.model.quant)
     model = attach(base, config, adapter)
     check_targets(model)
-    head: Any = base.lm_head
-    tokens = _tokens(config, model_config, head.weight.shape[0])
-    backbone = FAMILIES[model_config.model_type].backbone(model)
-    if config.model.attention == "plain":
+    tokens = _tokens(config, model_config, base)
+    backbone = backbone_of(model, resolve(config.model.path))
+    if config.model.attention == "plain" and isinstance(backbone, Qwen3VL):
         backbone.attend = attend_plain
     vise_kernels.prefer("plain" if config.model.kernels == "plain" else None)
     return Policy(model, tokens, backbone, resolve(config.model.path))
 
 
-def _tokens(config: Config, model_config: PreTrainedConfig, vocabulary: int) -> Tokens:
-    """Raises EnvironmentFault where tokenizer and config do not fit the head."""
+def backbone_of(model: PeftModel, source: str | None = None) -> Any:
+    """The fast forward where the family has one, else the stock modules."""
+    return Qwen3VL(model) if row_of(model).fast else StockModules(model, source)
+
+
+def _tokens(config: Config, model_config: PreTrainedConfig, base: PreTrainedModel) -> Tokens:
+    """Raises EnvironmentFault where tokenizer and config do not fit the model's rows."""
     path = config.model.path
-    tokenizer = bases.read_tokenizer(resolve(path), path, vocabulary)
-    image_token = model_config.image_token_id
-    if not 0 <= image_token < vocabulary:
+    head: Any = base.lm_head
+    embedding: Any = base.get_input_embeddings()
+    known = embedding.weight.shape[0]  # mllama embeds its image token and has no head row for it
+    tokenizer = bases.read_tokenizer(resolve(path), path, known)
+    image = image_token(model_config)
+    if not 0 <= image < known:
         raise EnvironmentFault(
-            f"config.json of {path} cannot be used: image_token_id {image_token} is none of the "
-            f"model's {vocabulary} rows; {bases.AGAIN}"
+            f"config.json of {path} cannot be used: image_token_id {image} is none of the "
+            f"model's {known} rows; {bases.AGAIN}"
         )
-    return Tokens(tokenizer, style_for(model_config), vocabulary, image_token)
+    return tokens_of(config, model_config, tokenizer, head.weight.shape[0])
+
+
+def tokens_of(
+    config: Config, model_config: PreTrainedConfig, tokenizer: Any, vocabulary: int
+) -> Tokens:
+    """How this run speaks to its model, whose head has so many rows. Raises ConfigError."""
+    row = FAMILIES[model_config.model_type]
+    style = style_of(config, model_config)
+    template = template_of(tokenizer, row, style.system)
+    return Tokens(tokenizer, style, vocabulary, image_token(model_config), template)
+
+
+def style_of(config: Config, model_config: PreTrainedConfig) -> Style:
+    """The prompt style of this run: what `prompts` asks for, else the model's own, else its
+    family's. Raises ConfigError.
+    """
+    row = FAMILIES[model_config.model_type]
+    default = row.style
+    if hasattr(model_config, "vise_prompts"):
+        default = style_for(model_config).name
+    return styles.chosen(config.prompts, styles.Manner(default, row.native, row.boxes))
+
+
+def template_of(tokenizer: Any, row: Family, system: str = "") -> Template:
+    """The conversation around an image: the checkpoint's chat template, or the row's; what the
+    processor would set around the image tokens is in it. Families with a forward of their own keep
+    the row's.
+
+    Raises ConfigError for a system turn that the row's cannot hold.
+    """
+    found = None if row.fast else written_by(tokenizer, row.placeholder, system)
+    if found is None:
+        found = row.template.with_system(system)
+    before, after = row.around
+    return Template(found.head + before, after + found.tail, found.turn)
 
 
 def _load_base(
@@ -246,12 +275,14 @@ def attach(base: PreTrainedModel, config: Config, adapter: str | None = None) ->
     """
     if adapter is not None:
         return _fp32_adapters(adapters.load(base, adapter).eval())
-    targets = FAMILIES[base.config.model_type].lora_targets(config.lora.projector)
+    row = row_of(base)
+    bare = row.parameter_targets(config.lora.projector)
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=float(config.lora.alpha),  # type: ignore[arg-type]  # PEFT takes any number
-        lora_dropout=config.lora.dropout,
-        target_modules=targets,
+        lora_dropout=0.0 if bare else config.lora.dropout,  # of a bare parameter PEFT knows none
+        target_modules=row.targets(config.lora.projector),
+        target_parameters=bare or None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -271,8 +302,7 @@ def _fp32_adapters(model: PeftModel) -> PeftModel:
 
 def processor_of(model: PeftModel) -> str:
     """The name of the processor class of the model's family."""
-    base: Any = model.get_base_model()
-    return FAMILIES[base.config.model_type].processor
+    return row_of(model).processor
 
 
 def check_targets(model: PeftModel) -> int:
@@ -280,8 +310,8 @@ def check_targets(model: PeftModel) -> int:
     decoder carries some.
     """
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
-    inside = [name for name in names if ".visual.blocks." in name]
-    if inside or not any(".language_model.layers." in name for name in names):
+    inside = [name for name in names if re.search(BLOCKS, name)]
+    if inside or not any(re.search(DECODER, name) for name in names):
         raise ConfigError(
             f"LoRA landed on {len(inside)} tensors of the vision tower; the targets must not; "
             "check the model family"

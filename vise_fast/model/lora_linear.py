@@ -234,7 +234,7 @@ class FusedLinear:
         widths = self._widths()
         y = x.new_empty(len(x), sum(widths))
         for base, place in zip(self.bases, y.split(widths, 1), strict=True):
-            place.copy_(quantise.product(base, x))
+            quantise.product_into(place, base, x)
         return y
 
     def _factor_gradients(self, x: Tensor, low: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
@@ -252,9 +252,10 @@ class FusedLinear:
         """grad (n, sum of outs) times the frozen weights: (n, in)."""
         if self.stacked:
             return grad @ self.weight
-        total = grad.new_zeros(len(grad), self.bases[0].in_features)
-        for base, piece in zip(self.bases, grad.split(self._widths(), 1), strict=True):
-            # one dequantised weight at a time
+        first, *others = grad.split(self._widths(), 1)
+        # one dequantised weight at a time
+        total = first @ quantise.dequantised(self.bases[0], grad.dtype)
+        for base, piece in zip(self.bases[1:], others, strict=True):
             total.addmm_(piece, quantise.dequantised(base, grad.dtype))
         return total
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from vise_kernels import proofs as kernels
 from vise_kernels.dispatch import switch_off, triton
 
 from vise_fast import __version__
-from vise_fast.model import flash, products
+from vise_fast.model import flash, flash_library, products
 from vise_fast.model.attention import attend, attend_packed, attend_plain
 from vise_fast.model.tree import Grid, Part, Ragged
 from vise_fast.system import files
@@ -67,6 +66,7 @@ def apply(faults: Faults, say: Callable[[str], None]) -> None:
     own = {name: fault for name, fault in faults.items() if name not in OTHERS}
     switch_off(own)
     flash.switch_off(faults.get("attention") or faults.get("packed attention"))
+    flash_library.switch_off(faults.get("flash-attn"))
     products.switch_off({name for name in products.FAST if name in faults})
     for name, fault in faults.items():
         say(f"{name} {fault} on this GPU: its plain version runs, slower")
@@ -98,7 +98,15 @@ def _attention(device: torch.device, dtype: torch.dtype, fast: bool) -> list[Ten
 
 
 def _packed(device: torch.device, dtype: torch.dtype, fast: bool) -> list[Tensor]:
-    """Rows of three lengths side by side; forwards and backwards."""
+    """By torch's own kernel."""
+    with flash_library.without():
+        return _by_package(device, dtype, fast)
+
+
+def _by_package(device: torch.device, dtype: torch.dtype, fast: bool) -> list[Tensor]:
+    """Rows of three lengths side by side, by flash-attn where it is installed; forwards and
+    backwards.
+    """
     rag = Ragged([9, 1, 30], device)
     q = _draw(device, dtype, 40, 6, 64).requires_grad_()
     k = _draw(device, dtype, 40, 2, 64).requires_grad_()
@@ -135,6 +143,7 @@ def _gelu(device: torch.device, dtype: torch.dtype, fast: bool) -> list[Tensor]:
 OTHERS: dict[str, Callable[[torch.device, torch.dtype, bool], list[Tensor]]] = {
     "attention": _attention,
     "packed attention": _packed,
+    "flash-attn": _by_package,
     "wide product": _wide,
     "gelu in a product": _gelu,
 }
@@ -169,12 +178,12 @@ def place_of(device: torch.device) -> Path:
     """The file for this GPU, driver and these versions, in the user's cache folder."""
     words = [__version__, torch.__version__, str(torch.version.cuda)]
     words.append(triton.__version__ if triton is not None else "no triton")
+    words += flash_library.versions()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         words += [properties.name, f"{properties.major}.{properties.minor}", _driver()]
     key = hashlib.sha256("|".join(words).encode()).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vise_fast" / "proofs" / f"{key}.json"
+    return files.user_cache() / "proofs" / f"{key}.json"
 
 
 def _driver() -> str:

@@ -24,13 +24,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from vise_kernels import unpack_int8, unpack_nf4
+from vise_kernels.dispatch import choose
+from vise_kernels.unpack import Coarse, Nibbles
 
 from vise_fast.config.schema import Config
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
-LANGUAGE = re.compile(r"(?:model\.)?language_model\.layers\.\d+\.")
+LANGUAGE = re.compile(r"(?:model\.)?(?:language_model|text_model)\.layers\.\d+\.")
 KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
-KEPT = [r"model\.visual", "visual", "lm_head"]  # what transformers must leave alone
+KEPT = [  # what transformers must leave alone
+    r"model\.visual",
+    "visual",
+    r"model\.vision_tower",
+    r"model\.vision_model",
+    r"model\.multi_modal_projector",
+    r"model\.connector",
+    "lm_head",
+]
+FEW_ROWS = 4
+"""Of a product: bitsandbytes' kernel for few multiplies by the packed weight (from 0.50 on, on any
+card); for more it would write the weight out, and that is quicker done here."""
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +54,8 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes as library
     except ImportError as error:
         raise EnvironmentFault(
-            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); install "
-            "vise-fast[quant] or use model.quant none"
+            f"model.quant and the 8-bit optimizers need bitsandbytes ({error}); pip "
+            "install bitsandbytes, or use model.quant none"
         ) from error
     # It warns at every int8 product that bf16 and fp32 rows are rounded to fp16 before they are
     # quantised.
@@ -188,6 +202,8 @@ def product(base: Any, x: Tensor) -> Tensor:
     if hasattr(base, "product"):
         return base.product(x)
     if type(base).__name__ == KINDS["nf4"]:
+        if writes_out(base, x):
+            return F.linear(x, dequantised(base, x.dtype), base.bias)
         state = base.weight.quant_state
         return bitsandbytes().matmul_4bit(x, base.weight, bias=base.bias, quant_state=state)
     state = base.state
@@ -202,6 +218,30 @@ def product(base: Any, x: Tensor) -> Tensor:
     return multiply(x, rows, base.weight.data, scale, state.SCB, outliers, base.bias)[0]
 
 
+def product_into(place: Tensor, base: Any, x: Tensor) -> None:
+    """`product` into `place` (n, out), columns of a wider matrix; in place where a card can."""
+    whole = not writes_out(base, x) or base.bias is not None
+    if whole or (torch.is_grad_enabled() and x.requires_grad):
+        place.copy_(product(base, x))
+        return
+    if hasattr(base, "product"):
+        base.scratch(x)
+        return
+    # cuBLAS takes rows that lie apart: no copy
+    torch.mm(x, dequantised(base, x.dtype).T, out=place)
+
+
+def writes_out(base: Any, x: Tensor) -> bool:
+    """Whether a product with x (n, in) writes the weight out in one launch, on a card."""
+    if hasattr(base, "product"):
+        return base.writes_out(x)
+    if not _in_one_launch(base, x.device):
+        return False
+    if type(base).__name__ == KINDS["nf4"]:
+        return len(x) > FEW_ROWS
+    return base.state.threshold == 0
+
+
 def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that `product` stands for: what a gradient of the input is multiplied
     by.
@@ -209,8 +249,23 @@ def dequantised(base: Any, dtype: torch.dtype) -> Tensor:
     if hasattr(base, "dequantised"):
         return base.dequantised(dtype)
     weight = base.weight.data
-    if type(base).__name__ == KINDS["nf4"]:
-        whole = bitsandbytes().functional.dequantize_4bit(weight, base.weight.quant_state)
-        return whole.to(dtype)
-    # in place: a scale in fp32, one rounding of the product
-    return weight.to(dtype).mul_((base.state.SCB / 127.0)[:, None])
+    if type(base).__name__ != KINDS["nf4"]:
+        return unpack_int8(weight, base.state.SCB, dtype)
+    state = base.weight.quant_state
+    if _in_one_launch(base, weight.device):
+        return unpack_nf4(_nibbles(weight, state), tuple(state.shape), dtype)
+    return bitsandbytes().functional.dequantize_4bit(weight, state).to(dtype)
+
+
+def _in_one_launch(base: Any, device: torch.device) -> bool:
+    kind = "nf4" if type(base).__name__ == KINDS["nf4"] else "int8"
+    return choose(f"unpack_{kind}", device).path == "triton"
+
+
+def _nibbles(weight: Tensor, state: Any) -> Nibbles:
+    """What the library holds, by our names."""
+    coarse = None
+    if state.nested:
+        wide = state.state2
+        coarse = Coarse(wide.code, wide.absmax, state.offset, wide.blocksize)
+    return Nibbles(weight, state.code, state.absmax, state.blocksize, coarse)

@@ -78,13 +78,16 @@ def found(source: str) -> list[Path]:
     return [] if home is None else [p for name in SIDE_FILES if (p := home / name).is_file()]
 
 
-def missing(source: str, name: str) -> Iterator[str]:
+def missing(source: str, name: str, video: bool = True) -> Iterator[str]:
     """A line for everything that an adapter of this base would lack: the file, what that means, and
-    the command that gets it. `name`: what the base is called on the hub.
+    the command that gets it. `name`: what the base is called on the hub; video: its processor takes
+    videos too.
     """
     have = {path.name for path in found(source)}
     place = f" --local-dir {source}" if Path(source).is_dir() else ""
     for need in NEEDS:
+        if need.what == "video processor" and not video:
+            continue
         if not have & set(need.files) and not _inside(source, need):
             yield (
                 f"the base has no {need.files[0]}; the adapter will lack it, and its {need.what} "

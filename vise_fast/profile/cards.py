@@ -50,11 +50,11 @@ class Forecast(NamedTuple):
     max: float
 
 
-def floor(tally: Tally, card: Card) -> float:
-    """Seconds that the kernels of one phase take at least."""
+def floor(tally: Tally, card: Card, shortest: float = SHORTEST) -> float:
+    """Seconds that the kernels of one phase take at least, each no less than `shortest`."""
     total = 0.0
     for (flops, moved), count in tally.kernels.items():
-        total += count * max(flops / card.flops, moved / card.bandwidth, SHORTEST)
+        total += count * max(flops / card.flops, moved / card.bandwidth, shortest)
     return total
 
 

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vise_fast.profile.launches import copy_in_a_call, waits
+
 aten = torch.ops.aten
 SYNCING = {
     aten._local_scalar_dense,
@@ -37,11 +39,12 @@ class Work:
     do not). Use as `with Work() as work`.
 
     Seen on a GPU's tensors: aten::_local_scalar_dense (`.item()`, `bool(x)`, `float(x)`), nonzero
-    and what hides one (a boolean index, masked_select, unique), and copies to the CPU. On a machine
-    without a GPU the same is counted for the tensors that would live on one: everything computed
+    and what hides one (a boolean index, masked_select, unique), copies to the CPU, and copies to
+    the GPU that wait (a list in `torch.tensor` or as an index, `.to` without non_blocking). Where
+    there is no GPU the same is counted for tensors that would live on one: everything computed
     from `weights` (a model's parameters), until `.cpu()` brings it home; there `.tolist()`,
-    `.numpy()` and `.cpu()` are seen as Python calls. Without `weights` every tensor counts. Not
-    seen: waits inside a native extension, and copies to the device.
+    `.numpy()` and `.cpu()` are seen as Python calls, and copies to the device are none: launches.py
+    counts those. Without `weights` every tensor counts. Not seen: waits inside a native extension.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor] | None = None) -> None:
@@ -91,13 +94,15 @@ class Work:
 
 
 class _Reads(TorchFunctionMode):
-    """Python calls that read a CPU tensor's memory without any op."""
+    """Python calls that read a CPU tensor's memory, or copy to a device, without any op."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
         self.work = work
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+        cause = copy_in_a_call(function, args, kwargs or {})
+        self.work.syncs.update([] if cause is None else [cause])
         result = function(*args, **(kwargs or {}))
         if function in READS and args[0].device.type == "cpu" and self.work.away(args[0]):
             self.work.syncs[READS[function]] += 1
@@ -112,7 +117,7 @@ class _Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = function(*args, **(kwargs or {}))
-        cause, source = _cause(function.overloadpacket, args, out)
+        cause, source = _cause(function.overloadpacket, args, kwargs or {}, out)
         if cause and self.work.away(source):
             self.work.syncs[cause] += 1
         self.work.follow(tree_iter((args, kwargs)), out)
@@ -120,7 +125,7 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
+def _cause(packet, args, kwargs, out) -> tuple[str | None, torch.Tensor | None]:
     """Why this op makes the host wait, and for which tensor; (None, None) where it does not."""
     if packet in SYNCING:
         return packet.__name__, args[0]
@@ -132,6 +137,8 @@ def _cause(packet, args, out) -> tuple[str | None, torch.Tensor | None]:
     source = args[1] if packet is aten.copy_ else args[0]
     if source.device.type != "cpu" and out.device.type == "cpu":
         return "device to host", source
+    if source.device.type == "cpu" and out.device.type != "cpu" and waits(packet, args, kwargs):
+        return "host to device", out
     return None, None
 
 

@@ -74,6 +74,11 @@ KERNELS = {
 that torch composes. The others are one.
 """
 
+ROWS_READ = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.take}
+"""Read as much of their first argument as they give back."""
+ROWS_WRITTEN = {aten.index_copy_, aten.index_put_, aten.scatter_, aten.index_add_}
+"""Write as much of their first argument as they are given."""
+
 # torch's multi-tensor kernels: tensors a launch takes, by the number of lists it walks
 LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
@@ -101,9 +106,14 @@ class Tally:
 
 
 class Launches:
-    """Counts while it is entered; see the module. `clock` splits the counts by phase."""
+    """Counts while it is entered; see the module. `clock` splits the counts by phase.
 
-    def __init__(self) -> None:
+    On the tensors of `device`: "meta", which stand for a GPU's, or "cpu", where each operator is
+    one call and nothing is a copy from home (bench/forecast_check.py).
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        self.device = device
         self.by_phase: dict[str, Tally] = {}
         self.clock = _Phases(self)
         self.phase = "other"
@@ -194,12 +204,11 @@ class _Calls(TorchFunctionMode):
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         given = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and args[0].is_meta:
             return self._attention(*args[:3])
-        if function in (torch.tensor, torch.as_tensor) and _away(given.get("device")):
-            self.seen.block("torch.tensor")
-        if function in (Tensor.__getitem__, Tensor.__setitem__) and _indexed_from_home(*args[:2]):
-            self.seen.block("an index from the host")
+        cause = copy_in_a_call(function, args, given)
+        if cause is not None:
+            self.seen.block(cause)
         return function(*args, **given)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,21 +231,38 @@ class _Operators(TorchDispatchMode):
         inputs = [x for x in tree_iter((args, given)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_iter(out) if isinstance(x, Tensor)]
         packet = function.overloadpacket
-        if function.is_view or packet in FREE or not any(x.is_meta for x in inputs + outputs):
+        here = any(x.device.type == self.seen.device for x in inputs + outputs)
+        if function.is_view or packet in FREE or not here:
             return out
-        if packet in (aten._to_copy, aten.copy_) and not all(x.is_meta for x in inputs):
+        if packet in (aten._to_copy, aten.copy_) and any(x.is_meta != out.is_meta for x in inputs):
             self._copied(packet, args, given)
             return out
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
         work = 0 if formula is None else formula(*args, **given, out_val=out)
-        self.seen.launch(str(packet), _count(packet, args), work, _bytes(inputs + outputs))
+        count = _count(packet, args) if self.seen.device == "meta" else 1
+        self.seen.launch(str(packet), count, work, _moved(packet, inputs, outputs))
         return out
 
     def _copied(self, packet: Any, args: tuple, given: dict) -> None:
         """From the host: asynchronous, or waiting for the stream."""
-        asynchronous = given.get("non_blocking", packet is aten.copy_ and any(args[2:3]))
-        if not asynchronous:
+        if waits(packet, args, given):
             self.seen.block(str(packet))
+
+
+def copy_in_a_call(function: Callable, args: tuple, given: dict) -> str | None:
+    """The cause, where a Python call copies from the host to a device and waits, before any
+    operator is seen.
+    """
+    if function in (torch.tensor, torch.as_tensor) and _away(given.get("device")):
+        return "torch.tensor"
+    if function in (Tensor.__getitem__, Tensor.__setitem__) and _indexed_from_home(*args[:2]):
+        return "an index from the host"
+    return None
+
+
+def waits(packet: Any, args: tuple, given: dict) -> bool:
+    """Whether such a copy, aten._to_copy or aten.copy_, waits for the stream."""
+    return not given.get("non_blocking", packet is aten.copy_ and any(args[2:3]))
 
 
 def _count(packet: Any, args: tuple) -> int:
@@ -262,9 +288,18 @@ def list_launches(tensors: int, lists: int) -> int:
     return -(-tensors // LIST_TENSORS[min(lists, 5)])
 
 
+def _moved(packet: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Bytes that an operator reads and writes."""
+    if packet in ROWS_READ:
+        return _bytes(inputs[1:]) + 2 * _bytes(outputs)
+    if packet in ROWS_WRITTEN:
+        return 2 * _bytes(inputs[1:])
+    return _bytes(inputs + outputs)
+
+
 def _bytes(tensors: Any) -> int:
-    """Read and written once each."""
-    return sum(x.numel() * x.dtype.itemsize for x in tensors)
+    """Read and written once each; what is repeated without a copy, as often as it is stored."""
+    return sum(min(x.numel() * x.dtype.itemsize, x.untyped_storage().nbytes()) for x in tensors)
 
 
 def _away(device: Any) -> bool:
@@ -273,7 +308,7 @@ def _away(device: Any) -> bool:
 
 def _indexed_from_home(tensor: Any, index: Any) -> bool:
     """Whether a tensor of the device is indexed by what lies on the host."""
-    if not isinstance(tensor, Tensor) or not tensor.is_meta:
+    if not isinstance(tensor, Tensor) or tensor.device.type == "cpu":
         return False
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(p, list) or (isinstance(p, Tensor) and not p.is_meta) for p in parts)
+    return any(isinstance(p, list) or (isinstance(p, Tensor) and p.is_cpu) for p in parts)

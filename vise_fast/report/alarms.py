@@ -27,10 +27,18 @@ class Alarms:
     """Moving averages since the start and what each says. `tau`: the KL target in nat per token."""
 
     tau: float
+    base_parse_rate: float = 1.0
+    base_area_large: float = 0.0
+    """What the base itself does on held-out images: where an alarm has its zero."""
     averages: dict[str, float] = field(default_factory=dict)
     first_area: float | None = None
     seen: int = 0
     since: int | None = None
+
+    def begin_at(self, base: Mapping[str, float]) -> None:
+        """Takes the base's own rates, as its evaluation calls them, where it has them."""
+        self.base_parse_rate = base.get("own_parse_rate", 1.0)
+        self.base_area_large = base.get("own_area_large", 0.0)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, str | None]:
         """What each alarm says after this step, None where all is well."""
@@ -57,13 +65,14 @@ class Alarms:
                 "start; the reward is being paid for size",
             ),
             "area_large": (
-                a["area_large"] > LARGE_SHARE,
+                a["area_large"] > self.base_area_large + LARGE_SHARE,
                 f"{a['area_large']:.0%} of the boxes cover more than 0.8 of the image; the "
                 "policy collapses to the full image",
             ),
             "parse_rate": (
-                a["parse_rate"] < PARSE_FLOOR,
-                f"only {a['parse_rate']:.0%} of the answers can be read as a box; lower train.lr",
+                a["parse_rate"] < PARSE_FLOOR * self.base_parse_rate,
+                f"only {a['parse_rate']:.0%} of the answers can be read as a box (the base's: "
+                f"{self.base_parse_rate:.0%}); lower train.lr",
             ),
             "kl": (
                 a["kl"] > KL_LIMIT * self.tau,

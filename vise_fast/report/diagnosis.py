@@ -84,6 +84,9 @@ def _verdict(run: StoredRun, found: list[Finding]) -> tuple[Level, str]:
     worst = found[0].level
     if worst == "bad":
         return "bad", "Not healthy"
+    if not run.finished:
+        done = f"step {run.steps} of {run.config.train.steps}"
+        return "warn", f"Not finished ({done}): nothing shows that it learned yet"
     if run.before is None or run.after is None:
         return "warn", "No sign of trouble, but nothing shows that it learned"
     if not any(finding.level == "good" and finding.text.startswith(GAINED) for finding in found):
@@ -99,16 +102,17 @@ def _verdict(run: StoredRun, found: list[Finding]) -> tuple[Level, str]:
 def _evaluation(run: StoredRun) -> Iterator[Finding]:
     """With truth (scenes) or without (photographs)."""
     if run.before is None or run.after is None:
+        when = "" if run.finished else " yet"
         yield Finding(
             "warn",
-            "There are no held-out figures before and after training, so whether anything was "
-            "learned is not known.",
+            f"There are no held-out figures before and after training{when}, so whether anything "
+            "was learned is not known.",
         )
         return
     arms = _Arms(run.before, run.after)
     if "sampled_iou" in run.before.marks:
         yield from _grounding(arms)
-        yield _size(arms)
+        yield from (_size(arms, label) for label in ("sampled", "greedy"))
         yield _visibility(arms)
     else:
         yield _invariance(arms)
@@ -141,12 +145,14 @@ def _tightening(arms: _Arms, labels: list[str]) -> Finding:
     return Finding("warn", f"The gain may be one of size: {condition}")
 
 
-def _size(arms: _Arms) -> Finding:
-    ratio = arms.after.values.get("sampled_area_ratio", float("nan"))
-    before = arms.before.values.get("sampled_area_ratio", float("nan"))
-    text = f"Boxes cover {ratio:.2f} times the area of the true ones (base: {before:.2f})."
+def _size(arms: _Arms, label: str) -> Finding:
+    """Of sampled boxes and of greedy ones: each is somebody's answer."""
+    ratio = arms.after.values.get(f"{label}_area_ratio", float("nan"))
+    before = arms.before.values.get(f"{label}_area_ratio", float("nan"))
+    boxes = f"{label.capitalize()} boxes"
+    text = f"{boxes} cover {ratio:.2f} times the area of the true ones (base: {before:.2f})."
     if not np.isfinite(ratio):
-        return Finding("bad", "No sampled answer is a box with area.")
+        return Finding("bad", f"No {label} answer is a box with area.")
     if abs(ratio - 1) <= SIZE:
         return Finding("good", text)
     worse = abs(np.log(ratio)) > abs(np.log(before)) + 0.2 if before > 0 else True
@@ -291,4 +297,6 @@ def _signal(run: StoredRun) -> Iterator[Finding]:
 
 def _end(run: StoredRun) -> Iterator[Finding]:
     if run.steps < run.config.train.steps:
-        yield Finding("warn", f"The run ended after {run.steps} of {run.config.train.steps} steps.")
+        still = "" if run.after is not None else ", or is still going on"
+        text = f"The run ended after {run.steps} of {run.config.train.steps} steps{still}."
+        yield Finding("warn", text)

@@ -9,9 +9,11 @@ out: reading (stored_run.py), judging (diagnosis.py), curves (plots.py), sample 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -20,13 +22,15 @@ from markupsafe import Markup
 from vise_fast import __version__
 from vise_fast.config import schema as configuration
 from vise_fast.evaluate.results import Estimate, Results, paired_gain
-from vise_fast.evaluate.titles import ENTRIES, GROUPS, Entry
+from vise_fast.evaluate.titles import BRIEF, ENTRIES, GROUPS, Entry
 from vise_fast.report.diagnosis import diagnose
-from vise_fast.report.plots import Plot, draw
-from vise_fast.report.samples import Sample, samples
+from vise_fast.report.samples import samples, strip
 from vise_fast.report.stored_run import StoredRun, read
 from vise_fast.system import files
 from vise_fast.system.console import duration
+
+if TYPE_CHECKING:
+    from vise_fast.report.plots import Plot
 
 HERE = Path(__file__).parent
 TILES = (
@@ -66,14 +70,19 @@ class Row:
 
     @property
     def tone(self) -> str:
-        """good or bad where the interval excludes zero and a direction is better, else even."""
-        sign = (self.gain.low > 0) - (self.gain.high < 0)
-        return {1: "good", -1: "bad", 0: "even"}[sign * self.entry.better]
+        """What the gain is."""
+        return tone(self.gain, self.entry)
 
     @property
     def format(self) -> str:
         """How the figure is written: attention and areas as percentages."""
         return "percent" if self.name in PERCENTAGES else "plain"
+
+
+def tone(gain: Estimate, entry: Entry) -> str:
+    """good or bad where the interval excludes zero and a direction is better, else even."""
+    sign = (gain.low > 0) - (gain.high < 0)
+    return {1: "good", -1: "bad", 0: "even"}[sign * entry.better]
 
 
 @dataclass(frozen=True)
@@ -85,42 +94,69 @@ class Group:
     reach: float
 
 
-def write(directory: Path) -> Path:
-    """Writes report.html and plots/ into a run; returns the page.
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def write(directory: Path, say: Callable[[str], None] = silent) -> Path:
+    """Writes report.html and plots/ into a run; returns the page. say: takes what is missing.
 
     Raises DataError for what is no run, EnvironmentFault where disk refuses.
     """
     run = read(directory)
-    shown = samples(run)
-    plots = draw(run)
-    page = render(run, plots, shown)
+    plots = curves(run, say)
+    page = render(run, plots)
     for plot in plots:
         files.write(directory / "plots" / f"{plot.name}.png", plot.png, REMEDY)
     files.write(directory / "report.html", page, REMEDY)
     return directory / "report.html"
 
 
-def render(run: StoredRun, plots: list[Plot], shown: Mapping[str, list[Sample]]) -> str:
-    """The page as text; `shown`: title -> samples."""
+def curves(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
+    """The curves; none where matplotlib is missing or broken: it never ends a run."""
+    try:
+        from vise_fast.report.plots import draw
+    except Exception as fault:  # a library that is half installed fails in any way
+        say(
+            f"the report has no curves: matplotlib cannot be imported ({fault}); pip install "
+            "matplotlib, then python -m vise_fast.report RUN"
+        )
+        return []
+    return draw(run)
+
+
+def render(run: StoredRun, plots: list[Plot], refresh: int = 0) -> str:
+    """The page as text; refresh: seconds after which a reader's browser asks again, 0: never."""
     rows = {name: row for name in ENTRIES if (row := _row(run, name)) is not None}
-    return _template().render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        run=run,
-        version=__version__,
-        diagnosis=diagnose(run),
-        facts=_facts(run),
-        tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
-        groups=_groups(rows),
-        plots={plot.name: plot for plot in plots},
-        samples=shown,
-        alarms=run.alarms(),
-        settings=configuration.to_yaml(run.config),
-        environment=_single_values(run.environment),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+            run=run,
+            version=__version__,
+            diagnosis=diagnose(run),
+            facts=_facts(run),
+            tiles=[rows[name] for name in TILES if name in rows][:TILE_COUNT],
+            refresh=refresh,
+            brief=_groups({name: rows[name] for name in BRIEF if name in rows}),
+            groups=_groups(rows),
+            commands=_commands(run),
+            command=shlex.join(["vise-fast", "train", *run.command]),
+            bad=run.bad_files(),
+            strip=strip(run),
+            plots={plot.name: plot for plot in plots},
+            samples=samples(run),
+            alarms=run.alarms(),
+            settings=configuration.to_yaml(run.config),
+            environment=_single_values(run.environment),
+        )
     )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def environment() -> jinja2.Environment:
+    """The templates beside this file, and how they write figures. Every text is escaped."""
     engine = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -128,8 +164,13 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"number": _number, "signed": _signed, "svg": lambda plot: Markup(plot.svg)}
-    return engine.get_template("report.html")
+    engine.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "svg": lambda plot: Markup(plot.svg),
+        "tone": tone,
+    }
+    return engine
 
 
 def _single_values(environment: Mapping[str, object]) -> dict[str, object]:
@@ -170,6 +211,29 @@ def _reach(rows: list[Row]) -> float:
     return max(ends) * 1.06
 
 
+def _commands(run: StoredRun) -> dict[str, str]:
+    """What one does next: label -> command."""
+    place = str(run.directory)
+    if run.adapter is None or not run.finished:
+        return {
+            "go on with it": shlex.join(["vise-fast", *_on(place)]),
+            "watch it": shlex.join(["vise-fast", "report", place, "--live"]),
+        }
+    adapter = ["--adapter", str(run.adapter)]
+    found = {
+        "try it in a browser": ["demo", *adapter],
+        "ask about one picture": ["infer", *adapter, "--image", "photo.jpg"],
+        "measure it closer": ["evaluate", *adapter, "--scenes", "512"],
+        "beside another run": ["compare", place, "OTHER_RUN"],
+        "a model without PEFT": ["merge", *adapter, "--out", "merged"],
+    }
+    return {label: shlex.join(["vise-fast", *words]) for label, words in found.items()}
+
+
+def _on(place: str) -> list[str]:
+    return ["train", "--resume", "auto", "--run.dir", place]
+
+
 def _facts(run: StoredRun) -> dict[str, str]:
     """The run in a few words."""
     config = run.config
@@ -182,16 +246,37 @@ def _facts(run: StoredRun) -> dict[str, str]:
         ),
         "learning rate": f"{config.train.lr:g}",
         "seed": str(config.train.seed),
-        "data": config.data.dir or "drawn scenes",
+        "data": config.data.places,
     }
     _, seconds = run.series("seconds")
     if len(seconds):
         facts["training time"] = duration(float(seconds.sum()))
     if "device" in run.environment:
         facts["device"] = str(run.environment["device"])
+    facts |= _ranks(run)
     if run.before:
         facts["held out"] = f"{run.before.n} images"
+    if run.adapter is not None:
+        facts["adapter"] = str(run.adapter)
+    if bad := run.bad_files():
+        facts["unusable files"] = str(len(bad))
     return facts
+
+
+def _ranks(run: StoredRun) -> dict[str, str]:
+    """Of the processes that trained together; nothing where there was one."""
+    rates = run.of_ranks("images_per_s")
+    peaks = run.of_ranks("peak_gib")
+    _, shares = run.series("communication_share")
+    if not (len(rates) and len(peaks) and len(shares)):
+        return {}
+    slowest = int(rates.mean(0).argmin())
+    return {
+        "ranks": f"{rates.shape[1]}; the slowest is rank {slowest}",
+        "images/s of each rank": ", ".join(f"{rate:.2f}" for rate in rates.mean(0)),
+        "memory of each rank": ", ".join(f"{peak:.2f}" for peak in peaks.max(0)) + " GiB at most",
+        "communication": f"{float(shares.mean()):.1%} of a step",
+    }
 
 
 def _number(value: float | None, kind: str = "plain") -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
 
 from vise_fast.evaluate.results import Estimate, paired_gain
 from vise_fast.report.stored_run import StoredRun
@@ -59,7 +62,10 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "axes.xmargin": 0.01,
 }
+RUNS = ("c1", "c2", "c3", "c5", "c4")
+"""Colours of runs beside each other."""
 SIZE = (4.7, 2.55)
+DPI = 200
 POINTS = 300
 
 
@@ -108,7 +114,70 @@ def draw(run: StoredRun) -> list[Plot]:
     )
     with matplotlib.rc_context(STYLE):
         plots = [make(run) for make in makers]
+    found = [plot for plot in plots if plot is not None]
+    return [replace(plot, png=_headed(plot, run.directory.name)) for plot in found]
+
+
+def _headed(plot: Plot, name: str) -> bytes:
+    """The PNG with its title and the run's name over it: on a slide it stands alone."""
+    picture = Pillow.open(io.BytesIO(plot.png)).convert("RGB")
+    head = round(0.28 * DPI)
+    whole = Pillow.new("RGB", (picture.width, picture.height + head), "white")
+    whole.paste(picture, (0, head))
+    draw = ImageDraw.Draw(whole)
+    margin = round(0.08 * DPI)
+    middle = head // 2 + margin // 2
+    title = ImageFont.truetype(_font(), round(0.135 * DPI))
+    draw.text((margin, middle), plot.title, COLORS["ink"], title, anchor="lm")
+    room = whole.width - 3 * margin - draw.textlength(plot.title, title)
+    small = ImageFont.truetype(_font(), round(0.105 * DPI))
+    while name and draw.textlength(name, small) > room:
+        name = name[:-2].rstrip("…") + "…" if len(name) > 2 else ""
+    draw.text((whole.width - margin, middle), name, COLORS["muted"], small, anchor="rm")
+    out = io.BytesIO()
+    whole.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _font() -> str:
+    """matplotlib's own, which is there wherever it is."""
+    return font_manager.findfont("DejaVu Sans")
+
+
+OVERLAID = (
+    ("reward", "Reward"),
+    ("geometric", "Agreement across views"),
+    ("semantic", "Hides its object"),
+    ("area", "Mean box area"),
+    ("kl", "KL to the reference, nat per token"),
+    ("parse_rate", "Readable boxes"),
+)
+"""(metric, title) of what `overlay` draws."""
+
+
+def overlay(runs: Mapping[str, StoredRun]) -> list[Plot]:
+    """Metrics of several runs, by name, on top of each other; those that none recorded are left
+    out.
+    """
+    with matplotlib.rc_context(STYLE | {"text.parse_math": False}):
+        plots = [_overlaid(runs, metric, title) for metric, title in OVERLAID]
     return [plot for plot in plots if plot is not None]
+
+
+def _overlaid(runs: Mapping[str, StoredRun], metric: str, title: str) -> Plot | None:
+    if not any(_recorded(run, metric) for run in runs.values()):
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, (name, run) in enumerate(runs.items()):
+            color = RUNS[number % len(RUNS)]
+            _curve(axes, run, Curve(metric, name[-24:], color))
+        axes.set_xlabel("step")
+        _legend(axes, columns=3)
+
+    caption = "Faint: every step; strong: the moving mean."
+    return _plot(f"compare_{metric}", title, caption, paint)
 
 
 def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) -> Plot:
@@ -119,7 +188,7 @@ def _plot(name: str, title: str, caption: str, paint: Callable[[Figure], None]) 
     figure.set_layout_engine("none")
     png = io.BytesIO()
     svg = io.StringIO()
-    figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(svg, format="svg", transparent=True, metadata=nameless)
     return Plot(name, title, caption, _themed(svg.getvalue(), title), png.getvalue())
@@ -218,15 +287,25 @@ def _time_plot(
 
 def _reward(run: StoredRun) -> Plot | None:
     caption = (
-        "What the policy is paid, and its two parts. It should rise slowly; a jump is a loophole "
-        "found."
+        "What the policy is paid, the two parts it is paid for, and what its boxes' size costs "
+        "it. It should rise slowly; a jump is a loophole found."
     )
     curves = (
         Curve("reward", "reward", "c1"),
         Curve("geometric", "agreement across views", "c2"),
         Curve("semantic", "hides its object", "c3"),
     )
-    return _time_plot(run, "reward", "Reward and its parts", caption, curves)
+    finish = partial(_charge, run=run) if run.config.reward.w_area > 0 else None
+    return _time_plot(run, "reward", "Reward and its parts", caption, curves, finish=finish)
+
+
+def _charge(axes: Axes, run: StoredRun) -> None:
+    """What size costs: w_area sqrt(area), the part of the reward that is subtracted."""
+    if _recorded(run, "size"):
+        steps, values = map(_thinned, run.series("size"))
+        values = run.config.reward.w_area * values
+        axes.plot(steps, values, color=COLORS["c5"], linewidth=0.8, alpha=0.28)
+        axes.plot(steps, _smooth(values), color=COLORS["c5"], label="less: size")
 
 
 def _kl(run: StoredRun) -> Plot | None:

@@ -28,6 +28,9 @@ from vise_fast.report.stored_run import StoredRun
 from vise_fast.system.errors import DataError
 
 LONGEST = 480  # pixels of a picture on the page
+STRIP = 8
+"""Frames of the strip of boxes over training."""
+SMALL = 200  # pixels of a frame
 MAX_PIXELS = 50_000_000
 FAULTS = (
     LookupError,
@@ -98,12 +101,40 @@ def samples(run: StoredRun) -> dict[str, list[Sample]]:
         for title, lines in run.shown_samples().items():
             found[title] = [_sample(line, run) for line in lines]
     except FAULTS as fault:
-        path = run.directory / "samples.jsonl"
-        raise DataError(
-            f"{path} is damaged: {type(fault).__name__} {fault}; delete it and write the report "
-            "again"
-        ) from fault
+        raise _damaged(run.directory, fault) from fault
     return found
+
+
+def strip(run: StoredRun) -> list[Picture]:
+    """The sampled boxes of one image each, from up to STRIP steps spread over the training.
+
+    Raises DataError for lines a run does not write.
+    """
+    first: dict[int, dict[str, Any]] = {}
+    for line in run.samples:
+        first.setdefault(line["step"], line)
+    steps = sorted(first)
+    places = np.linspace(0, len(steps) - 1, min(STRIP, len(steps))).round().astype(int)
+    try:
+        return [_frame(first[steps[place]], run.directory) for place in places]
+    except FAULTS as fault:
+        raise _damaged(run.directory, fault) from fault
+
+
+def _frame(line: dict[str, Any], directory: Path) -> Picture:
+    """One image with its sampled boxes, small."""
+    image = Pillow.fromarray(_pixels(directory, line["image"]).numpy())
+    image.thumbnail((SMALL, SMALL))
+    boxes = torch.tensor(line["boxes_1000"], dtype=torch.float64).reshape(-1, 4)
+    drawn = [_box("sampled", boxes[n]) for n in _placed(boxes, line["readable"])]
+    return _picture(f"step {line['step']}", torch.from_numpy(np.array(image)), drawn)
+
+
+def _damaged(directory: Path, fault: BaseException) -> DataError:
+    return DataError(
+        f"{directory / 'samples.jsonl'} is damaged: {type(fault).__name__} {fault}; delete it and "
+        "write the report again"
+    )
 
 
 def _sample(line: dict[str, Any], run: StoredRun) -> Sample:
@@ -186,12 +217,14 @@ def _ghost(image: Tensor, box: Tensor, config: Config) -> Picture:
 def _verdicts(line: dict[str, Any], best: int | None) -> list[Verdict]:
     """What the judge said of the image and, where a judged box is given, of its ghosts."""
     found = [Verdict("as it is", float(line["seen"]), True)]
+    further = line.get("further")
+    settled = best is not None and further is not None and not further[best]
     for name, label, wanted in (
         ("gone", "box hidden", False),
         ("control", "elsewhere hidden", True),
         ("keep", "the rest hidden", True),
     ):
-        values = line.get(name)
+        values = None if settled and name != "gone" else line.get(name)
         if best is not None and values is not None:
             found.append(Verdict(label, float(np.mean(values[best])), wanted))
     return found

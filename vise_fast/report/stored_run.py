@@ -43,6 +43,30 @@ class StoredRun:
     strengths: dict[float, Results]
 
     @property
+    def finished(self) -> bool:
+        """Whether it came to its end: the adapter was measured, or every step is done."""
+        return self.after is not None or self.steps >= self.config.train.steps
+
+    @property
+    def adapter(self) -> Path | None:
+        """Where its adapter lies; None where it has not been exported."""
+        place = self.directory / "adapter"
+        return place if (place / "adapter_config.json").is_file() else None
+
+    @property
+    def command(self) -> list[str]:
+        """The words it was started with, as env.json keeps them; [] where it does not."""
+        words = self.environment.get("argv")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return []
+        return words[1:] if words[:1] == ["train"] else words
+
+    def bad_files(self) -> dict[str, str]:
+        """{name: reason} of the pictures that could not be used."""
+        lines = read_lines(self.directory / "bad_images.jsonl")
+        return {str(line.get("name")): str(line.get("reason")) for line in lines}
+
+    @property
     def steps(self) -> int:
         """The last step that was finished."""
         return int(self.metrics[-1]["step"])
@@ -63,6 +87,15 @@ class StoredRun:
                 if _is_number(value):
                     seconds.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in seconds.items()}
+
+    def of_ranks(self, name: str) -> np.ndarray:
+        """(steps, ranks): a figure of each rank, over the steps that as many ranks did as the last
+        one; (0, 0) where one process did it.
+        """
+        rows = [m["ranks"].get(name) for m in self.metrics if isinstance(m.get("ranks"), dict)]
+        whole = [row for row in rows if isinstance(row, list) and all(map(_is_number, row))]
+        alike = [row for row in whole if row and len(row) == len(whole[-1])]
+        return np.array(alike, float) if alike else np.empty((0, 0))
 
     def alarms(self) -> dict[str, list[int]]:
         """The steps at which each alarm was on."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import PIL.Image
 
@@ -31,10 +32,17 @@ from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
 from vise_fast.model import card, export, side_files
 from vise_fast.model.load import Policy
+from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms
 from vise_fast.run import identity
-from vise_fast.run.opening import environment, lacking, opening_lines
+from vise_fast.run.opening import (
+    environment,
+    lacking,
+    opening_lines,
+    ranks_lines,
+    verbose_lines,
+)
 from vise_fast.run.resume import Start
 from vise_fast.run.sample import sample
 from vise_fast.system import checkpoint, files
@@ -54,12 +62,15 @@ class Run:
     updates, `saved`: those the newest checkpoint holds (-1: there is none).
     """
 
-    def __init__(self, start: Start) -> None:
+    lock: identity.Lock
+
+    def __init__(self, start: Start, ranks: Ranks | None = None, verbose: bool = False) -> None:
+        self.ranks = ranks or Alone()
         self.config = start.config
+        self.verbose = verbose
         self.directory = start.directory
         self.resumed = start.checkpoint
         self.older = start.older
-        self.console = Console()
         self.alarms = Alarms(self.config.update.tau)
         self.evaluation: dict[str, dict] = {}
         self.learner: Learner | None = None
@@ -68,6 +79,13 @@ class Run:
         self.saved = -1
         self.opened = False
         self.unwritten: deque[Callable[[], None]] = deque()
+        self.free = False
+        self._begin(start)
+        self.loggers = Loggers((), self.directory, {}, self.console.warn)
+
+    def _begin(self, start: Start) -> None:
+        """Take the directory; nobody else writes there until `close`."""
+        self.console = Console()
         self.free = identity.is_free(self.directory)
         self.lock = identity.Lock(self.directory)
         for note in start.notes:
@@ -80,12 +98,18 @@ class Run:
 
     def close(self) -> None:
         """Let others write here; a folder in which nothing was begun goes."""
+        self.loggers.close()
         if self.opened:
             self.metrics.close()
             self.samples.close()
         elif self.free:
             identity.leave(self.directory)
         self.lock.release()
+
+    @property
+    def log_place(self) -> Path:
+        """Where unusable images are listed."""
+        return self.directory
 
     # ---- the start -------------------------------------------------------------------------------
 
@@ -115,7 +139,10 @@ class Run:
         raise AssertionError("no checkpoint")
 
     def _load(self, learner: Learner, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
+        found = self.ranks.first(partial(_read, path))
+        if isinstance(found, checkpoint.Corrupt):
+            raise found
+        tensors, state = found
         alarms = Alarms(self.config.update.tau)
         try:
             alarms.load(state["alarms"])
@@ -138,7 +165,8 @@ class Run:
             files.settle(self.directory / "adapter")
         self._check_data(source)
         identity.mark(self.directory, source.identity(), schema.to_yaml(self.config))
-        files.write_json(self.directory / "env.json", environment(policy))
+        own = environment(policy) | dict(self.ranks.describe())
+        files.write_json(self.directory / "env.json", own)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
         self.opened = True
@@ -148,6 +176,10 @@ class Run:
         loggers = self.config.run.loggers
         self.loggers = Loggers(loggers, self.directory, settings, self.console.warn)
         for line in opening_lines(self.directory, self.config, policy, source):
+            self.console.say(line)
+        for line in ranks_lines(self.ranks, self.config, policy):
+            self.console.say(line)
+        for line in verbose_lines(policy) if self.verbose else ():
             self.console.say(line)
         side_files.fetch(policy.source)
         for line in lacking(self.config):
@@ -191,6 +223,9 @@ class Run:
         self.evaluation = self._known_evaluation() if self.first > 0 else {}
         if "before" not in self.evaluation:
             self._evaluate("before", engine, source, adapters=False)
+        base = Results.of(self.evaluation, "before")
+        if base is not None:
+            self.alarms.begin_at(base.values)
 
     def _known_evaluation(self) -> dict[str, dict]:
         """What evaluation.json says; nothing, and that is said, where it is damaged."""
@@ -221,10 +256,7 @@ class Run:
     def progress(self) -> Iterator[Steps]:
         """Yields what takes every finished step: metrics, live figures, alarms, samples."""
         steps = self.config.train.steps
-        with (
-            self.console.progress(steps, "train", self.first) as bar,
-            contextlib.closing(self.loggers),
-        ):
+        with self.console.progress(steps, "train", self.first) as bar:
             yield Steps(self, bar)
 
     def alarmed(self) -> bool:
@@ -281,23 +313,39 @@ class Run:
             rows = [[name, *pair] for name, pair in figures.items()]
             title = "held-out images, before and after"
             self.console.table(title, ["", "base", "adapter"], rows)
+            self.loggers.log(self.done, self._held_out())
         made = card.Made(figures, source.identity())
         place = export.export(policy, self.config, self.directory / "adapter", made)
         engine.interrupted()
         if self.config.run.report:
-            self.console.say(f"report   {report.write(self.directory)}")
+            self.console.say(f"report   {report.write(self.directory, self.console.warn)}")
         self.console.say(f"adapter  {place}")
+        self.console.say(
+            f"next     vise-fast infer --adapter {quote(str(place))} --image photo.jpg"
+        )
+
+    def _held_out(self) -> dict[str, float]:
+        """The table's figures by the names that a logger groups by: held_out/base/sampled_iou."""
+        figures: dict[str, float] = {}
+        for arm, label in (("before", "base"), ("after", "adapter")):
+            values = self.evaluation.get(arm, {}).get("values", {})
+            figures |= {
+                f"held_out/{label}/{name}": values[name] for name in BRIEF if name in values
+            }
+        return figures
 
     def interrupted(self, reason: Interrupted) -> int:
         """Save what is finished and say how to go on; returns the exit code."""
         self.save_finished()
+        lost = self.ranks.missing()
+        why = f"{reason}, because rank {lost[0]} is gone without a word" if lost else str(reason)
         if self.saved >= 0 and self.opened:  # else what was asked for is not written down yet
             self.console.warn(
-                f"{reason}; saved after step {self.saved}; go on with --train.resume auto "
+                f"{why}; saved after step {self.saved}; go on with --train.resume auto "
                 f"--run.dir {quote(str(self.directory))}"
             )
         else:
-            self.console.warn(f"{reason} before anything was trained; start again as you did")
+            self.console.warn(f"{why} before anything was trained; start again as you did")
         return reason.code
 
     def save_finished(self) -> None:
@@ -366,6 +414,11 @@ class Steps:
         for name, text in said.items():
             run.console.alarm(name, text)
         record["alarms"] = [name for name, text in said.items() if text]
+        self._tell(record, slices)
+
+    def _tell(self, record: dict[str, Any], slices: list[Played]) -> None:
+        """On disk, to the loggers, on screen."""
+        run = self.run
         run.unwritten.append(partial(run.metrics.write, record))
         last = run.done == run.config.train.steps
         if run.done == 1 or run.done % run.config.run.samples_every == 0 or last:
@@ -390,6 +443,14 @@ class Steps:
             line = {"step": run.done, "image": name, **sample(played, index)}
             run.unwritten.append(partial(files.write, run.directory / name, picture.getvalue()))
             run.unwritten.append(partial(run.samples.write, line))
+
+
+def _read(path: Path) -> tuple[checkpoint.Tensors, dict[str, Any]] | checkpoint.Corrupt:
+    """A checkpoint, or why it is none: ranks that do not read it are told either."""
+    try:
+        return checkpoint.load(path)
+    except checkpoint.Corrupt as fault:
+        return fault
 
 
 def _counted(data: Mapping) -> str:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vise_fast.config import settings
+from vise_fast.config import schema, settings
 from vise_fast.config.schema import Config
+from vise_fast.config.share import share
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
@@ -28,36 +31,54 @@ from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import export
 from vise_fast.model import load as model
-from vise_fast.run.opening import lacking
+from vise_fast.probe.measure import measure
+from vise_fast.probe.verdict import warnings
+from vise_fast.ranks.ranks import Ranks
+from vise_fast.run.agreement import same_inputs, same_settings
+from vise_fast.run.opening import lacking, ranks_lines
 from vise_fast.system import checkpoint
 from vise_fast.system.console import Console, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
+TOGETHER = "\xa0"
+"""Between a setting and its value, so that a line ends behind both."""
+PROBED = 16
 
 
-def dry_run(config: Config) -> int:
-    """Explain, then try. Returns the exit code: 0, or that of the first fault."""
-    console = Console()
-    rewards.check(config.reward, truth=config.data.dir is None)
+def dry_run(config: Config, ranks: Ranks) -> int:
+    """Explain, then try, all ranks together. Returns the exit code: 0, or that of the first
+    fault.
+    """
+    console = Console.of_rank(ranks.rank)
+    same_settings(ranks, config)
+    share(config, ranks)
+    rewards.check(config.reward, truth=config.data.is_drawn)
     explain(console, config)
     faults: list[UserError] = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = _try(faults, lambda: _open(config, Path(scratch), console))
+        source = _try(faults, lambda: ranks.agreed(lambda: _open(config, Path(scratch), console)))
         if source is not None:
             console.say(f"data     {source.describe()}")
-        plan = _try(faults, lambda: estimate.plan(config, source))
+        with console.working("planning the memory of a step"):
+            plan = _try(
+                faults,
+                lambda: ranks.agreed(lambda: estimate.plan(config, source, ranks=ranks.count)),
+            )
         if plan is not None:
             console.say(str(plan))
-            config = plan.config  # what fits, where a budget is set
-        policy = _try(faults, lambda: _load(config, console))
+            config = schema.with_changes(config, plan.changes)  # what fits, where a budget is set
+        policy = _try(
+            faults, lambda: ranks.node_by_node(lambda: _load(share(config, ranks), console))
+        )
         if policy is not None and source is not None:
+            same_inputs(ranks, policy, source)
             with contextlib.closing(source):
-                _try_out(console, config, policy, source, Path(scratch))
+                _try_out(_Trial(console, config, ranks, Path(scratch)), policy, source)
         for line in lacking(config) if policy is not None else ():
             console.warn(line)
     for fault in faults:
-        console.error(fault)
+        Console().error(fault)
     return faults[0].code if faults else 0
 
 
@@ -71,7 +92,8 @@ def _try(faults: list[UserError], work: Callable[[], T]) -> T | None:
 
 
 def _open(config: Config, scratch: Path, console: Console) -> Source:
-    return open_source(config, model.grid_multiple(config.model.path), scratch, console.warn)
+    multiple = model.grid_multiple(config.model.path)
+    return open_source(config, multiple, scratch, console.warn, console.through)
 
 
 def explain(console: Console, config: Config) -> None:
@@ -95,8 +117,10 @@ def explain(console: Console, config: Config) -> None:
     )
     changed = settings.changed(config)
     if changed:
-        listed = ", ".join(f"{key} {value}" for key, value in changed.items())
-        console.say(f"  settings that differ from their defaults: {listed}")
+        listed = ", ".join(f"{key}{TOGETHER}{value}" for key, value in changed.items())
+        said = f"settings that differ from their defaults: {listed}"
+        lines = textwrap.wrap(said, 76, break_long_words=False, break_on_hyphens=False)
+        console.say("\n".join(f"  {line}" for line in lines).replace(TOGETHER, " "))
 
 
 def _load(config: Config, console: Console) -> model.Policy:
@@ -106,19 +130,37 @@ def _load(config: Config, console: Console) -> model.Policy:
             f"the weights of {config.model.path} are not on this machine; a run would download "
             f"them; fetch them with: hf download {config.model.path}"
         )
-    return model.load(config, say=console.warn)
+    with console.working("loading the model"):
+        return model.load(config, say=console.warn)
 
 
-def _try_out(
-    console: Console, config: Config, policy: model.Policy, source: Source, scratch: Path
-) -> None:
+@dataclass(frozen=True)
+class _Trial:
+    """Who tries what: the run's configuration, and a folder that is removed again."""
+
+    console: Console
+    config: Config
+    ranks: Ranks
+    scratch: Path
+
+
+def _try_out(trial: _Trial, policy: model.Policy, source: Source) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
-    engine = open_engine(policy, config, console.warn)
-    learner = Learner(policy, engine, config)
-    _update(engine, learner, source, config, 0)
+    console = trial.console
+    config = trial.config
+    engine = open_engine(policy, share(config, trial.ranks), console.warn)
+    if trial.ranks.rank == 0:
+        _probe(console, config, engine, source)
+    learner = Learner(policy, engine, share(config, trial.ranks), ranks=trial.ranks)
+    _update(learner, source, config, 0)
+    trial.ranks.work({}, 0, engine.device)
     start = time.monotonic()
-    metrics = _update(engine, learner, source, config, 1)
+    metrics = _update(learner, source, config, 1)
     seconds = time.monotonic() - start
+    work = trial.ranks.work({}, len(trial.ranks.part(config.train.batch)), engine.device)
+    for line in ranks_lines(trial.ranks, config, policy, work):
+        console.say(line)
+    scratch = trial.scratch
     console.say(
         f"step     reward {metrics['reward']:.3f}, readable answers {metrics['parse_rate']:.0%}, "
         f"KL {metrics['kl']:.2g}, {seconds:.1f} s"
@@ -133,12 +175,26 @@ def _try_out(
     )
 
 
-def _update(
-    engine: Engine, learner: Learner, source: Source, config: Config, step: int
-) -> Mapping[str, float]:
-    images = source.batch(step, config.train.batch)
+def _probe(console: Console, config: Config, engine: Engine, source: Source) -> None:
+    """What the base answers on a few of the pictures, and whether that can be trained on."""
+    style = engine.tokens.style
+    found = measure(engine, source.batch(0, PROBED), config, style)
+    console.say(
+        f"probe    style {style.name}, {found.pictures} pictures: readable queries "
+        f"{found.readable_queries:.0%}, boxes {found.readable_boxes:.0%}, agreement across a view "
+        f"{found.agreement:.2f}, p(visible) with the box hidden {found.hidden:.2f}, with another "
+        f"{found.elsewhere:.2f}"
+    )
+    for line in warnings(found):
+        console.warn(line)
+
+
+def _update(learner: Learner, source: Source, config: Config, step: int) -> Mapping[str, float]:
+    part = learner.ranks.part(config.train.batch)
+    images = source.batch(step, config.train.batch, part)
     truth = truth_of(source, config.reward)
-    return learner.learn(play_batch(engine, images, config, step, truth), step)
+    slices = play_batch(learner.engine, images, learner.config, step, truth, part.start)
+    return learner.learn(slices, step)
 
 
 def _comes_back(learner: Learner, scratch: Path) -> bool:

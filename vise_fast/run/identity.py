@@ -8,7 +8,6 @@ that the system releases when the process dies, however it dies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import os
@@ -148,7 +147,11 @@ class Lock:
                 raise
         self.known = True
         try:
+            import fcntl
+
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            self.known = False
         except BlockingIOError:
             holder = self._holder()
             self._file.close()

@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
         "train.share_forward",
         "data.workers",
         "data.dir",
+        "data.mix",
         "model.device",
         "memory.budget_gb",
         "run.checkpoint_every",

@@ -32,6 +32,7 @@ def sample(played: Played, index: int) -> dict[str, Any]:
         "keep": listed(evidence.keep),
         "rewards": listed(played.rewards),
         "judged": listed(evidence.judged),
+        "further": listed(evidence.further),
         "views": [_view(view) for view in played.views[index]],
         "view_boxes_1000": evidence.view_box_1000[rows][0].tolist(),
     }

@@ -6,7 +6,6 @@ Nothing here changes what it watches. Left out: FLOPs and host syncs (profile/).
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -98,7 +97,7 @@ def reset_peak_memory(device: torch.device | str) -> bool:
 
 def peak_memory(device: torch.device | str) -> int:
     """Bytes: the allocator's peak reservation on a GPU; on a CPU the process's peak resident
-    size.
+    size, 0 where the system does not tell it (Windows).
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -109,5 +108,9 @@ def peak_memory(device: torch.device | str) -> int:
         )
         if line is not None:
             return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

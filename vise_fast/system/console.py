@@ -11,32 +11,30 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, TextIO, TypeVar, cast
 
+import rich.box
 import rich.console
 import rich.table
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import rich.text
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
 
 from vise_fast.system import files, streams
-from vise_fast.system.errors import ConfigError, DataError, UserError
+from vise_fast.system.errors import ConfigError, DataError, SaidElsewhere, UserError
 from vise_fast.system.streams import Forgiving
 
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+BAR = 20  # columns of a live bar
+T = TypeVar("T")
 
 
 class Console:
@@ -54,6 +52,14 @@ class Console:
         if self._out.is_terminal and self._err.is_terminal:
             self._err = self._out  # one screen: a live bar must know of every line
         self._alarms: set[str] = set()
+
+    @classmethod
+    def of_rank(cls, rank: int) -> Console:
+        """Of several processes that do the same, the first one tells of it."""
+        if rank == 0:
+            return cls()
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        return cls(nowhere, nowhere, plain=True)
 
     def say(self, text: str = "") -> None:
         """Text on standard output."""
@@ -76,7 +82,9 @@ class Console:
             self._alarms.remove(name)
 
     def error(self, fault: BaseException, debug: bool = False) -> None:
-        """One line; the traceback only on request."""
+        """One line; the traceback only on request. Nothing where another process says it."""
+        if isinstance(fault, SaidElsewhere):
+            return
         if debug:
             self._print(self._err, "".join(traceback.format_exception(fault)).rstrip())
         self._print(self._err, f"error: {' '.join(str(fault).split())}", "bold red")
@@ -94,7 +102,12 @@ class Console:
         if self.plain:
             self._out.width = PLAIN_WIDTH
         table = rich.table.Table(
-            title=self._shown(title) or None, title_justify="left", title_style="bold"
+            title=self._shown(title) or None,
+            title_justify="left",
+            title_style="bold",
+            box=rich.box.SIMPLE_HEAD,  # a before/after table fits 80 columns in it
+            pad_edge=False,
+            show_edge=False,
         )
         for index, column in enumerate(columns):
             table.add_column(self._shown(column), justify="left" if index == 0 else align)
@@ -113,8 +126,38 @@ class Console:
             yield _Lines(self, total, label, done).advance
             return
         with _bar(self._out) as bar:
-            task = bar.add_task(self._shown(label), total=total, completed=done, figures="")
-            yield lambda figures: bar.update(task, advance=1, figures=self._shown(spread(figures)))
+            task = bar.add_task(self._shown(label), total=total, completed=done, figures={})
+            yield lambda figures: bar.update(task, advance=1, figures=dict(figures))
+
+    def through(self, things: Collection[T], label: str) -> Iterator[T]:
+        """The things, one after the other, with a bar; where there is no terminal, with lines once
+        it takes long.
+        """
+        if self.plain:
+            lines = _Lines(self, len(things), label, 0)
+            lines.said = lines.begun
+            for thing in things:
+                yield thing
+                lines.advance({}, last=False)
+            return
+        with _bar(self._out, transient=True) as bar:
+            task = bar.add_task(self._shown(label), total=len(things), figures={})
+            for thing in things:
+                yield thing
+                bar.update(task, advance=1)
+
+    @contextmanager
+    def working(self, label: str) -> Iterator[None]:
+        """On a terminal, a sign of life until the block ends: what is being done, and for how
+        long.
+        """
+        if self.plain:
+            yield
+            return
+        columns = (_Label(), _Elapsed())
+        with Progress(*columns, console=self._out, transient=True, refresh_per_second=2) as sign:
+            sign.add_task(self._shown(label), total=None)
+            yield
 
     def _print(self, target: rich.console.Console, text: str, style: str | None = None) -> None:
         target.print(self._shown(text), style=style, soft_wrap=True)
@@ -154,11 +197,12 @@ class _Lines:
         self.begun = clock()
         self.said = -math.inf
 
-    def advance(self, figures: Mapping[str, float]) -> None:
-        """One step is done."""
+    def advance(self, figures: Mapping[str, float], last: bool = True) -> None:
+        """One step is done. last: the last one is said however soon it comes."""
         self.done += 1
         now = self.clock()
-        if self.done < self.total and now - self.said < PLAIN_SECONDS:
+        ends = last and self.done == self.total
+        if not ends and now - self.said < PLAIN_SECONDS:
             return
         self.said = now
         left = (now - self.begun) / (self.done - self.first) * (self.total - self.done)
@@ -254,6 +298,16 @@ def figure(value: Any) -> str:
     return str(value)
 
 
+def fitting(figures: Mapping[str, float], room: int) -> str:
+    """As many whole figures of `spread`, from the first on, as `room` columns hold."""
+    shown: dict[str, float] = {}
+    for name, value in figures.items():
+        if len(spread(shown | {name: value})) > room:
+            break
+        shown[name] = value
+    return spread(shown)
+
+
 def spread(figures: Mapping[str, float]) -> str:
     """'reward 0.52  KL 0.0031'"""
     return "  ".join(f"{name} {figure(value)}" for name, value in figures.items())
@@ -269,16 +323,53 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _bar(screen: rich.console.Console) -> Progress:
+class _Label(ProgressColumn):
+    """What is being done."""
+
+    def render(self, task: Task) -> rich.text.Text:
+        return _line(task.description)
+
+
+class _Elapsed(ProgressColumn):
+    """For how long."""
+
+    def render(self, task: Task) -> rich.text.Text:
+        return _line(f"… {duration(task.elapsed or 0.0)}")
+
+
+class _Count(ProgressColumn):
+    """'40/200  ETA 3m20s'; the time is that of rich, over the latest steps."""
+
+    def render(self, task: Task) -> rich.text.Text:
+        left = "?" if task.time_remaining is None else duration(task.time_remaining)
+        return _line(f"{task.completed:.0f}/{task.total:.0f}  ETA {left}")
+
+
+class _Figures(ProgressColumn):
+    """The latest figures, as many of them as the line has room for."""
+
+    def __init__(self, screen: rich.console.Console) -> None:
+        super().__init__()
+        self.screen = screen
+
+    def render(self, task: Task) -> rich.text.Text:
+        others = len(f"{task.description} {task.total:.0f}/{task.total:.0f}  ETA 00m00s ")
+        return _line(fitting(task.fields["figures"], self.screen.width - BAR - 2 - others))
+
+
+def _line(text: str) -> rich.text.Text:
+    """Never folded, never cut in favour of another column."""
+    return rich.text.Text(text, no_wrap=True, overflow="ignore")
+
+
+def _bar(screen: rich.console.Console, transient: bool = False) -> Progress:
     return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
+        _Label(),
+        BarColumn(BAR),
+        _Count(),
+        _Figures(screen),
         console=screen,
+        transient=transient,
     )
 
 

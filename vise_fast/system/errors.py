@@ -40,3 +40,15 @@ class NumericFault(UserError):
     """Numbers that are not finite where they must be."""
 
     code = 6
+
+
+class SaidElsewhere(UserError):
+    """Another process of the same run ended it, and says why; `code` is that one's."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"another rank ended the run with code {code}")
+        self.code = code
+
+
+class LostRank(EnvironmentFault):
+    """Another process of the same run ended without a word."""

@@ -20,6 +20,8 @@ from typing import Any
 
 from vise_fast.system.errors import EnvironmentFault
 
+WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
+"""Where the system has it: Windows has neither the word nor such pipes."""
 LARGEST_JSON = 256 * 2**20
 """Bytes of the largest JSON file that is read: an evaluation of 100,000 scenes is a tenth of it."""
 LARGEST_LINES = 4 * 2**30
@@ -89,6 +91,11 @@ class Appended:
         self._file.close()
 
 
+def user_cache() -> Path:
+    """This package's folder of what can be found out again: $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vise_fast"
+
+
 def append(path: Path, data: bytes) -> None:
     """One more piece at the end of a file. Raises EnvironmentFault."""
     with refused(path), contextlib.closing(Appended(path)) as file:
@@ -109,7 +116,7 @@ def read(path: Path, most: int = LARGEST_JSON) -> bytes:
 
 def _without_waiting(path: str, flags: int) -> int:
     """Opens a pipe that nobody writes to, too."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | WITHOUT_WAITING)
 
 
 def _refuse_special(found: os.stat_result) -> None:
@@ -187,7 +194,11 @@ def put_in_place(aside: Path, final: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file, or the entries of a folder, durable. Raises OSError."""
+    """Makes the content of a file, or the entries of a folder, durable; where the system opens no
+    folders (Windows), those of a folder are its own business. Raises OSError.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,11 +7,16 @@ for SIGINT, 143 for SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
-CAUGHT = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""A closed terminal; Windows has no such signal."""
+CAUGHT = tuple(n for n in (HANGUP, signal.SIGINT, signal.SIGTERM) if n is not None)
 SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
 
 
@@ -21,6 +26,17 @@ class Interrupted(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped by signal {code - 128}")
         self.code = code
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Signals]:
+    """`Signals()`; in a thread of somebody else, who ends it (Ray Train does), one that hears
+    nothing.
+    """
+    stop = Signals()
+    main = threading.current_thread() is threading.main_thread()
+    with stop if main else contextlib.nullcontext():
+        yield stop
 
 
 class Signals:
@@ -45,8 +61,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         # nohup: a closed terminal is to be ignored
-        deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [n for n in CAUGHT if not (deaf and n == signal.SIGHUP)]
+        deaf = HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
+        heard = [n for n in CAUGHT if not (deaf and n == HANGUP)]
         self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 

@@ -13,6 +13,11 @@ corpus.
 
 from __future__ import annotations
 
+from vise_fast.config import commands
+
+if __name__ == "__main__":
+    commands.begin("table")  # before what takes seconds to import
+
 import json
 import shlex
 import shutil
@@ -23,7 +28,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from vise_fast.config import origin
-from vise_fast.config.command_line import CommandLine, Syntax
+from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config
 from vise_fast.model import adapter as adapters
 from vise_fast.model.load import device_of
@@ -35,12 +40,7 @@ from vise_fast.table.arms import ARMS, Job
 from vise_fast.table.lmms_eval import Setting
 from vise_fast.table.rows import NEEDS, Row, chosen, tasks
 
-SYNTAX = Syntax(
-    options=origin.OPTIONS
-    | {"out": "DIR", "tasks": "drawn", "limit": "64", "env": environment.HOME},
-    flags=("dry-run",),
-    settings=origin.SETTINGS,
-)
+SYNTAX = commands.syntax("table")
 PIXELS = {True: (1024, 65_536), False: (200_704, 1_605_632)}
 """(smallest, largest) images: of the embedded model, and lmms-eval's own."""
 TOKENS = 64
@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     given = SYNTAX.parse(words)
     console = Console()
     if given.help:
-        console.say(__doc__)
+        console.say(commands.page("table", words))
         return 0
     if given["adapter"] is None or given["out"] is None:
         raise ConfigError(

@@ -14,11 +14,10 @@ from pathlib import Path
 from vise_fast.config.schema import Config
 from vise_fast.export.forms import Order, base_home, make
 from vise_fast.model import side_files
-from vise_fast.model.load import read_config, resolve
+from vise_fast.model.load import read_config, resolve, style_of
 from vise_fast.system.console import Console
 from vise_fast.table import drawn, lmms_eval
 from vise_fast.table.lmms_eval import Setting
-from vise_fast.text.prompts import style_for
 
 ARMS = ("base", "adapter")
 SCENES = 64
@@ -74,7 +73,7 @@ def prepare(config: Config, adapter: Path, out: Path, console: Console) -> None:
     last = f"{drawn.TASKS[-1].name}{drawn.BLIND}.yaml"
     if not (out / "tasks" / last).exists():  # its pictures are named by where they lie
         shutil.rmtree(out / "tasks", ignore_errors=True)
-        drawn.write(out / "tasks", style_for(read_config(config.model.path)), SCENES)
+        drawn.write(out / "tasks", style_of(config, read_config(config.model.path)), SCENES)
 
 
 def run(todo: list[Job], out: Path, console: Console) -> Iterator[Job]:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from vise_fast.images.geometry import Box
 from vise_fast.system.errors import ConfigError
 
+Space = Literal["1000", "pixels", "1024"]
 QUERY_CHARS = 200
 LARGEST_NUMBER = 1e6
 
@@ -39,6 +41,16 @@ class Style:
     """The assistant's turn is opened with this before the next-token verdict."""
     yes: tuple[str, ...] = ("yes", "Yes", "YES")
     no: tuple[str, ...] = ("no", "No", "NO")
+    query_form: str = "<query>{query}</query>"
+    box_form: str = "<box>{box}</box>"
+    """{box}: four numbers with commas; {x1} to {y2}: each of them."""
+    verdict_closing: str = "</visible>"
+    space: Space = "1000"
+    """The numbers in which boxes are asked for and written (spaces.py)."""
+    system: str = ""
+    """A turn of its own before the question; empty: what the chat template says."""
+    paraphrases: tuple[str, ...] = ()
+    """Other wordings of `verify_text`, for verdicts that are averaged."""
 
     def ask(self) -> str:
         """The question for an object's name."""
@@ -52,18 +64,29 @@ class Style:
         """The question whether an object is visible."""
         return self.verify_text.replace("{query}", query)
 
+    def verify_again(self, query: str) -> list[str]:
+        """The same question in other words."""
+        return [text.replace("{query}", query) for text in self.paraphrases]
+
     def write_query(self, query: str) -> str:
         """The answer to `ask` that names this object."""
-        return f"<query>{self.gap}{query}{self.gap}</query>"
+        return self.query_form.replace("{query}", f"{self.gap}{query}{self.gap}")
 
-    def write_box(self, box_1000: Box) -> str:
-        """The answer to `ground` for this box, rounded and clamped to what the style can write."""
-        numbers = (min(max(round(float(v)), 0), self.largest) for v in box_1000)
-        return "<box>" + ",".join(f"{n:0{self.digits}d}" for n in numbers) + "</box>"
+    def write_box(self, box: Box) -> str:
+        """The answer to `ground` for this box in the style's own numbers, rounded and clamped to
+        what it can write.
+        """
+        values = [min(max(round(float(v)), 0), self.largest) for v in box]
+        numbers = [f"{n:0{self.digits}d}" for n in values]
+        text = self.box_form.replace("{box}", ",".join(numbers))
+        for name, number in zip(("{x1}", "{y1}", "{x2}", "{y2}"), numbers, strict=True):
+            text = text.replace(name, number)
+        return text
 
     def write_verdict(self, visible: bool) -> str:
         """The answer to `verify`."""
-        return f"{self.verdict_opening}{(self.yes if visible else self.no)[0]}</visible>"
+        word = (self.yes if visible else self.no)[0]
+        return f"{self.verdict_opening}{word}{self.verdict_closing}"
 
 
 NATURAL = Style(
@@ -86,6 +109,14 @@ NATURAL = Style(
         "Is this clearly visible in the image: {query}\n"
         "If it is missing, hidden or blurred beyond recognition, the answer is no. "
         "Answer with exactly one line: <visible>yes</visible> or <visible>no</visible>"
+    ),
+    paraphrases=(
+        "Can this be seen clearly in the image: {query}\n"
+        "If it is missing, hidden or blurred beyond recognition, the answer is no. "
+        "Answer with exactly one line: <visible>yes</visible> or <visible>no</visible>",
+        "Does the image clearly show this: {query}\n"
+        "If it is missing, hidden or blurred beyond recognition, the answer is no. "
+        "Answer with exactly one line: <visible>yes</visible> or <visible>no</visible>",
     ),
 )
 
@@ -121,6 +152,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u20
 _QUERY = re.compile(r"<\s*query\s*>", re.IGNORECASE)
 _QUERY_END = re.compile(r"<\s*/\s*query\s*>", re.IGNORECASE)
 
+_OTHER_QUERY = re.compile(
+    r"<\s*(?:ref|\|object_ref_start\|)\s*>(?P<ref>[^<]*)"
+    r"|\"object\"\s*:\s*\"(?P<json>(?:[^\"\\]|\\.)*)",
+    re.IGNORECASE,
+)
+
 
 def _without_tags(text: str) -> str:
     """Drop `<...>` until none is left, so that removing one cannot assemble another."""
@@ -136,7 +173,8 @@ def _plain(text: str) -> str:
 
 def read_query(text: str) -> str | None:
     """The first non-empty `<query>…</query>`: one line of at most 200 characters without control
-    characters, tags or special tokens.
+    characters, tags or special tokens; where there is none, the first `<ref>…</ref>` or
+    `"object": "…"`.
 
     An unclosed tag (the answer ran out of tokens) is read up to the next tag or the end. None when
     there is nothing to read.
@@ -144,6 +182,10 @@ def read_query(text: str) -> str | None:
     for part in _QUERY.split(text)[1:]:
         closed = _QUERY_END.search(part)
         query = _plain(part[: closed.start()] if closed else part.split("<")[0])
+        if query:
+            return query
+    for found in () if _QUERY.search(text) else _OTHER_QUERY.finditer(text):
+        query = _plain(found["ref"] or found["json"] or "")
         if query:
             return query
     return None
@@ -201,6 +243,20 @@ def read_box(text: str) -> Box | None:
         if parts:
             return next((box for box in map(read, parts) if box is not None), None)
     return _first_four(text)
+
+
+_LOC = re.compile(r"<\s*loc\s*([0-9]{1,4})\s*>" * 4, re.IGNORECASE)
+
+
+def read_loc(text: str) -> Box | None:
+    """The first four `<loc0000>` tokens in a row, PaliGemma's y1 x1 y2 x2 in 1024 bins, as x1, y1,
+    x2, y2 in those bins; None where there are none.
+    """
+    found = _LOC.search(text)
+    if found is None:
+        return None
+    y1, x1, y2, x2 = map(float, found.groups())
+    return x1, y1, x2, y2
 
 
 _VISIBLE = re.compile(r"<\s*visible\s*>", re.IGNORECASE)

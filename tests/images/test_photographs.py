@@ -1,4 +1,4 @@
-"""A folder as a source: order, split, substitutes, faults of folders."""
+"""Photographs as a source: order, split, substitutes, faults of folders."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import zoo
 from PIL import Image as Pillow
 
 from vise_fast.config.schema import Config, load
-from vise_fast.images import folder as module
-from vise_fast.images.folder import Folder
+from vise_fast.images import photographs as module
+from vise_fast.images.albums.door import open_album
+from vise_fast.images.photographs import Photographs
 from vise_fast.system.errors import ConfigError, DataError
 
 
@@ -47,8 +48,8 @@ def fill(folder: Path, count: int, start: int = 0) -> Path:
     return folder
 
 
-def opened(tmp_path: Path, folder: Path, *words: str, multiple: int = 16) -> Folder:
-    return Folder(folder, settings(tmp_path, *words), multiple)
+def opened(tmp_path: Path, folder: Path, *words: str, multiple: int = 16) -> Photographs:
+    return Photographs(open_album(str(folder)), settings(tmp_path, *words), multiple)
 
 
 def names(images: list) -> list[str]:
@@ -228,8 +229,10 @@ def test_an_image_on_the_grid_is_untouched(tmp_path):
 def test_real_photographs(tmp_path):
     """scikit-image's own: many sizes, grey and colour, PNG, JPEG, GIF and TIFF."""
     data = Path(pytest.importorskip("skimage").__file__).parent / "data"
-    source = Folder(
-        data, load(None, ["--run.dir", str(tmp_path), "--data.max_pixels", "307200"]), 32
+    source = Photographs(
+        open_album(str(data)),
+        load(None, ["--run.dir", str(tmp_path), "--data.max_pixels", "307200"]),
+        32,
     )
     assert {"astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"} <= {
         entry.name for entry in source.train + source.held
@@ -423,8 +426,11 @@ def test_faults_get_a_drawn_substitute(tmp_path, when):
         spoil(folder, *broken)
     words = ["--data.max_bad_share", "1", "--data.holdout", "0"]
     first = opened(tmp_path, folder, *words)
-    second = Folder(
-        folder, settings(tmp_path, *words, "--data.workers", "0"), 16, log=tmp_path / "second.jsonl"
+    second = Photographs(
+        open_album(str(folder)),
+        settings(tmp_path, *words, "--data.workers", "0"),
+        16,
+        log=tmp_path / "second.jsonl",
     )
     spoil(folder, *broken)
     steps = [names(first.batch(step, 5)) for step in range(9)]
@@ -447,7 +453,7 @@ def test_a_late_fault_never_ends_a_run(tmp_path):
     folder = fill(tmp_path / "p", 12)
     said: list[str] = []
     config = settings(tmp_path, "--data.max_bad_share", "0", "--data.holdout", "0")
-    source = Folder(folder, config, 16, say=said.append)
+    source = Photographs(open_album(str(folder)), config, 16, say=said.append)
     late = ("0003.png", "0004.png", "0007.png")
     spoil(folder, *late)
     assert source.figures() == {"bad_images": 0} and said == []
@@ -465,13 +471,13 @@ def test_what_is_tried_is_chosen_by_names(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TRIED", 8)
     folder = fill(tmp_path / "p", 40)
     tried: list[str] = []
-    real = Folder._fault_of
+    real = Photographs._fault_of
 
     def noting(self, entry):
         tried.append(entry.name)
         return real(self, entry)
 
-    monkeypatch.setattr(Folder, "_fault_of", noting)
+    monkeypatch.setattr(Photographs, "_fault_of", noting)
     opened(tmp_path, folder, "--data.workers", "0")
     first = list(tried)
     tried.clear()
@@ -532,8 +538,8 @@ def test_a_folder_that_cannot_be_listed_is_a_line(tmp_path, monkeypatch):
 
 def test_a_budget_smaller_than_a_cell_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="data.max_pixels is too small"):
-        Folder(
-            fill(tmp_path / "p", 2),
+        Photographs(
+            open_album(str(fill(tmp_path / "p", 2))),
             load(None, ["--data.max_pixels", "1024", "--data.min_pixels", "1"]),
             64,
         )

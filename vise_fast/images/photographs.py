@@ -1,9 +1,9 @@
-"""A folder of photographs as a source: a seeded order per epoch, decoded some threads ahead.
+"""An album of photographs as a source: a seeded order per epoch, decoded some threads ahead.
 
-Whether the folder is good enough is decided once, at the start: every header is read, and TRIED
-files are decoded. A file that turns out unusable later is skipped, with one line in
-bad_images.jsonl and a drawn substitute. Left out: finding the files (listing.py), decoding one
-(picture_file.py).
+Whether the album is good enough is decided once, at the start: every header is read, and TRIED
+pictures are decoded. One that turns out unusable later is skipped, with one line in
+bad_images.jsonl and a drawn substitute. Left out: where pictures lie (albums/), which are held out
+(listing.py), decoding one (picture_file.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NoReturn
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.images import listing
+from vise_fast.images.albums.album import Album, Found
 from vise_fast.images.image import Image
 from vise_fast.images.listing import Entry
 from vise_fast.images.picture_file import BadImage, decode, grid_size, header, on_grid
 from vise_fast.system import files, randomness
 from vise_fast.system.errors import ConfigError, DataError
 
+T = TypeVar("T")
 LOG = "bad_images.jsonl"
 TRIED = 256
 """Files that are decoded at the start, chosen by their names: always the same."""
@@ -72,9 +74,20 @@ def silent(text: str) -> None:
     """Says nothing."""
 
 
-class Folder:
-    """Every picture under a directory. `train` and `held`: its usable files; `ignored`: how many
-    files are no pictures by their name.
+class Through(Protocol):
+    """Hands things on one after the other, and may show how far it is."""
+
+    def __call__(self, things: Collection[T], label: str) -> Iterable[T]: ...
+
+
+def unseen(things: Collection[T], label: str) -> Iterable[T]:
+    """Shows nothing."""
+    return things
+
+
+class Photographs:
+    """The pictures of an album. `train` and `held`: the usable ones; `ignored`: how many files are
+    no pictures by their name.
 
     Raises DataError when there is nothing to train on, or when more than `data.max_bad_share` of
     the files seem unusable; ConfigError when `data.max_pixels` holds no cell of the grid.
@@ -82,16 +95,19 @@ class Folder:
 
     def __init__(
         self,
-        dir: str | Path,
+        album: Album,
         config: Config,
         multiple: int,
         log: Path | None = None,
         say: Callable[[str], None] = silent,
+        *,
+        through: Through = unseen,
     ) -> None:
         """multiple: of which every height and width is one; log: the file that gets a line per
-        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know.
+        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know;
+        through: shows how far the files are read.
         """
-        self.root = Path(dir).expanduser()
+        self.album = album
         self.data = config.data
         self.seed = config.train.seed
         self.multiple = multiple
@@ -102,6 +118,7 @@ class Folder:
         # oddities of single files; the unusable ones are logged by name
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._say: Callable[[str], None] = silent  # what is found at the start is in `describe`
+        self._through = through
         self._scan()
         self._try_some()
         self._prove_one_decodes()
@@ -112,14 +129,22 @@ class Folder:
         """{name: reason} of the files that cannot be used, as far as is known yet."""
         return self._bad.reasons
 
-    def batch(self, step: int, n: int) -> list[Image]:
-        """The `n` images of step `step`, counted from 0. Raises DataError when no file can be used
-        any more.
+    def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
+        """The `n` images of step `step`, counted from 0; of them those at the places `part`.
+
+        Raises DataError when no file can be used any more.
         """
-        first = step * n
-        self._decode_ahead(range(first, first + n))
-        images = [self._image(slot) for slot in range(first, first + n)]
-        self._decode_ahead(range(first + n, first + 2 * n))
+        part = part or range(n)
+        now = range(step * n + part.start, step * n + part.stop)
+        return self.slots(now, range(now.start + n, now.stop + n))
+
+    def slots(self, now: range, then: range | None = None) -> list[Image]:
+        """The images at places `now` of the endless sequence; those at `then` (None: as many
+        further ones) are decoded ahead. Raises as `batch` does.
+        """
+        self._decode_ahead(now)
+        images = [self._image(slot) for slot in now]
+        self._decode_ahead(range(now.stop, now.stop + len(now)) if then is None else then)
         return images
 
     def held_out(self, limit: int = 128) -> list[Image]:
@@ -144,14 +169,15 @@ class Folder:
             counts.append(f"{len(self.bad)} unusable")
         if self.ignored:
             counts.append(f"{self.ignored} other files")
-        return f"{len(self.train)} photographs under {self.root} ({', '.join(counts)})"
+        return f"{len(self.train)} photographs {self.album.title} ({', '.join(counts)})"
 
     def identity(self) -> dict[str, Any]:
-        """How many images, and a hash over their names and sizes; the folder may be another."""
+        """How many images, and a hash over their names and sizes; the place may be another."""
         digest = hashlib.blake2b(digest_size=16)
         for entry in self.held + self.train:
             digest.update(os.fsencode(entry.name) + b"\0%dx%d\n" % entry.size)
-        return {"images": len(self.held) + len(self.train), "names": digest.hexdigest()}
+        count = len(self.held) + len(self.train)
+        return {"images": count, "names": digest.hexdigest()} | self.album.about()
 
     def figures(self) -> dict[str, int]:
         """Files that turned out unusable so far."""
@@ -166,17 +192,17 @@ class Folder:
     # -- listing -----------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """Lists the folder, reads every header, splits what is usable into `train` and `held`."""
-        listing.refuse_folder(self.root)
+        """Lists the album, reads every header, splits what is usable into `train` and `held`."""
         self.ignored = 0
-        names = {}
-        for path in listing.walk(self.root, self._skip_path):
-            if listing.irrelevant(path):
+        known: dict[str, Found] = {}
+        for found in self.album.pictures(self._bad.add):
+            if not found.meant and listing.irrelevant(found.name):
                 self.ignored += 1
             else:
-                names[self._name(path)] = path
-        found = [self._entry(name, names[name]) for name in sorted(names, key=os.fsencode)]
-        entries = [entry for entry in found if entry is not None]
+                known[found.name] = found
+        listed = self._through(sorted(known, key=os.fsencode), "reading headers")
+        seen = [self._entry(known[name]) for name in listed]
+        entries = [entry for entry in seen if entry is not None]
         if not entries:
             self._refuse_all()
         self.total = len(entries) + len(self.bad)
@@ -185,18 +211,12 @@ class Folder:
         self.train = parts.train
         self._refuse_share(len(self.bad) / self.total, f"{len(self.bad)} of {self.total} images")
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
-
-    def _skip_path(self, path: Path, reason: str) -> None:
-        self._bad.add(self._name(path), reason)
-
-    def _entry(self, name: str, path: Path) -> Entry | None:
+    def _entry(self, found: Found) -> Entry | None:
         try:
-            head = header(path, self.data.max_header_pixels)
+            head = header(found.place, self.data.max_header_pixels)
         except BadImage as fault:
-            if path.suffix:
-                self._bad.add(name, str(fault))
+            if found.meant or PurePosixPath(found.name).suffix:
+                self._bad.add(found.name, str(fault))
             else:
                 self.ignored += 1  # README, LICENSE, Makefile
             return None
@@ -208,7 +228,7 @@ class Folder:
             raise ConfigError(
                 f"data.max_pixels is too small: {fault}; raise it to {self.multiple**2} or more"
             ) from None
-        return Entry(name, path, listing.key_of(name), size)
+        return Entry(found.name, found.place, listing.key_of(found.name), size)
 
     def _try_some(self) -> None:
         """A header says little: decodes TRIED files whose names decide, all where there are fewer,
@@ -218,7 +238,8 @@ class Folder:
         headless = len(self.bad)
         tried = sorted(entries, key=lambda entry: listing.key_of(f"tried {entry.name}"))[:TRIED]
         run = map if self._pool is None else self._pool.map
-        for entry, reason in zip(tried, run(self._fault_of, tried), strict=True):
+        reasons = run(self._fault_of, tried)
+        for entry, reason in zip(self._through(tried, "trying some"), reasons, strict=True):
             if reason is not None:
                 self._bad.add(entry.name, reason)
         broken = len(self.bad) - headless
@@ -305,7 +326,7 @@ class Folder:
 
     def _decode(self, entry: Entry) -> Tensor:
         """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
-        picture = decode(entry.path, self.data.max_header_pixels)
+        picture = decode(entry.place, self.data.max_header_pixels)
         return torch.from_numpy(
             on_grid(picture, self.multiple, self.data.min_pixels, self.data.max_pixels)
         )
@@ -314,13 +335,9 @@ class Folder:
 
     def _refuse_gone(self) -> None:
         """A folder that was moved away or unmounted is one fault, not one of each of its files."""
-        try:
-            there = any(self.root.iterdir())
-        except OSError:
-            there = False
-        if not there:
+        if self.album.is_gone():
             raise DataError(
-                f"the images are gone: {self.root} is empty or not there any more; it was there "
+                f"the images are gone: there is nothing {self.album.title} any more; it was there "
                 "when the run began; bring it back, and go on with --train.resume auto"
             )
 
@@ -328,18 +345,18 @@ class Folder:
         if not self.bad:
             others = f" ({self.ignored} other files there)" if self.ignored else ""
             raise DataError(
-                f"no images under {self.root}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM "
+                f"no images {self.album.title}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM "
                 "files there or change --data.dir"
             )
         raise DataError(
-            f"none of the {len(self.bad)} images under {self.root} can be used: "
+            f"none of the {len(self.bad)} images {self.album.title} can be used: "
             f"{self._bad.first()}; all reasons are in {self._bad.path}"
         )
 
     def _refuse_share(self, share: float, counted: str) -> None:
         if share > self.data.max_bad_share:
             raise DataError(
-                f"{counted} under {self.root} cannot be used, more than data.max_bad_share "
+                f"{counted} {self.album.title} cannot be used, more than data.max_bad_share "
                 f"{self.data.max_bad_share:g}: {self._bad.first()}; remove those listed in "
                 f"{self._bad.path} or raise --data.max_bad_share"
             )
