@@ -11,7 +11,7 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import experience, roles
+from vise_fast.method import roles, verdicts
 from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
 from vise_fast.system.errors import ConfigError
@@ -167,15 +167,12 @@ def to_hide(boxes, gate=0.5, seen=(0.5, 0.5, 0.5), judges=True, **changes):
         config=SimpleNamespace(reward=SimpleNamespace(gate=gate)),
         pixels=[None] * 3,
     )
-    answers = SimpleNamespace(
-        boxes=SimpleNamespace(
-            box_1000=torch.tensor([*boxes, BOX], dtype=torch.float64),
-            readable=torch.tensor(known["readable"]),
-        ),
-        queries=SimpleNamespace(readable=known["queries"]),
-        seen=torch.tensor(seen, dtype=torch.float64),
+    given = SimpleNamespace(
+        box_1000=torch.tensor([*boxes, BOX], dtype=torch.float64),
+        readable=torch.tensor(known["readable"]),
     )
-    return experience._hidden(part, answers)
+    queries = SimpleNamespace(readable=known["queries"])
+    return verdicts._hidden(part, queries, given, torch.tensor(seen, dtype=torch.float64))
 
 
 def test_a_box_drawn_twice_on_an_image_is_judged_once():
@@ -202,7 +199,7 @@ def test_boxes_that_are_none_and_images_that_are_not_open_are_not_judged():
 def test_ghosts_are_judged_so_many_at_once(monkeypatch):
     """Per image of the slice; the last may be fewer, and none is lost."""
     wanted = played(*JUDGED, adapter=0.02).evidence
-    monkeypatch.setattr(experience, "GHOSTS_AT_ONCE", 1)
+    monkeypatch.setattr(verdicts, "GHOSTS_AT_ONCE", 1)
     config, engine = opened(*JUDGED, adapter=0.02)
     encoded = []
     honest = engine.encode
