@@ -173,3 +173,41 @@ def test_on_a_gpu_sharing_gains_where_it_saves_more_than_its_launches():
     assert not away.gains_by_sharing([picture(2569), picture(2569)])
     assert away.gains_by_sharing([picture(2569), picture(2570)])
     assert elsewhere("cpu").gains_by_sharing([picture(151)])
+
+
+class Taken(Exception):
+    """Which way was taken."""
+
+
+ONE_ROW = [(True, None, None, True, "_score_chains"), (True, None, None, False, "_score_fans")]
+BY_THE_TREE = [
+    (chains, prefixes, None, each, "_questions")
+    for chains, prefixes in ((False, None), (False, "cached"), (True, "cached"))
+    for each in (True, False)
+]
+GONE_ON = [
+    (chains, None, "asked", each, "_score_answers")
+    for chains in (True, False)
+    for each in (True, False)
+]
+
+
+@pytest.mark.parametrize("chains, prefixes, prompts, each, way", ONE_ROW + BY_THE_TREE + GONE_ON)
+def test_the_way_of_scoring_is_chosen_by_what_is_at_hand(
+    monkeypatch, chains, prefixes, prompts, each, way
+):
+    """All give the same numbers, so that nothing else would tell."""
+    made = elsewhere("cpu")
+    made.chains = chains
+
+    def take(name):
+        def taken(*_):
+            raise Taken(name)
+
+        return taken
+
+    for name in ("_score_chains", "_score_fans", "_questions", "_score_answers"):
+        monkeypatch.setattr(made, name, take(name))
+    given = SimpleNamespace(one_each=each, rows=[])
+    with pytest.raises(Taken, match=f"^{way}$"):
+        made.score(None, given, True, prefixes=prefixes, prompts=prompts)

@@ -14,6 +14,7 @@ from vise_fast.images.drawn import Scenes
 from vise_fast.method import roles, verdicts
 from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
+from vise_fast.ranks.ranks import Alone
 from vise_fast.system.errors import ConfigError
 
 SMALL = [
@@ -233,7 +234,7 @@ def test_nothing_is_judged_that_no_reward_reads_or_nobody_sees():
 def test_attention_is_measured_every_so_many_steps(every, step, measured):
     one = played(f"--train.attention_every={every}", step=step)
     assert (one.attention is not None) == measured
-    share = attention_share([one])
+    share = attention_share([one], Alone())
     assert set(share) == ({"attention_share"} if measured else set())
     if measured:
         assert one.attention.shape == (3,)
