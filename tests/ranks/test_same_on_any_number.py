@@ -77,6 +77,7 @@ def keeping_gradients(place):
 WHOLE_BATCH = {
     "a moving baseline, permuted rewards, the KL in them, attention": {
         "update__advantage": "ema",
+        "update__tempered": "true",
         "update__kl": "k1_reward",
         "train__attention_every": 1,
         "reward__name": "shuffled",
@@ -87,6 +88,8 @@ WHOLE_BATCH = {
         "rollout__view_temperature": 1.0,
         "rollout__temperature": 1.0,
     },
+    "answers that are learned from twice": {"update__reuse": 2},
+    "the consensus of the views": {"update__consensus": 0.5},
 }
 FIGURES = ("reward_mean", "advantage_rms", "scored", "unique_queries", "beta", "grad_norm")
 
