@@ -34,7 +34,7 @@ import _measure as measure
 import torch
 
 from vise_fast.system.console import read_lines
-from vise_fast.system.threads import HOW_TO_WAIT, WAITING, said
+from vise_fast.system.machine.threads import HOW_TO_WAIT, WAITING, said
 
 POLL_S = 0.1
 GOALS = {"beside / alone": 0.45, "two at once / alone": 0.8, "alone / old alone": 0.97}

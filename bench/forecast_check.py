@@ -34,7 +34,7 @@ from vise_kernels.dispatch import prefer
 
 from vise_fast.profile.cards import Card, floor
 from vise_fast.profile.launches import Launches, Tally
-from vise_fast.system.clock import Clock
+from vise_fast.system.machine.clock import Clock
 
 CPU = torch.device("cpu")
 RESULT = _checkout.ROOT / "bench" / "results" / "forecast_check-cpu.json"

@@ -36,7 +36,7 @@ from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner, TokenScores
 from vise_fast.model import load as loading
 from vise_fast.model.qwen3_vl import LORA_TARGETS
-from vise_fast.system.clock import Clock
+from vise_fast.system.machine.clock import Clock
 from vise_fast.text import prompts
 
 

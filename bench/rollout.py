@@ -47,8 +47,8 @@ from vise_fast.profile import flops as perf
 from vise_fast.profile.host_syncs import Work
 from vise_fast.profile.minimal import Shapes, minimal_step
 from vise_fast.profile.roofline import decode_bytes
-from vise_fast.system import allocator
-from vise_fast.system.clock import Clock, peak_memory
+from vise_fast.system.machine import allocator
+from vise_fast.system.machine.clock import Clock, peak_memory
 from vise_fast.text.prompts import style_for
 from vise_fast.text.tokens import Tokens
 

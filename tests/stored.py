@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from vise_fast import nano
 from vise_fast.config import schema
-from vise_fast.model import export
 from vise_fast.model import load as model
+from vise_fast.model.saved import export
 
 HUB_ID = "somebody/small-vl"
 FILES = (

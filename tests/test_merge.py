@@ -8,9 +8,9 @@ from tiny import SHAPES, TinyTokens, build, images
 from vise_fast import merge
 from vise_fast.config import schema as config
 from vise_fast.engine.fast import FastEngine
-from vise_fast.model import export as adapter
 from vise_fast.model import load as model
 from vise_fast.model.qwen3_vl import Qwen3VL
+from vise_fast.model.saved import export as adapter
 from vise_fast.system.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vise_fast.doctor import interpreter
 from vise_fast.estimate import planner
-from vise_fast.system import clock
+from vise_fast.system.machine import clock
 
 ROOT = Path(__file__).parents[1]
 TAKEN_AWAY = """

@@ -10,7 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # a checkout runs under any Pytho
     )
     sys.exit(4)
 
-from vise_fast.system import threads
+from vise_fast.system.machine import threads
 
 __version__ = "0.2.0"
 

@@ -34,9 +34,9 @@ from vise_fast.method import roles
 from vise_fast.method.evidence import VISIBLE
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.model.load import grid_multiple, load
-from vise_fast.system import threads
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, DataError, EnvironmentFault
+from vise_fast.system.machine import threads
 
 ORANGE = (255, 126, 30)
 SYNTAX = commands.syntax("infer")

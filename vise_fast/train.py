@@ -43,7 +43,8 @@ from vise_fast.run.dry_run import dry_run
 from vise_fast.run.follower import open_run
 from vise_fast.run.out_of_memory import Halving
 from vise_fast.run.resume import refuse_changes, resolve
-from vise_fast.system import allocator, console, threads
+from vise_fast.system import console
+from vise_fast.system.machine import allocator, threads
 from vise_fast.system.signals import Interrupted, Signals, heard
 
 SYNTAX = commands.syntax("train")

@@ -7,7 +7,7 @@ log-sum-exp: a CPU's forward pass.
 The last bank may be causal: token t sees its first t + 1 tokens. The native path goes over all
 banks in one softmax and copies nothing: no folded queries, no keys repeated for the heads that
 share them, no parts to merge. Left out: gradients (the log-sum-exp is what a backward pass needs),
-other types than float32, GPUs (vise_fast/model/attention.py; one new token per row:
+other types than float32, GPUs (vise_fast/model/attending/attention.py; one new token per row:
 decode_attention.py).
 
 Shapes: N rows, T new tokens, H query heads, KV key heads, D head dimension; bank p has M_p entries

@@ -9,7 +9,7 @@ sees, how many of its tokens, where the bank lies) is data in tensors, never an 
 launch: a captured CUDA graph stays valid when banks move. A prefix that many rows share is never
 copied. The tokens of each row are split among programs and the parts merged by their log-sum-exp
 ("Flash-Decoding", Dao et al. 2023). Leaves out gradients and several new tokens per row
-(vise_fast/model/attention.py).
+(vise_fast/model/attending/attention.py).
 
 Shapes: N rows, H query heads, KV key heads, D head dimension, P banks; bank p has M_p entries of
 S_p tokens.

@@ -32,7 +32,7 @@ from vise_fast.doctor import (
 )
 from vise_fast.doctor.finding import Finding
 from vise_fast.system.errors import ConfigError
-from vise_fast.system.threads import COUNTS
+from vise_fast.system.machine.threads import COUNTS
 
 
 def sound(finding: Finding) -> bool:

@@ -23,8 +23,9 @@ from vise_fast.images.drawn import Scenes
 from vise_fast.images.sources import open_source
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
-from vise_fast.model import export, load, quantise
+from vise_fast.model import load, quantise
 from vise_fast.model.families import FAMILIES
+from vise_fast.model.saved import export
 from vise_fast.nano import DIRECTORY as NANO
 from vise_fast.system import checkpoint, console
 from vise_fast.system.errors import ConfigError

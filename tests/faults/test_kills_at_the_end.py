@@ -13,7 +13,7 @@ from faults.left import left, sound
 from faults.places import Place, kill_at
 from faults.test_kills import FIRST_EVALUATION, FIRST_UPDATE, SECOND_UPDATE, START
 
-from vise_fast.model import export
+from vise_fast.model.saved import export
 
 END = (
     "open .evaluation.json.partial",

@@ -18,8 +18,8 @@ from faults.left import left, sound, steps_saved
 from vise_fast import train
 from vise_fast.method import experience
 from vise_fast.method.learner import Learner
-from vise_fast.model import export
 from vise_fast.model.qwen3_vl import Qwen3VL
+from vise_fast.model.saved import export
 from vise_fast.report import page
 from vise_fast.run import directory as run_directory
 from vise_fast.run.directory import Run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vise_kernels.dispatch import native
 
-from vise_fast.model.attention import _in_one, attend, attend_plain
+from vise_fast.model.attending.attention import _in_one, attend, attend_plain
 from vise_fast.model.tree import Grid, Part
 
 

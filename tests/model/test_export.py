@@ -19,8 +19,8 @@ from vise_fast import infer, merge
 from vise_fast import train as trainer
 from vise_fast.config import schema, settings
 from vise_fast.evaluate import __main__ as evaluate
-from vise_fast.model import card
-from vise_fast.model.card import Made
+from vise_fast.model.saved import card
+from vise_fast.model.saved.card import Made
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
 from vise_fast.text.prompts import NATURAL

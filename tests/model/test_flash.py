@@ -16,8 +16,8 @@ from tiny import SHAPES as SMALL_MODELS
 from tiny import images
 
 from vise_fast.engine.rollout import Answered, owners
-from vise_fast.model import attention, flash
-from vise_fast.model.attention import attend, attend_plain
+from vise_fast.model.attending import attention, flash
+from vise_fast.model.attending.attention import attend, attend_plain
 from vise_fast.model.load import Policy
 from vise_fast.model.tree import Grid, Part
 

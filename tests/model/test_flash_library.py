@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vise_fast.model import attention, flash_library, proofs
-from vise_fast.model.flash_library import Found, attend, find
+from vise_fast.model import proofs
+from vise_fast.model.attending import attention, flash_library
+from vise_fast.model.attending.flash_library import Found, attend, find
 from vise_fast.model.tree import Ragged
 
 HOPPER = (9, 0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from vise_kernels.dispatch import choose, switch_off
 
-from vise_fast.model import flash, products, proofs
+from vise_fast.model import products, proofs
+from vise_fast.model.attending import flash
 from vise_fast.model.proofs import OTHERS, apply, asked, prove_here, remembered
 
 CPU = torch.device("cpu")

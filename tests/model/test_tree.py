@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vise_fast.model.flash import BIAS_ROW
+from vise_fast.model.attending.flash import BIAS_ROW
 from vise_fast.model.tree import Features, Grid, KeysValues, Level, Part, Ragged, Segment
 
 OWNERS = {

@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from tiny import build
 
 from vise_fast.method.step_plan import StepPlan
-from vise_fast.model import flash
+from vise_fast.model.attending import flash
 from vise_fast.profile import minimal
 from vise_fast.profile.flops import executed_flops
 from vise_fast.profile.host_syncs import Work

@@ -17,7 +17,7 @@ from vise_fast.model.lora_linear import FusedLinear
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.run.out_of_memory import Halving
 from vise_fast.system.errors import MemoryFloor
-from vise_fast.system.memory import CPU_ALLOCATOR, exhausted
+from vise_fast.system.machine.memory import CPU_ALLOCATOR, exhausted
 
 SMALL = [
     "--train.batch=4",

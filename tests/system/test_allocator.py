@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vise_fast.system import allocator
+from vise_fast.system.machine import allocator
 
 ROOT = Path(__file__).parents[2]
 COUNT = """

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from vise_fast.system.clock import Clock, peak_memory, reset_peak_memory
+from vise_fast.system.machine.clock import Clock, peak_memory, reset_peak_memory
 
 
 def test_nested_phases_count_once():

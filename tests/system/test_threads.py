@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vise_fast.system import threads
-from vise_fast.system.threads import Cores, Threads
+from vise_fast.system.machine import threads
+from vise_fast.system.machine.threads import Cores, Threads
 
 ROOT = Path(__file__).parents[2]
 V2 = "0::/user.slice/run.scope\n"

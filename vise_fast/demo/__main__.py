@@ -23,8 +23,8 @@ from vise_fast.demo import page
 from vise_fast.demo.trial import Bench
 from vise_fast.engine.choose import open_engine
 from vise_fast.model.load import load
-from vise_fast.system import threads
 from vise_fast.system.console import Console, run
+from vise_fast.system.machine import threads
 
 SYNTAX = commands.syntax("demo")
 HOST = "127.0.0.1"

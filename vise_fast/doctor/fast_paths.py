@@ -23,7 +23,7 @@ def bitsandbytes() -> Finding:
 
 def flash_attention() -> Finding:
     """Not needed, and importable where it is installed."""
-    library = imported("vise_fast.model.flash_library")
+    library = imported("vise_fast.model.attending.flash_library")
     names = dict.fromkeys(package.module.partition(".")[0] for package in library.PACKAGES)
     present = [name for name in names if not absent(name)]
     if not present:
@@ -42,7 +42,7 @@ def attention() -> Finding:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
-    choice = imported("vise_fast.model.flash").look(device, dtype)
+    choice = imported("vise_fast.model.attending.flash").look(device, dtype)
     found = f"{choice.path}: {choice.reason}"
     if choice.path == "plain":
         advice = "use --model.dtype float32, where a fused kernel may run"

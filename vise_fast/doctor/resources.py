@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vise_fast.doctor.finding import Finding, fail, ok, warn
 from vise_fast.doctor.packages import imported
-from vise_fast.system.threads import choose, said, usable_cores
+from vise_fast.system.machine.threads import choose, said, usable_cores
 
 
 def cores() -> Finding:

@@ -28,8 +28,8 @@ from vise_fast.engine.rollout import (
     owners,
 )
 from vise_fast.model.tree import Backbone, Features, Grid, Level, Parent, Ragged, Segment
-from vise_fast.system.clock import Clock
-from vise_fast.system.staging import put
+from vise_fast.system.machine.clock import Clock
+from vise_fast.system.machine.staging import put
 from vise_fast.text.tokens import Tokens
 
 # fewer rows alive than this share: finished ones are dropped, so that they stop costing

@@ -26,9 +26,9 @@ from vise_kernels import sample
 from vise_fast.engine.fast import COMPACT_BELOW, Sheet
 from vise_fast.engine.rollout import Answered, Counters, ReleasedSpan, Rollout, owners
 from vise_fast.model.stock_modules import Encoded, StockModules
-from vise_fast.system.clock import Clock
 from vise_fast.system.errors import ConfigError
-from vise_fast.system.staging import put
+from vise_fast.system.machine.clock import Clock
+from vise_fast.system.machine.staging import put
 from vise_fast.text.tokens import Tokens
 
 

@@ -29,8 +29,8 @@ from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Prompts, Rollout, owners
 from vise_fast.model.load import silent
 from vise_fast.model.tree import Backbone, Segment
-from vise_fast.system.memory import exhausted
-from vise_fast.system.staging import put
+from vise_fast.system.machine.memory import exhausted
+from vise_fast.system.machine.staging import put
 from vise_fast.text.tokens import Tokens
 
 PREFIX, PROMPT, OWN = range(3)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vise_fast.model.tree import Segment
-from vise_fast.system.clock import Clock
-from vise_fast.system.staging import put
+from vise_fast.system.machine.clock import Clock
+from vise_fast.system.machine.staging import put
 from vise_fast.text.tokens import Tokens
 
 Held = Any

@@ -22,7 +22,7 @@ from vise_kernels import sample
 
 from vise_fast.engine.rollout import Answered, Counters, ReleasedSpan, Rollout, owners
 from vise_fast.model.stock_modules import StockModules
-from vise_fast.system.clock import Clock
+from vise_fast.system.machine.clock import Clock
 from vise_fast.text.tokens import Tokens
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from vise_fast.estimate.live_bytes import Live
-from vise_fast.system.clock import Clock
+from vise_fast.system.machine.clock import Clock
 
 LABELS = {
     "views": "images and vision features",

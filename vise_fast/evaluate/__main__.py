@@ -35,8 +35,9 @@ from vise_fast.evaluate.table import side_by_side
 from vise_fast.evaluate.titles import BRIEF, title
 from vise_fast.images.sources import Source, open_source
 from vise_fast.model.load import Policy, grid_multiple, load
-from vise_fast.system import console, threads
+from vise_fast.system import console
 from vise_fast.system.errors import ConfigError, EnvironmentFault
+from vise_fast.system.machine import threads
 
 SYNTAX = commands.syntax("evaluate")
 

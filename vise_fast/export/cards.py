@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from vise_fast.config.schema import Config
-from vise_fast.model import card
+from vise_fast.model.saved import card
 
 MERGED = """---
 {front}

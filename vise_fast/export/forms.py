@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from vise_fast.config.schema import Config
 from vise_fast.export import cards, merged
 from vise_fast.export.update import Update, average
-from vise_fast.model import adapter as adapters
 from vise_fast.model import base as bases
-from vise_fast.model import card, side_files
 from vise_fast.model.base import quiet
 from vise_fast.model.families import FAMILIES
 from vise_fast.model.load import read_config, resolve
+from vise_fast.model.saved import adapter as adapters
+from vise_fast.model.saved import card, side_files
 from vise_fast.system import files, manifest
 from vise_fast.system.console import Console
 from vise_fast.system.errors import ConfigError

@@ -18,10 +18,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vise_fast.model import adapter as adapters
-from vise_fast.model.adapter import PREFIX, WEIGHTS
 from vise_fast.model.base import believed, check_finite
 from vise_fast.model.qwen3_vl import LANGUAGE_TARGETS
+from vise_fast.model.saved import adapter as adapters
+from vise_fast.model.saved.adapter import PREFIX, WEIGHTS
 from vise_fast.system.errors import ConfigError
 
 DOWN = ".lora_A.weight"

@@ -27,7 +27,7 @@ from torch import Tensor
 from vise_fast.config.schema import RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method.evidence import Evidence
-from vise_fast.system.staging import put
+from vise_fast.system.machine.staging import put
 
 CHOICES = 10
 COORDINATES = 4

@@ -28,8 +28,8 @@ from vise_fast.model.load import Policy
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import NumericFault
+from vise_fast.system.machine.staging import put
 from vise_fast.system.randomness import generator
-from vise_fast.system.staging import put
 
 MAX_SKIPPED = 5
 

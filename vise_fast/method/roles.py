@@ -18,7 +18,7 @@ from vise_fast.engine.rollout import Engine, Held, Rollout, owners
 from vise_fast.images import geometry
 from vise_fast.images.geometry import Box
 from vise_fast.system.errors import NumericFault
-from vise_fast.system.staging import put
+from vise_fast.system.machine.staging import put
 from vise_fast.text import prompts, spaces
 
 UNREADABLE_QUERY = "object"

@@ -27,13 +27,13 @@ from vise_kernels.dispatch import Choice
 from vise_fast import nano
 from vise_fast.config import places
 from vise_fast.config.schema import Config
-from vise_fast.model import adapter as adapters
 from vise_fast.model import base as bases
 from vise_fast.model import quantise
-from vise_fast.model.attention import attend_plain
+from vise_fast.model.attending.attention import attend_plain
+from vise_fast.model.attending.flash import choose
 from vise_fast.model.families import BLOCKS, FAMILIES, Family, row_of
-from vise_fast.model.flash import choose
 from vise_fast.model.qwen3_vl import Qwen3VL
+from vise_fast.model.saved import adapter as adapters
 from vise_fast.model.stock_modules import StockModules, image_token
 from vise_fast.system import hub
 from vise_fast.system.errors import ConfigError, EnvironmentFault

@@ -20,12 +20,13 @@ from vise_kernels import proofs as kernels
 from vise_kernels.dispatch import switch_off, triton
 
 from vise_fast import __version__
-from vise_fast.model import flash, flash_library, products
-from vise_fast.model.attention import attend, attend_packed, attend_plain
+from vise_fast.model import products
+from vise_fast.model.attending import flash, flash_library
+from vise_fast.model.attending.attention import attend, attend_packed, attend_plain
 from vise_fast.model.tree import Grid, Part, Ragged
 from vise_fast.system import files
 from vise_fast.system.errors import EnvironmentFault
-from vise_fast.system.memory import exhausted
+from vise_fast.system.machine.memory import exhausted
 
 BOUND = 4e-2
 """Largest difference, of the largest entry, in bfloat16."""

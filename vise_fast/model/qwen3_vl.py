@@ -25,7 +25,7 @@ from vise_kernels.dispatch import stands_for_a_gpu
 from vise_kernels.heads import Parts, Turn
 from vise_kernels.raised import Normed
 
-from vise_fast.model.attention import attend, attend_packed
+from vise_fast.model.attending.attention import attend, attend_packed
 from vise_fast.model.lora_linear import Copy, FusedLinear, Norm, Pack, Swiglu, recomputed
 from vise_fast.model.products import linear as product
 from vise_fast.model.qwen3_vl_vision import VisionTower

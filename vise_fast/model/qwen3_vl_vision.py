@@ -23,7 +23,7 @@ from vise_kernels.add_layer_norm import Affine
 
 from vise_fast.model.products import linear_gelu_tanh
 from vise_fast.model.tree import Features
-from vise_fast.system.staging import put
+from vise_fast.system.machine.staging import put
 
 # On a CPU: patches that go through the tower together, so that a block's activations stay in the
 # cache.

@@ -30,9 +30,9 @@ from vise_kernels import patchify
 
 from vise_fast.model.base import believed, read_json
 from vise_fast.model.families import Family, row_of
-from vise_fast.model.side_files import home_of
+from vise_fast.model.saved.side_files import home_of
 from vise_fast.system.errors import ConfigError
-from vise_fast.system.staging import put
+from vise_fast.system.machine.staging import put
 
 PREPROCESSOR = "preprocessor_config.json"
 OWN = ("image_mean", "image_std", "resample", "do_rescale", "rescale_factor", "do_normalize")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vise_fast.model.flash import BIAS_ROW
-from vise_fast.system.staging import put
+from vise_fast.model.attending.flash import BIAS_ROW
+from vise_fast.system.machine.staging import put
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """(layer, q (n, H, D), k (n, KV, D)) of the packed tokens of a forward pass, to be looked at."""

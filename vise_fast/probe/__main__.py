@@ -29,8 +29,9 @@ from vise_fast.model.load import Policy, grid_multiple, load, read_config, style
 from vise_fast.probe import page
 from vise_fast.probe.measure import Measured, measure
 from vise_fast.probe.verdict import best, warnings, yaml_line
-from vise_fast.system import console, threads
+from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
+from vise_fast.system.machine import threads
 from vise_fast.text import styles
 from vise_fast.text.prompts import Style
 

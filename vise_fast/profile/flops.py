@@ -1,8 +1,8 @@
 """Executed FLOPs: torch's counter, with formulas for the operators it does not know.
 
 Counting slows the code down, so times and counts are taken in separate runs (bench/rollout.py
-does). Left out: what a step must cost (minimal.py), seconds and peak memory (system/clock.py), host
-syncs (host_syncs.py).
+does). Left out: what a step must cost (minimal.py), seconds and peak memory
+(system/machine/clock.py), host syncs (host_syncs.py).
 """
 
 from __future__ import annotations

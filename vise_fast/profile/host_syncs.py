@@ -5,7 +5,7 @@ Watched from outside, on any device.
         step()
     work.syncs, work.ops
 
-Left out: time (system/clock.py).
+Left out: time (system/machine/clock.py).
 """
 
 from __future__ import annotations

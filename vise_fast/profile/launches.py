@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from vise_kernels.dispatch import as_on_a_gpu
 
 from vise_fast.profile.flops import FORMULAS
-from vise_fast.system.clock import Clock
+from vise_fast.system.machine.clock import Clock
 
 aten = torch.ops.aten
 kernels = torch.ops.vise_kernels

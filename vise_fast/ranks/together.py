@@ -24,8 +24,8 @@ from vise_fast.ranks import figures
 from vise_fast.ranks.part import part
 from vise_fast.ranks.ranks import never
 from vise_fast.ranks.watch import SILENCE_S, Process, Watch
-from vise_fast.system.clock import peak_memory
 from vise_fast.system.errors import LostRank, SaidElsewhere, UserError
+from vise_fast.system.machine.clock import peak_memory
 from vise_fast.system.signals import Interrupted
 
 T = TypeVar("T")

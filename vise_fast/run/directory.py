@@ -30,8 +30,8 @@ from vise_fast.evaluate.titles import BRIEF
 from vise_fast.images.sources import Source
 from vise_fast.method.experience import Played
 from vise_fast.method.learner import Learner
-from vise_fast.model import card, export, side_files
 from vise_fast.model.load import Policy
+from vise_fast.model.saved import card, export, side_files
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.report import page as report
 from vise_fast.report.alarms import Alarms

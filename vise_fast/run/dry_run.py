@@ -29,8 +29,8 @@ from vise_fast.images.sources import Source, open_source
 from vise_fast.method import rewards
 from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
-from vise_fast.model import export
 from vise_fast.model import load as model
+from vise_fast.model.saved import export
 from vise_fast.probe.measure import measure
 from vise_fast.probe.verdict import warnings
 from vise_fast.ranks.ranks import Alone, Ranks

@@ -19,9 +19,10 @@ from vise_fast import __version__
 from vise_fast.config.schema import Config
 from vise_fast.engine.choose import engine_of
 from vise_fast.images.sources import Source
-from vise_fast.model import quantise, side_files
+from vise_fast.model import quantise
 from vise_fast.model.families import FAMILIES, row_of
 from vise_fast.model.load import Policy, check_targets, known_shapes, resolve
+from vise_fast.model.saved import side_files
 from vise_fast.ranks.part import part
 from vise_fast.ranks.ranks import Ranks
 

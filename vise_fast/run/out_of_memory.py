@@ -24,7 +24,7 @@ from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import quantise
 from vise_fast.model.load import silent
 from vise_fast.system.errors import MemoryFloor, UserError
-from vise_fast.system.memory import exhausted
+from vise_fast.system.machine.memory import exhausted
 
 T = TypeVar("T")
 

@@ -30,8 +30,8 @@ from huggingface_hub import get_token
 from vise_fast.config import origin
 from vise_fast.config.command_line import CommandLine
 from vise_fast.config.schema import Config
-from vise_fast.model import adapter as adapters
 from vise_fast.model.load import device_of
+from vise_fast.model.saved import adapter as adapters
 from vise_fast.system import files
 from vise_fast.system.console import Console, run
 from vise_fast.system.errors import ConfigError, EnvironmentFault

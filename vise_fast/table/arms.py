@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vise_fast.config.schema import Config
 from vise_fast.export.forms import Order, base_home, make
-from vise_fast.model import side_files
 from vise_fast.model.load import read_config, resolve, style_of
+from vise_fast.model.saved import side_files
 from vise_fast.system.console import Console
 from vise_fast.table import drawn, lmms_eval
 from vise_fast.table.lmms_eval import Setting

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vise_kernels.dispatch import Choice, stands_for_a_gpu
 
-from vise_fast.model import flash_library
+from vise_fast.model.attending import flash_library
 
 aten = torch.ops.aten
 # rows of the memory-efficient kernel's log-sum-exp: a multiple of this, +inf beyond the last query

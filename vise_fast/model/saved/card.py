@@ -20,8 +20,8 @@ import yaml
 from vise_fast import __version__
 from vise_fast.config import schema
 from vise_fast.config.schema import Config
-from vise_fast.model import side_files
 from vise_fast.model.load import resolve
+from vise_fast.model.saved import side_files
 from vise_fast.text.prompts import Style
 
 TEMPLATE = Path(__file__).parent / "model_card.md"

@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vise_fast.config.schema import Config
-from vise_fast.model import card, side_files
-from vise_fast.model.card import Made
 from vise_fast.model.load import Policy, processor_of
+from vise_fast.model.saved import card, side_files
+from vise_fast.model.saved.card import Made
 from vise_fast.system import files, manifest
 
 

@@ -23,8 +23,8 @@ from vise_kernels import attention, merge_attention
 from vise_kernels.attention import DIM_STEP, Bank
 from vise_kernels.dispatch import choose as choose_kernel
 
-from vise_fast.model import flash_library
-from vise_fast.model.flash import (
+from vise_fast.model.attending import flash_library
+from vise_fast.model.attending.flash import (
     Gradients,
     Inputs,
     Result,

@@ -1,0 +1,1 @@
+"""An adapter on disk: read, written, described, with the small files of its base."""

@@ -1,0 +1,1 @@
+"""The machine a run is on: threads, memory, the allocator, clocks."""
