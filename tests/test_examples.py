@@ -32,7 +32,6 @@ WORDS = {
     "estimate_memory": ["nano", "8"],
     "train_from_python": ["2"],
     "read_metrics": ["runs/nano"],
-    "picture_before_and_after": ["runs/nano", "boxes.png", "2"],
 }
 """What each script is given; reward_plugin.py is no script but what the trainer is given."""
 SAYS = {
@@ -41,7 +40,6 @@ SAYS = {
     "ask_about_one_picture": "it names",
     "estimate_memory": "GiB",
     "train_from_python": "rank 16",
-    "picture_before_and_after": "adapter  mean IoU",
     "read_metrics": "2 updates of 2 images",
 }
 

@@ -17,7 +17,7 @@ SMALL = {
 
 
 def cells(name):
-    content = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    content = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text())
     assert content["nbformat"] == 4
     code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
     assert not [cell for cell in code if cell["outputs"]], "kept without outputs"

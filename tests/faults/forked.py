@@ -155,7 +155,7 @@ def _warm() -> Policy:
     """What every child would do again: libraries import half of themselves at their first use, and
     the base is the same each time. Nobody trains this one but children, who have it to themselves.
     """
-    page._template()
+    page.environment().get_template("report.html")
     return load.load(_config())
 
 
@@ -187,7 +187,7 @@ def _live(
         gc.freeze()  # what the parent knows is not looked through again
         _speak_into(logs / "out", logs / "err")
         torch.set_num_threads(1)  # threads do not live on in a forked child
-        page.draw = lambda run: CURVES
+        page.curves = lambda run, say: CURVES
         grounding.best_scales = _no_scales
         load.load = _loaded
         watch(root, _written_down(logs / "calls", act))

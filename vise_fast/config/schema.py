@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
 from vise_fast.config import places, settings
-from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError
 
 Switch = bool | Literal["auto"]
@@ -717,6 +716,10 @@ def _run_plugins(stated: Mapping[str, Any]) -> None:
         named = RunConfig(plugins=stated.get("run.plugins", ())).plugins
     except ValidationError:
         return  # said of the whole configuration, in the words of its settings
+    if not named:
+        return
+    from vise_fast.system import plugin  # it imports torch, which help does without
+
     for path in named:
         plugin.load(path, "run.plugins")
 

@@ -33,7 +33,7 @@ from vise_fast.model import export
 from vise_fast.model import load as model
 from vise_fast.probe.measure import measure
 from vise_fast.probe.verdict import warnings
-from vise_fast.ranks.ranks import Ranks
+from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.opening import lacking, ranks_lines
 from vise_fast.system import checkpoint
@@ -46,10 +46,11 @@ TOGETHER = "\xa0"
 PROBED = 16
 
 
-def dry_run(config: Config, ranks: Ranks) -> int:
+def dry_run(config: Config, ranks: Ranks | None = None) -> int:
     """Explain, then try, all ranks together. Returns the exit code: 0, or that of the first
     fault.
     """
+    ranks = ranks or Alone()
     console = Console.of_rank(ranks.rank)
     same_settings(ranks, config)
     share(config, ranks)

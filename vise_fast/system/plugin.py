@@ -18,12 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from vise_fast.system.errors import ConfigError
 
-TRAVELS = (MemoryError, torch.OutOfMemoryError)
-"""What is no fault of the file's."""
+
+def travels() -> tuple[type[BaseException], ...]:
+    """What is no fault of the file's: memory that ran out. torch is asked where it is loaded; help
+    and settings do not wait for it.
+    """
+    torch = sys.modules.get("torch")
+    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
 
 
 def load(path: str, setting: str) -> ModuleType:
@@ -59,7 +62,7 @@ def blamed(what: str, source: Path | Callable) -> Iterator[None]:
     """
     try:
         yield
-    except TRAVELS:
+    except travels():
         raise
     except (Exception, SystemExit) as fault:
         file = source if isinstance(source, Path) else _file_of(source)

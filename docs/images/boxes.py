@@ -1,7 +1,7 @@
 """Boxes before and after training, as a picture: each column one held-out scene, the base above and
 the adapter below, eight sampled boxes each (orange) and the true one (white).
 
-    python examples/picture_before_and_after.py runs/nano boxes.png [scenes]
+    python docs/images/boxes.py runs/nano boxes.png [scenes]
 
 The scenes are the first that are held out, and the object the first of each: nothing is picked.
 """

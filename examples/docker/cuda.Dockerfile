@@ -1,4 +1,4 @@
-# The trainer on an NVIDIA card: docker build -f docker/cuda.Dockerfile -t vise_fast:cuda .
+# The trainer on an NVIDIA card: docker build -f examples/docker/cuda.Dockerfile -t vise_fast:cuda .
 # docker run --rm --gpus all -v "$PWD:/work" -v "$HOME/.cache/huggingface:/root/.cache/huggingface" vise_fast:cuda \
 #     train --config qwen3-vl-2b --data.dir photos
 # torch's own wheel brings CUDA; the host needs the driver and the NVIDIA container toolkit, nothing else. Triton
