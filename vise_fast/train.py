@@ -31,7 +31,7 @@ from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source, open_source
-from vise_fast.method import rewards
+from vise_fast.method import consensus, rewards
 from vise_fast.method.experience import Played, Truth, attention_share, play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
@@ -43,7 +43,7 @@ from vise_fast.run.dry_run import dry_run
 from vise_fast.run.follower import open_run
 from vise_fast.run.out_of_memory import Halving
 from vise_fast.run.resume import refuse_changes, resolve
-from vise_fast.system import console
+from vise_fast.system import console, plugin
 from vise_fast.system.machine import allocator, threads
 from vise_fast.system.signals import Interrupted, Signals, heard
 
@@ -90,6 +90,8 @@ def train(
     same_settings(ranks, config)
     said = settings.changed(config) if stated is None else stated
     start = ranks.first(lambda: resolve(config, said))
+    for path in start.config.run.plugins:
+        plugin.load(path, "run.plugins")  # those of a resumed run, on every rank
     rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
     allocator.keep_freed_memory()
     with heard() as stop:
@@ -120,6 +122,7 @@ def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
         with run.console.working("loading the model"):
             policy = ranks.node_by_node(lambda: model.load(own, say=run.console.warn))
         stop.check()
+        consensus.check(own, policy.tokens)
         engine = open_engine(policy, own, run.console.warn)
         engine.interrupted = stop.check
         learner = Learner(policy, engine, own, ranks=ranks)
@@ -144,7 +147,11 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
             step = Step(engine, learner, images, part.start, run.done, truth)
             slices, metrics = in_memory(step)
             counts = engine.counters.take() | in_memory.figures() | source.figures()
-            work = run.ranks.work(counts, len(images), engine.device)
+            try:
+                work = run.ranks.work(counts, len(images), engine.device)
+            except BaseException:  # the update is made, whoever is gone: it counts
+                steps.advance(metrics | counts | {"phases": engine.clock.take()}, slices)
+                raise
             steps.advance(metrics | work | {"phases": engine.clock.take()}, slices)
             run.keep()
             engine.interrupted()

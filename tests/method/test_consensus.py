@@ -9,10 +9,11 @@ import pytest
 import torch
 from vise_kernels import linear_logprob
 
-from vise_fast.config.schema import RewardConfig
+from vise_fast.config.schema import RewardConfig, load
 from vise_fast.images import geometry
 from vise_fast.method.consensus import (
     agreements,
+    check,
     consensus,
     digit_logprobs,
     digits_of,
@@ -21,6 +22,8 @@ from vise_fast.method.consensus import (
     target,
 )
 from vise_fast.method.evidence import Evidence
+from vise_fast.model import load as model
+from vise_fast.system.errors import ConfigError
 
 COMMA = 11
 OPEN, CLOSE = 12, 13
@@ -232,3 +235,35 @@ def test_likelihood_weighs_tokens_by_what_they_are_worth():
     torch.testing.assert_close(found, wanted)
     gradient, truth = (torch.autograd.grad(x, logprob)[0] for x in (found, wanted))
     torch.testing.assert_close(gradient, truth)
+
+
+# ---- what it understands -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("style", "by", "understood"),
+    [
+        ("short", "agreement", True),
+        ("natural", "agreement", True),
+        ("json", "agreement", False),  # the 2 of bbox_2d is a digit, too
+        ("json", "likelihood", True),
+        ("loc", "likelihood", False),  # 1024 bins, y first
+    ],
+)
+def test_styles_whose_digits_are_understood(style, by, understood):
+    words = ["--reward.preset", "consensus", "--update.consensus_by", by, "--prompts.ground", style]
+    config = load(None, words)
+    policy = model.load(config)
+    if understood:
+        check(config, policy.tokens)
+    else:
+        with pytest.raises(ConfigError, match="prompts.ground"):
+            check(config, policy.tokens)
+
+
+@pytest.mark.parametrize(
+    "words", [["--rollout.views", "1"], ["--rollout.regrounder", "policy"]], ids=" ".join
+)
+def test_settings_without_a_consensus_are_refused(words):
+    with pytest.raises(ConfigError, match="two views"):
+        load(None, ["--reward.preset", "consensus", *words])

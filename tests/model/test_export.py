@@ -268,3 +268,17 @@ def test_the_settings_beside_it_make_the_same_run(from_directory, base):
     ours, theirs = (settings.changed(c) for c in (trained, made))
     moved = {"model.path": "my-model", "run.dir": "runs/again", "data.dir": "holiday pictures"}
     assert theirs == ours | moved
+
+
+def test_settings_and_card_name_no_place_on_this_machine(tmp_path):
+    """Whatever kind of path it is: of pictures, prompts or plugins."""
+    (tmp_path / "mine.py").write_text("")
+    secret = str(tmp_path)
+    words = ["--data.mix", f"[{secret}/a=3, hf:owner/photos=1]", "--run.dir", f"{secret}/run"]
+    words += ["--run.plugins", f"[{secret}/mine.py]", "--prompts.file", f"{secret}/prompts.yaml"]
+    config = schema.load(None, words)
+    made = card.Made({}, {"images": 3, "mix": [{"names": "abc"}, {"names": "def"}]})
+    text = card.training_settings(config) + card.model_card(config, NATURAL, made)
+    assert secret not in text
+    assert "a=3" in text and "hf:owner/photos=1" in text and "`abc, def`" in text
+    assert "--data.mix '[YOUR_IMAGES=1]'" in text

@@ -54,9 +54,7 @@ def complaints(outcomes):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_with_one_line_and_saved_work(alone, tmp_path, victim):
     run = tmp_path / "run"
-    begun = time.monotonic()
     outcomes = go_together(words(run, **SETTINGS), run, 3, dying(victim, 2))
-    assert time.monotonic() - begun < 120, "no exchange waits for a rank that is gone"
     codes = [outcome.code for outcome in outcomes]
     assert codes.pop(victim) == -signal.SIGKILL and codes == [4, 4], outcomes
     (line,) = complaints(outcomes)

@@ -13,6 +13,7 @@ from forked_ranks import HELD, adapter, apart, go_together, telling, told
 
 from vise_fast.engine.fast import FastEngine
 from vise_fast.method.learner import Learner
+from vise_fast.report.alarms import Alarms
 from vise_fast.system.console import read_lines
 
 BOUND = 1e-4
@@ -90,6 +91,7 @@ WHOLE_BATCH = {
     },
     "answers that are learned from twice": {"update__reuse": 2},
     "the consensus of the views": {"update__consensus": 0.5},
+    "that of another image": {"update__consensus": 0.5, "reward__name": "shuffled"},
 }
 FIGURES = ("reward_mean", "advantage_rms", "scored", "unique_queries", "beta", "grad_norm")
 
@@ -114,6 +116,25 @@ def test_what_needs_the_whole_batch_sees_it(tmp_path, name):
     for one, two in zip(*lines, strict=True):
         for figure in (*HELD, *FIGURES, *(["attention_share"] if "attention" in name else [])):
             assert two[figure] == pytest.approx(one[figure], abs=BOUND), figure
+
+
+def test_alarms_begin_at_the_bases_rates_on_every_rank(tmp_path):
+    """Rank 0 alone evaluates; where another rank knew other rates it would stop by itself."""
+
+    def prepare(rank):
+        begin = Alarms.begin_at
+
+        def noted(self, rates):
+            (tmp_path / f"rates-{rank}").write_text(json.dumps(dict(rates)))
+            return begin(self, rates)
+
+        Alarms.begin_at = noted
+
+    run = tmp_path / "run"
+    outcomes = go_together(said(run, train__steps=1), run, 2, prepare)
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    rates = [json.loads((tmp_path / f"rates-{rank}").read_text()) for rank in (0, 1)]
+    assert rates[0] == rates[1] and "own_parse_rate" in rates[0]
 
 
 def test_ordered_sums_repeat_bit_for_bit(tmp_path):

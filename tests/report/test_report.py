@@ -11,6 +11,7 @@ import xml.etree.ElementTree as xml
 import fake_run
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from vise_fast.evaluate import strengths
@@ -446,3 +447,15 @@ def test_figures_over_alpha_are_drawn_where_they_were_measured(tmp_path):
     (run / "strengths.json").write_text('{"strengths": 3}')
     with pytest.raises(DataError, match="strengths.json is damaged"):
         report.write(run)
+
+
+def test_no_code_that_a_run_names_is_run_to_show_it(tmp_path):
+    run = fake_run.write(tmp_path / "run", steps=2)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    text = (run / "config.yaml").read_text()
+    content = yaml.safe_load(text)
+    content["run"]["plugins"] = [str(tmp_path / "evil.py"), str(tmp_path / "gone.py")]
+    content["view"]["kinds"] = ["upside_down"]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "upside_down" in report.write(run).read_text(encoding="utf-8")
+    assert not (tmp_path / "was here").exists()

@@ -12,7 +12,7 @@ from vise_fast.system.machine import allocator
 ROOT = Path(__file__).parents[2]
 COUNT = """
 import ctypes, resource, sys
-from vise_fast.system import allocator
+from vise_fast.system.machine import allocator
 if sys.argv[1] == "kept": assert allocator.keep_freed_memory()
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p

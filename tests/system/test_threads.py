@@ -130,7 +130,7 @@ def test_this_machine_has_a_core():
 def test_affinity_is_read_from_the_system():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from vise_fast.system import threads; print(threads.usable_cores().allowed)"
+        "from vise_fast.system.machine import threads; print(threads.usable_cores().allowed)"
     )
     assert fresh(code) == "1"
 
@@ -202,7 +202,7 @@ def fresh(code: str, **environ: str) -> str:
     return started(code, **environ).stdout.strip()
 
 
-SAYS = "from vise_fast.system import threads; print(threads.said())"
+SAYS = "from vise_fast.system.machine import threads; print(threads.said())"
 
 
 def test_the_package_sets_it_before_torch():

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vise_fast import nano
@@ -202,8 +210,8 @@ class DataConfig(Section):
         "archive (.zip .tar), a table (.parquet), a pattern of them, hf:OWNER/NAME[@COMMIT]; none: "
         "the embedded scenes",
     )
-    mix: list[str] = Field(
-        [], description="several such places instead of one, by weight: [PLACE=3, OTHER=1]"
+    mix: tuple[str, ...] = Field(
+        (), description="several such places instead of one, by weight: [PLACE=3, OTHER=1]"
     )
     column: str | None = Field(
         None, description="of a list or table, the column of images; none: image and the like"
@@ -364,9 +372,10 @@ class ViewConfig(Section):
 
     @field_validator("kinds", mode="after")
     @classmethod
-    def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    def _known(cls, kinds: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         """Kinds that can be drawn."""
-        if not kinds or set(kinds) - set(VIEW_KINDS):
+        believed = info.context is not None and not info.context["plugins"]
+        if not kinds or (set(kinds) - set(VIEW_KINDS) and not believed):
             raise PydanticCustomError(
                 settings.UNUSABLE, f"expected {', '.join(VIEW_KINDS)}; plugins may register others"
             )
@@ -664,7 +673,7 @@ def kept_from_preset(path: str | Path | None, overrides: Sequence[str]) -> dict[
     below = PRESETS[preset]
     if preset == "robust":
         usual = dict(settings.fields(Config))
-        below = {key: usual[key].default for key in AS_RELEASED}
+        below = {key: usual[key].default for key in AS_RELEASED | CONSENSUS}
     written = settings.read(places.config_file(path), Config)
     return {
         key: (written[key], value)
@@ -687,9 +696,13 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
         raise ConfigError(settings.complaint(fault, Config)) from None
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, plugins: bool = True
+) -> Config:
     """The resolved configuration of one YAML file (or none) and `--section.key value` /
     `--section.key=value` words. Where no such file is there, `path` may name a shipped preset.
+    plugins: run the files of `run.plugins`; without them (to look at somebody's run) the names that
+    they may bring are believed.
 
     Raises ConfigError, one line, for an unreadable file, an unknown key, a wrong type or values
     that contradict each other.
@@ -697,7 +710,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     written = settings.read(places.config_file(path), Config) if path is not None else {}
     typed = settings.parse(overrides, Config)
     stated = written | typed
-    _run_plugins(stated)
+    if plugins:
+        _run_plugins(stated)
     embedded = {}
     if stated.get("model.path", "nano") == "nano" and NANO.exists():
         embedded = settings.read(NANO, Config)
@@ -705,7 +719,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     below = embedded | (PRESETS.get(preset, {}) if isinstance(preset, str) else {})
     merged = _shortened(_shortened(below, written), typed)
     try:
-        return Config.model_validate(settings.nest(merged))
+        return Config.model_validate(settings.nest(merged), context={"plugins": plugins})
     except ValidationError as fault:
         raise ConfigError(settings.complaint(fault, Config)) from None
 
@@ -754,6 +768,13 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _contradicting_choices(config: Config) -> Iterator[str]:
+    if config.update.consensus > 0 and (
+        config.rollout.views < 2 or config.rollout.regrounder != "reference"
+    ):
+        yield (
+            "update.consensus needs two views at least that the reference boxes; set rollout.views "
+            "to 2 or more and rollout.regrounder to reference"
+        )
     if config.data.dir is not None and config.data.mix:
         yield (
             "data.dir and data.mix both say where images are; write the folder into data.mix with "

@@ -29,7 +29,8 @@ LARGEST = 2**20
 def place_of(case: Case, model_config: Any) -> Path:
     """The file of this question."""
     settings = case.config.model_dump(mode="json", exclude={"run", "memory"})
-    asked = [settings, case.sizes, str(case.dtype), case.lengths, case.device]
+    plugins = [_read(path) for path in case.config.run.plugins]
+    asked = [settings, case.sizes, str(case.dtype), case.lengths, case.device, plugins]
     words = json.dumps([asked, model_config.to_dict(), *_code()], sort_keys=True, default=str)
     return files.user_cache() / "plans" / f"{_digest(words)}.json"
 
@@ -43,6 +44,11 @@ def _code() -> tuple[str, ...]:
         for path in sorted(root.rglob("*.py")):
             source.update(path.read_bytes())
     return (torch.__version__, *versions, source.hexdigest())
+
+
+def _read(path: str) -> str:
+    """A hash of a file of the user's, which may bring a model family."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def _digest(words: str) -> str:

@@ -26,7 +26,7 @@ from vise_fast.system.errors import ConfigError
 
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
-PROJECTOR = re.compile(r"\.(visual|multi_modal_projector|connector)\.")
+PROJECTOR = re.compile(r"\.(visual|multi_modal_projector|connector)(\.|$)")
 
 
 @dataclass

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vise_fast.config.schema import RewardConfig
+from vise_fast.config.schema import Config, RewardConfig
 from vise_fast.images import geometry
 from vise_fast.method.evidence import Evidence
+from vise_fast.system.errors import ConfigError
 from vise_fast.system.machine.staging import put
+from vise_fast.text.tokens import Tokens
 
 CHOICES = 10
 COORDINATES = 4
@@ -80,6 +82,23 @@ def target(evidence: Evidence, config: RewardConfig) -> Consensus:
         return found
     group = evidence.group_size
     return Consensus(found.box_1000.roll(-group, 0), found.known.roll(-group, 0))
+
+
+def check(config: Config, tokens: Tokens) -> None:
+    """Raises ConfigError where answers are written in a way whose digits are not understood."""
+    if config.update.consensus == 0:
+        return
+    box = (12.0, 234.0, 567.0, 890.0)
+    plain = tokens.style.space == "1000"
+    if plain and config.update.consensus_by == "agreement":
+        found = digits_of(tokens.written_boxes([box]), tokens.digits).box.tolist()
+        plain = found == [[int(side) for side in box]]
+    if not plain:
+        raise ConfigError(
+            f"update.consensus does not understand the digits of prompt style {tokens.style.name}; "
+            "it moves those of four numbers from 0 to 1000; set prompts.ground to natural or "
+            "short, or update.consensus to 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vise_fast.engine.rollout import Engine, Held
 from vise_fast.images import views
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source
-from vise_fast.method import rewards, roles
+from vise_fast.method import consensus, rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.method.slices import Draws, Slice
@@ -64,6 +64,7 @@ class Played:
     on steps that measure it
     """
     rewards: Tensor | None = None
+    agreed: consensus.Consensus | None = None
     """(samples,) of this slice, once the learner has scored the batch."""
 
 

@@ -20,7 +20,7 @@ from vise_kernels import linear_logprob, linear_logprob_kl
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Answered, Engine, Rollout
 from vise_fast.method import consensus, loss, rewards
-from vise_fast.method.evidence import join
+from vise_fast.method.evidence import Evidence, join
 from vise_fast.method.experience import Played
 from vise_fast.method.roles import Boxes
 from vise_fast.model import quantise
@@ -200,7 +200,21 @@ class Learner:
         pieces = self._own(scores.reward, samples).split(_sizes(slices, samples))
         for played, part in zip(slices, pieces, strict=True):
             played.rewards = part
+        if self.config.update.consensus > 0:
+            self._agree(slices, evidence)
         return scores
+
+    def _agree(self, slices: list[Played], evidence: Evidence) -> None:
+        """The consensus of the whole batch, each slice's kept with it: its controls look at other
+        images.
+        """
+        whole = consensus.target(evidence, self.config.reward)
+        samples = self.config.rollout.samples
+        sizes = _sizes(slices, samples)
+        boxes = self._own(whole.box_1000, samples).split(sizes)
+        known = self._own(whole.known, samples).split(sizes)
+        for played, box_1000, sure in zip(slices, boxes, known, strict=True):
+            played.agreed = consensus.Consensus(box_1000, sure)
 
     def _own(self, rows: Tensor, per_image: int) -> Tensor:
         """Of the rows of a whole batch, which has so many per image, this rank's."""
@@ -248,8 +262,7 @@ class Learner:
         """(N,) bool: answers that learn from the consensus of their views."""
         if self.config.update.consensus == 0:
             return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
-        agreed = [consensus.target(played.evidence, self.config.reward) for played in slices]
-        return torch.cat([one.known for one in agreed])
+        return torch.cat([_agreed(played).known for played in slices])
 
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
@@ -338,7 +351,7 @@ class Learner:
         1; it counts as often as the image has samples.
         """
         group = self.config.rollout.samples
-        agreed = consensus.target(played.evidence, self.config.reward)
+        agreed = _agreed(played)
         count = len(agreed.known)
         images = sorted({n // group for n in chosen if n < count and agreed.known[n]})
         if not images:
@@ -378,7 +391,7 @@ class Learner:
         """The chosen answers' expected agreement with the consensus of their views, per digit; the
         views' own answers have none.
         """
-        agreed = consensus.target(played.evidence, self.config.reward)
+        agreed = _agreed(played)
         count = len(agreed.known)
         own = torch.tensor([n if n < count else 0 for n in chosen])
         known = agreed.known[own] & (torch.tensor(chosen) < count)
@@ -582,6 +595,13 @@ def _asked(played: Played, images: list[int]) -> Any:
     if asked is None or 2 * len(images) < len(asked):
         return None
     return asked.select(images)
+
+
+def _agreed(played: Played) -> consensus.Consensus:
+    """What the views of a slice agree on, as it was scored."""
+    if played.agreed is None:
+        raise RuntimeError("a slice learns from its consensus before it was scored")
+    return played.agreed
 
 
 def _unique_queries(slices: list[Played], ranks: Ranks) -> float:

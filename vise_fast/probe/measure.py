@@ -191,7 +191,13 @@ def _judge(
         elsewhere.append(views.control_box(rng, box_1000[i])[0])
     tables = {"hidden": box_1000[rows], "elsewhere": torch.tensor(elsewhere)}
     for name, table in tables.items():
-        ghosts = views.ghost(pixels, torch.tensor(rows), table.double(), config.ghost)
+        ghosts = views.ghost(
+            pixels,
+            torch.tensor(rows),
+            table.double(),
+            config.ghost,
+            literal=config.view.literal_pixels,
+        )
         _note(asked, rows, name, roles.verify(engine, engine.encode(ghosts), words, False))
 
 

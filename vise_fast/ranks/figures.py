@@ -7,6 +7,8 @@ from typing import Any
 
 MOST = ("micro_batch", "bad_images")
 """Figures of which the largest counts; all others are added up."""
+MEANS = ("verdict_spread",)
+"""But for these, which are means over a rank's own images."""
 GIB = 2**30
 
 
@@ -40,6 +42,10 @@ def merged(shares: list[Share]) -> dict[str, Any]:
     for name in shares[0].counts:
         values = [share.counts[name] for share in shares]
         counts[name] = max(values) if name in MOST else sum(values)
+        if name in MEANS:
+            weighted = zip(values, shares, strict=True)
+            images = sum(share.images for share in shares)
+            counts[name] = sum(value * share.images for value, share in weighted) / images
     slowest = max(range(len(shares)), key=lambda rank: shares[rank].busy_s)
     waited = min(share.waited_s for share in shares)
     counts["ranks"] = {

@@ -22,7 +22,15 @@ from vise_fast.report.stored_run import StoredRun
 if TYPE_CHECKING:
     from vise_fast.report.plots import Plot
 
-SAME_IMAGES = ("eval.seed", "data.dir", "data.holdout", "data.max_pixels", "data.min_pixels")
+SAME_IMAGES = (
+    "eval.seed",
+    "data.dir",
+    "data.mix",
+    "data.column",
+    "data.holdout",
+    "data.max_pixels",
+    "data.min_pixels",
+)
 """Settings, and those of the scenes, that decide which images are held out and how they look."""
 PLACES = ("run.dir", "train.resume")
 """Settings in which every two runs differ."""

@@ -132,7 +132,7 @@ def read(directory: Path) -> StoredRun:
     evaluation = _json(directory / "evaluation.json")
     return StoredRun(
         directory,
-        config=configuration.load(file if file.exists() else None),
+        config=configuration.load(file if file.exists() else None, plugins=False),
         environment=_json(directory / "env.json"),
         metrics=metrics,
         samples=_numbered(directory / "samples.jsonl"),

@@ -35,14 +35,15 @@ def same_settings(ranks: Ranks, config: Config) -> None:
     if ranks.count == 1:
         return
     keys = [key for key, _ in settings.fields(Config)]
-    values = {key: settings.show(settings.get(config, key)) for key in keys}
+    values = {key: settings.get(config, key) for key in keys}
     first, *others = ranks.gather("settings", values)
     for rank, theirs in enumerate(others, 1):
         for key in keys:
             if theirs[key] != first[key]:
                 raise ConfigError(
-                    f"{key} is {first[key]} on rank 0 and {theirs[key]} on rank {rank}; all ranks "
-                    "train one adapter; start them with the same words and files"
+                    f"{key} is {settings.show(first[key])} on rank 0 and "
+                    f"{settings.show(theirs[key])} on rank {rank}; all ranks train one adapter; "
+                    "start them with the same words and files"
                 )
     _refuse_other(ranks, "code", _code(config))
     ranks.step_done()
@@ -85,7 +86,7 @@ def _code(config: Config) -> str:
     for home in (PACKAGE, Path(vise_kernels.__file__).parent):
         for file in sorted(home.rglob("*.py")):
             digest.update(str(file.relative_to(home)).encode() + b"\0" + file.read_bytes())
-    for name in (config.reward.plugin, *config.run.plugins):
+    for name in (config.reward.plugin, config.prompts.file, *config.run.plugins):
         if name is not None:
             digest.update(Path(name).expanduser().read_bytes())
     return (

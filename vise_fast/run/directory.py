@@ -224,8 +224,8 @@ class Run:
         if "before" not in self.evaluation:
             self._evaluate("before", engine, source, adapters=False)
         base = Results.of(self.evaluation, "before")
-        if base is not None:
-            self.alarms.begin_at(base.values)
+        known = {} if base is None else base.values
+        self.alarms.begin_at(self.ranks.first(lambda: known))  # all ranks stop at one step
 
     def _known_evaluation(self) -> dict[str, dict]:
         """What evaluation.json says; nothing, and that is said, where it is damaged."""

@@ -26,7 +26,7 @@ from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.sources import Source, open_source
-from vise_fast.method import rewards
+from vise_fast.method import consensus, rewards
 from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
@@ -149,6 +149,7 @@ def _try_out(trial: _Trial, policy: model.Policy, source: Source) -> None:
     """Two updates (the first one warms up), a checkpoint and an adapter written and read back."""
     console = trial.console
     config = trial.config
+    consensus.check(config, policy.tokens)
     engine = open_engine(policy, share(config, trial.ranks), console.warn)
     if trial.ranks.rank == 0:
         _probe(console, config, engine, source)

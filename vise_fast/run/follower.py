@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,11 @@ from vise_fast.system.errors import EnvironmentFault, UserError
 def open_run(start: Start, ranks: Ranks, verbose: bool = False) -> Run:
     """The run on rank 0, what goes along with it on others."""
     return Run(start, ranks, verbose) if ranks.rank == 0 else Follower(start, ranks)
+
+
+LOOKS = 50
+PAUSE_S = 0.1
+"""How often, and how far apart, the lock of a rank that was killed is tried."""
 
 
 class Follower(Run):
@@ -56,7 +62,8 @@ class Follower(Run):
         """Rank 0 writes the first files."""
 
     def before(self, engine: Engine, source: Source) -> None:
-        """Rank 0 evaluates."""
+        """Rank 0 evaluates, and tells where the alarms begin."""
+        self.alarms.begin_at(self.ranks.first(dict))
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Steps]:
@@ -86,7 +93,7 @@ class Follower(Run):
         """
         if not identity.is_run(self.directory):
             raise EnvironmentFault(f"{self.directory} is not on this machine")
-        self.lock = identity.Lock(self.directory)
+        self.lock = self._lock()
         files.settle(self.directory / "adapter")
         self.console = Console()
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.done)
@@ -96,6 +103,16 @@ class Follower(Run):
         written = [line.get("step") for line in read_lines(self.directory / "metrics.jsonl")]
         if self.record is not None and self.done not in written:
             self.unwritten.append(partial(self.metrics.write, self.record))
+
+    def _lock(self) -> identity.Lock:
+        """That of rank 0. A killed process is seen as gone when its first thread is, and holds its
+        files until the last one is.
+        """
+        for _ in range(LOOKS):
+            with contextlib.suppress(EnvironmentFault):
+                return identity.Lock(self.directory)
+            time.sleep(PAUSE_S)
+        return identity.Lock(self.directory)
 
 
 class _Counted(Steps):

@@ -28,6 +28,7 @@ MAY_CHANGE = frozenset(
         "data.workers",
         "data.dir",
         "data.mix",
+        "data.column",
         "model.device",
         "memory.budget_gb",
         "run.checkpoint_every",

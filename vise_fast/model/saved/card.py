@@ -26,7 +26,14 @@ from vise_fast.text.prompts import Style
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 SETTINGS = "training.yaml"
-PLACES = ("model.path", "lora.init_from", "data.dir", "reward.plugin", "run.dir")
+PLACES = (
+    "model.path",
+    "lora.init_from",
+    "data.dir",
+    "prompts.file",
+    "reward.plugin",
+    "run.dir",
+)
 """The settings that are paths on the machine that trained."""
 LICENCES = {"nano": "apache-2.0", "Qwen/Qwen3-VL": "apache-2.0"}
 """The licence of bases that are known, by how their name begins."""
@@ -64,6 +71,7 @@ def training_settings(config: Config) -> str:
     defaults = {"train.resume": None, "run.dir": "runs/again"}
     named: dict[str, Any] = {key: _bare(value) for key, value in _paths(config).items()}
     named["data.mix"] = [_bare_part(part) for part in config.data.mix]
+    named["run.plugins"] = [_bare(path) for path in config.run.plugins]
     public = schema.with_changes(config, named | defaults | {"model.path": base_name(config)})
     return (
         "# The settings that this adapter was trained with; files and folders by bare names.\n"
@@ -112,7 +120,7 @@ def model_card(config: Config, style: Style, made: Made) -> str:
         targets="language model and projectors" if config.lora.projector else "language model",
         data=_data(config, made.data),
         settings=SETTINGS,
-        images="" if config.data.is_drawn else " --data.dir YOUR_IMAGES",
+        images=_images(config),
         table=_table(made.figures),
         ask_box=style.ground(OBJECT.get(style.name, OBJECT["natural"])),
         ask_words=DESCRIBE.get(style.name, DESCRIBE["natural"]),
@@ -155,6 +163,13 @@ def _stated_licence(config: Config) -> str | None:
     return found.group(1) if found else None
 
 
+def _images(config: Config) -> str:
+    """The words that name one's own images in place of those it was trained on."""
+    if config.data.mix:
+        return " --data.mix '[YOUR_IMAGES=1]'"
+    return "" if config.data.is_drawn else " --data.dir YOUR_IMAGES"
+
+
 def _data(config: Config, data: Mapping[str, Any]) -> str:
     """What it was trained on: how many images and their hash."""
     if config.data.is_drawn:
@@ -162,10 +177,8 @@ def _data(config: Config, data: Mapping[str, Any]) -> str:
         return f"scenes of {size} x {size} pixels drawn by vise_fast (seed {config.train.seed})"
     if "images" not in data:
         return "a folder of images without labels"
-    return (
-        f"{data['images']} images without labels (hash over their names and sizes: "
-        f"`{data.get('names')}`)"
-    )
+    hashes = data.get("names") or ", ".join(part["names"] for part in data.get("mix", []))
+    return f"{data['images']} images without labels (hash over their names and sizes: `{hashes}`)"
 
 
 def _connector(config: Config) -> str:
