@@ -3,7 +3,7 @@
 # a short run with its report, for both presets.
 #
 #   examples/first_real_run.sh IMAGES                     Qwen3-VL-2B, 20 updates each, runs/first
-#   STEPS=500 examples/first_real_run.sh IMAGES RUNS      as long as the paper's 4,000 images at batch 8
+#   STEPS=500 examples/first_real_run.sh IMAGES RUNS      as many images as the paper's 4,000 at batch 8 (preset paper: 500)
 #   CONFIGS=nano examples/first_real_run.sh IMAGES RUNS --train.batch 2    other presets; any setting
 #
 # IMAGES: a folder of photographs. Weights (4.3 GB) come from the hub or, with --model.path DIR, from
@@ -37,7 +37,7 @@ if [ -d build/consumers ]; then
         "$python" -m vise_fast.table --adapter "$runs/$config/adapter" --out "$runs/$config/table" --tasks drawn
     done
 else
-    echo "tables of base and adapter: make consumers, then run this again"
+    echo "tables of base and adapter: vise-fast table makes its own environment (7 GB)"
 fi
 for config in "${configs[@]}"; do
     echo "$runs/$config: report.html, adapter/, metrics.jsonl (seconds, memory and reward of every update)"

@@ -182,7 +182,7 @@ ALL = (
         "compare",
         {"out": ("compare.html", "the page; compare.html where nothing is said")},
         takes="RUN RUN…",
-        positional=5,
+        positional=100,
     ),
     Command(
         "sweep",

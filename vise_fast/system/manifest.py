@@ -22,10 +22,16 @@ NOT_HASHED = frozenset({NAME, "README.md"})
 
 
 def write(directory: Path) -> None:
-    """Hash every file of a folder. Raises OSError."""
+    """Hash every file of a folder, and let whoever may read this file read all of them (safetensors
+    writes for the owner alone). Raises OSError.
+    """
     entries = {path.name: entry(path) for path in _files(directory)}
     content = {"format": FORMAT, "files": entries}
     (directory / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name in entries:
+        path = directory / name
+        if not path.is_symlink():
+            path.chmod((directory / NAME).stat().st_mode)
 
 
 def verify(directory: Path, what: str, needed: Collection[str] = ()) -> bool:
