@@ -83,6 +83,11 @@ def test_all_small_files_of_a_hub_base_travel(from_hub):
     assert not (adapter / "config.json").exists()
 
 
+def test_who_may_read_one_of_its_files_may_read_all(from_hub):
+    modes = {path.name: path.stat().st_mode for path in from_hub[1].iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_the_base_is_its_hub_id(from_hub):
     _, adapter = from_hub
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == (

@@ -85,3 +85,9 @@ def test_fewer_than_two_runs_and_none_are_refused(words, code, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert console.run(command.main, words) == code
     assert not list(tmp_path.iterdir())
+
+
+def test_as_many_runs_as_a_sweep_makes_are_compared(tmp_path, capsys):
+    runs = [fake_run.write(tmp_path / str(seed), steps=2, seed=seed) for seed in range(7)]
+    words = [*map(str, runs), "--out", str(tmp_path / "page.html")]
+    assert console.run(command.main, words) == 0, capsys.readouterr().err
