@@ -131,7 +131,7 @@ def test_alarms_begin_at_the_bases_rates_on_every_rank(tmp_path):
         Alarms.begin_at = noted
 
     run = tmp_path / "run"
-    outcomes = go_together(said(run, train__steps=1), run, 2, prepare)
+    outcomes = go_together(said(run, train__steps=1, eval__scenes=2), run, 2, prepare)
     assert [outcome.code for outcome in outcomes] == [0, 0]
     rates = [json.loads((tmp_path / f"rates-{rank}").read_text()) for rank in (0, 1)]
     assert rates[0] == rates[1] and "own_parse_rate" in rates[0]
