@@ -397,7 +397,7 @@ def test_the_likelihood_of_the_consensus_is_that_of_its_text():
     words = ["--update.consensus=1", "--update.consensus_by=likelihood", "--rollout.views=3"]
     config, learner, source = moved(*words)
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
-    agreed = consensus.target(played.evidence, config.reward)
+    agreed = played.agreed = consensus.target(played.evidence, config.reward)
     known = [image for image in range(4) if agreed.known[3 * image]]
     with torch.no_grad():
         found = learner._likelihood(played, [3 * image + 1 for image in range(4)], 12)
