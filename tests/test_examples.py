@@ -93,7 +93,7 @@ def test_the_first_real_run_ends_with_a_report_and_goes_on_where_it_was(workplac
     run = workplace / "runs" / "first" / "nano"
     assert (run / "report.html").is_file() and (run / "adapter").is_dir()
     assert len(console.read_lines(run / "metrics.jsonl")) == 1
-    assert "make consumers" in done.stdout
+    assert "vise-fast table" in done.stdout
 
 
 def test_the_first_real_run_ends_at_what_is_wrong(workplace):
