@@ -16,8 +16,10 @@ from faults.forked import again, go, words
 from forked_ranks import apart, go_apart, go_together
 
 from vise_fast.method.learner import Learner
+from vise_fast.ranks.together import Together
 from vise_fast.run import agreement
 from vise_fast.system.console import read_lines
+from vise_fast.system.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
 BOUND = 1e-4
@@ -47,6 +49,26 @@ def dying(victim, step):
     return prepare
 
 
+def interrupted_behind(step):
+    """A signal arrives behind the optimizer of that update, while the others' figures are waited
+    for.
+    """
+
+    def prepare(rank):
+        work = Together.work
+
+        def work_or_stop(self, counts, images, device):
+            prepare.calls += 1
+            if prepare.calls == step:
+                raise Interrupted(128 + signal.SIGTERM)
+            return work(self, counts, images, device)
+
+        prepare.calls = 0
+        Together.work = work_or_stop
+
+    return prepare
+
+
 def complaints(outcomes):
     return [line for outcome in outcomes for line in outcome.complaints]
 
@@ -66,6 +88,33 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_saved_work(alone, tmp_p
         outcome = go(said, run) if count == 1 else go_together(said, run, count)[0]
         assert outcome.code == 0, outcome.err
     assert max(apart(run, alone).values()) <= BOUND
+
+
+def test_an_update_that_is_made_counts_though_a_signal_stops_its_figures(alone, tmp_path):
+    run = tmp_path / "run"
+    outcomes = go_together(words(run, **SETTINGS), run, 2, interrupted_behind(2))
+    assert {outcome.code for outcome in outcomes} == {128 + signal.SIGTERM}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_2"]
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
+    assert go_together(again(run), run, 2)[0].code == 0
+    assert max(apart(run, alone).values()) <= BOUND
+
+
+PLUGIN = """
+import torch
+from vise_fast.images import views
+views.register("still", lambda rng, height, width, settings: torch.eye(3, dtype=torch.float64))
+"""
+
+
+def test_a_resumed_runs_plugins_are_there_on_every_rank(tmp_path):
+    (tmp_path / "still.py").write_text(PLUGIN)
+    run = tmp_path / "run"
+    more = {"run__plugins": tmp_path / "still.py", "view__kinds": "[still, affine]"}
+    said = words(run, **(SETTINGS | {"train__steps": 1} | more))
+    assert [outcome.code for outcome in go_together(said, run, 2)] == [0, 0]
+    outcomes = go_together(again(run, train__steps=2), run, 2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], complaints(outcomes)
 
 
 def test_a_rank_with_other_settings_is_refused(tmp_path):

@@ -30,6 +30,15 @@ def test_parts_follow_each_other_and_differ_by_one(images, count):
     assert max(sizes) - min(sizes) <= 1 and sizes[0] == max(sizes) == largest(images, count)
 
 
+def test_a_mean_over_images_stays_one():
+    shares = [
+        Share({"verdict_spread": spread}, images, 1.0, 0, 0.0, 0, 0)
+        for spread, images in ((0.1, 3), (0.4, 1))
+    ]
+    shares.append(Share({}, 2, 1.0, 0, 0.0, 0, 0))  # no object of its images was seen
+    assert merged(shares)["verdict_spread"] == pytest.approx(0.175)
+
+
 def test_figures_add_up_and_name_the_slowest():
     counts = {"forwards": 3, "micro_batch": 2, "bad_images": 1, "memory_halvings": 1}
     quick = Share(counts, 2, 10.0, GIB, waited_s=5.0, sent_bytes=7, gradient_bytes=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class Share:
     network.
     """
 
-    counts: dict[str, int]
+    counts: Mapping[str, float]
     images: int
     seconds: float
     peak_bytes: int
@@ -38,14 +39,8 @@ def merged(shares: list[Share]) -> dict[str, Any]:
     The slowest rank waits for nobody: what it waited is communication. The others' waits hold
     theirs for it as well.
     """
-    counts: dict[str, Any] = {}
-    for name in shares[0].counts:
-        values = [share.counts[name] for share in shares]
-        counts[name] = max(values) if name in MOST else sum(values)
-        if name in MEANS:
-            weighted = zip(values, shares, strict=True)
-            images = sum(share.images for share in shares)
-            counts[name] = sum(value * share.images for value, share in weighted) / images
+    names = dict.fromkeys(name for share in shares for name in share.counts)
+    counts: dict[str, Any] = {name: _of_all(name, shares) for name in names}
     slowest = max(range(len(shares)), key=lambda rank: shares[rank].busy_s)
     waited = min(share.waited_s for share in shares)
     counts["ranks"] = {
@@ -60,3 +55,16 @@ def merged(shares: list[Share]) -> dict[str, Any]:
     counts["communication_bytes"] = max(share.sent_bytes for share in shares)
     counts["gradient_bytes"] = max(share.gradient_bytes for share in shares)
     return counts
+
+
+def _of_all(name: str, shares: list[Share]) -> float:
+    """One figure of the ranks that have it: one without a verdict has no spread of verdicts."""
+    known = [share for share in shares if name in share.counts]
+    values = [share.counts[name] for share in known]
+    if name in MOST:
+        return max(values)
+    if name not in MEANS:
+        return sum(values)
+    images = [share.images for share in known]
+    weighted = zip(values, images, strict=True)
+    return sum(value * count for value, count in weighted) / sum(images)

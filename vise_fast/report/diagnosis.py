@@ -218,7 +218,7 @@ def _collapse(run: StoredRun) -> Iterator[Finding]:
             f"Boxes grew from {area.first:.0%} to {area.last:.0%} of the image during training: "
             "the reward was being paid for size.",
         )
-    if large is not None and large.last > alarms.LARGE_SHARE:
+    if large is not None and large.last > _of_base(run, "own_area_large", 0.0) + alarms.LARGE_SHARE:
         yield Finding(
             "bad",
             f"{large.last:.0%} of the last boxes cover more than 0.8 of the image: the policy "
@@ -226,6 +226,11 @@ def _collapse(run: StoredRun) -> Iterator[Finding]:
         )
     for name, steps in run.alarms().items():
         yield _alarm(run, name, steps)
+
+
+def _of_base(run: StoredRun, name: str, otherwise: float) -> float:
+    """The base's own rate, where the alarms have their zero."""
+    return otherwise if run.before is None else run.before.values.get(name, otherwise)
 
 
 def _alarm(run: StoredRun, name: str, steps: list[int]) -> Finding:
@@ -247,7 +252,7 @@ def _readable(run: StoredRun) -> Iterator[Finding]:
     if ends is None:
         return
     level: Level = "good"
-    if ends.last < alarms.PARSE_FLOOR:
+    if ends.last < alarms.PARSE_FLOOR * _of_base(run, "own_parse_rate", 1.0):
         level = "bad"
     elif ends.last < 0.9:
         level = "warn"

@@ -39,6 +39,12 @@ LICENCES = {"nano": "apache-2.0", "Qwen/Qwen3-VL": "apache-2.0"}
 """The licence of bases that are known, by how their name begins."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be in vLLM."""
+UNITS = {
+    "1000": "Boxes are x1,y1,x2,y2 in thousandths of the image's width and height.",
+    "pixels": "Boxes are x1,y1,x2,y2 in pixels of the image as the processor resizes it.",
+    "1024": "Boxes are in 1024 bins of the image's width and height, y before x.",
+}
+"""What the numbers of a box mean, by the space of the prompt style."""
 DESCRIBE = {"natural": "Describe this image in one sentence.", "short": "name an object"}
 OBJECT = {"natural": "the largest object", "short": "red circle"}
 
@@ -122,6 +128,7 @@ def model_card(config: Config, style: Style, made: Made) -> str:
         settings=SETTINGS,
         images=_images(config),
         table=_table(made.figures),
+        units=UNITS[style.space],
         ask_box=style.ground(OBJECT.get(style.name, OBJECT["natural"])),
         ask_words=DESCRIBE.get(style.name, DESCRIBE["natural"]),
         rank=next((r for r in VLLM_RANKS if r >= config.lora.r), config.lora.r),
