@@ -25,12 +25,6 @@ def to_1000(box: Box, space: Space, size: Size | None = None) -> Box:
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
-def from_1000(box_1000: Box, space: Space, size: Size | None = None) -> Box:
-    """The inverse."""
-    x, y = _scales(space, size)
-    return box_1000[0] / x, box_1000[1] / y, box_1000[2] / x, box_1000[3] / y
-
-
 def _scales(space: Space, size: Size | None) -> tuple[float, float]:
     """What x and y are multiplied with."""
     if space == "1000":
