@@ -19,6 +19,7 @@
 #include "patchify.h"
 #include "resize.h"
 #include "rms_norm.h"
+#include "rotate.h"
 #include "sample.h"
 #include "swiglu.h"
 #include "token_logprob.h"
@@ -304,6 +305,15 @@ void rms_norm_backward(Address x, Address weight, Address dz, std::int64_t rows,
                             some_result(dx), brain, threads);
 }
 
+void rotate(Address x, std::vector<std::int64_t> sizes, Address cos, Address sin, Address out,
+            bool brain, int threads) {
+    require(sizes.size() == 5, "rows, heads, half, strides of rows and heads");
+    const vise::Rotation rotation{anything(x), sizes[0],    sizes[1],    sizes[2], sizes[3],
+                                  sizes[4],    floats(cos), floats(sin), brain};
+    nb::gil_scoped_release release;
+    vise::rotate(rotation, some_result(out), threads);
+}
+
 void swiglu(Address x, std::int64_t rows, std::int64_t width, Address z, bool brain, int threads) {
     nb::gil_scoped_release release;
     vise::swiglu(anything(x), rows, width, some_result(z), brain, threads);
@@ -395,6 +405,7 @@ NB_MODULE(_native, m) {
           "threads"_a);
     m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "dz"_a, "rows"_a, "width"_a,
           "eps"_a, "dx"_a, "brain"_a, "threads"_a);
+    m.def("rotate", &rotate, "x"_a, "sizes"_a, "cos"_a, "sin"_a, "out"_a, "brain"_a, "threads"_a);
     m.def("swiglu", &swiglu, "x"_a, "rows"_a, "width"_a, "z"_a, "brain"_a, "threads"_a);
     m.def("swiglu_backward", &swiglu_backward, "x"_a, "dz"_a, "rows"_a, "width"_a, "dx"_a,
           "brain"_a, "threads"_a);

@@ -40,10 +40,10 @@ NATIVE_OPS = {
     "rms_norm": True,
     "heads": True,
     "swiglu": True,
+    "rotate": True,
     "decode_attention": False,  # a CPU decodes in a way of its own
     "recast": False,  # a CPU copies them one by one
     "add_layer_norm": False,  # PyTorch's own is as quick on a CPU
-    "rotate": False,
     "raised_norm": False,  # a CPU's products take the low-rank term along (few_rows)
     "raised_swiglu": False,
     "raised_heads": False,

@@ -21,6 +21,7 @@ from vise_kernels import (
     patchify,
     resize,
     rms_norm_backward,
+    rotate,
     sample,
     swiglu_backward,
     token_logprob,
@@ -389,6 +390,14 @@ def test_rows_of_gradients_that_are_missing_are_refused():
 def test_few_rows_of_other_shapes_are_refused(operands):
     with pytest.raises(ValueError, match="do not fit"):
         few_rows(*operands, path="native")
+
+
+@NATIVE
+def test_rotations_by_tables_of_other_shapes_are_refused():
+    x = torch.ones(3, 2, 4)
+    for rows, half in ((2, 2), (3, 1), (3, 0)):
+        with pytest.raises(ValueError, match="do not fit"):
+            rotate(x, torch.ones(rows, half), torch.ones(rows, half), path="native")
 
 
 FEW_THREADS = """

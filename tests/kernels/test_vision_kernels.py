@@ -1,5 +1,7 @@
 """What the vision tower does between products: every path against fp64 on ugly shapes."""
 
+import itertools
+
 import pytest
 import torch
 from excess import assert_close
@@ -10,6 +12,7 @@ from vise_kernels.add_layer_norm import Affine
 
 PATHS = ("plain", "triton")
 DTYPES = {torch.float32: 4e-6, torch.float16: 4e-3}
+BOUNDS = {**DTYPES, torch.bfloat16: 2**-7}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -29,8 +32,14 @@ def test_sum_and_norm(path, dtype, shape):
     assert_close(found.norm, wanted, absolute=2 * bound, relative=bound)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "path, dtype",
+    [
+        *itertools.product(PATHS, DTYPES),
+        ("native", torch.float32),
+        ("native", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (9, 3, 16), (4, 32, 64), (37, 11, 10), (0, 2, 8)])
 def test_rotation(path, dtype, shape):
     runs("rotate", path)
@@ -41,7 +50,17 @@ def test_rotation(path, dtype, shape):
     turned = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
     turned = turned * torch.polar(torch.ones_like(angle).double(), angle.double())[:, None]
     wanted = torch.cat([turned.real, turned.imag], -1)
-    assert_close(found, wanted, absolute=DTYPES[dtype], relative=DTYPES[dtype])
+    assert_close(found, wanted, absolute=BOUNDS[dtype], relative=BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 16), (37, 11, 10), (130, 16, 72), (2049, 8, 32)])
+def test_rotation_rounds_as_the_plain_one_does(shape):
+    """Not a last bit differs, on any number of threads: a run is the same with and without."""
+    runs("rotate", "native")
+    x = draw(shape[0], 3 * shape[1], shape[2])[:, ::2][:, : shape[1]]
+    angle = 3 * draw(shape[0], shape[2] // 2, seed=1)
+    wanted = rotate(x, angle.cos(), angle.sin(), path="plain")
+    assert torch.equal(rotate(x, angle.cos(), angle.sin(), path="native"), wanted)
 
 
 @pytest.mark.parametrize(
