@@ -53,7 +53,8 @@ METHOD = "tests/method/test_"
 MICRO_BATCHES = METHOD + "learner.py::test_micro_batches_do_not_change_samples_or_result"
 LEARNER = (
     "share or own or so_many or tau or kl_is or skip or micro or views_learn or schedul or round "
-    "or released or optimizer or gradients_are or teaches_nothing or loaded or cosine"
+    "or released or optimizer or gradients_are or teaches_nothing or loaded or cosine "
+    "or several or second_time or consensus"
 )
 PLUGIN = "start or blamed or registered or shipped or invented or number"
 WRONG_PLUGINS = [

@@ -122,6 +122,17 @@ def test_reference_scores_from_cached_prefixes():
     assert relative(cached, fresh) < 1e-5
 
 
+def test_questions_that_were_asked_are_not_computed_again():
+    """Answers over the prompts they were sampled from score as from the images on."""
+    _, engine = engine_of("gqa2")
+    features, answers = sampled(engine, images(SIZES))
+    answered = Answered(ROWS, answers, OWNER)
+    with torch.no_grad():
+        prompts = engine.prompt(engine.prefill(features, True), [0, 1, 2, 3], ROWS)
+        found = engine.score(features, answered, True, prompts=prompts)
+        assert relative(found, engine.score(features, answered, True)) < 1e-5
+
+
 def test_single_token_answers_are_scored():
     _, engine = engine_of("gqa2")
     features = engine.encode(images(SIZES[:2]))
@@ -243,7 +254,10 @@ def test_on_a_cpu_rows_that_share_nothing_decode_in_one_bank():
     _, engine = engine_of("gqa2")
     prompts = engine.prompt(engine.prefill(engine.encode(images(SIZES)), True), [0, 1, 2, 3], ROWS)
     alone = engine._start(prompts, [1, 1, 1, 1], 5, [0, 1, 2, 3])
-    assert alone.start > 0 and not alone.parents
+    assert alone.start == alone.buffer.tokens - 5 and not alone.parents
+    wanted = engine.generate(prompts, [2, 1, 1, 1], 5, seeds=[0, 9, 1, 2, 3], temperature=0.0)
+    found = engine.generate(prompts, [1, 1, 1, 1], 5, seeds=[0, 1, 2, 3], temperature=0.0)
+    assert found.rows() == [row for n, row in enumerate(wanted.rows()) if n != 1]
     shared = engine._start(prompts, [2, 1, 1, 1], 5, [0, 1, 2, 3, 4])
     assert shared.start == 0 and len(shared.parents) == 2
 

@@ -24,6 +24,15 @@ def test_counters_begin_at_zero_and_begin_anew():
     assert set(counters.take().values()) == {0}
 
 
+def test_how_far_wordings_lie_apart_is_a_mean_over_the_verdicts():
+    counters = Counters()
+    assert "verdict_spread" not in counters.take()
+    counters.spread(0.5, 4)
+    counters.spread(1.0, 2)
+    assert counters.take()["verdict_spread"] == 0.25
+    assert "verdict_spread" not in counters.take()
+
+
 # ---- answers -------------------------------------------------------------------------------------
 
 

@@ -343,6 +343,23 @@ def test_ghosts_of_many_rows_keep_their_images_and_sizes():
         assert torch.equal(together[2], images[0])  # a box without area hides nothing
 
 
+def test_every_ghost_is_made_once(monkeypatch):
+    """Three sizes have three feathers, and a call each."""
+    images = [noise(96, 128), noise(240, 320), noise(480, 640)]
+    index = torch.tensor([2, 0, 1, 0, 2])
+    boxes = torch.tensor([(100.0, 100, 900, 900)] * 5)
+    made = []
+    real = views.vise_kernels.ghost
+
+    def watched(images, index, *rest, **how):
+        made.extend(index.tolist())
+        return real(images, index, *rest, **how)
+
+    monkeypatch.setattr(views.vise_kernels, "ghost", watched)
+    views.ghost(images, index, boxes, GhostConfig(feather_px=20))
+    assert sorted(made) == sorted(index.tolist())
+
+
 def test_literal_lengths_blur_more_on_a_small_image():
     image = noise(96, 128)
     box = torch.tensor([(100.0, 100, 900, 900)])

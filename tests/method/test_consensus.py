@@ -82,6 +82,17 @@ def test_it_is_the_mean_of_the_boxes_projected_back():
     assert found.known.all()
 
 
+def test_a_box_that_lies_partly_outside_the_image_counts_as_it_lies():
+    """Cut off before the mean, the first view's right side would be 1000, not 1100."""
+    moved = PLAIN.clone()
+    moved[0, 2] = -64  # a tenth of the width to the left
+    views = [[900.0, 200.0, 1000.0, 400.0], [800.0, 200.0, 880.0, 400.0]]
+    every = [[True] * 2] * 2
+    made = evidence([TRUTH] * 2, [views] * 2, every, every, torch.stack([moved, PLAIN]))
+    wanted = torch.tensor([900.0, 200, 990, 400], dtype=torch.float64)
+    torch.testing.assert_close(consensus(made).box_1000, wanted.expand(2, 4), atol=1e-6, rtol=0)
+
+
 def test_views_that_say_nothing_count_for_nothing():
     """An unreadable answer, a box without area, a view that lost every box of the group; and one
     view alone is no consensus.

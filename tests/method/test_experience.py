@@ -11,7 +11,7 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import roles, verdicts
+from vise_fast.method import experience, roles, verdicts
 from vise_fast.method.experience import Draws, attention_share, play_batch
 from vise_fast.model import load as model
 from vise_fast.ranks.ranks import Alone
@@ -109,6 +109,17 @@ def test_the_judges_prefixes_are_kept_only_where_the_reference_judges(asker):
     assert played(asks, "--reward.judge=policy", adapter=0.1).reference is None
     kept = played(asks, "--reward.judge=reference", adapter=0.1).reference
     assert len(kept) == 3 and not kept.adapters
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_questions_keep_a_graph_only_where_the_forward_pass_is_shared(share):
+    one = played(f"--train.share_forward={str(share).lower()}", adapter=0.1)
+    assert (one.boxes.asked is not None) == share
+
+
+def test_no_truth_is_a_box_without_area():
+    truths = experience._table([(1.0, 2.0, 3.0, 4.0), None])
+    assert truths.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
 
 
 # ---- verdicts ------------------------------------------------------------------------------------

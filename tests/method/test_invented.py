@@ -83,6 +83,8 @@ def test_boxes_are_boxes_of_different_places_and_shapes():
     e = made()
     unread = only(~e.readable)
     assert e.box_1000[unread].tolist() == [0] * 4
+    x1, y1, x2, y2 = e.box_1000[flat_row(e)].flatten().tolist()
+    assert x1 == x2 and y1 == y2
     sound = rows_but(unread, flat_row(e))
     boxes = e.box_1000[sound]
     assert boxes.min() >= 0 and boxes.max() <= 1000

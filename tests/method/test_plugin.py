@@ -3,6 +3,7 @@ known before a model is loaded.
 """
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from vise_fast.method import invented, rewards
 from vise_fast.model import load as model
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError, NumericFault
+from vise_fast.system.plugin import travels
 
 HEAD = "import torch\nfrom vise_fast.rewards import register\n\n"
 GOOD = """@register({name!r})
@@ -135,6 +137,12 @@ def test_a_helper_of_the_plugins_own_is_blamed_on_the_line_that_calls_it(tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     text = HEAD + "import test_helper_of_mine as h\n" + GOOD.format(name="w", body="h.half(parts)")
     assert "line 7: AttributeError" in refusal(settings(written(tmp_path, text), "w"))
+
+
+def test_memory_that_ran_out_is_known_with_and_without_torch(monkeypatch):
+    assert travels() == (MemoryError, torch.OutOfMemoryError)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert travels() == (MemoryError,)
 
 
 def test_a_failed_file_leaves_nothing_registered(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
-from vise_fast.engine.rollout import Rollout
+from vise_fast.engine.rollout import Counters, Rollout
 from vise_fast.images.drawn import Scenes
 from vise_fast.method import roles
 from vise_fast.method.roles import Question, Sampling
@@ -49,6 +49,14 @@ class Scripted:
         count = sum(fan)
         ids = torch.arange(count)[:, None].repeat(1, 2)
         return Rollout(ids, torch.zeros(count, 2), [1 + n % 2 for n in range(count)])
+
+
+def test_verdicts_are_means_over_the_wordings_whose_spread_is_counted_by_verdict():
+    engine = SimpleNamespace(counters=Counters(), home=lambda tensor: tensor)
+    found = [torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.4, 0.5, 0.7])]
+    assert roles._averaged(engine, found).tolist() == pytest.approx([0.3, 0.5, 0.8])
+    assert engine.counters.take()["verdict_spread"] == pytest.approx((0.1 + 0 + 0.1) / 3)
+    assert roles._averaged(engine, found[:1]) is found[0]
 
 
 def test_queries_are_read_and_unreadable_ones_have_a_stand_in():

@@ -195,6 +195,10 @@ def test_who_implies_whom():
         table[1] = p
         assert implied_by(image, box, table, asked, 1.0).tolist() == wanted
         assert implied_by(image, box, table, asked, 0.0).tolist() == [-1] * 4
+    for p, wanted in ((0.05, [-1, 1, 1, -1]), (0.95, [1, 1, -1, -1])):
+        table[1] = p
+        found = implied_by(image, box, table, asked, 0.5).tolist()
+        assert found == wanted, "more than the share is enough"
     off = box + torch.tensor([2.0, 0, 2, 0])  # the middle one keeps 0.95 of itself
     off[1] = box[1]
     off[2] = torch.tensor([32.0, 0, 90, 90])

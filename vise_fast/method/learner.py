@@ -352,8 +352,7 @@ class Learner:
         """
         group = self.config.rollout.samples
         agreed = _agreed(played)
-        count = len(agreed.known)
-        images = sorted({n // group for n in chosen if n < count and agreed.known[n]})
+        images = sorted({n // group for n in chosen if agreed.known[n]})
         if not images:
             return torch.zeros((), device=self.policy.device)
         rows = [image * group for image in images]
@@ -388,13 +387,10 @@ class Learner:
         lengths: list[int],
         samples: int,
     ) -> Tensor:
-        """The chosen answers' expected agreement with the consensus of their views, per digit; the
-        views' own answers have none.
-        """
+        """The chosen answers' expected agreement with the consensus of their views, per digit."""
         agreed = _agreed(played)
-        count = len(agreed.known)
-        own = torch.tensor([n if n < count else 0 for n in chosen])
-        known = agreed.known[own] & (torch.tensor(chosen) < count)
+        own = torch.tensor(chosen)  # samples only: the views are boxed by the reference
+        known = agreed.known[own]
         digits = choices.digits
         device = choices.logprob.device
         values = consensus.agreements(digits, agreed.box_1000[own])
