@@ -54,7 +54,7 @@ MICRO_BATCHES = METHOD + "learner.py::test_micro_batches_do_not_change_samples_o
 LEARNER = (
     "share or own or so_many or tau or kl_is or skip or micro or views_learn or schedul or round "
     "or released or optimizer or gradients_are or teaches_nothing or loaded or cosine "
-    "or several or second_time or consensus"
+    "or several or second_time"
 )
 PLUGIN = "start or blamed or registered or shipped or invented or number"
 WRONG_PLUGINS = [

@@ -69,6 +69,7 @@ def asked(size: str, card: float) -> Config:
     config.lora.alpha = paper.alpha
     config.train.lr = paper.lr
     config.update.eta = paper.eta
+    config.model.int8_embedding = size == "32b"  # leaves a card of 24 GB room for what torch hides
     config.memory.budget_gb = float(card)
     return config
 
@@ -109,6 +110,8 @@ def _sections(config: Config, run_dir: str) -> dict[str, dict[str, Any]]:
     model: dict[str, Any] = {"path": config.model.path}
     if config.model.quant != "none":
         model["quant"] = config.model.quant
+    if config.model.int8_embedding:
+        model["int8_embedding"] = True
     if not config.model.graphs:
         model["graphs"] = False
     train = {

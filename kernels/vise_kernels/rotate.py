@@ -34,14 +34,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, path: str | None = None) -> T
     cos = cos.contiguous()
     sin = sin.contiguous()
     if chosen == "native":
-        places = (x.data_ptr(), [rows, heads, dim // 2, *x.stride()[:2]])
-        given = (*places, cos.data_ptr(), sin.data_ptr(), out.data_ptr())
-        compiled().rotate(*given, x.dtype == torch.bfloat16, threads_for(out.numel()))
+        tables = (cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+        brain = x.dtype == torch.bfloat16
+        sizes = [rows, heads, dim // 2, *x.stride()[:2]]
+        compiled().rotate(x.data_ptr(), sizes, *tables, brain, threads_for(out.numel()))
     elif out.numel():
         grid = (rows, triton.cdiv(heads, HEADS))
         given = (x, cos, sin, out, heads, *x.stride()[:2])
-        sizes = {"HALF": dim // 2, "LANES": triton.next_power_of_2(dim // 2), "HEADS": HEADS}
-        launch(_kernel, grid, *given, **sizes, num_warps=2)
+        shape = {"HALF": dim // 2, "LANES": triton.next_power_of_2(dim // 2), "HEADS": HEADS}
+        launch(_kernel, grid, *given, **shape, num_warps=2)
     return out
 
 

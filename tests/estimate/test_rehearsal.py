@@ -119,6 +119,15 @@ def test_every_knob_of_the_planner_saves_memory(shapes):
     assert peaks["nf4"] < peaks["int8"]
 
 
+def test_an_embedding_in_8_bits_is_a_byte_a_number_and_a_scale_a_row(shapes):
+    apart = copy.deepcopy(shapes)
+    apart.tie_word_embeddings = False
+    apart.text_config.tie_word_embeddings = False
+    rows, width = apart.text_config.vocab_size, apart.text_config.hidden_size
+    saved = peak(apart) - peak(apart, model__int8_embedding=True)
+    assert saved == rows * (3 * width - 4)
+
+
 @pytest.mark.parametrize("rows", [3, 200])
 def test_llm_int8_holds_rows_not_weights(rows):
     """A product at threshold 0 reads the weights into fp32; above, it copies its rows to 8 bits, by

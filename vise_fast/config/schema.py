@@ -103,6 +103,13 @@ class ModelConfig(Section):
         "none", description="bitsandbytes quantisation of the language linears"
     )
     double_quant: bool = Field(True, description="nf4: quantise the quantisation constants too")
+    int8_embedding: bool = Field(
+        False,
+        description=(
+            "hold the rows of the token embedding in 8 bits, where the head is another matrix (8B "
+            "and up)"
+        ),
+    )
     int8_threshold: float = Field(
         0.0,
         ge=0,

@@ -30,6 +30,7 @@ from vise_fast.images.geometry import Box
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model import load as model
 from vise_fast.model import quantise
+from vise_fast.model.eight_bit_rows import replace_embedding
 from vise_fast.model.families import FAMILIES
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.qwen3_vl_vision import ENCODE_AT_ONCE
@@ -375,6 +376,8 @@ def meta_policy(
             model_config, dtype=dtype, trust_remote_code=False
         )
     base.requires_grad_(False).eval()
+    if config.model.int8_embedding:
+        replace_embedding(base, config.model.path)
     policy = model.attach(base, config)
     if config.model.quant != "none":
         for name, module in list(base.named_modules()):

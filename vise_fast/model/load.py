@@ -31,6 +31,7 @@ from vise_fast.model import base as bases
 from vise_fast.model import quantise
 from vise_fast.model.attending.attention import attend_plain
 from vise_fast.model.attending.flash import choose
+from vise_fast.model.eight_bit_rows import replace_embedding
 from vise_fast.model.families import BLOCKS, FAMILIES, Family, row_of
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.saved import adapter as adapters
@@ -181,6 +182,8 @@ def load(
     base = _load_base(config, model_config, device, weights)
     base.requires_grad_(False).eval()
     quantise.settle(base)
+    if config.model.int8_embedding:
+        replace_embedding(base, config.model.path)
     quantise.check(base, config.model.quant)
     model = attach(base, config, adapter)
     check_targets(model)
@@ -202,7 +205,7 @@ def _tokens(config: Config, model_config: PreTrainedConfig, base: PreTrainedMode
     path = config.model.path
     head: Any = base.lm_head
     embedding: Any = base.get_input_embeddings()
-    known = embedding.weight.shape[0]  # mllama embeds its image token and has no head row for it
+    known = embedding.num_embeddings  # mllama embeds its image token and has no head row for it
     tokenizer = bases.read_tokenizer(resolve(path), path, known)
     image = image_token(model_config)
     if not 0 <= image < known:

@@ -87,7 +87,7 @@ class Qwen3VL:
         self.eps: float = text.rms_norm_eps
         self.scale: float = text.head_dim**-0.5
         self._text = core.model.language_model
-        self.dtype: torch.dtype = self._text.embed_tokens.weight.dtype
+        self.dtype: torch.dtype = self._text.norm.weight.dtype
         visual = core.model.visual
         self.vision = VisionTower(visual)
         self.patch = self.vision.patch
@@ -111,7 +111,7 @@ class Qwen3VL:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._text.embed_tokens.weight.device
+        return self._text.norm.weight.device
 
     def fused(self) -> list[FusedLinear]:
         """Every product that may carry LoRA."""
@@ -175,7 +175,7 @@ class Qwen3VL:
 
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) to (n, E)."""
-        return F.embedding(ids, self._text.embed_tokens.weight)
+        return self._text.embed_tokens(ids)
 
     def rope(self, positions: Tensor) -> Rotation:
         """For positions (3, n); the three axes interleave as mrope_section says."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vise_fast.ranks.meeting import fresh_name
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.ranks.together import Lines, Together
 from vise_fast.system.errors import (
@@ -87,34 +88,55 @@ def _join(environ: Mapping[str, str], count: int) -> Together:
             "a launcher; use torchrun --nproc-per-node N -m vise_fast.train"
         )
     rank = _number(environ, "RANK", 0)
-    store = _store(rank, count)
     cuda = _own_gpu(environ)
-    messages = dist.new_group(backend="gloo", timeout=PATIENCE)
+    with _reaching(rank, count):
+        store = _store(rank, count)
+        messages = _group("gloo")
     lines = Lines(messages, messages, "gloo", store)
     together = Together(lines, rank, count, cuda)
     if _distinct(together, cuda):
         # a broken exchange is noticed by polling; NCCL's own watchdog would end the process unsaved
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        lines.gradients = dist.new_group(backend="nccl", timeout=PATIENCE)
+        lines.gradients = _group("nccl")
         lines.backend = "nccl"
     return together
 
 
+def _group(backend: str) -> Any:
+    """All ranks: made within the time that it may take to arrive, patient afterwards."""
+    group = dist.new_group(backend=backend, timeout=ARRIVAL)
+    group.set_timeout(PATIENCE)
+    return group
+
+
 def _store(rank: int, count: int) -> Any:
-    """The launcher's store; all ranks are there then. A launcher may have made the group."""
+    """What these ranks alone write to; all are there then. A launcher may have made the group."""
     if dist.is_initialized():
-        return dist.PrefixStore("vise_fast", dist.distributed_c10d._get_default_store())
+        return _own_part(dist.distributed_c10d._get_default_store(), rank, count)
+    store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=ARRIVAL))
+    own = _own_part(store, rank, count)
+    shared = dist.PrefixStore("group", own)
+    dist.init_process_group("gloo", store=shared, rank=rank, world_size=count, timeout=ARRIVAL)
+    return dist.PrefixStore("vise_fast", own)
+
+
+@contextlib.contextmanager
+def _reaching(rank: int, count: int) -> Iterator[None]:
+    """What goes wrong before the ranks are together is the network's or the launcher's fault."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=ARRIVAL))
-        shared = dist.PrefixStore("group", store)
-        dist.init_process_group("gloo", store=shared, rank=rank, world_size=count, timeout=PATIENCE)
-    except (dist.DistError, RuntimeError, ValueError) as fault:
+        yield
+    except (dist.DistError, RuntimeError, ValueError, TimeoutError) as fault:
         text = " ".join(str(fault).split())[:200]
         raise EnvironmentFault(
             f"rank {rank} of {count} does not reach the others ({text}); look at MASTER_ADDR, "
             "MASTER_PORT and the network, and that all were started"
         ) from fault
-    return dist.PrefixStore("vise_fast", store)
+
+
+def _own_part(store: Any, rank: int, count: int) -> Any:
+    """Of a store in which former processes of the run may have left something."""
+    name = fresh_name(dist.PrefixStore("meeting", store), rank, count, ARRIVAL.total_seconds())
+    return dist.PrefixStore(name, store)
 
 
 def _own_gpu(environ: Mapping[str, str]) -> int | None:
