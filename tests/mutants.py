@@ -56,7 +56,7 @@ LEARNER = (
     "or released or optimizer or gradients_are or teaches_nothing or loaded or cosine "
     "or several or second_time"
 )
-PLUGIN = "start or blamed or registered or shipped or invented or number"
+PLUGIN = "start or blamed or registered or shipped or invented or number or ran_out"
 WRONG_PLUGINS = [
     METHOD + f"plugin.py::test_what_goes_wrong_in_{where}_is_known_at_the_start"
     for where in ("a_call", "the_file")

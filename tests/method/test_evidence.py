@@ -54,6 +54,19 @@ def test_it_cannot_be_changed():
         evidence().seen = torch.ones(4)
 
 
+def test_a_verdict_that_was_asked_for_is_a_probability():
+    """Of a row whose ghost was judged and nothing further, its controls may be anything."""
+    judged = torch.tensor([True, True, False, False])
+    further = torch.tensor([True, False, False, False])
+    p = torch.tensor([0.5, 0.5, torch.nan, torch.nan])
+    rest = torch.tensor([0.5, torch.nan, torch.nan, torch.nan])
+    told = {"judged": judged, "further": further, "keep": rest, "control": rest[:, None]}
+    evidence(gone=p, **told)
+    for name, wrong in (("gone", rest), ("keep", p.roll(2)), ("control", p.roll(2)[:, None])):
+        with pytest.raises(NumericFault, match=rf"p\({name}\)"):
+            evidence(**({"gone": p} | told | {name: wrong}))
+
+
 def test_which_rows_have_verdicts():
     boxes = torch.tensor([BOX, FLAT, BOX, BOX]).double()
     readable = torch.tensor([True, True, False, True])

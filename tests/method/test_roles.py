@@ -70,6 +70,15 @@ def test_queries_are_read_and_unreadable_ones_have_a_stand_in():
     assert engine.generated == (["prompt 1"], [1, 1, 1], 20, [7, 8, 9], 0.7)
 
 
+@pytest.mark.parametrize("space, asked", [("pixels", True), ("1000", False), ("1024", False)])
+def test_sizes_are_asked_for_only_where_boxes_come_in_pixels(space, asked):
+    style = SimpleNamespace(space=space)
+    sizes = {7: (30, 40), 9: (50, 60)}
+    engine = SimpleNamespace(tokens=SimpleNamespace(style=style), sizes=lambda prefixes: prefixes)
+    found = roles._sizes(engine, sizes, [9, 7, 9])
+    assert found == ([(50, 60), (30, 40), (50, 60)] if asked else [None] * 3)
+
+
 ANSWERS = ["[10, 20, 30, 40]", "nowhere", "[900, 800, 100, 1200]", "[1, 2, 3, 4]"]
 
 
