@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vise_fast.images.image import Image
-from vise_fast.images.listing import key_of
+from vise_fast.images.listing.names import key_of
 from vise_fast.images.photographs import Photographs
 from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError

@@ -38,6 +38,10 @@ class Album(Protocol):
     title: str
     """how messages name the place: "under photos", "in photos.zip" """
 
+    @property
+    def root(self) -> Path | None:
+        """The folder that its pictures lie in, each at its name; None where they are no files."""
+
     def pictures(self, skip: Skip) -> Iterator[Found]:
         """Everything that may be one, in any order. Raises DataError where the album is none."""
 

@@ -30,6 +30,8 @@ def is_hidden(name: str) -> bool:
 class Zipped:
     """The files in a zip archive."""
 
+    root = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.title = f"in {path}"
@@ -80,6 +82,8 @@ class _Packed:
 
 class Tarred:
     """The files in a tar archive that is not compressed; a shard of WebDataset is one."""
+
+    root = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

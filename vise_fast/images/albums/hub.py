@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vise_fast.images.albums.album import Album, Found, Skip
-from vise_fast.images.listing import SUFFIXES
+from vise_fast.images.listing.names import SUFFIXES
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 PREFIX = "hf:"
@@ -50,6 +50,7 @@ class OnHub:
         self.title = f"in {address}"
         self.files = files
         self.album = album
+        self.root = album.root
 
     def pictures(self, skip: Skip) -> Iterator[Found]:
         """Those of its files."""

@@ -28,6 +28,7 @@ class Listed:
 
     def __init__(self, path: Path, column: str | None = None) -> None:
         self.path = path
+        self.root = path.parent
         self.column = column
         self.title = f"in the list {path}"
 

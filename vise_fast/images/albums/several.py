@@ -11,6 +11,8 @@ from vise_fast.images.albums.album import Album, Found, Skip
 class Several:
     """Albums by the name that goes before those of their pictures."""
 
+    root = None
+
     def __init__(self, title: str, albums: Mapping[str, Album]) -> None:
         self.title = title
         self.albums = albums

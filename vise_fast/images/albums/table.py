@@ -27,6 +27,8 @@ COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")
 class Table:
     """The pictures in one column. `column`: its name; None: the first of COLUMNS that is there."""
 
+    root = None
+
     def __init__(self, path: Path, column: str | None = None) -> None:
         self.path = path
         self.title = f"in {path}"

@@ -1,0 +1,156 @@
+"""Headers that an earlier start has read, one file per album in the user's cache folder.
+
+Every file is still looked at: what counts is that its size, its times of writing and of change and
+its number in the file system are those it had when its header was read. A file that was written
+less than FRESH before that is not remembered, since a second writing in the same tick would look
+the same. What is added, removed, replaced or written anew is therefore noticed wherever a file
+system keeps its times and nobody sets its clock back. A damaged cache, one of another version or
+of other limits is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+import zipfile
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+
+from vise_fast import __version__
+from vise_fast.images.albums.album import Album
+from vise_fast.images.listing.names import Names
+from vise_fast.system import files
+
+FORMAT = 1
+FEW = 2000
+"""Of so many files the headers are read again: it takes less than half a second."""
+FRESH = 3 * 10**9
+"""Nanoseconds; the coarsest file systems keep times by two seconds."""
+STAMP = 4
+
+
+class Stamp(NamedTuple):
+    """What changes with a file: bytes, nanoseconds of writing and of change, number."""
+
+    size: int
+    written: int
+    changed: int
+    number: int
+
+
+UNKNOWN = Stamp(0, 0, 0, 0)
+"""Of a file that is not to be trusted: like nothing, not even itself."""
+
+
+def stamp_of(path: str) -> Stamp:
+    """Of a file, links followed; UNKNOWN where it cannot be trusted or is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return UNKNOWN
+    if max(found.st_mtime_ns, found.st_ctime_ns) > time.time_ns() - FRESH:
+        return UNKNOWN
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Of files by name, sorted. `stamps` int64 (4 N,), `sizes` int32 (2 N,): height and width as
+    the headers say, 0 where a file cannot be used.
+    """
+
+    names: Names
+    stamps: array[int]
+    sizes: array[int]
+
+
+class Remembered:
+    """Looks headers up, in the order of names only."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self._row = 0
+
+    def size(self, name: bytes, stamp: Stamp) -> tuple[int, int] | None:
+        """(height, width) of a file that is what it was; None where its header has to be read."""
+        old = self.headers
+        while self._row < len(old.names) and old.names.raw(self._row) < name:
+            self._row += 1
+        row = self._row
+        if stamp == UNKNOWN or row == len(old.names) or old.names.raw(row) != name:
+            return None
+        if tuple(old.stamps[STAMP * row : STAMP * (row + 1)]) != stamp:
+            return None
+        height, width = old.sizes[2 * row : 2 * row + 2]
+        return (height, width) if height > 0 else None
+
+
+NOTHING = Headers(Names.of([]), array("q"), array("i"))
+
+
+def place_of(album: Album, cap: int) -> Path | None:
+    """The cache of an album whose pictures are files; cap: the pixels that a header may promise."""
+    if album.root is None:
+        return None
+    words = f"{album.title}\0{os.path.realpath(album.root)}\0{cap}\0{_version()}"
+    digest = hashlib.sha256(os.fsencode(words)).hexdigest()
+    return files.user_cache() / "listings" / f"{digest}.npz"
+
+
+def _version() -> str:
+    return f"{FORMAT} {__version__} {PIL.__version__}"
+
+
+def read(place: Path | None) -> Headers:
+    """What was remembered; NOTHING where nothing is or it is not as written."""
+    if place is None:
+        return NOTHING
+    try:
+        with np.load(place, allow_pickle=False) as stored:  # checks a sum over each
+            names = Names(stored["names"].tobytes(), stored["ends"].astype(np.int64))
+            found = Headers(names, _array("q", stored["stamps"]), _array("i", stored["sizes"]))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        return NOTHING
+    return found if _is_whole(found) else NOTHING
+
+
+def _array(kind: str, stored: np.ndarray) -> array[int]:
+    return array(kind, stored.tobytes())
+
+
+def _is_whole(headers: Headers) -> bool:
+    ends = headers.names.ends
+    count = len(ends)
+    inside = not count or (int(ends[-1]) == len(headers.names.block) and int(ends[0]) >= 0)
+    lengths = (STAMP * count, 2 * count) == (len(headers.stamps), len(headers.sizes))
+    return inside and lengths and bool((np.diff(ends) >= 0).all())
+
+
+def write(place: Path | None, headers: Headers) -> bool:
+    """Puts it in place, whole or not at all; whether it could be. Few are not worth it."""
+    if place is None or len(headers.names) <= FEW:
+        return False
+    aside = place.with_name(f".{place.name}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            np.savez(
+                file,
+                names=np.frombuffer(headers.names.block, np.uint8),
+                ends=headers.names.ends,
+                stamps=np.frombuffer(headers.stamps, np.int64),
+                sizes=np.frombuffer(headers.sizes, np.int32),
+            )
+        os.replace(aside, place)
+    except OSError:  # a full or read-only disk, or another writer: the next start reads headers
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        return False
+    return True
