@@ -216,6 +216,13 @@ class DataConfig(Section):
     column: str | None = Field(
         None, description="of a list or table, the column of images; none: image and the like"
     )
+    stream: bool = Field(
+        False,
+        description="read shards, tables and lists in their own order, without listing them first",
+    )
+    buffer: int = Field(
+        1000, ge=1, description="of a stream, the pictures that each next one is drawn from"
+    )
     holdout: float = Field(
         0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures"
     )
@@ -779,6 +786,11 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
         yield (
             "data.dir and data.mix both say where images are; write the folder into data.mix with "
             "its weight, or leave one out"
+        )
+    if config.data.stream and config.data.is_drawn:
+        yield (
+            "data.stream has nothing to read, since the scenes are drawn; name shards, a table or "
+            "a list in data.dir, or leave it out"
         )
     rollout = config.rollout
     update = config.update

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -100,6 +100,22 @@ class Slots(ABC):
         images = [self._image(slot) for slot in now]
         self._decode_ahead(range(now.stop, now.stop + len(now)) if then is None else then)
         return images
+
+    @abstractmethod
+    def held_out(self, limit: int = 128) -> list[Image]:
+        """Images that are in no batch, at most `limit`; always the same."""
+
+    @abstractmethod
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) after the resize, of the training images or of what stands for all."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is, in one line."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What batches are drawn from."""
 
     def figures(self) -> dict[str, int]:
         """Files that turned out unusable so far."""

@@ -48,5 +48,10 @@ class Album(Protocol):
     def is_gone(self) -> bool:
         """Whether it was there and is not any more: unmounted, moved away."""
 
+    def extent(self) -> dict[str, int]:
+        """The files that it is made of and their bytes: what a stream is held to, whose pictures
+        nobody has counted. {} where its pictures have no order of their own. Raises OSError.
+        """
+
     def about(self) -> dict[str, str]:
         """What else a resumed run is held to; {} where names and sizes say it all."""

@@ -56,6 +56,10 @@ class Zipped:
         """Whether the archive is."""
         return not self.path.is_file()
 
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
+
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""
         return {}
@@ -93,7 +97,9 @@ class Tarred:
         """Named as in the archive; of two with one name the later counts, as for tar itself."""
         try:
             with tarfile.open(self.path, "r:") as archive:
-                for member in archive:
+                kept: list[tarfile.TarInfo] = vars(archive)["members"]  # every one that was read
+                while (member := archive.next()) is not None:
+                    kept.clear()
                     if not member.isfile() or is_hidden(member.name):
                         continue
                     if member.issparse():
@@ -106,6 +112,10 @@ class Tarred:
     def is_gone(self) -> bool:
         """Whether the archive is."""
         return not self.path.is_file()
+
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""

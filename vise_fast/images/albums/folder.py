@@ -29,6 +29,10 @@ class Folder:
         except OSError:
             return True
 
+    def extent(self) -> dict[str, int]:
+        """None: the order of a folder is what is listed of it."""
+        return {}
+
     def about(self) -> dict[str, str]:
         """Names and sizes say it all; the folder may be another."""
         return {}

@@ -60,6 +60,10 @@ class OnHub:
         """Whether the cache is."""
         return self.album.is_gone()
 
+    def extent(self) -> dict[str, int]:
+        """That of its files."""
+        return self.album.extent()
+
     def about(self) -> dict[str, str]:
         """The commit, so that a resumed run sees the same version or says so."""
         commit = self.files.name

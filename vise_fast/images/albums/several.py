@@ -27,6 +27,13 @@ class Several:
         """Whether any is."""
         return any(album.is_gone() for album in self.albums.values())
 
+    def extent(self) -> dict[str, int]:
+        """That of each, under its name."""
+        found: dict[str, int] = {}
+        for prefix, album in self.albums.items():
+            found |= {f"{prefix}/{name}": size for name, size in album.extent().items()}
+        return found
+
     def about(self) -> dict[str, str]:
         """What any of them says."""
         told: dict[str, str] = {}

@@ -106,6 +106,10 @@ class Table:
         """Whether the file is."""
         return not self.path.is_file()
 
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
+
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""
         return {}

@@ -18,12 +18,11 @@ from vise_fast.images.listing.gathered import Gathered
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable picture: its name in the album, and (height, width) after the resize."""
+    """One picture: its name in the album, where it lies, and 63 bits of its name."""
 
     name: str
     place: Place
     key: int
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,8 @@ class Entries:
 
     def __getitem__(self, index: int) -> Entry:
         row = int(self.rows[index])
-        height, width = self.columns.sizes[row].tolist()
         found = self.columns.found
-        key = int(self.columns.keys[row])
-        return Entry(found.names[row], found.place(row), key, (height, width))
+        return Entry(found.names[row], found.place(row), int(self.columns.keys[row]))
 
     def __iter__(self) -> Iterator[Entry]:
         return map(self.__getitem__, range(len(self)))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
+from numpy.lib.npyio import NpzFile
 
 from vise_fast import __version__
 from vise_fast.images.albums.album import Album
@@ -113,16 +114,18 @@ def read(place: Path | None) -> Headers:
     if place is None:
         return NOTHING
     try:
-        with np.load(place, allow_pickle=False) as stored:  # checks a sum over each
-            names = Names(stored["names"].tobytes(), stored["ends"].astype(np.int64))
+        with open(place, "rb") as file, NpzFile(file) as stored:  # checks a sum over each
+            names = Names(stored["names"].tobytes(), _array("q", stored["ends"]))
             found = Headers(names, _array("q", stored["stamps"]), _array("i", stored["sizes"]))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return NOTHING
     return found if _is_whole(found) else NOTHING
 
 
 def _array(kind: str, stored: np.ndarray) -> array[int]:
-    return array(kind, stored.tobytes())
+    found = array(kind)
+    found.frombytes(np.ascontiguousarray(stored).view(np.uint8).data)
+    return found
 
 
 def _is_whole(headers: Headers) -> bool:
@@ -144,7 +147,7 @@ def write(place: Path | None, headers: Headers) -> bool:
             np.savez(
                 file,
                 names=np.frombuffer(headers.names.block, np.uint8),
-                ends=headers.names.ends,
+                ends=np.frombuffer(headers.names.ends, np.int64),
                 stamps=np.frombuffer(headers.stamps, np.int64),
                 sizes=np.frombuffer(headers.sizes, np.int32),
             )
