@@ -7,19 +7,27 @@ decoding them ahead and what takes the place of an unusable one (slots.py).
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import heapq
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from vise_fast.images import slots
+from vise_fast.images.albums.album import Place
+from vise_fast.images.bad_files import BadFiles, described
+from vise_fast.images.curation.measured import Measurer
+from vise_fast.images.curation.measures import Measures
+from vise_fast.images.curation.verdict import LOG, left_out
 from vise_fast.images.image import Image
-from vise_fast.images.listing.entries import Entries, Entry, split
+from vise_fast.images.listing.entries import Columns, Entries, Entry, split
 from vise_fast.images.listing.names import key_of
 from vise_fast.images.listing.scan import scan
 from vise_fast.system import randomness
+from vise_fast.system.errors import DataError
 
 
 class Photographs(slots.Slots):
@@ -49,6 +57,8 @@ class Photographs(slots.Slots):
         counts = [f"{len(self.held)} held out"]
         if self.bad:
             counts.append(f"{len(self.bad)} unusable")
+        if self.left_out:
+            counts.append(f"{len(self.left_out)} left out")
         if self.ignored:
             counts.append(f"{self.ignored} other files")
         return f"{len(self.train)} photographs {self.album.title} ({', '.join(counts)})"
@@ -61,20 +71,62 @@ class Photographs(slots.Slots):
         count = len(self.held) + len(self.train)
         return {"images": count, "names": digest.hexdigest()} | self.album.about()
 
+    def measures(self) -> dict[str, Measures]:
+        """{name: what it looks like} of every usable picture that can be decoded, each decoded once
+        and remembered; the others are bad from here on.
+        """
+        measurer = Measurer(self.album, self.data.max_header_pixels, self._pool, self._bad.add)
+        return measurer.measured(self._columns, self._through)
+
+    def place(self, name: str) -> Place:
+        """Where a picture lies. Raises KeyError."""
+        found = self._columns.found
+        wanted = os.fsencode(name)
+        row = bisect.bisect_left(range(len(found.names)), wanted, key=found.names.raw)
+        if row == len(found.names) or found.names.raw(row) != wanted:
+            raise KeyError(name)
+        return found.place(row)
+
     # -- the start ---------------------------------------------------------------------------------
 
     def _scan(self) -> None:
         """Lists the album, reads every header, splits what is usable into `train` and `held`."""
         found = scan(self.album, self.data, self.multiple, self._bad.add, self._through)
         self.ignored = found.ignored
+        self._columns: Columns = found.columns
+        self.left_out: dict[str, str] = {}
+        if self.data.is_curated:
+            self._leave_out()
         parts = split(found.columns, self.data.holdout)
         self.held: Entries = parts.held
         self.train: Entries = parts.train
         usable = len(self.held) + len(self.train)
         if not usable:
+            self._refuse_left_out()
             self._refuse_all()
         self.total = usable + len(self.bad)
         self._refuse_share(len(self.bad) / self.total, f"{len(self.bad)} of {self.total} images")
+
+    def _leave_out(self) -> None:
+        """What the settings leave out is gone from the columns, with a line each in the log."""
+        measured = self.measures()
+        self.left_out = left_out(measured, self.data)
+        log = BadFiles(self._bad.path.with_name(LOG))
+        for name, reason in self.left_out.items():
+            log.add(name, reason)
+        columns = self._columns
+        for row in np.flatnonzero(columns.sizes[:, 0]).tolist():
+            name = columns.found.names[row]
+            if name in self.left_out or name not in measured:
+                columns.sizes[row] = 0
+
+    def _refuse_left_out(self) -> None:
+        if self.left_out:
+            raise DataError(
+                f"all {len(self.left_out)} usable images {self.album.title} are left out: "
+                f"{described(*next(iter(self.left_out.items())))}; lower that setting; vise-fast "
+                "data shows what each leaves out"
+            )
 
     def _try_some(self) -> None:
         """A header says little: decodes TRIED files whose names decide, all where there are fewer,

@@ -2,8 +2,8 @@
 
 `source.batch(step, n)` is a function of (seed, step) and of the files alone, so a resumed run sees
 what the first would have seen. A new source is a class that can what `Source` asks for, and a line
-in `open_source`. Left out: the sources themselves (photographs.py,
-streamed.py, drawn.py, mixed.py).
+in `open_source`. Left out: the sources themselves (photographs.py, streamed.py, drawn.py,
+mixed.py).
 """
 
 from __future__ import annotations

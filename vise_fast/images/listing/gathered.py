@@ -12,6 +12,7 @@ import numpy as np
 
 from vise_fast.images.albums.album import Album, Found, Place, Skip
 from vise_fast.images.listing.names import Names, irrelevant
+from vise_fast.images.listing.remembered import UNKNOWN, Stamp, stamp_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Gathered:
             return self.places[row]
         assert self.root is not None
         return self.root / self.names[row]
+
+    def stamp(self, row: int) -> Stamp:
+        """What changes with one; UNKNOWN where it is no file."""
+        if self.root is None:
+            return UNKNOWN
+        return stamp_of(os.path.join(self.root, self.names[row]))
 
 
 def gather(album: Album, skip: Skip) -> Gathered:

@@ -1,7 +1,8 @@
-"""Headers that an earlier start has read, one file per album in the user's cache folder.
+"""What an earlier start has found out of an album's files, one file in the user's cache folder for
+headers and one for measures.
 
 Every file is still looked at: what counts is that its size, its times of writing and of change and
-its number in the file system are those it had when its header was read. A file that was written
+its number in the file system are those it had when it was read. A file that was written
 less than FRESH before that is not remembered, since a second writing in the same tick would look
 the same. What is added, removed, replaced or written anew is therefore noticed wherever a file
 system keeps its times and nobody sets its clock back. A damaged cache, one of another version or
@@ -62,26 +63,45 @@ def stamp_of(path: str) -> Stamp:
 
 
 @dataclass(frozen=True)
-class Headers:
-    """Of files by name, sorted. `stamps` int64 (4 N,), `sizes` int32 (2 N,): height and width as
-    the headers say, 0 where a file cannot be used.
+class Kind:
+    """What is remembered of a file: `per` whole numbers (`code`: their type in an array), the first
+    of which is above 0; `cost`: how many headers are read in the time that it takes to find out.
     """
 
+    name: str
+    per: int
+    code: str
+    cost: int
+
+
+HEADERS = Kind("headers", 2, "i", 1)
+"""Height and width as the header says."""
+MEASURES = Kind("measures", 4, "q", 100)
+"""images/curation/measures.py."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of files by name, sorted. `stamps`: four numbers each; `values`: `kind.per` each, zeros where
+    nothing is known.
+    """
+
+    kind: Kind
     names: Names
     stamps: array[int]
-    sizes: array[int]
+    values: array[int]
 
 
 class Remembered:
-    """Looks headers up, in the order of names only."""
+    """Looks values up, in the order of names only."""
 
-    def __init__(self, headers: Headers) -> None:
-        self.headers = headers
+    def __init__(self, known: Known) -> None:
+        self.known = known
         self._row = 0
 
-    def size(self, name: bytes, stamp: Stamp) -> tuple[int, int] | None:
-        """(height, width) of a file that is what it was; None where its header has to be read."""
-        old = self.headers
+    def values(self, name: bytes, stamp: Stamp) -> tuple[int, ...] | None:
+        """Those of a file that is what it was; None where they have to be found out."""
+        old = self.known
         while self._row < len(old.names) and old.names.raw(self._row) < name:
             self._row += 1
         row = self._row
@@ -89,18 +109,21 @@ class Remembered:
             return None
         if tuple(old.stamps[STAMP * row : STAMP * (row + 1)]) != stamp:
             return None
-        height, width = old.sizes[2 * row : 2 * row + 2]
-        return (height, width) if height > 0 else None
+        per = old.kind.per
+        found = tuple(old.values[per * row : per * (row + 1)])
+        return found if found[0] > 0 else None
 
 
-NOTHING = Headers(Names.of([]), array("q"), array("i"))
+def nothing(kind: Kind) -> Known:
+    """Of no file."""
+    return Known(kind, Names.of([]), array("q"), array(kind.code))
 
 
-def place_of(album: Album, cap: int) -> Path | None:
+def place_of(album: Album, cap: int, kind: Kind) -> Path | None:
     """The cache of an album whose pictures are files; cap: the pixels that a header may promise."""
     if album.root is None:
         return None
-    words = f"{album.title}\0{os.path.realpath(album.root)}\0{cap}\0{_version()}"
+    words = f"{kind.name}\0{album.title}\0{os.path.realpath(album.root)}\0{cap}\0{_version()}"
     digest = hashlib.sha256(os.fsencode(words)).hexdigest()
     return files.user_cache() / "listings" / f"{digest}.npz"
 
@@ -109,17 +132,18 @@ def _version() -> str:
     return f"{FORMAT} {__version__} {PIL.__version__}"
 
 
-def read(place: Path | None) -> Headers:
-    """What was remembered; NOTHING where nothing is or it is not as written."""
+def read(place: Path | None, kind: Kind) -> Known:
+    """What was remembered; nothing where nothing is or it is not as written."""
     if place is None:
-        return NOTHING
+        return nothing(kind)
     try:
         with open(place, "rb") as file, NpzFile(file) as stored:  # checks a sum over each
             names = Names(stored["names"].tobytes(), _array("q", stored["ends"]))
-            found = Headers(names, _array("q", stored["stamps"]), _array("i", stored["sizes"]))
+            values = _array(kind.code, stored["values"])
+            found = Known(kind, names, _array("q", stored["stamps"]), values)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return NOTHING
-    return found if _is_whole(found) else NOTHING
+        return nothing(kind)
+    return found if _is_whole(found) else nothing(kind)
 
 
 def _array(kind: str, stored: np.ndarray) -> array[int]:
@@ -128,17 +152,18 @@ def _array(kind: str, stored: np.ndarray) -> array[int]:
     return found
 
 
-def _is_whole(headers: Headers) -> bool:
-    ends = headers.names.ends
+def _is_whole(known: Known) -> bool:
+    ends = known.names.ends
     count = len(ends)
-    inside = not count or (int(ends[-1]) == len(headers.names.block) and int(ends[0]) >= 0)
-    lengths = (STAMP * count, 2 * count) == (len(headers.stamps), len(headers.sizes))
+    inside = not count or (ends[-1] == len(known.names.block) and ends[0] >= 0)
+    wanted = (STAMP * count, known.kind.per * count)
+    lengths = wanted == (len(known.stamps), len(known.values))
     return inside and lengths and bool((np.diff(ends) >= 0).all())
 
 
-def write(place: Path | None, headers: Headers) -> bool:
+def write(place: Path | None, known: Known) -> bool:
     """Puts it in place, whole or not at all; whether it could be. Few are not worth it."""
-    if place is None or len(headers.names) <= FEW:
+    if place is None or len(known.names) * known.kind.cost <= FEW:
         return False
     aside = place.with_name(f".{place.name}.partial")
     try:
@@ -146,10 +171,10 @@ def write(place: Path | None, headers: Headers) -> bool:
         with open(aside, "wb") as file:
             np.savez(
                 file,
-                names=np.frombuffer(headers.names.block, np.uint8),
-                ends=np.frombuffer(headers.names.ends, np.int64),
-                stamps=np.frombuffer(headers.stamps, np.int64),
-                sizes=np.frombuffer(headers.sizes, np.int32),
+                names=np.frombuffer(known.names.block, np.uint8),
+                ends=np.frombuffer(known.names.ends, np.int64),
+                stamps=np.frombuffer(known.stamps, np.int64),
+                values=np.frombuffer(known.values, known.kind.code),
             )
         os.replace(aside, place)
     except OSError:  # a full or read-only disk, or another writer: the next start reads headers

@@ -5,7 +5,6 @@ Two starts over the same files find the same, whatever was remembered.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from vise_fast.images.listing import remembered
 from vise_fast.images.listing.entries import Columns
 from vise_fast.images.listing.gathered import Gathered, gather
 from vise_fast.images.listing.names import key_of_bytes
-from vise_fast.images.listing.remembered import UNKNOWN, Headers, Remembered, stamp_of
+from vise_fast.images.listing.remembered import HEADERS, Known, Remembered
 from vise_fast.images.picture_file import BadImage, grid_size, header
 from vise_fast.system.errors import ConfigError
 
@@ -52,13 +51,13 @@ def scan(album: Album, data: DataConfig, multiple: int, bad: Skip, through: Thro
     """
     _refuse_budget(data, multiple)
     found = gather(album, bad)
-    place = remembered.place_of(album, data.max_header_pixels)
-    old = remembered.read(place)
-    look = _Look(found, data.max_header_pixels, Remembered(old), bad)
+    place = remembered.place_of(album, data.max_header_pixels, HEADERS)
+    known = Remembered(remembered.read(place, HEADERS))
+    look = _Look(found, data.max_header_pixels, known, bad)
     for row in through(range(len(found.names)), "reading headers"):
         look.at(row)
     if look.read:
-        remembered.write(place, Headers(found.names, look.stamps, look.sizes))
+        remembered.write(place, Known(HEADERS, found.names, look.stamps, look.sizes))
     keys = np.fromiter(map(key_of_bytes, map(found.names.raw, range(len(found.names)))), np.int64)
     sizes = _on_grid(np.array(look.sizes, np.int32).reshape(-1, 2), data, multiple)
     return Scanned(Columns(found, keys, sizes), found.ignored + look.ignored)
@@ -79,10 +78,8 @@ class _Look:
 
     def at(self, row: int) -> None:
         """The header of a row."""
-        stamp = UNKNOWN
-        if self.found.root is not None:
-            stamp = stamp_of(os.path.join(self.found.root, self.found.names[row]))
-        size = self.known.size(self.found.names.raw(row), stamp)
+        stamp = self.found.stamp(row)
+        size = self.known.values(self.found.names.raw(row), stamp)
         if size is None:
             size = self._size(row)
         self.stamps.extend(stamp)
