@@ -84,7 +84,7 @@ def open_source(
     log = None if directory is None else directory / LOG
 
     def photographs(place: str) -> Slots:
-        album = open_album(place, config.data.column)
+        album = open_album(place, config.data.column, config.data.stream)
         kind = Streamed if config.data.stream else Photographs
         return kind(album, config, multiple, log, say, through=through)
 

@@ -10,17 +10,16 @@ nothing is decoded. Sizes and the number of pictures are not known. Left out: th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vise_fast.images import slots
-from vise_fast.images.albums.album import Found, Place
+from vise_fast.images.albums.album import Bytes, Found, Place
 from vise_fast.images.albums.archive import LARGEST, Span
 from vise_fast.images.image import Image
 from vise_fast.images.listing.entries import Entry, held_below
@@ -164,17 +163,6 @@ class Streamed(slots.Slots):
     def _others(self, slot: int) -> Iterator[Entry]:
         """Those that come after it, which are the same in any history."""
         return map(self._at, range(slot + 1, slot + 1 + slots.TRIED))
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """A picture's bytes in memory."""
-
-    data: bytes
-
-    def open(self) -> BinaryIO:
-        """They as a file."""
-        return io.BytesIO(self.data)
 
 
 def held(found: Found) -> Found:

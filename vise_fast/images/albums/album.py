@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,17 @@ class Blob(Protocol):
 
     def open(self) -> BinaryIO:
         """They as a file that can seek, for any thread; the caller closes it. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A picture's bytes in memory."""
+
+    data: bytes
+
+    def open(self) -> BinaryIO:
+        """They as a file."""
+        return io.BytesIO(self.data)
 
 
 Place = Path | Blob

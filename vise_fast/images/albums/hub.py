@@ -32,15 +32,25 @@ def fetched(address: str) -> Path:
             )
         )
     except HFValidationError:
-        raise ConfigError(
-            f"data.dir {address} names no data set; it is hf:OWNER/NAME or hf:OWNER/NAME@COMMIT"
-        ) from None
+        raise no_data_set(address) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
-        reason = " ".join(str(fault).split())[:200]
-        raise EnvironmentFault(
-            f"the data set {address} is neither here nor to be had: {reason}; go online, log in "
-            "with hf auth login, or give --data.dir a folder"
-        ) from None
+        raise not_to_be_had(address, fault) from None
+
+
+def no_data_set(address: str) -> ConfigError:
+    """What is said of an address that is none."""
+    return ConfigError(
+        f"data.dir {address} names no data set; it is hf:OWNER/NAME or hf:OWNER/NAME@COMMIT"
+    )
+
+
+def not_to_be_had(address: str, fault: Exception) -> EnvironmentFault:
+    """What is said where the hub refuses or cannot be reached."""
+    reason = " ".join(str(fault).split())[:200]
+    return EnvironmentFault(
+        f"the data set {address} is neither here nor to be had: {reason}; go online, log in "
+        "with hf auth login, or give --data.dir a folder"
+    )
 
 
 class OnHub:

@@ -25,12 +25,17 @@ COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")
 
 
 class Table:
-    """The pictures in one column. `column`: its name; None: the first of COLUMNS that is there."""
+    """The pictures in one column. `column`: its name; None: the first of COLUMNS that is there;
+    `file`: what is read instead of the path, where it is open already.
+    """
 
     root = None
 
-    def __init__(self, path: Path, column: str | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: str | Path, column: str | None = None, file: BinaryIO | None = None
+    ) -> None:
+        self.path = Path(path)
+        self._source = file or self.path
         self.title = f"in {path}"
         self._arrow = _arrow()
         self._file = self._opened()
@@ -71,7 +76,7 @@ class Table:
         from pyarrow import parquet
 
         try:
-            return parquet.ParquetFile(self.path)
+            return parquet.ParquetFile(self._source)
         except (OSError, ValueError, self._arrow.ArrowException) as fault:
             reason = " ".join(str(fault).split())[:200]
             raise DataError(
