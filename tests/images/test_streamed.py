@@ -102,6 +102,22 @@ def test_the_held_out_share_is_that_of_a_listing(folder, tmp_path):
         assert [image.name for image in source.held_out(2)] == sorted(names)[:2]
 
 
+def test_held_out_pictures_are_looked_for_once(folder, tmp_path, monkeypatch):
+    """Later calls read no names again; too few of them are told."""
+    monkeypatch.setattr(streamed, "LOOKED", 12)
+    said = []
+    place = as_table(folder, tmp_path, rows=4)
+    config = streaming(tmp_path, place, "--data.holdout", "0.4")
+    with closing(Streamed(open_album(str(place)), config, 16, say=said.append)) as source:
+        first = source.held_out(2)
+        assert source._looked < 12 and not said
+        every = source.held_out(100)
+        monkeypatch.setattr(type(source.album), "pictures", None)
+        assert [image.name for image in source.held_out(100)] == [image.name for image in every]
+    same([first], [every[:2]])
+    assert 2 < len(every) < 12 and len(said) == 1 and "held-out images, not 100, are among the first 12" in said[0]
+
+
 def test_ranks_draw_their_parts_of_one_batch(folder, tmp_path):
     place = as_table(folder, tmp_path)
     with closing(opened(tmp_path, place)) as source:

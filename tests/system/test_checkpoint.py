@@ -483,7 +483,9 @@ def test_a_file_that_is_what_was_hashed_and_yet_no_such_file(tmp_path, name, dat
 def test_no_good_one_is_an_error_not_a_new_start(tmp_path):
     for step in (1, 2):
         DAMAGES["a bit of a tensor"](saved(tmp_path, step))
-    with pytest.raises(Corrupt, match=r"no checkpoint under .* is whole \(the checkpoint \S*step_2 "):
+    with pytest.raises(
+        Corrupt, match=r"no checkpoint under .* is whole \(the checkpoint \S*step_2 "
+    ):
         choose("auto", tmp_path)
 
 

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class Streamed(slots.Slots):
             )
         self._length: int | None = None  # of a pass, once one came to its end
         self._given: dict[int, Entry] = {}
+        self._looked = 0  # names, for held-out pictures
+        self._told = False
+        self._held_out: list[Entry] = []
+        self._held_rest = self._look_for_held()
         self._open(0, 0)
         self._try_first()
         self._prove_one_decodes()
@@ -64,7 +68,14 @@ class Streamed(slots.Slots):
 
     def held_out(self, limit: int = 128) -> list[Image]:
         """The first held-out pictures of the album, at most `limit`; never part of a batch."""
-        return self._images(self._held_entries(), limit)
+        found = self._images(self._held_entries(), limit)
+        if len(found) < limit and self._looked == LOOKED and not self._told:
+            self._told = True
+            self._say(
+                f"data.stream: {len(found)} held-out images, not {limit}, are among the first "
+                f"{LOOKED} {self.album.title}; figures are of those; raise --data.holdout for more"
+            )
+        return found
 
     def sizes(self) -> list[tuple[int, int]]:
         """The largest that may come: what will come is not known."""
@@ -107,10 +118,21 @@ class Streamed(slots.Slots):
         return (found for found in self.album.pictures(self._bad.add) if not is_ignored(found))
 
     def _held_entries(self) -> Iterator[Entry]:
-        """Those that are held out, among the first names."""
+        """Those that are held out, among the first names; each is looked for once."""
+        for place in count():
+            if place == len(self._held_out):
+                following = next(self._held_rest, None)
+                if following is None:
+                    return
+                self._held_out.append(following)
+            yield self._held_out[place]
+
+    def _look_for_held(self) -> Iterator[Entry]:
         below = held_below(self.data.holdout)
-        entries = map(_entry, islice(self._records(), LOOKED))
-        return (entry for entry in entries if entry.key < below)
+        for found in islice(self._records(), LOOKED):
+            self._looked += 1
+            if key_of(found.name) < below:
+                yield _entry(held(found))
 
     def _training(self) -> Iterator[Found]:
         below = held_below(self.data.holdout)
