@@ -100,6 +100,15 @@ def test_each_rule_by_itself(tmp_path, folder, rule):
     assert {json.loads(line)["name"] for line in lines} == {f"{name}.png" for name in wanted}
 
 
+def test_of_pictures_that_are_almost_the_same_the_largest_stays(tmp_path, folder):
+    place = tmp_path / "some"
+    place.mkdir()
+    for new, name in {"a": "cat_shrunk", "b": "cat_saved", "c": "cat_0", "d": "rocket"}.items():
+        (place / f"{new}.png").write_bytes((folder / f"{name}.png").read_bytes())
+    with closing(opened(tmp_path, place, "--data.near_duplicates", "4")) as source:
+        assert source.left_out == dict.fromkeys(("a.png", "c.png"), "is almost b.png")
+
+
 def test_all_rules_together_say_one_reason_each(tmp_path, folder):
     words = [word for rule, (limit, _) in RULES.items() for word in (f"--{rule}", str(limit))]
     assert set(gone(tmp_path, folder, *words)) == {"small", "blurred", "flat", *ALMOST[1:]}

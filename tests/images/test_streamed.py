@@ -115,7 +115,11 @@ def test_held_out_pictures_are_looked_for_once(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(type(source.album), "pictures", None)
         assert [image.name for image in source.held_out(100)] == [image.name for image in every]
     same([first], [every[:2]])
-    assert 2 < len(every) < 12 and len(said) == 1 and "held-out images, not 100, are among the first 12" in said[0]
+    assert (
+        2 < len(every) < 12
+        and len(said) == 1
+        and "held-out images, not 100, are among the first 12" in said[0]
+    )
 
 
 def test_ranks_draw_their_parts_of_one_batch(folder, tmp_path):

@@ -12,7 +12,9 @@ LOG = "left_out.jsonl"
 
 
 def left_out(measured: Mapping[str, Measures], data: DataConfig) -> dict[str, str]:
-    """{name: reason}; of pictures that are almost the same, the first by name stays."""
+    """{name: reason}; of pictures that are almost the same, the largest stays, of
+    equal ones the first by name.
+    """
     found = {}
     for name, measures in measured.items():
         reason = _below(measures, data)
@@ -39,6 +41,7 @@ def _near(
     names: Sequence[str], measured: Mapping[str, Measures], data: DataConfig
 ) -> dict[str, str]:
     assert data.near_duplicates is not None
+    names = sorted(names, key=lambda name: -measured[name].side)
     first = originals([measured[name].bits for name in names], data.near_duplicates)
     return {
         name: f"is almost {names[other]}"
