@@ -29,6 +29,7 @@ ORDER = (
 LEAVES = {
     "__main__",
     "compare",
+    "data",
     "demo",
     "doctor",
     "export",

@@ -36,6 +36,7 @@ SMALL = {
     "vise-fast train --help": ([], 0),
     "python -m vise_fast.train": (["--help"], 0),
     "vise-fast doctor": ([], None),
+    "vise-fast data photos": (["--html", "{tmp}/data.html", "--png", "{tmp}/data.png"], 0),
     "vise-fast probe --data.dir photos": (["--html", "{tmp}/probe.html"], 0),
     "vise-fast evaluate --adapter runs/nano/adapter --alphas 0,0.5,1 "
     "--json runs/nano/strengths.json": (["--scenes", "4"], 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import zoo
 from PIL import Image as Pillow
 
 from vise_fast.config.schema import Config, load
-from vise_fast.images import photographs as module
+from vise_fast.images import slots as module
 from vise_fast.images.albums.door import open_album
 from vise_fast.images.photographs import Photographs
 from vise_fast.system.errors import ConfigError, DataError
@@ -133,8 +134,14 @@ def test_order_does_not_depend_on_how_the_disk_lists(tmp_path, monkeypatch):
     folder = fill(tmp_path / "p" / "deep", 9).parent
     fill(folder, 9, start=20)
     straight = names(opened(tmp_path, folder).batch(0, 16))
-    listing = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listing(self))))
+    listing = os.scandir
+
+    @contextlib.contextmanager
+    def backwards(folder):
+        with listing(folder) as children:
+            yield reversed(list(children))
+
+    monkeypatch.setattr(os, "scandir", backwards)
     assert names(opened(tmp_path, folder).batch(0, 16)) == straight
 
 
@@ -524,14 +531,14 @@ def test_a_resumed_run_repeats_no_line(tmp_path):
 def test_a_folder_that_cannot_be_listed_is_a_line(tmp_path, monkeypatch):
     fill(tmp_path / "p", 4)
     fill(tmp_path / "p" / "secret", 4)
-    listing = Path.iterdir
+    listing = os.scandir
 
-    def refuse(self):
-        if self.name == "secret":
+    def refuse(folder):
+        if os.path.basename(folder.rstrip("/")) == "secret":
             raise PermissionError(13, "Permission denied")
-        return listing(self)
+        return listing(folder)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     source = opened(tmp_path, tmp_path / "p", "--data.max_bad_share", "1")
     assert source.bad == {"secret": "cannot be listed: Permission denied"}
 

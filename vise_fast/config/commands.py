@@ -147,6 +147,19 @@ ALL = (
         loads=True,
     ),
     Command(
+        "data",
+        "what is in a folder, an archive or a table of pictures, before training",
+        "data.__main__",
+        CONFIG
+        | {
+            "html": ("data.html", "the page with all of it"),
+            "png": ("data.png", "the contact sheet"),
+        },
+        takes="PLACE",
+        positional=1,
+        settings=True,
+    ),
+    Command(
         "infer",
         "ask a model about one picture",
         "infer",

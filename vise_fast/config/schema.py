@@ -223,6 +223,13 @@ class DataConfig(Section):
     column: str | None = Field(
         None, description="of a list or table, the column of images; none: image and the like"
     )
+    stream: bool = Field(
+        False,
+        description="read shards, tables and lists in their own order, without listing them first",
+    )
+    buffer: int = Field(
+        1000, ge=1, description="of a stream, the pictures that each next one is drawn from"
+    )
     holdout: float = Field(
         0.05, ge=0, lt=1, description="share of the folder kept for the label-free figures"
     )
@@ -241,7 +248,29 @@ class DataConfig(Section):
     max_bad_share: float = Field(
         0.05, ge=0, le=1, description="do not start when a larger share of the files is unreadable"
     )
+    min_side: int = Field(
+        0, ge=0, description="leave out images whose shorter side has fewer pixels; 0: none"
+    )
+    min_sharpness: float = Field(
+        0, ge=0, description="leave out images whose Laplacian varies less (30 is blurred); 0: none"
+    )
+    min_contrast: float = Field(
+        0, ge=0, description="leave out images whose greys deviate less (8 is flat); 0: none"
+    )
+    near_duplicates: int | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="leave out images whose 64-bit hash differs from another's in at most so many "
+        "bits (4 is careful); none: keep them",
+    )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
+
+    @property
+    def is_curated(self) -> bool:
+        """Whether images may be left out by what they look like."""
+        floors = (self.min_side, self.min_sharpness, self.min_contrast)
+        return any(floors) or self.near_duplicates is not None
 
     @property
     def is_drawn(self) -> bool:
@@ -786,6 +815,16 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
         yield (
             "data.dir and data.mix both say where images are; write the folder into data.mix with "
             "its weight, or leave one out"
+        )
+    if config.data.stream and config.data.is_drawn:
+        yield (
+            "data.stream has nothing to read, since the scenes are drawn; name shards, a table or "
+            "a list in data.dir, or leave it out"
+        )
+    if config.data.stream and config.data.is_curated:
+        yield (
+            "data.stream shows images before all of them are known, so none can be left out by "
+            "data.min_side, min_sharpness, min_contrast or near_duplicates; leave either out"
         )
     rollout = config.rollout
     update = config.update

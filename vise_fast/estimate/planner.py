@@ -10,6 +10,7 @@ what torch does not see; `usable` leaves room for it.
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -164,8 +165,12 @@ class Planner:
         they are few.
         """
         limits = (self.multiple, config.data.min_pixels, config.data.max_pixels)
-        shrunk = [picture_file.grid_size(h, w, *limits) for h, w in self.sizes]
-        largest = sorted(shrunk, key=lambda size: -size[0] * size[1])
+        shrunk = {size: picture_file.grid_size(*size, *limits) for size in set(self.sizes)}
+        largest = heapq.nsmallest(
+            config.train.batch,
+            map(shrunk.__getitem__, self.sizes),
+            key=lambda size: -size[0] * size[1],
+        )
         times = -(-config.train.batch // len(largest))
         return (largest * times)[: config.train.batch]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from vise_fast.images.image import Image
-from vise_fast.images.listing import key_of
-from vise_fast.images.photographs import Photographs
+from vise_fast.images.listing.names import key_of
+from vise_fast.images.slots import Slots
 from vise_fast.system import randomness
 from vise_fast.system.errors import ConfigError
 
@@ -57,7 +57,7 @@ class Mixed:
     """Photographs of several places. Held-out pictures come from each in turn."""
 
     def __init__(
-        self, places: Mapping[str, Photographs], weights: Mapping[str, float], seed: int
+        self, places: Mapping[str, Slots], weights: Mapping[str, float], seed: int
     ) -> None:
         self.places = dict(places)
         total = sum(weights.values())
@@ -137,7 +137,9 @@ class Mixed:
         """That of each place, and how often it is drawn from; where it lies may change."""
         each = [source.identity() for source in self.places.values()]
         ends = [round(float(end), 9) for end in self._ends]
-        return {"images": sum(found["images"] for found in each), "mix": each, "ends": ends}
+        counts = [found["images"] for found in each]
+        known = all(isinstance(count, int) for count in counts)
+        return {"images": sum(counts) if known else "streamed", "mix": each, "ends": ends}
 
     def figures(self) -> dict[str, int]:
         """Files of all places that turned out unusable so far."""

@@ -2,7 +2,8 @@
 
 `source.batch(step, n)` is a function of (seed, step) and of the files alone, so a resumed run sees
 what the first would have seen. A new source is a class that can what `Source` asks for, and a line
-in `open_source`. Left out: the sources themselves (photographs.py, drawn.py, mixed.py).
+in `open_source`. Left out: the sources themselves (photographs.py, streamed.py, drawn.py,
+mixed.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from typing import Any, Protocol
 from vise_fast.config.schema import Config
 from vise_fast.images.albums import door
 from vise_fast.images.albums.door import open_album
+from vise_fast.images.bad_files import LOG
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.image import Image
+from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.mixed import Mixed, parts_of
-from vise_fast.images.photographs import LOG, Photographs, Through, silent, unseen
+from vise_fast.images.photographs import Photographs
+from vise_fast.images.slots import Slots, silent
+from vise_fast.images.streamed import Streamed
+
+UNKNOWN_SIZES = (
+    "data.stream: the sizes of the images to come are not known, so memory.budget_gb is planned "
+    "for images of data.max_pixels; leave data.stream out where they are smaller"
+)
 
 
 class Source(Protocol):
@@ -69,11 +79,14 @@ def open_source(
     person should know of the images; through: shows how far their headers are read. Raises
     ConfigError where sizes do not fit the grid, DataError where a place cannot be used.
     """
+    if config.data.stream and config.memory.budget_gb is not None:
+        say(UNKNOWN_SIZES)
     log = None if directory is None else directory / LOG
 
-    def photographs(place: str) -> Photographs:
-        album = open_album(place, config.data.column)
-        return Photographs(album, config, multiple, log, say, through=through)
+    def photographs(place: str) -> Slots:
+        album = open_album(place, config.data.column, config.data.stream)
+        kind = Streamed if config.data.stream else Photographs
+        return kind(album, config, multiple, log, say, through=through)
 
     if config.data.mix:
         weights = parts_of(config.data.mix)

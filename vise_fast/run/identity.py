@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vise_fast import __version__
+from vise_fast.images.curation.verdict import LOG as LEFT_OUT
 from vise_fast.images.sources import LOG
 from vise_fast.system import files
 from vise_fast.system.errors import ConfigError, EnvironmentFault
@@ -25,7 +26,7 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 KIND = "vise_fast run"
 FORMAT = 1
-LEFT_BEHIND = frozenset({LOCK, LOG, f".{MARKER}.partial"})
+LEFT_BEHIND = frozenset({LOCK, LOG, LEFT_OUT, f".{MARKER}.partial"})
 """What a run that never began may leave in its folder: the next one begins there all the same."""
 BEGINNING = (MARKER, CONFIG, "env.json", "metrics.jsonl", "samples.jsonl", LOCK)
 """What a run writes before it does anything."""

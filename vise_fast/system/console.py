@@ -34,6 +34,7 @@ from vise_fast.system.streams import Forgiving
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 BAR = 20  # columns of a live bar
+STEPS = 10_000  # in which a bar moves: each takes as long as reading a small file's header
 T = TypeVar("T")
 
 
@@ -142,9 +143,11 @@ class Console:
             return
         with _bar(self._out, transient=True) as bar:
             task = bar.add_task(self._shown(label), total=len(things), figures={})
-            for thing in things:
+            every = max(1, len(things) // STEPS)
+            for number, thing in enumerate(things, 1):
                 yield thing
-                bar.update(task, advance=1)
+                if number % every == 0:
+                    bar.update(task, completed=number)
 
     @contextmanager
     def working(self, label: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,17 @@ class Blob(Protocol):
 
     def open(self) -> BinaryIO:
         """They as a file that can seek, for any thread; the caller closes it. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A picture's bytes in memory."""
+
+    data: bytes
+
+    def open(self) -> BinaryIO:
+        """They as a file."""
+        return io.BytesIO(self.data)
 
 
 Place = Path | Blob
@@ -38,11 +50,20 @@ class Album(Protocol):
     title: str
     """how messages name the place: "under photos", "in photos.zip" """
 
+    @property
+    def root(self) -> Path | None:
+        """The folder that its pictures lie in, each at its name; None where they are no files."""
+
     def pictures(self, skip: Skip) -> Iterator[Found]:
         """Everything that may be one, in any order. Raises DataError where the album is none."""
 
     def is_gone(self) -> bool:
         """Whether it was there and is not any more: unmounted, moved away."""
+
+    def extent(self) -> dict[str, int]:
+        """The files that it is made of and their bytes: what a stream is held to, whose pictures
+        nobody has counted. {} where its pictures have no order of their own. Raises OSError.
+        """
 
     def about(self) -> dict[str, str]:
         """What else a resumed run is held to; {} where names and sizes say it all."""

@@ -30,6 +30,8 @@ def is_hidden(name: str) -> bool:
 class Zipped:
     """The files in a zip archive."""
 
+    root = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.title = f"in {path}"
@@ -53,6 +55,10 @@ class Zipped:
     def is_gone(self) -> bool:
         """Whether the archive is."""
         return not self.path.is_file()
+
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""
@@ -81,6 +87,8 @@ class _Packed:
 class Tarred:
     """The files in a tar archive that is not compressed; a shard of WebDataset is one."""
 
+    root = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.title = f"in {path}"
@@ -89,7 +97,9 @@ class Tarred:
         """Named as in the archive; of two with one name the later counts, as for tar itself."""
         try:
             with tarfile.open(self.path, "r:") as archive:
-                for member in archive:
+                kept: list[tarfile.TarInfo] = vars(archive)["members"]  # every one that was read
+                while (member := archive.next()) is not None:
+                    kept.clear()
                     if not member.isfile() or is_hidden(member.name):
                         continue
                     if member.issparse():
@@ -102,6 +112,10 @@ class Tarred:
     def is_gone(self) -> bool:
         """Whether the archive is."""
         return not self.path.is_file()
+
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""

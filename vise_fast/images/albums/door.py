@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vise_fast.images.albums import hub, listed
+from vise_fast.images.albums import hub, listed, remote
 from vise_fast.images.albums.album import Album
 from vise_fast.images.albums.archive import Tarred, Zipped
 from vise_fast.images.albums.folder import Folder
@@ -26,11 +26,13 @@ SHARDS = (".parquet", ".tar", ".zip")
 PATTERN = frozenset("*?[")
 
 
-def open_album(place: str, column: str | None = None) -> Album:
-    """column: of a list or table. Raises DataError where nothing is there, ConfigError and
-    EnvironmentFault for a data set on the hub.
+def open_album(place: str, column: str | None = None, stream: bool = False) -> Album:
+    """column: of a list or table; stream: a data set on the hub is not downloaded first. Raises
+    DataError where nothing is there, ConfigError and EnvironmentFault for a data set on the hub.
     """
     if place.startswith(hub.PREFIX):
+        if stream:
+            return remote.streamed(place, column)
         files = hub.fetched(place)
         return hub.OnHub(place, files, _whatever(files, column))
     path = Path(place).expanduser()

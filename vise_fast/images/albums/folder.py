@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vise_fast.images import listing
 from vise_fast.images.albums.album import Found, Skip
+from vise_fast.images.listing.walk import refuse_folder, walk
 
 
 class Folder:
     """Every regular file under a directory. Raises DataError where there is none."""
 
     def __init__(self, root: Path) -> None:
-        listing.refuse_folder(root)
+        refuse_folder(root)
         self.root = root
         self.title = f"under {root}"
 
     def pictures(self, skip: Skip) -> Iterator[Found]:
         """Named by their path relative to the folder."""
-        for path in listing.walk(self.root, lambda path, reason: skip(self._name(path), reason)):
-            yield Found(self._name(path), path)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
+        for name in walk(self.root, skip):
+            yield Found(name, self.root / name)
 
     def is_gone(self) -> bool:
         """Empty or not there."""
@@ -31,6 +28,10 @@ class Folder:
             return not any(self.root.iterdir())
         except OSError:
             return True
+
+    def extent(self) -> dict[str, int]:
+        """None: the order of a folder is what is listed of it."""
+        return {}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all; the folder may be another."""

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vise_fast.images.albums.album import Album, Found, Skip
-from vise_fast.images.listing import SUFFIXES
+from vise_fast.images.listing.names import SUFFIXES
 from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 PREFIX = "hf:"
@@ -32,15 +32,25 @@ def fetched(address: str) -> Path:
             )
         )
     except HFValidationError:
-        raise ConfigError(
-            f"data.dir {address} names no data set; it is hf:OWNER/NAME or hf:OWNER/NAME@COMMIT"
-        ) from None
+        raise no_data_set(address) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
-        reason = " ".join(str(fault).split())[:200]
-        raise EnvironmentFault(
-            f"the data set {address} is neither here nor to be had: {reason}; go online, log in "
-            "with hf auth login, or give --data.dir a folder"
-        ) from None
+        raise not_to_be_had(address, fault) from None
+
+
+def no_data_set(address: str) -> ConfigError:
+    """What is said of an address that is none."""
+    return ConfigError(
+        f"data.dir {address} names no data set; it is hf:OWNER/NAME or hf:OWNER/NAME@COMMIT"
+    )
+
+
+def not_to_be_had(address: str, fault: Exception) -> EnvironmentFault:
+    """What is said where the hub refuses or cannot be reached."""
+    reason = " ".join(str(fault).split())[:200]
+    return EnvironmentFault(
+        f"the data set {address} is neither here nor to be had: {reason}; go online, log in "
+        "with hf auth login, or give --data.dir a folder"
+    )
 
 
 class OnHub:
@@ -50,6 +60,7 @@ class OnHub:
         self.title = f"in {address}"
         self.files = files
         self.album = album
+        self.root = album.root
 
     def pictures(self, skip: Skip) -> Iterator[Found]:
         """Those of its files."""
@@ -58,6 +69,10 @@ class OnHub:
     def is_gone(self) -> bool:
         """Whether the cache is."""
         return self.album.is_gone()
+
+    def extent(self) -> dict[str, int]:
+        """That of its files."""
+        return self.album.extent()
 
     def about(self) -> dict[str, str]:
         """The commit, so that a resumed run sees the same version or says so."""

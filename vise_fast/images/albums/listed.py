@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Listed:
 
     def __init__(self, path: Path, column: str | None = None) -> None:
         self.path = path
+        self.root = path.parent
         self.column = column
         self.title = f"in the list {path}"
 
@@ -105,6 +107,11 @@ class Listed:
     def is_gone(self) -> bool:
         """Whether the list is."""
         return not self.path.is_file()
+
+    def extent(self) -> dict[str, int]:
+        """The bytes of the list, and a sum over them."""
+        content = self.path.read_bytes()
+        return {"": len(content), "crc32": zlib.crc32(content)}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""

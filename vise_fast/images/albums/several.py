@@ -11,6 +11,8 @@ from vise_fast.images.albums.album import Album, Found, Skip
 class Several:
     """Albums by the name that goes before those of their pictures."""
 
+    root = None
+
     def __init__(self, title: str, albums: Mapping[str, Album]) -> None:
         self.title = title
         self.albums = albums
@@ -24,6 +26,13 @@ class Several:
     def is_gone(self) -> bool:
         """Whether any is."""
         return any(album.is_gone() for album in self.albums.values())
+
+    def extent(self) -> dict[str, int]:
+        """That of each, under its name."""
+        found: dict[str, int] = {}
+        for prefix, album in self.albums.items():
+            found |= {f"{prefix}/{name}": size for name, size in album.extent().items()}
+        return found
 
     def about(self) -> dict[str, str]:
         """What any of them says."""

@@ -25,10 +25,17 @@ COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")
 
 
 class Table:
-    """The pictures in one column. `column`: its name; None: the first of COLUMNS that is there."""
+    """The pictures in one column. `column`: its name; None: the first of COLUMNS that is there;
+    `file`: what is read instead of the path, where it is open already.
+    """
 
-    def __init__(self, path: Path, column: str | None = None) -> None:
-        self.path = path
+    root = None
+
+    def __init__(
+        self, path: str | Path, column: str | None = None, file: BinaryIO | None = None
+    ) -> None:
+        self.path = Path(path)
+        self._source = file or self.path
         self.title = f"in {path}"
         self._arrow = _arrow()
         self._file = self._opened()
@@ -69,7 +76,7 @@ class Table:
         from pyarrow import parquet
 
         try:
-            return parquet.ParquetFile(self.path)
+            return parquet.ParquetFile(self._source)
         except (OSError, ValueError, self._arrow.ArrowException) as fault:
             reason = " ".join(str(fault).split())[:200]
             raise DataError(
@@ -103,6 +110,10 @@ class Table:
     def is_gone(self) -> bool:
         """Whether the file is."""
         return not self.path.is_file()
+
+    def extent(self) -> dict[str, int]:
+        """The bytes of the one file."""
+        return {"": self.path.stat().st_size}
 
     def about(self) -> dict[str, str]:
         """Names and sizes say it all."""
