@@ -5,7 +5,7 @@
 #   bench/gpu_suite.sh --part rollout-2b-b1   one of them (may be given again and again)
 #   bench/gpu_suite.sh --minutes 8            each part ends after so long, with what it has (8)
 #   bench/gpu_suite.sh --smoke                everything at its smallest, on a CPU too: does it all run?
-#   OUT=/somewhere PYTHON=python3 bench/gpu_suite.sh
+#   OUT=/somewhere PYTHON=python3 MODEL=/weights/of/2b bench/gpu_suite.sh      (MODEL: for the time to the first update)
 # Four files, three added to after every part: machine.json, results.jsonl (one line a part: status, seconds, the bench's
 # document), log.txt; at the end goals.md, every goal beside what was measured and what is forecast (bench/goals.py). A part that lacks a package is skipped with a line; one that fails is named at the end and makes
 # the exit status 1; the others still run. Needs bash, timeout and Python with torch; git only to name the commit.
@@ -99,6 +99,7 @@ if [ -n "$smoke" ]; then
     bench launches "$all" bench/launches.py --smoke
     bench forecast_check "$all" bench/forecast_check.py --smoke
     bench rollout "$all" bench/rollout.py --smoke
+    bench start "$all" bench/start.py --smoke
     bench kernels "" bench/kernels.py --smoke
     bench tune "" bench/tune.py --smoke
     bench memory "$all bitsandbytes" bench/memory.py --smoke
@@ -111,6 +112,7 @@ else
     bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
     bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
     bench rollout-nano "$all" bench/rollout.py --batch 1 16 64
+    bench start "$all" bench/start.py --model "${MODEL:-nano}"
     bench kernels "" bench/kernels.py
     bench tune triton bench/tune.py
     bench memory "$all bitsandbytes" bench/memory.py --device cuda

@@ -47,6 +47,28 @@ def test_the_suites_lines_are_read(table):
     assert rows["S2"]["measured"] is None
 
 
+def test_decoding_is_compared_with_generate_batch_by_batch(table):
+    document = rollout(WALL)
+    for batch, slow in ((1, 0.36), (32, 0.16)):
+        engines = {
+            "graphed": step(0.1, ask=0.01, ground=0.02),
+            "naive+": step(1.0, ask=slow / 4, ground=3 * slow / 4),
+        }
+        document["results"].append({"batch": batch, "engines": engines})
+    document["results"].pop(0)
+    rows = table({}, [{"part": "rollout", "document": document}])
+    assert rows["S5"]["measured"] == "12.0x at batch 1, 5.3x at batch 32"
+
+
+def test_starts_are_told_one_by_one(table):
+    starts = [{"first_update_s": 21.04, "logprob_gap": 0.0042}, {"first_update_s": 9.5}]
+    starts[1]["logprob_gap"] = None  # nothing was scored
+    document = {"bench": "start", "machine": WALL, "model": "/weights/2b", "starts": starts}
+    rows = table({}, [{"part": "start", "document": document}])
+    assert rows["S13"]["measured"] == "21, 9.5 s, 2b"
+    assert rows["S14"]["measured"] == "0.0042 nat, 2b"
+
+
 def test_a_cpus_figures_are_no_answer(table):
     cpu = {"clock": "CPU time of the process"}
     rows = table({"rollout-x.json": rollout(cpu)}, [{"part": "x", "document": rollout(cpu)}])
