@@ -13,20 +13,21 @@ from faults.left import left, sound, steps_saved
 from faults.places import At
 from PIL import Image as Pillow
 
+from vise_fast.images import scenes
+
 STEPS = 4
 STREAM = {"data__stream": True, "data__buffer": 5, "data__holdout": 0.2}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two shards and a list of random squares."""
+    """Two shards and a list of drawn scenes, which the model has something to say of."""
     home = tmp_path_factory.mktemp("streams")
-    rng = np.random.default_rng(0)
     names = []
     for number in range(14):
-        pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        scene = scenes.draw(np.random.default_rng(number), size=96, max_objects=3)
         names.append(f"{number:02d}.png")
-        Pillow.fromarray(pixels).save(home / names[-1])
+        Pillow.fromarray(scene.pixels).save(home / names[-1])
     for shard, chosen in enumerate((names[:6], names[6:11])):
         with tarfile.open(home / f"shard-{shard}.tar", "w") as made:
             for name in chosen:
@@ -57,7 +58,7 @@ def test_it_goes_on_as_if_nothing_had_happened(place, tmp_path, kind):
     outcome = go(words(undisturbed, **settings), undisturbed)
     assert outcome.code == 0, outcome.err
     wanted = left(undisturbed)
-    assert all(record["grad_norm"] > 0 for record in wanted.metrics[1:])
+    assert sum(record["grad_norm"] > 0 for record in wanted.metrics) > STEPS / 2
     directory = tmp_path / "run"
     codes = []
     for where in ("write metrics.jsonl #2 half", "rename checkpoints/step_3"):

@@ -92,7 +92,7 @@ class Streamed(slots.Slots):
         """
         told = json.dumps([sorted(self._extent.items()), self._first])
         digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-        return {"images": "streamed", "shards": digest} | self.album.about()
+        return {"images": "streamed", "names": digest} | self.album.about()
 
     # -- the start ---------------------------------------------------------------------------------
 
