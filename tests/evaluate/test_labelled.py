@@ -12,6 +12,7 @@ from vise_fast.config import schema as config
 from vise_fast.engine.fast import FastEngine
 from vise_fast.evaluate import __main__ as command
 from vise_fast.evaluate import held_out as evaluate
+from vise_fast.evaluate.grounding import SCALES, cross_fitted
 from vise_fast.evaluate.results import Results, paired_gain
 from vise_fast.evaluate.table import by_class
 from vise_fast.evaluate.titles import classes, entry
@@ -86,8 +87,27 @@ def test_labelled_pictures_get_the_figures_of_the_same_scenes(shipped, arms):
             "query_present",  # not all that is there is labelled
             "visible_absent",
             *(name for name in scenes.values if name.startswith("pope_")),
-            *(name for name in scenes.values if name.endswith(("_rescaled", "_scale"))),
         }
+
+
+def test_each_half_is_rescaled_by_the_other():
+    rng = np.random.default_rng(0)
+    tops = rng.uniform(0, 0.1, (len(SCALES), 9))
+    small, large = (int(np.abs(np.array(SCALES) - scale).argmin()) for scale in (0.8, 1.2))
+    tops[small, 0::2] += 1.0  # what suits one half best …
+    tops[large, 1::2] += 2.0
+    bottom = np.ones(9)
+    marks = {f"greedy_iou@{n}": (row, bottom) for n, row in enumerate(tops)}
+    marks["greedy_iou"] = (tops[0], bottom)
+    found, best = cross_fitted(marks)
+    top, of = found["greedy_iou_rescaled"]
+    assert set(found) == {"greedy_iou", "greedy_iou_rescaled"} and of is bottom
+    assert np.array_equal(top[0::2], tops[large, 0::2])  # … is what the other gets
+    assert np.array_equal(top[1::2], tops[small, 1::2])
+    assert best == {"greedy_scale": pytest.approx(1.2)}
+    assert cross_fitted({"own_area": (top, of)}) == ({"own_area": (top, of)}, {})
+    empty = {f"sampled_iou@{n}": (np.zeros(3), np.zeros(3)) for n in range(len(SCALES))}
+    assert cross_fitted(empty)[1] == {"sampled_scale": 1.0}
 
 
 def test_classes_add_up_to_the_whole(arms):

@@ -1,6 +1,7 @@
 """Words of the user's own: how their files are read, and which picture is asked which."""
 
 from contextlib import closing
+from pathlib import Path
 
 import labelled
 import pytest
@@ -100,7 +101,7 @@ def test_a_draw_is_named_by_seed_step_and_place(photos, tmp_path):
             parts = [*asked(again, step, part=range(3)), *asked(again, step, part=range(3, 8))]
             assert parts == whole[step], "neither parts nor order change a draw"
     assert len({tried for row in whole for _, tried in row}) == 32
-    assert all(len(set(tried)) == 4 and given is None for row in whole for given, tried in row)
+    assert all(len(set(tried)) == 8 and given is None for row in whole for given, tried in row)
     with opened(photos, words, "--train.seed=1") as source:
         assert asked(source) != whole[0]
 
@@ -159,3 +160,8 @@ def test_other_words_are_another_identity(photos, tmp_path):
         assert source.identity() == before
     with opened(photos, written(tmp_path, "a.txt", "cup\nplate\n")) as source:
         assert source.identity() != before
+
+
+def test_the_example_names_all_of_it():
+    config = load(Path(__file__).parents[2] / "examples" / "words_and_labels.yaml")
+    assert config.data.queries == "words.txt" and config.eval.labels and config.eval.absent

@@ -274,7 +274,7 @@ class DataConfig(Section):
         1.0, gt=0, le=1, description="share of the images that are asked in words of your own"
     )
     queries_tries: int = Field(
-        4,
+        8,
         ge=0,
         le=64,
         description="of a list, phrases tried per image: the first that the asker sees is asked "

@@ -1,7 +1,7 @@
 """Grounding: every object of a scene is asked for, and its boxes are measured against the truth.
 
 A gain may be one of size alone. So each arm's boxes are also measured after the constant rescale
-that suits this arm best on other scenes: what survives that is a gain of place.
+that suits this arm best on other images: what survives that is a gain of place.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _sampled_questions(look: Look, objects: Objects) -> list[Question]:
 
 def measure(look: Look, objects: Objects, arm: bool, scales: dict[str, float]) -> Marks:
     """Figures of both kinds of answer; `scales`: the arm's best rescale per kind, none for labelled
-    pictures, whose figures are also made by class.
+    pictures, whose figures are also made by class, and whose rescale is `cross_fitted` later.
     """
     marks: Marks = {}
     for answers in answers_of(look, objects, arm):
@@ -76,6 +76,7 @@ def measure(look: Look, objects: Objects, arm: bool, scales: dict[str, float]) -
         else:
             names = [objects.names[row] for row in answers.rows]
             figures |= _by_class(answers.boxes, truth, rows, names)
+            figures |= _at_every_scale(answers.boxes, truth, rows)
         marks |= {f"{answers.kind}_{name}": value for name, value in figures.items()}
     return marks
 
@@ -123,6 +124,14 @@ def _rescaled(boxes: roles.Boxes, truth: Tensor, mark: Tally, scale: float) -> M
     return {"iou_rescaled": mark(geometry.iou(rescaled(boxes.box_1000, scale), truth))}
 
 
+def _at_every_scale(boxes: roles.Boxes, truth: Tensor, mark: Tally) -> Marks:
+    """For `cross_fitted`."""
+    return {
+        f"iou@{n}": _rescaled(boxes, truth, mark, scale)["iou_rescaled"]
+        for n, scale in enumerate(SCALES)
+    }
+
+
 def _by_class(boxes: roles.Boxes, truth: Tensor, mark: Tally, names: list[str]) -> Marks:
     """The main figures of each class, called `figure:class`."""
     found: Marks = {}
@@ -131,6 +140,28 @@ def _by_class(boxes: roles.Boxes, truth: Tensor, mark: Tally, names: list[str]) 
         main = _main(boxes, truth, mark, of)
         found |= {f"{figure}:{name}": value for figure, value in main.items()}
     return found
+
+
+def cross_fitted(marks: Marks) -> tuple[Marks, dict[str, float]]:
+    """Of labelled pictures, which cannot be drawn anew: `iou_rescaled` in place of the IoU at every
+    scale, and the best scale of each kind. Each half of the pictures is rescaled by what suits the
+    other half best, so that none has a say in its own.
+    """
+    found = dict(marks)
+    best = {}
+    for kind in KINDS:
+        names = [f"{kind}_iou@{n}" for n in range(len(SCALES))]
+        if names[0] not in found:
+            continue
+        rows = [found.pop(name) for name in names]
+        tops = np.stack([top for top, _ in rows])
+        bottom = rows[0][1]
+        odd = np.cumsum(bottom > 0) % 2 == 1
+        of_odd = tops[:, odd].sum(1).argmax()
+        of_even = tops[:, ~odd].sum(1).argmax()
+        found[f"{kind}_iou_rescaled"] = (np.where(odd, tops[of_even], tops[of_odd]), bottom)
+        best[f"{kind}_scale"] = SCALES[int(tops.sum(1).argmax())]
+    return found, best
 
 
 def measure_points(look: Look, points: Objects, arm: bool) -> Marks:

@@ -152,8 +152,9 @@ class _Sheet:
 
     def results(self, n: int) -> Results:
         """Of all `n` images together."""
-        plain = {f"{kind}_scale": scale for kind, scale in self.scales.items()}
+        marks, plain = grounding.cross_fitted(join(self.marks))
+        plain |= {f"{kind}_scale": scale for kind, scale in self.scales.items()}
         if self.queries:
             plain["distinct_queries"] = len(set(self.queries)) / len(self.queries)
         layers = torch.cat(self.shares, 1).mean(1).tolist() if self.shares else []
-        return Results(n, join(self.marks), plain, layers)
+        return Results(n, marks, plain, layers)

@@ -28,7 +28,7 @@ def _grounding(label: str, how: str) -> dict[str, Entry]:
         f"{label}_iou_rescaled": Entry(
             f"mean IoU, {how}, best rescale",
             (
-                "every box first scaled by the constant that suits this arm best on other scenes: "
+                "every box first scaled by the constant that suits this arm best on other images: "
                 "a gain that survives is not one of size"
             ),
         ),

@@ -125,8 +125,7 @@ def _grounding(arms: _Arms) -> Iterator[Finding]:
         yield Finding("bad", f"Grounding got worse on held-out scenes: mean IoU {said}.")
     elif any(gain.low > 0 for gain in gains.values()):
         yield Finding("good", f"{GAINED} on held-out scenes: mean IoU {said}.")
-        if "greedy_iou_rescaled" in arms.before.marks:
-            yield _tightening(arms, [label for label, gain in gains.items() if gain.low > 0])
+        yield _tightening(arms, [label for label, gain in gains.items() if gain.low > 0])
     else:
         yield Finding(
             "note",

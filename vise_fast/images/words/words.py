@@ -4,7 +4,7 @@ words.txt, .names     a phrase a line, for any picture
 words.jsonl           {"image": "a.jpg", "query": "the red cup"} a line; also a list of phrases
 words.csv             columns image and query
 
-A line without an image is for any picture. The first line of a .txt may be a comment (#).
+A line without an image is for any picture. A line of a .txt that begins with # is a comment.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _lines(path: Path) -> Iterator[tuple[str | None, object]]:
         for _, row in reading.rows(content):
             yield from _of_row(row)
     else:
-        for number, line in enumerate(content.splitlines()):
-            if line.strip() and not (number == 0 and line.startswith("#")):
+        for line in content.splitlines():
+            if line.strip() and not line.startswith("#"):
                 yield None, line
 
 
