@@ -234,6 +234,30 @@ def test_missing_pictures_say_where_to_name_them(place, drawn):
     assert "--eval.label_images" in refusal(labels)
 
 
+@pytest.mark.parametrize("form", labelled.FORMS)
+def test_flipped_bytes_are_counted_or_one_line(place, form):
+    drawn = labelled.drawn(2, seed=1)
+    paths = labelled.save(place / "images", drawn)
+    labels = labelled.FORMS[form](place, paths, drawn)
+    files = [labels] if labels.is_file() else sorted(labels.rglob("*.[tx][xm][tl]"))
+    whole = {file: file.read_bytes() for file in files}
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        for file, content in whole.items():
+            changed = bytearray(content)
+            for where in rng.integers(0, len(content), rng.integers(1, 9)):
+                changed[where] = rng.integers(0, 256)
+            file.write_bytes(changed[: rng.integers(1, 2 * len(content))])
+        try:
+            found = opened(labels, f"--eval.label_images={place / 'images'}")
+        except DataError as fault:
+            assert "\n" not in str(fault)
+        else:
+            boxes = [label.box_1000 for p in found.pictures for label in p.objects]
+            assert "\n" not in found.describe()
+            assert all(0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000 for x1, y1, x2, y2 in boxes)
+
+
 # ---- another form than its file's ----------------------------------------------------------------
 
 

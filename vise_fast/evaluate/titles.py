@@ -165,6 +165,8 @@ for _group in GROUPS.values():
 
 
 BY_CLASS = "By class: labelled pictures, the most likely answer"
+MOST_CLASSES = 30
+"""Classes that tables show, the most frequent ones; evaluation.json has all."""
 
 
 def entry(name: str) -> Entry | None:
@@ -179,8 +181,8 @@ def entry(name: str) -> Entry | None:
 
 
 def classes(marks: Mapping[str, Mark]) -> dict[str, int]:
-    """The classes that an evaluation with labels has figures of, each with how many things of it
-    were asked for; the most frequent first.
+    """The MOST_CLASSES most frequent classes that an evaluation with labels has figures of, each
+    with how many things of it were asked for.
     """
     start = "greedy_iou:"
     found = {
@@ -188,7 +190,7 @@ def classes(marks: Mapping[str, Mark]) -> dict[str, int]:
         for name, (_, bottom) in marks.items()
         if name.startswith(start)
     }
-    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_CLASSES])
 
 
 def of_class(name: str) -> list[str]:

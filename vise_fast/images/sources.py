@@ -89,7 +89,7 @@ def open_source(
     if config.data.stream and config.memory.budget_gb is not None:
         say(UNKNOWN_SIZES)
     log = None if directory is None else directory / LOG
-    labels = labelled(config, multiple)
+    labels = labelled(config, multiple, through)
     apart = NOTHING if labels is None else labels.apart
 
     def photographs(place: str) -> Slots:

@@ -11,6 +11,7 @@ from vise_fast.config.schema import Config
 from vise_fast.images.around import Around
 from vise_fast.images.labels.door import open_labels
 from vise_fast.images.labels.pictures import Pictures, Shelf
+from vise_fast.images.photographs import Through, unseen
 
 if TYPE_CHECKING:
     from vise_fast.images.sources import Source
@@ -37,10 +38,12 @@ class Checked(Around):
         return found if self.labels is None else found | {"labels": self.labels.digest()}
 
 
-def labelled(config: Config, grid: int) -> Pictures | None:
+def labelled(config: Config, grid: int, through: Through = unseen) -> Pictures | None:
     """The pictures of `eval.labels`. Raises DataError."""
     if config.eval.labels is None:
         return None
     path = Path(config.eval.labels).expanduser()
     shelf = Shelf(path, config.eval.label_images, config.data.dir)
-    return Pictures(open_labels(path), config.eval.labels, shelf, config.data, grid)
+    return Pictures(
+        open_labels(path), config.eval.labels, shelf, config.data, grid, through=through
+    )

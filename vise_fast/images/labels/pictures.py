@@ -23,6 +23,7 @@ from vise_fast.images.image import Image
 from vise_fast.images.labels.apart import Apart
 from vise_fast.images.labels.label import Label, Sheet, Sheets, Sized, in_1000, mistaken
 from vise_fast.images.labels.phrase import phrase
+from vise_fast.images.photographs import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, header, on_grid
 from vise_fast.system.errors import DataError
 
@@ -126,7 +127,17 @@ class Pictures:
     Raises DataError where nothing, or less than half, can be used.
     """
 
-    def __init__(self, found: Sheets, title: str, shelf: Shelf, data: DataConfig, grid: int):
+    def __init__(
+        self,
+        found: Sheets,
+        title: str,
+        shelf: Shelf,
+        data: DataConfig,
+        grid: int,
+        *,
+        through: Through = unseen,
+    ) -> None:
+        """title: the file, for messages; grid: of which every height and width is a multiple."""
         self.title = title
         self.data = data
         self.grid = grid
@@ -137,7 +148,8 @@ class Pictures:
         pages = [page for sheet in asked if (page := self._page(sheet, shelf)) is not None]
         self._refuse_missing(len(pages), len(asked))
         self._refuse_mistaken(pages)
-        made = [picture for page in pages if (picture := self._picture(page)) is not None]
+        looked_at = map(self._picture, through(pages, "labelled pictures"))
+        made = [picture for picture in looked_at if picture is not None]
         self.pictures = sorted(made, key=lambda picture: picture.digest)
         self._refuse_odd()
 
