@@ -62,13 +62,15 @@ class Tally:
 
     def add(self, reason: str, name: str) -> None:
         """One more."""
+        shown = " ".join(name.split())[:80].encode("utf-8", "backslashreplace").decode()
         self.odd[reason] += 1
-        self.first.setdefault(reason, name)
+        self.first.setdefault(reason, shown)
 
     def __str__(self) -> str:
-        shown = [f"{count} {reason}" for reason, count in self.odd.most_common(4)]
+        most = self.odd.most_common(4)
+        shown = [f"{count} {' '.join(reason.split())}" for reason, count in most]
         names = list(dict.fromkeys(self.first.values()))[:1]
-        return "; ".join(shown) + "".join(f" (first: {name[:80]})" for name in names if name)
+        return "; ".join(shown) + "".join(f" (first: {name})" for name in names if name)
 
 
 class Shelf:
