@@ -3,6 +3,7 @@ called and wherever it lies, and the pixels of one that was stored anew.
 """
 
 import json
+import tarfile
 import zipfile
 from contextlib import closing
 
@@ -127,6 +128,18 @@ def test_nor_does_a_mixture_bring_it(place, how):
         for number, path in enumerate(checked(place)):
             (other / f"renamed {number}.png").write_bytes(path.read_bytes())
     assert leaks(place, f"--data.mix=[{place / 'photos'}=1, {other}=1]") == []
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nor_does_a_stream(place, mixed):
+    path = place / "shard.tar"
+    with tarfile.open(path, "w") as made:
+        for number, file in enumerate(sorted((place / "photos").glob("*.png"))):
+            made.add(file, f"{2 * number:03d}.png")
+        for number, file in enumerate(checked(place)):
+            made.add(file, f"{2 * number + 1:03d}.png")
+    where = f"--data.mix=[{path}=1]" if mixed else f"--data.dir={path}"
+    assert leaks(place, where, "--data.stream=true", "--data.buffer=8") == []
 
 
 def test_the_split_of_the_others_is_what_it_was(place):
