@@ -30,10 +30,11 @@ from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
 from vise_fast.images.image import Image
-from vise_fast.images.sources import Source, open_source
+from vise_fast.images.sources import Source, open_training
 from vise_fast.method import consensus, rewards
 from vise_fast.method.experience import Played, Truth, attention_share, play_batch, truth_of
 from vise_fast.method.learner import Learner
+from vise_fast.method.queries import share_of_words
 from vise_fast.model import load as model
 from vise_fast.ranks.joined import joined
 from vise_fast.ranks.ranks import Ranks
@@ -181,7 +182,8 @@ class Step:
         )
         # before the adapter moves: it may run out of memory
         attention = attention_share(slices, learner.ranks)
-        return slices, learner.learn(slices, self.number) | attention
+        words = share_of_words(slices, learner.config, learner.ranks)
+        return slices, learner.learn(slices, self.number) | attention | words
 
 
 def fitted_source(run: Run) -> Source:
@@ -191,7 +193,9 @@ def fitted_source(run: Run) -> Source:
     config = run.config
     multiple = model.grid_multiple(config.model.path)
     ranks = run.ranks
-    opened = partial(open_source, multiple=multiple, directory=run.log_place, say=run.console.warn)
+    opened = partial(
+        open_training, multiple=multiple, directory=run.log_place, say=run.console.warn
+    )
     through = run.console.through
     source = ranks.node_by_node(lambda: opened(config, through=through))
     if config.memory.budget_gb is None:

@@ -81,6 +81,8 @@ def place(tmp_path_factory):
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 255, (64 + 8 * i, 96, 3), np.uint8)
         PIL.Image.fromarray(pixels).save(home / "photos" / f"{i}.png")
+    (home / "labels.jsonl").write_text('{"image": "0.png", "name": "noise", "box": [9, 9, 50, 50]}')
+    (home / "words.txt").write_text("red circle\n")
     return home
 
 
@@ -89,16 +91,18 @@ def reads(place):
     """{command: settings it reads}, over runs that reach as much as a machine without a GPU can."""
     adapter = place / "scenes" / "adapter"
     photos = ["--data.dir", place / "photos"]
+    labels = ["--eval.labels", place / "labels.jsonl", "--eval.label_images", place / "photos"]
+    words = ["--data.queries", place / "words.txt", "--eval.absent", place / "words.txt"]
     affine = "--view.kinds=affine"
     runs = [
         ("train", train.main, [*SMALL, "--run.dir", place / "scenes"]),
-        ("train", train.main, [*SMALL, "--run.dir", place / "pictures", *photos]),
+        ("train", train.main, [*SMALL, "--run.dir", place / "pictures", *photos, *labels, *words]),
         ("evaluate", evaluate.main, ["--adapter", adapter, "--scenes", "2", affine]),
         ("evaluate", evaluate.main, ["--adapter", adapter, "--view.kinds=crop"]),
         ("evaluate", evaluate.main, ["--adapter", place / "pictures" / "adapter"]),
         ("infer", infer.main, ["--adapter", adapter, "--image", place / "photos" / "5.png"]),
         ("merge", merge.main, ["--adapter", adapter, "--out", place / "merged"]),
-        ("estimate", estimate.main, photos),
+        ("estimate", estimate.main, [*photos, *labels]),
         ("estimate", estimate.main, ["--memory.budget_gb=4"]),
     ]
     found = {command: set() for command in COMMANDS}

@@ -265,6 +265,26 @@ class DataConfig(Section):
         "bits (4 is careful); none: keep them",
     )
     workers: int = Field(1, ge=0, le=256, description="decode threads ahead of the step")
+    queries: str | None = Field(
+        None,
+        description="words of your own to ask for: .txt with a phrase a line, .jsonl or .csv with "
+        "a phrase per image; none: the model's own queries",
+    )
+    queries_share: float = Field(
+        1.0, gt=0, le=1, description="share of the images that are asked in words of your own"
+    )
+    queries_tries: int = Field(
+        8,
+        ge=0,
+        le=64,
+        description="of a list, phrases tried per image: the first that the asker sees is asked "
+        "for, else what it names itself; 0: one, seen or not",
+    )
+    queries_template: str = Field(
+        "{name}",
+        min_length=1,
+        description="what is asked for: each phrase, or class name, stands for {name}",
+    )
 
     @property
     def is_curated(self) -> bool:
@@ -560,6 +580,19 @@ class EvalConfig(Section):
     seed: int = Field(90_001, ge=0, description="of the held-out scenes; never used in training")
     batch: int = Field(32, ge=1, description="images per forward")
     attention: bool = Field(True, description="visual attention share per layer")
+    labels: str | None = Field(
+        None,
+        description="labelled pictures to check with, never to train on: COCO .json, .jsonl, "
+        "YOLO data.yaml, or a folder of YOLO or Pascal VOC files",
+    )
+    label_images: str | None = Field(
+        None, description="folder of the labelled pictures; none: beside the labels, or data.dir"
+    )
+    absent: str | None = Field(
+        None,
+        description=".txt of things that are in none of the held-out pictures, a phrase a line: is "
+        "the answer no?",
+    )
 
 
 class MemoryConfig(Section):
@@ -825,6 +858,11 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
         yield (
             "data.stream shows images before all of them are known, so none can be left out by "
             "data.min_side, min_sharpness, min_contrast or near_duplicates; leave either out"
+        )
+    if "{name}" not in config.data.queries_template:
+        yield (
+            f"data.queries_template {config.data.queries_template!r} has no place for a phrase; "
+            "write {name} where it goes"
         )
     rollout = config.rollout
     update = config.update

@@ -5,11 +5,11 @@ controls.
     [--scenes N] [--json FILE] [--alphas 0,0.5,1,1.5]
 
 Drawn scenes come with their truth: every object of a scene is asked for. Photographs have none:
-only what needs no labels is measured. Base and adapter are two states of one loaded model; an image
-is encoded once for both, and read once per state. Every draw is named by (eval.seed, scene), so
-neither the batch size nor the other arm changes a figure. --alphas measures shares of the adapter's
-update instead, each a fresh look at the images; the report draws RUN/strengths.json. What the
-figures mean: docs/EVALUATION.md.
+only what needs no labels is measured, unless --eval.labels names a few labelled ones. Base and
+adapter are two states of one loaded model; an image is encoded once for both, and read once per
+state. Every draw is named by (eval.seed, scene), so neither the batch size nor the other arm
+changes a figure. --alphas measures shares of the adapter's update instead, each a fresh look at the
+images; the report draws RUN/strengths.json. What the figures mean: docs/EVALUATION.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate import strengths
 from vise_fast.evaluate.held_out import examine
-from vise_fast.evaluate.table import side_by_side
+from vise_fast.evaluate.table import BY_CLASS, by_class, side_by_side
 from vise_fast.evaluate.titles import BRIEF, title
 from vise_fast.images.sources import Source, open_source
 from vise_fast.model.load import Policy, grid_multiple, load
@@ -82,7 +82,10 @@ def _both(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) 
     evaluation = {name: arm.json() for name, arm in zip(names, results, strict=False)}
     rows = [[name, *pair] for name, pair in side_by_side(evaluation).items()]
     title = f"{results[0].n} held-out images"
-    console.Console().table(title, ["", "base", "adapter"], rows)
+    screen = console.Console()
+    screen.table(title, ["", "base", "adapter"], rows)
+    if of_classes := by_class(evaluation):
+        screen.table("labelled pictures by class, greedy", list(BY_CLASS), of_classes)
     return evaluation
 
 

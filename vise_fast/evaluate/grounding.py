@@ -1,7 +1,7 @@
 """Grounding: every object of a scene is asked for, and its boxes are measured against the truth.
 
 A gain may be one of size alone. So each arm's boxes are also measured after the constant rescale
-that suits this arm best on other scenes: what survives that is a gain of place.
+that suits this arm best on other images: what survives that is a gain of place.
 """
 
 from __future__ import annotations
@@ -62,36 +62,126 @@ def _sampled_questions(look: Look, objects: Objects) -> list[Question]:
 
 
 def measure(look: Look, objects: Objects, arm: bool, scales: dict[str, float]) -> Marks:
-    """Figures of both kinds of answer; `scales`: the arm's best rescale per kind."""
+    """Figures of both kinds of answer; `scales`: the arm's best rescale per kind, none for labelled
+    pictures, whose figures are also made by class, and whose rescale is `cross_fitted` later.
+    """
     marks: Marks = {}
     for answers in answers_of(look, objects, arm):
-        mark = Tally([objects.owner[row] for row in answers.rows], len(look))
+        rows = Tally([objects.owner[row] for row in answers.rows], len(look))
         truth = objects.box_1000[answers.rows]
-        figures = _figures(answers.boxes, truth, mark, scales[answers.kind])
+        figures = _figures(answers.boxes, truth, rows)
+        if scales:
+            scale = scales[answers.kind]
+            figures |= _rescaled(answers.boxes, truth, rows, scale)
+        else:
+            names = [objects.names[row] for row in answers.rows]
+            figures |= _by_class(answers.boxes, truth, rows, names)
+            figures |= _at_every_scale(answers.boxes, truth, rows)
         marks |= {f"{answers.kind}_{name}": value for name, value in figures.items()}
     return marks
 
 
-def _figures(boxes: roles.Boxes, truth: Tensor, mark: Tally, scale: float) -> Marks:
+def _figures(boxes: roles.Boxes, truth: Tensor, mark: Tally) -> Marks:
     """Boxes (N,) against truth (N, 4); lengths are shares of the image's side."""
     box = boxes.box_1000
     placed = geometry.proper(box)
-    iou = geometry.iou(box, truth)
-    centre = (box[:, :2] + box[:, 2:]) / 2
-    inside = ((centre >= truth[:, :2]) & (centre <= truth[:, 2:])).all(1) & placed
-    error = torch.linalg.vector_norm(centre - (truth[:, :2] + truth[:, 2:]) / 2, dim=1) / 1000
-    area = mark(geometry.area_share(box), placed)
-    true_area = mark(geometry.area_share(truth), placed)
+    centre = _centre(box)
+    error = torch.linalg.vector_norm(centre - _centre(truth), dim=1) / 1000
     return {
-        "iou": mark(iou),
-        "iou_50": mark(iou >= 0.5),
-        "iou_rescaled": mark(geometry.iou(rescaled(box, scale), truth)),
-        "centre_inside": mark(inside),
+        **_main(boxes, truth, mark),
         "centre_error": mark(error, placed),
         "parse_rate": mark(boxes.readable),
-        "area": area,
+        "area": mark(geometry.area_share(box), placed),
+    }
+
+
+def _main(boxes: roles.Boxes, truth: Tensor, mark: Tally, of: Tensor | None = None) -> Marks:
+    """The figures that classes have as well; `of` (N,) bool: the rows of one."""
+    box = boxes.box_1000
+    placed = geometry.proper(box)
+    iou = geometry.iou(box, truth)
+    inside = _within(_centre(box), truth) & placed
+    sized = placed if of is None else placed & of
+    area = mark(geometry.area_share(box), sized)
+    true_area = mark(geometry.area_share(truth), sized)
+    return {
+        "iou": mark(iou, of),
+        "iou_50": mark(iou >= 0.5, of),
+        "centre_inside": mark(inside, of),
         "area_ratio": (area[0], true_area[0]),
     }
+
+
+def _centre(box: Tensor) -> Tensor:
+    return (box[:, :2] + box[:, 2:]) / 2
+
+
+def _within(point: Tensor, box: Tensor) -> Tensor:
+    return ((point >= box[:, :2]) & (point <= box[:, 2:])).all(1)
+
+
+def _rescaled(boxes: roles.Boxes, truth: Tensor, mark: Tally, scale: float) -> Marks:
+    return {"iou_rescaled": mark(geometry.iou(rescaled(boxes.box_1000, scale), truth))}
+
+
+def _at_every_scale(boxes: roles.Boxes, truth: Tensor, mark: Tally) -> Marks:
+    """For `cross_fitted`."""
+    return {
+        f"iou@{n}": _rescaled(boxes, truth, mark, scale)["iou_rescaled"]
+        for n, scale in enumerate(SCALES)
+    }
+
+
+def _by_class(boxes: roles.Boxes, truth: Tensor, mark: Tally, names: list[str]) -> Marks:
+    """The main figures of each class, called `figure:class`."""
+    found: Marks = {}
+    for name in dict.fromkeys(names):
+        of = torch.tensor([other == name for other in names])
+        main = _main(boxes, truth, mark, of)
+        found |= {f"{figure}:{name}": value for figure, value in main.items()}
+    return found
+
+
+def cross_fitted(marks: Marks) -> tuple[Marks, dict[str, float]]:
+    """Of labelled pictures, which cannot be drawn anew: `iou_rescaled` in place of the IoU at every
+    scale, and the best scale of each kind. Each half of the pictures is rescaled by what suits the
+    other half best, so that none has a say in its own.
+    """
+    found = dict(marks)
+    best = {}
+    for kind in KINDS:
+        names = [f"{kind}_iou@{n}" for n in range(len(SCALES))]
+        if names[0] not in found:
+            continue
+        rows = [found.pop(name) for name in names]
+        tops = np.stack([top for top, _ in rows])
+        bottom = rows[0][1]
+        odd = np.cumsum(bottom > 0) % 2 == 1
+        of_odd = tops[:, odd].sum(1).argmax()
+        of_even = tops[:, ~odd].sum(1).argmax()
+        found[f"{kind}_iou_rescaled"] = (np.where(odd, tops[of_even], tops[of_odd]), bottom)
+        best[f"{kind}_scale"] = SCALES[int(tops.sum(1).argmax())]
+    return found, best
+
+
+def measure_points(look: Look, points: Objects, arm: bool) -> Marks:
+    """Boxes against places that were marked: whether the box holds the place, how far its centre
+    lies from it in sides of the image, and how much the box covers.
+    """
+    marks: Marks = {}
+    for answers in answers_of(look, points, arm):
+        mark = Tally([points.owner[row] for row in answers.rows], len(look))
+        box = answers.boxes.box_1000
+        place = points.box_1000[answers.rows][:, :2]
+        placed = geometry.proper(box)
+        error = torch.linalg.vector_norm(_centre(box) - place, dim=1) / 1000
+        figures = {
+            "point_inside": mark(_within(place, box) & placed),
+            "point_error": mark(error, placed),
+            "point_area": mark(geometry.area_share(box), placed),
+        }
+        marks |= {f"{answers.kind}_{name}": value for name, value in figures.items()}
+    return marks
 
 
 # ---- the rescale ---------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""What a scene's truth adds: its objects, and what is shown and asked instead of them.
+"""What the truth about an image adds: its objects, and what is shown and asked instead of them.
 
-A scene may hold two objects of one name; only an object whose name is no other's can be asked for.
+The truth is a drawn scene's, or what somebody marked on a photograph. An image may hold two objects
+of one name; only an object whose name is no other's can be asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,16 +17,34 @@ from torch import Tensor
 from vise_fast.engine.rollout import Held
 from vise_fast.evaluate.look import Look
 from vise_fast.images import views
+from vise_fast.images.geometry import Box
+from vise_fast.images.labels.pictures import Labelled
 from vise_fast.images.scenes import NAMES, Scene, Thing
 
 CLEARLY_VISIBLE = 0.5  # objects of which less shows are not asked about with yes or no
 
 
+class Named(Protocol):
+    """Something that can be asked for."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def box_1000(self) -> Box:
+        """Where it is."""
+
+    @property
+    def visible_share(self) -> float:
+        """What others leave of it, 0..1."""
+
+
 @dataclass(frozen=True)
 class Objects:
-    """The objects of a batch of scenes, one row each; `owner`: the scene of each."""
+    """The objects of a batch of images, one row each; `owner`: the image of each."""
 
-    things: list[Thing]
+    things: Sequence[Named]
     owner: list[int]
 
     @classmethod
@@ -37,6 +57,13 @@ class Objects:
             things += unique
             owner += [i] * len(unique)
         return cls(things, owner)
+
+    @classmethod
+    def marked(cls, pictures: Sequence[Labelled], points: bool = False) -> Objects:
+        """Every box, or every point, that may be asked for."""
+        rows = [picture.points if points else picture.objects for picture in pictures]
+        owner = [i for i, row in enumerate(rows) for _ in row]
+        return cls([label for row in rows for label in row], owner)
 
     def __len__(self) -> int:
         return len(self.things)
@@ -64,11 +91,12 @@ class Objects:
 
 @dataclass
 class Truths:
-    """A batch of scenes, their objects, an absent lookalike of each, and features of the scenes
-    with the object hidden (`gone`), or another place (`aside`, for the objects `far`).
+    """A batch of images, what is in each, their objects, something absent for each (none: it is not
+    known what is), and features of the images with the object hidden (`gone`), or another place
+    (`aside`, for the objects `far`).
     """
 
-    scenes: list[Scene]
+    names: list[list[str]]
     objects: Objects
     lookalikes: list[str]
     gone: Held
@@ -81,12 +109,35 @@ def truths_of(look: Look, draw: Callable[[int], Scene]) -> Truths:
     scenes = [draw(image.key) for image in look.images]
     objects = Objects.of(scenes)
     lookalikes = []
-    elsewhere = []
-    far = []
-    rows = zip(objects.things, objects.owner, objects.ranks, strict=True)
-    for n, (thing, scene, rank) in enumerate(rows):
+    for thing, scene, rank in zip(objects.things, objects.owner, objects.ranks, strict=True):
+        assert isinstance(thing, Thing)
         lookalikes.append(lookalike(look.rng(scene, "lookalike", rank), thing, scenes[scene]))
-        box, kind = views.control_box(look.rng(scene, "aside", rank), thing.box_1000)
+    return _with_ghosts(look, [scene.names for scene in scenes], objects, lookalikes)
+
+
+def truths_of_labels(look: Look, pictures: Sequence[Labelled], absent: Sequence[str]) -> Truths:
+    """absent: phrases for what is in no picture; one is drawn for each object."""
+    objects = Objects.marked(pictures)
+    lookalikes = []
+    for image, rank in zip(objects.owner, objects.ranks, strict=True) if absent else ():
+        lookalikes.append(somewhere_else(look, image, rank, absent))
+    return _with_ghosts(look, [picture.names for picture in pictures], objects, lookalikes)
+
+
+def somewhere_else(look: Look, image: int, rank: int, absent: Sequence[str]) -> str:
+    """One of the things that are in no picture."""
+    return absent[int(look.rng(image, "absent", rank).integers(len(absent)))]
+
+
+def _with_ghosts(
+    look: Look, names: list[list[str]], objects: Objects, lookalikes: list[str]
+) -> Truths:
+    """Objects, each hidden, and another place of its size hidden where one is free."""
+    far = []
+    elsewhere = []
+    rows = zip(objects.things, objects.owner, objects.ranks, strict=True)
+    for n, (thing, image, rank) in enumerate(rows):
+        box, kind = views.control_box(look.rng(image, "aside", rank), thing.box_1000)
         if kind == "far":
             far.append(n)
             elsewhere.append(box)
@@ -95,7 +146,7 @@ def truths_of(look: Look, draw: Callable[[int], Scene]) -> Truths:
     if far:
         boxes = torch.tensor(elsewhere, dtype=torch.float64)
         aside = look.hidden([objects.owner[n] for n in far], boxes)
-    return Truths(scenes, objects, lookalikes, gone, aside, far)
+    return Truths(names, objects, lookalikes, gone, aside, far)
 
 
 def lookalike(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vise_fast.evaluate.results import Results, paired_gain
-from vise_fast.evaluate.titles import ENTRIES, title
+from vise_fast.evaluate.titles import ENTRIES, classes, of_class, title
 
 
 def side_by_side(
@@ -26,6 +26,25 @@ def side_by_side(
         if name in known:
             adapter = _shown(after, name) + _gain(before, after, name)
             rows[title(name)] = (_shown(before, name), adapter)
+    return rows
+
+
+BY_CLASS = ("class", "things", "IoU base", "adapter", "IoU ≥ 0.5 base", "adapter")
+"""The columns of `by_class`."""
+
+
+def by_class(evaluation: Mapping[str, dict]) -> list[list[str]]:
+    """Rows of BY_CLASS: greedy answers about each class of labelled pictures, the most frequent
+    first; none where nothing was labelled.
+    """
+    before = Results.of(evaluation, "before") or Results()
+    after = Results.of(evaluation, "after") or Results()
+    rows = []
+    for name, count in classes(before.marks or after.marks).items():
+        cells = []
+        for figure in of_class(name)[:2]:
+            cells += [_shown(before, figure), _shown(after, figure) + _gain(before, after, figure)]
+        rows.append([name, str(count), *cells])
     return rows
 
 

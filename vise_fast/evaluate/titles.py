@@ -4,7 +4,10 @@ in which tables show them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from vise_fast.evaluate.results import Mark
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ def _grounding(label: str, how: str) -> dict[str, Entry]:
         f"{label}_iou_rescaled": Entry(
             f"mean IoU, {how}, best rescale",
             (
-                "every box first scaled by the constant that suits this arm best on other scenes: "
+                "every box first scaled by the constant that suits this arm best on other images: "
                 "a gain that survives is not one of size"
             ),
         ),
@@ -45,6 +48,19 @@ def _grounding(label: str, how: str) -> dict[str, Entry]:
         f"{label}_scale": Entry(
             f"best rescale, {how}", "the constant that suits this arm's boxes best", 0
         ),
+        f"{label}_point_inside": Entry(
+            f"marked place inside, {how}", "share of boxes that hold the place that was marked"
+        ),
+        f"{label}_point_error": Entry(
+            f"distance from the marked place, {how}",
+            "from the box's centre, in sides of the image",
+            -1,
+        ),
+        f"{label}_point_area": Entry(
+            f"area of boxes for marked places, {how}",
+            "share of the image: a box of all of it holds every place",
+            0,
+        ),
     }
 
 
@@ -59,7 +75,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "visible_present": Entry("yes to what is there", "objects of which at least half shows"),
         "visible_absent": Entry(
             "no to what is not there",
-            "names that share colour or shape with an object of the scene",
+            "names that share colour or shape with an object of the scene, or your eval.absent",
         ),
         "visible_hidden": Entry("no to what is hidden", "the object's true box ghosted"),
         "visible_elsewhere": Entry(
@@ -148,6 +164,43 @@ for _group in GROUPS.values():
     ENTRIES |= _group
 
 
+BY_CLASS = "By class: labelled pictures, the most likely answer"
+MOST_CLASSES = 30
+"""Classes that tables show, the most frequent ones; evaluation.json has all."""
+
+
+def entry(name: str) -> Entry | None:
+    """The figure's entry; of one class of labels, `figure:class`, that of the figure with the class
+    in its title. None where it is not listed.
+    """
+    figure, _, of = name.partition(":")
+    found = ENTRIES.get(figure)
+    if found is None or not of:
+        return found
+    return Entry(f"{of}: {found.title}", found.meaning, found.better)
+
+
+def classes(marks: Mapping[str, Mark]) -> dict[str, int]:
+    """The MOST_CLASSES most frequent classes that an evaluation with labels has figures of, each
+    with how many things of it were asked for.
+    """
+    start = "greedy_iou:"
+    found = {
+        name.removeprefix(start): int(bottom.sum())
+        for name, (_, bottom) in marks.items()
+        if name.startswith(start)
+    }
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_CLASSES])
+
+
+def of_class(name: str) -> list[str]:
+    """The figures of one class, as `by class` shows them."""
+    return [
+        f"greedy_{figure}:{name}" for figure in ("iou", "iou_50", "centre_inside", "area_ratio")
+    ]
+
+
 def title(name: str) -> str:
     """The figure's title; its own name where it is not listed."""
-    return ENTRIES[name].title if name in ENTRIES else name
+    found = entry(name)
+    return name if found is None else found.title

@@ -4,12 +4,14 @@ without looking.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vise_fast.evaluate.look import Look, Tally
-from vise_fast.evaluate.objects import Objects, Truths
+from vise_fast.evaluate.objects import Objects, Truths, somewhere_else
 from vise_fast.evaluate.results import Mark, Marks
 from vise_fast.images import geometry
 from vise_fast.method.evidence import beaf_cells
@@ -26,24 +28,32 @@ def measure(look: Look, truths: Truths, arm: bool) -> Marks:
     clear = objects.clear
     prefixes = look.prefix(arm)
     seen = look.sees(prefixes, objects.owner, objects.names)
-    absent = look.sees(prefixes, objects.owner, truths.lookalikes)
     gone = look.sees_in(truths.gone, objects.names, arm)
     aside = _with_another_place_hidden(look, truths, arm)
     far = clear & np.isin(np.arange(len(objects)), truths.far)
-    kinds = {
-        "visible_present": mark(seen, clear),
-        "visible_absent": mark(~absent, clear),
-        "visible_hidden": mark(~gone, clear),
-        "visible_elsewhere": mark(aside, far),
-    }
+    kinds = {"visible_present": mark(seen, clear)}
+    pope: Marks = {}
+    if truths.lookalikes:
+        absent = look.sees(prefixes, objects.owner, truths.lookalikes)
+        kinds["visible_absent"] = mark(~absent, clear)
+        pope = _pope(mark(seen, clear), mark(absent, clear))
+    kinds["visible_hidden"] = mark(~gone, clear)
+    kinds["visible_elsewhere"] = mark(aside, far)
     cells = {name: mark(cell, clear) for name, cell in beaf_cells(seen, gone).items()}
     return {
         **kinds,
         "changed_elsewhere": mark(aside != seen, far),
         "visible_accuracy": _pooled(list(kinds.values())),
-        **_pope(mark(seen, clear), mark(absent, clear)),
+        **pope,
         **cells,
     }
+
+
+def of_absent(look: Look, arm: bool, absent: Sequence[str]) -> Marks:
+    """No, or yes, to something that is in no picture: one phrase for each image."""
+    names = [somewhere_else(look, i, 0, absent) for i in look.everyone]
+    seen = look.sees(look.prefix(arm), look.everyone, names)
+    return {"visible_absent": Tally(look.everyone, len(look))(~seen)}
 
 
 def _with_another_place_hidden(look: Look, truths: Truths, arm: bool) -> Tensor:

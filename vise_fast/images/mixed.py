@@ -127,6 +127,18 @@ class Mixed:
             found += source.sizes()
         return found
 
+    def names(self) -> list[str] | None:
+        """Of every training image of every place, as batches call them; None where those of a
+        place are not known.
+        """
+        found: list[str] = []
+        for place, source in self.places.items():
+            names = source.names()
+            if names is None:
+                return None
+            found += [f"{place}: {name}" for name in names]
+        return found
+
     def describe(self) -> str:
         """What it is, in one line."""
         shares = np.diff(self._ends, prepend=0.0)

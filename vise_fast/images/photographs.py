@@ -52,6 +52,10 @@ class Photographs(slots.Slots):
         """(height, width) after the resize of every training image, from the headers alone."""
         return self.train.sizes
 
+    def names(self) -> list[str]:
+        """Of every training image."""
+        return [self.train.name(i) for i in range(len(self.train))]
+
     def describe(self) -> str:
         """What it is, in one line."""
         counts = [f"{len(self.held)} held out"]
@@ -59,6 +63,8 @@ class Photographs(slots.Slots):
             counts.append(f"{len(self.bad)} unusable")
         if self.left_out:
             counts.append(f"{len(self.left_out)} left out")
+        if self.labelled:
+            counts.append(f"{self.labelled} labelled and left out")
         if self.ignored:
             counts.append(f"{self.ignored} other files")
         return f"{len(self.train)} photographs {self.album.title} ({', '.join(counts)})"
@@ -95,6 +101,8 @@ class Photographs(slots.Slots):
         self.ignored = found.ignored
         self._columns: Columns = found.columns
         self.left_out: dict[str, str] = {}
+        if self._apart:
+            self._leave_labelled()
         if self.data.is_curated:
             self._leave_out()
         parts = split(found.columns, self.data.holdout)
@@ -106,6 +114,15 @@ class Photographs(slots.Slots):
             self._refuse_all()
         self.total = usable + len(self.bad)
         self._refuse_share(len(self.bad) / self.total, f"{len(self.bad)} of {self.total} images")
+
+    def _leave_labelled(self) -> None:
+        """Pictures to check with are gone from the columns."""
+        columns = self._columns
+        rows: list[int] = np.flatnonzero(columns.sizes[:, 0]).tolist()
+        for row in self._through(rows, "looking for labelled ones"):
+            if self._apart.holds(columns.found.place(row)):
+                columns.sizes[row] = 0
+                self.labelled += 1
 
     def _leave_out(self) -> None:
         """What the settings leave out is gone from the columns, with a line each in the log."""

@@ -21,6 +21,7 @@ from vise_fast.config.schema import Config
 from vise_fast.images.albums.album import Album
 from vise_fast.images.bad_files import LOG, BadFiles, described
 from vise_fast.images.image import Image
+from vise_fast.images.labels.apart import NOTHING, Apart
 from vise_fast.images.listing.entries import Entry
 from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, on_grid
@@ -32,6 +33,10 @@ TRIED = 256
 
 def silent(text: str) -> None:
     """Says nothing."""
+
+
+class ForChecking(BadImage):
+    """A picture that somebody labelled to check with."""
 
 
 class Slots(ABC):
@@ -46,10 +51,11 @@ class Slots(ABC):
         say: Callable[[str], None] = silent,
         *,
         through: Through = unseen,
+        apart: Apart = NOTHING,
     ) -> None:
         """multiple: of which every height and width is one; log: the file that gets a line per
         unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know;
-        through: shows how far the files are read.
+        through: shows how far the files are read; apart: what is for checking only, and leaves.
         """
         self.album = album
         self.data = config.data
@@ -63,6 +69,8 @@ class Slots(ABC):
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._say: Callable[[str], None] = silent  # what is found at the start is in `describe`
         self._through = through
+        self._apart = apart
+        self.labelled = 0
         self._begin()
         self._say = say
 
@@ -108,6 +116,10 @@ class Slots(ABC):
     @abstractmethod
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) after the resize, of the training images or of what stands for all."""
+
+    def names(self) -> list[str] | None:
+        """Of every training image; None where they are not known before they come."""
+        return None
 
     @abstractmethod
     def describe(self) -> str:
@@ -187,15 +199,22 @@ class Slots(ABC):
 
     def _decode(self, entry: Entry) -> Tensor:
         """uint8 (H, W, 3). Runs in a decode thread: changes nothing. Raises BadImage."""
+        if self._apart.holds(entry.place):
+            raise ForChecking("is a labelled picture, which is for checking only")
         picture = decode(entry.place, self.data.max_header_pixels)
-        return torch.from_numpy(
+        pixels = torch.from_numpy(
             on_grid(picture, self.multiple, self.data.min_pixels, self.data.max_pixels)
         )
+        if self._apart.shows(pixels):
+            raise ForChecking("shows a labelled picture, which is for checking only")
+        return pixels
 
     def _fault_of(self, entry: Entry) -> str | None:
         """Why a file cannot be decoded; None where it can. Runs in a decode thread."""
         try:
             self._decode(entry)
+        except ForChecking:  # left out when it is drawn, and no fault of the file
+            return None
         except BadImage as fault:
             return str(fault)
         return None
@@ -221,6 +240,12 @@ class Slots(ABC):
             )
 
     def _refuse_all(self) -> NoReturn:
+        if self.labelled and not self.bad:
+            raise DataError(
+                f"all {self.labelled} images {self.album.title} are labelled pictures, which are "
+                "for checking only; nothing is left to train on; add others, or leave out "
+                "--eval.labels"
+            )
         if not self.bad:
             others = f" ({self.ignored} other files there)" if self.ignored else ""
             raise DataError(

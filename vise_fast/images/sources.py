@@ -18,11 +18,16 @@ from vise_fast.images.albums.door import open_album
 from vise_fast.images.bad_files import LOG
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.image import Image
+from vise_fast.images.labels.apart import NOTHING
+from vise_fast.images.labels.checked import Checked, labelled
+from vise_fast.images.labels.pictures import Pictures
 from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.mixed import Mixed, parts_of
 from vise_fast.images.photographs import Photographs
 from vise_fast.images.slots import Slots, silent
 from vise_fast.images.streamed import Streamed
+from vise_fast.images.words.worded import Worded
+from vise_fast.images.words.words import read as read_words
 
 UNKNOWN_SIZES = (
     "data.stream: the sizes of the images to come are not known, so memory.budget_gb is planned "
@@ -35,7 +40,8 @@ class Source(Protocol):
     model's grid.
 
     A source that knows the truth also has `scene(key)`, the scenes.Scene of an image, for the
-    evaluation, and `truth(image, query)`, for a reward that asks for it.
+    evaluation, and `truth(image, query)`, for a reward that asks for it; one whose pictures have
+    names that stay also has `names()`, those of all it trains on (None: they are not known yet).
     """
 
     def batch(self, step: int, n: int, part: range | None = None) -> list[Image]:
@@ -77,23 +83,52 @@ def open_source(
     multiple: pixels per image token side (model.load.grid_multiple), which every height and width
     is a multiple of; directory: where bad_images.jsonl goes (None: run.dir); say: takes what a
     person should know of the images; through: shows how far their headers are read. Raises
-    ConfigError where sizes do not fit the grid, DataError where a place cannot be used.
+    ConfigError where sizes do not fit the grid, DataError where a place, labels or words cannot be
+    used.
     """
     if config.data.stream and config.memory.budget_gb is not None:
         say(UNKNOWN_SIZES)
     log = None if directory is None else directory / LOG
+    labels = labelled(config, multiple, through)
+    apart = NOTHING if labels is None else labels.apart
 
     def photographs(place: str) -> Slots:
         album = open_album(place, config.data.column, config.data.stream)
         kind = Streamed if config.data.stream else Photographs
-        return kind(album, config, multiple, log, say, through=through)
+        return kind(album, config, multiple, log, say, through=through, apart=apart)
 
+    source: Source
     if config.data.mix:
         weights = parts_of(config.data.mix)
-        return Mixed({p: photographs(p) for p in weights}, weights, config.train.seed)
-    if config.data.dir is None:
-        return Scenes(config, multiple)
-    return photographs(config.data.dir)
+        source = Mixed({p: photographs(p) for p in weights}, weights, config.train.seed)
+    elif config.data.dir is None:
+        source = Scenes(config, multiple)
+    else:
+        source = photographs(config.data.dir)
+    return _to_check(source, labels, config)
+
+
+def _to_check(source: Source, labels: Pictures | None, config: Config) -> Source:
+    """The source, with what its evaluation checks with where something is named."""
+    absent = config.eval.absent
+    if labels is None and absent is None:
+        return source
+    words = [] if absent is None else read_words(Path(absent).expanduser(), "eval.absent").anywhere
+    return Checked(source, labels, list(words))
+
+
+def open_training(
+    config: Config,
+    multiple: int,
+    directory: Path | None = None,
+    say: Callable[[str], None] = silent,
+    through: Through = unseen,
+) -> Source:
+    """`open_source`, with words of the user's own (data.queries) around it: for who asks. Others
+    need no file of words.
+    """
+    source = open_source(config, multiple, directory, say, through)
+    return source if config.data.queries is None else Worded(source, config, say)
 
 
 def is_here(config: Config) -> bool:

@@ -23,7 +23,7 @@ from vise_fast.engine.rollout import Engine, Held
 from vise_fast.images import views
 from vise_fast.images.image import Image
 from vise_fast.images.sources import Source
-from vise_fast.method import consensus, rewards, roles
+from vise_fast.method import consensus, queries, rewards, roles
 from vise_fast.method.evidence import Evidence
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.method.slices import Draws, Slice
@@ -74,7 +74,7 @@ def play(
     """Draw views; ask and box; judge; pack the evidence."""
     pixels = [image.pixels.to(engine.device, non_blocking=True) for image in images]
     plan = StepPlan.of(config, _can_share(engine, config, pixels))
-    part = Slice(engine, config, plan, draws, pixels)
+    part = Slice(engine, config, plan, draws, pixels, images)
     drawn = draw_views(part)
     answers = ask_and_box(part, drawn)
     verdicts = judge(part, answers.queries, answers.boxes, answers.seen)
@@ -225,14 +225,14 @@ def _ask_and_box(part: Slice, drawn: list[list[views.View]]) -> _Boxed:
         asked = prefixes.images
         if not plan.policy_asks:
             asked = engine.prefill(originals, adapters=False)
-        queries = _ask(part, asked)
+        asked_for = queries.ask(part, asked)
     with engine.clock.phase("ground"):
-        boxes, view_boxes = _ground(part, prefixes, queries, drawn)
+        boxes, view_boxes = _ground(part, prefixes, asked_for, drawn)
     attention = _attention(part, prefixes.images, boxes)
     kept = features if plan.trains_views else originals
     base = None if plan.policy_asks else asked
     judges = prefixes.images if plan.policy_judges else base
-    return _Boxed(queries, boxes, view_boxes, kept, judges, attention)
+    return _Boxed(asked_for, boxes, view_boxes, kept, judges, attention)
 
 
 def prefill_all(part: Slice, features: Held) -> StepPrefixes:
@@ -259,13 +259,6 @@ def _prefixes(
 ) -> Held:
     """Those of some images and views."""
     return part.engine.prefill(features.select(list(which)), adapters, graph=graph)
-
-
-def _ask(part: Slice, prefixes: Held) -> roles.Queries:
-    rollout = part.config.rollout
-    sampling = Sampling(rollout.query_tokens, rollout.temperature)
-    seeds = part.draws.keys("ask", len(part.pixels))
-    return roles.ask(part.engine, prefixes, part.originals, seeds, sampling)
 
 
 def _ground(

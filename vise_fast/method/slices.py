@@ -4,6 +4,7 @@ every part of a step is given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
+from vise_fast.images.image import Image
 from vise_fast.method.roles import Sampling
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.system import randomness
@@ -38,7 +40,7 @@ class Draws:
 @dataclass(frozen=True)
 class Slice:
     """The images of the batch that are played together, uint8 (H, W, 3) on the engine's device, and
-    how.
+    how; `images`: the same as they came, with the words they are asked for (empty: there are none).
     """
 
     engine: Engine
@@ -46,6 +48,7 @@ class Slice:
     plan: StepPlan
     draws: Draws
     pixels: list[Tensor]
+    images: Sequence[Image] = ()
 
     @property
     def originals(self) -> list[int]:

@@ -30,6 +30,7 @@ SAME_IMAGES = (
     "data.holdout",
     "data.max_pixels",
     "data.min_pixels",
+    "eval.labels",
 )
 """Settings, and those of the scenes, that decide which images are held out and how they look."""
 PLACES = ("run.dir", "train.resume")

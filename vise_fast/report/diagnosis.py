@@ -122,14 +122,14 @@ def _grounding(arms: _Arms) -> Iterator[Finding]:
     gains = {label: arms.gain(f"{label}_iou") for label in ("sampled", "greedy")}
     said = "; ".join(f"{label} {arms.change(f'{label}_iou')}" for label in gains)
     if any(gain.high < 0 for gain in gains.values()):
-        yield Finding("bad", f"Grounding got worse on held-out scenes: mean IoU {said}.")
+        yield Finding("bad", f"Grounding got worse on held-out images: mean IoU {said}.")
     elif any(gain.low > 0 for gain in gains.values()):
-        yield Finding("good", f"{GAINED} on held-out scenes: mean IoU {said}.")
+        yield Finding("good", f"{GAINED} on held-out images: mean IoU {said}.")
         yield _tightening(arms, [label for label, gain in gains.items() if gain.low > 0])
     else:
         yield Finding(
             "note",
-            f"Grounding did not change measurably on held-out scenes: mean IoU {said}. The "
+            f"Grounding did not change measurably on held-out images: mean IoU {said}. The "
             "intervals include zero.",
         )
 

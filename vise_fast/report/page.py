@@ -22,7 +22,8 @@ from markupsafe import Markup
 from vise_fast import __version__
 from vise_fast.config import schema as configuration
 from vise_fast.evaluate.results import Estimate, Results, paired_gain
-from vise_fast.evaluate.titles import BRIEF, ENTRIES, GROUPS, Entry
+from vise_fast.evaluate.titles import BRIEF, BY_CLASS, ENTRIES, GROUPS, Entry, entry, of_class
+from vise_fast.evaluate.titles import classes as classes_of
 from vise_fast.report.diagnosis import diagnose
 from vise_fast.report.samples import samples, strip
 from vise_fast.report.stored_run import StoredRun, read
@@ -127,7 +128,8 @@ def curves(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
 
 def render(run: StoredRun, plots: list[Plot], refresh: int = 0) -> str:
     """The page as text; refresh: seconds after which a reader's browser asks again, 0: never."""
-    rows = {name: row for name in ENTRIES if (row := _row(run, name)) is not None}
+    names = [*ENTRIES, *_of_classes(run)]
+    rows = {name: row for name in names if (row := _row(run, name)) is not None}
     return (
         environment()
         .get_template("report.html")
@@ -184,9 +186,17 @@ def _row(run: StoredRun, name: str) -> Row | None:
     """None where neither arm measured the figure."""
     before = _value(run.before, name)
     after = _value(run.after, name)
-    if before is None and after is None:
+    known = entry(name)
+    if known is None or (before is None and after is None):
         return None
-    return Row(name, ENTRIES[name], before, after, paired_gain(run.before, run.after, name))
+    return Row(name, known, before, after, paired_gain(run.before, run.after, name))
+
+
+def _of_classes(run: StoredRun) -> list[str]:
+    """The figures of each class of labelled pictures; none where nothing was labelled."""
+    arm = run.before or run.after
+    found = {} if arm is None else classes_of(arm.marks)
+    return [name for each in found for name in of_class(each)]
 
 
 def _value(arm: Results | None, name: str) -> float | None:
@@ -200,7 +210,8 @@ def _groups(rows: dict[str, Row]) -> list[Group]:
         group = [rows[name] for name in entries if name in rows]
         if group:
             found.append(Group(title, group, _reach(group)))
-    return found
+    by_class = [row for name, row in rows.items() if ":" in name]
+    return [*found, Group(BY_CLASS, by_class, _reach(by_class))] if by_class else found
 
 
 def _reach(rows: list[Row]) -> float:
@@ -256,6 +267,9 @@ def _facts(run: StoredRun) -> dict[str, str]:
     facts |= _ranks(run)
     if run.before:
         facts["held out"] = f"{run.before.n} images"
+        things = run.before.marks.get("greedy_iou")
+        if config.eval.labels is not None and things is not None:
+            facts["labelled"] = f"{(things[1] > 0).sum()} of them, {things[1].sum():.0f} things"
     if run.adapter is not None:
         facts["adapter"] = str(run.adapter)
     if bad := run.bad_files():

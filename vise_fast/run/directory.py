@@ -25,7 +25,7 @@ from vise_fast.config import schema
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate.held_out import held_out
 from vise_fast.evaluate.results import Results
-from vise_fast.evaluate.table import side_by_side
+from vise_fast.evaluate.table import BY_CLASS, by_class, side_by_side
 from vise_fast.evaluate.titles import BRIEF
 from vise_fast.images.sources import Source
 from vise_fast.method.experience import Played
@@ -189,6 +189,12 @@ class Run:
         """A resumed run sees what it would have seen: the same images under the same names."""
         before = identity.data_of(self.directory, self._unchecked) if self.resumed else None
         now = source.identity()
+        for name, setting in (("words", "data.queries"), ("labels", "eval.labels")):
+            if before is not None and before.get(name) != now.get(name):
+                raise DataError(
+                    f"the {name} are not those of the run {self.directory}; a resumed run would "
+                    f"not be the same one; give --{setting} the same content, or start a new run"
+                )
         if before is not None and before != now:
             raise DataError(
                 f"the images are not those of the run {self.directory} ({_counted(before)} then, "
@@ -313,6 +319,8 @@ class Run:
             rows = [[name, *pair] for name, pair in figures.items()]
             title = "held-out images, before and after"
             self.console.table(title, ["", "base", "adapter"], rows)
+            if of_classes := by_class(self.evaluation):
+                self.console.table("labelled pictures by class", list(BY_CLASS), of_classes)
             self.loggers.log(self.done, self._held_out())
         made = card.Made(figures, source.identity())
         place = export.export(policy, self.config, self.directory / "adapter", made)

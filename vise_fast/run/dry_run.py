@@ -25,7 +25,7 @@ from vise_fast.config.share import share
 from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.estimate import planner as estimate
-from vise_fast.images.sources import Source, open_source
+from vise_fast.images.sources import Source, open_training
 from vise_fast.method import consensus, rewards
 from vise_fast.method.experience import play_batch, truth_of
 from vise_fast.method.learner import Learner
@@ -94,7 +94,7 @@ def _try(faults: list[UserError], work: Callable[[], T]) -> T | None:
 
 def _open(config: Config, scratch: Path, console: Console) -> Source:
     multiple = model.grid_multiple(config.model.path)
-    return open_source(config, multiple, scratch, console.warn, console.through)
+    return open_training(config, multiple, scratch, console.warn, console.through)
 
 
 def explain(console: Console, config: Config) -> None:

@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "data.dir",
         "data.mix",
         "data.column",
+        "data.queries",
         "model.device",
         "memory.budget_gb",
         "run.checkpoint_every",

@@ -1,0 +1,1 @@
+"""Words of the user's own, asked for instead of the model's queries."""
