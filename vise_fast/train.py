@@ -37,6 +37,7 @@ from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 from vise_fast.ranks.joined import joined
 from vise_fast.ranks.ranks import Ranks
+from vise_fast.run import interim
 from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.directory import Run
 from vise_fast.run.dry_run import dry_run
@@ -93,6 +94,7 @@ def train(
     for path in start.config.run.plugins:
         plugin.load(path, "run.plugins")  # those of a resumed run, on every rank
     rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
+    interim.check(start.config.eval)
     allocator.keep_freed_memory()
     with heard() as stop:
         run = open_run(start, ranks, verbose)
@@ -142,7 +144,8 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
     part = run.ranks.part(config.train.batch)
     in_memory = Halving(learner.config, engine, learner, run.console.warn)
     with run.progress() as steps:
-        while run.done < config.train.steps:
+        run.look(engine, source)  # one that an earlier end left undone
+        while run.done < config.train.steps and not run.interim.over:
             images = source.batch(run.done, config.train.batch, part)
             step = Step(engine, learner, images, part.start, run.done, truth)
             slices, metrics = in_memory(step)
@@ -153,6 +156,7 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
                 steps.advance(metrics | counts | {"phases": engine.clock.take()}, slices)
                 raise
             steps.advance(metrics | work | {"phases": engine.clock.take()}, slices)
+            run.look(engine, source)
             run.keep()
             engine.interrupted()
             if run.should_stop():

@@ -312,6 +312,24 @@ def test_things_that_take_long_are_lines_without_a_terminal(monkeypatch):
     assert [line.split("  ")[0] for line in said] == ["reading 3/9", "reading 6/9", "reading 9/9"]
 
 
+def test_things_pass_below_a_live_bar_which_stays(monkeypatch):
+    """An evaluation within a run: one screen holds one live display."""
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Screen(terminal=True)
+    console = Console(screen, screen, plain=False)
+    with console.progress(2, "train") as advance:
+        advance({})
+        assert list(console.through(range(3), "evaluate")) == [0, 1, 2]
+        advance({})
+        with pytest.raises(NumericFault):
+            for _ in console.through(range(3), "broken off"):
+                raise NumericFault("x")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).split("\n")
+    assert any(line.startswith("evaluate") and "3/3  ETA" in line for line in lines)
+    assert "train" in lines[-2] and "2/2" in lines[-2] and max(map(len, lines)) <= 80
+    assert list(console.through([1], "after")) == [1]  # a bar of its own again
+
+
 def test_a_sign_of_life_says_what_is_done_and_goes():
     screen = Screen(terminal=True)
     with Console(screen, screen, plain=False).working("loading the model"):

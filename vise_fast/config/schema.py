@@ -560,6 +560,23 @@ class EvalConfig(Section):
     seed: int = Field(90_001, ge=0, description="of the held-out scenes; never used in training")
     batch: int = Field(32, ge=1, description="images per forward")
     attention: bool = Field(True, description="visual attention share per layer")
+    every: int = Field(
+        0,
+        ge=0,
+        description="updates between evaluations while it trains; 0: before and after alone",
+    )
+    keep_best: str | None = Field(
+        None,
+        description=(
+            "figure of the evaluation by which the best adapter is kept and exported; none: the "
+            "last one is"
+        ),
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a new best after which training ends; 0: it goes on",
+    )
 
 
 class MemoryConfig(Section):
@@ -795,12 +812,23 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _contradicting_choices(config)
     yield from _exceeded_limits(config)
     yield from _empty_ranges(config)
+    yield from _unmeasured(config.eval)
     reward = config.reward
     if reward.w_geo + reward.w_sem + reward.w_area <= 0:
         yield "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them"
     budget = config.memory.budget_gb
     if isinstance(budget, float) and budget <= 0:
         yield f"memory.budget_gb {budget} must be positive; give GB, auto or null"
+
+
+def _unmeasured(evaluation: EvalConfig) -> Iterator[str]:
+    """What is to be done by figures that are not taken."""
+    if evaluation.every > 0 and evaluation.scenes == 0:
+        yield "eval.every looks at no image; set eval.scenes above 0, or eval.every to 0"
+    if evaluation.keep_best is not None and evaluation.every == 0:
+        yield "eval.keep_best chooses among evaluations while it trains; set eval.every"
+    if evaluation.patience > 0 and evaluation.keep_best is None:
+        yield "eval.patience waits for a new best; name its figure by eval.keep_best"
 
 
 def _contradicting_choices(config: Config) -> Iterator[str]:

@@ -17,13 +17,16 @@ from vise_fast.evaluate import grounding, label_free, visibility
 from vise_fast.evaluate.look import Look, Tally
 from vise_fast.evaluate.objects import Truths, truths_of
 from vise_fast.evaluate.results import Marks, Results, join
+from vise_fast.images.photographs import Through, unseen
 from vise_fast.images.sources import Source
 from vise_fast.method import roles
 
 
-def held_out(engine: Engine, source: Source, config: Config, adapters: bool) -> Results:
+def held_out(
+    engine: Engine, source: Source, config: Config, adapters: bool, through: Through = unseen
+) -> Results:
     """The results of one arm on `source.held_out(eval.scenes)`."""
-    return examine(engine, source, config, (adapters,))[0]
+    return examine(engine, source, config, (adapters,), through)[0]
 
 
 def compare(engine: Engine, source: Source, config: Config) -> tuple[Results, Results]:
@@ -32,17 +35,25 @@ def compare(engine: Engine, source: Source, config: Config) -> tuple[Results, Re
     return base, adapter
 
 
-def examine(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) -> list[Results]:
-    """Results of each arm (adapters on or off); empty ones when there is no held-out image."""
+def examine(
+    engine: Engine,
+    source: Source,
+    config: Config,
+    arms: Sequence[bool],
+    through: Through = unseen,
+) -> list[Results]:
+    """Results of each arm (adapters on or off); empty ones when there is no held-out image.
+    through: shows how far it is.
+    """
     images = source.held_out(config.eval.scenes)
     draw = getattr(source, "scene", None)
     if not images:
         return [Results() for _ in arms]
     scales: list[dict[str, float]] = [{} for _ in arms]
     if draw is not None:
-        scales = grounding.best_scales(engine, draw, config, arms)
+        scales = grounding.best_scales(engine, draw, config, through, arms)
     sheets = [_Sheet(arm, best) for arm, best in zip(arms, scales, strict=True)]
-    for first in range(0, len(images), config.eval.batch):
+    for first in through(range(0, len(images), config.eval.batch), "evaluate"):
         look = Look(engine, images[first : first + config.eval.batch], first, config)
         truths = None if draw is None else truths_of(look, draw)
         for sheet in sheets:

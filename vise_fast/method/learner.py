@@ -558,6 +558,13 @@ class Learner:
                     "an older one"
                 )
 
+    def take_adapter(self, adapter: dict[str, Tensor]) -> None:
+        """Another adapter of the same shapes in place of this one; moments and weights of the
+        update stay.
+        """
+        self._load_adapter(adapter)
+        self.policy.backbone.refresh()
+
     @torch.no_grad()
     def _load_adapter(self, stored: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

@@ -301,7 +301,17 @@ def _signal(run: StoredRun) -> Iterator[Finding]:
 
 
 def _end(run: StoredRun) -> Iterator[Finding]:
-    if run.steps < run.config.train.steps:
+    chosen = run.chosen
+    if chosen is not None:
+        yield Finding(
+            "note",
+            f"The adapter is the one after step {chosen.step}, the best by {chosen.figure} "
+            f"({chosen.value:.3f}) of {chosen.last} steps.",
+        )
+    if chosen is not None and chosen.patience and run.steps == chosen.last:
+        text = f"Stopped early, after step {run.steps}: no {chosen.figure} was better for so long."
+        yield Finding("note", text)
+    elif run.steps < run.config.train.steps:
         still = "" if run.after is not None else ", or is still going on"
         text = f"The run ended after {run.steps} of {run.config.train.steps} steps{still}."
         yield Finding("warn", text)

@@ -258,6 +258,8 @@ def _facts(run: StoredRun) -> dict[str, str]:
         facts["held out"] = f"{run.before.n} images"
     if run.adapter is not None:
         facts["adapter"] = str(run.adapter)
+    if run.chosen is not None:
+        facts["chosen"] = f"step {run.chosen.step}, the best by {run.chosen.figure}"
     if bad := run.bad_files():
         facts["unusable files"] = str(len(bad))
     return facts
