@@ -83,7 +83,8 @@ def train(
     that train it together (None: those that a launcher started, this one alone where none did);
     verbose: say which kernels run.
 
-    Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
+    Returns the exit code: 0, 7 where an alarm ended it (`train.stop_on_alarm`), or 129/130/143 when
+    a signal ended it after saving.
     """
     if ranks is None:
         with joined() as ranks:
@@ -110,7 +111,7 @@ def train(
             raise
         finally:
             run.close()
-    return 0
+    return run.code
 
 
 def whole(run: Run, stop: Signals, truth: Truth | None) -> None:

@@ -158,6 +158,24 @@ def test_evaluations_between_updates_are_the_same_and_choose_the_same(tmp_path):
             assert mine[name] == pytest.approx(theirs[name], abs=BOUND), name
 
 
+def test_an_alarm_ends_all_ranks_with_its_code(tmp_path):
+    def alarmed(rank):
+        update = Alarms.update
+
+        def raised(self, step, metrics):
+            said = update(self, step, metrics) | {"area": "grew"}
+            self.take({"area": "grew"})
+            return said
+
+        Alarms.update = raised
+
+    run = tmp_path / "run"
+    more = {"train__stop_on_alarm": "true", "run__checkpoint_every": 0}
+    outcomes = go_together(said(run, **more), run, 2, alarmed)
+    assert [outcome.code for outcome in outcomes] == [7, 7], outcomes[0].err
+    assert len(read_lines(run / "metrics.jsonl")) == 2 and adapter(run).numel()
+
+
 def test_ordered_sums_repeat_bit_for_bit(tmp_path):
     for name in ("first", "second"):
         run = said(tmp_path / name, train__deterministic="true")

@@ -233,6 +233,47 @@ def test_patience_ends_a_run_after_so_many_without_a_best(collapsed, tmp_path):
     assert len(updates(directory)) == whole[first]["step"]
 
 
+# ---- alarms --------------------------------------------------------------------------------------
+
+
+def growing(from_step):
+    """Greedy boxes that are said to grow from a step on."""
+
+    def prepare():
+        real = run_directory.Run._look
+
+        def look(self, engine, source):
+            seen = real(self, engine, source)
+            grown = "they grew" if self.done >= from_step else None
+            self.console.alarm("greedy_area", grown)
+            return seen._replace(alarms={"greedy_area": grown})
+
+        run_directory.Run._look = look
+
+    return prepare
+
+
+def test_one_that_a_second_evaluation_confirms_ends_the_run_in_good_order(looked, tmp_path):
+    """With the adapter of the last healthy checkpoint, and an exit code of its own."""
+    run = tmp_path / "run"
+    more = {"train__stop_on_alarm": "true", "train__steps": 6, "eval__keep_best": "null"}
+    outcome = go(said(run, **more), run, prepare=growing(2))
+    assert outcome.code == 7, outcome.err
+    assert [line["alarms"] for line in updates(run)] == [[], [], ["greedy_area"]]
+    assert "alarm: they grew" in outcome.err and "the adapter is the one of step 1" in outcome.err
+    assert (run / "report.html").exists()
+    healthy = load_file(looked / "checkpoints" / "step_1" / "adapter.safetensors")
+    norms = sorted(float(t.double().norm()) for t in healthy.values())
+    assert sorted(float(t.double().norm()) for t in adapter(run).values()) == norms
+
+
+def test_without_stop_on_alarm_it_is_said_and_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    outcome = go(said(run, eval__keep_best="null"), run, prepare=growing(1))
+    assert outcome.code == 0 and "alarm: they grew" in outcome.err
+    assert [line["alarms"] for line in updates(run)] == [[], ["greedy_area"], ["greedy_area"]]
+
+
 # ---- the rules -----------------------------------------------------------------------------------
 
 

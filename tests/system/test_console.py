@@ -319,14 +319,17 @@ def test_things_pass_below_a_live_bar_which_stays(monkeypatch):
     console = Console(screen, screen, plain=False)
     with console.progress(2, "train") as advance:
         advance({})
-        assert list(console.through(range(3), "evaluate")) == [0, 1, 2]
+        for done in console.through(range(3), "evaluate"):
+            console._live.refresh()  # else it draws when its time comes
+            assert done == console._live.tasks[-1].completed
         advance({})
         with pytest.raises(NumericFault):
             for _ in console.through(range(3), "broken off"):
                 raise NumericFault("x")
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).split("\n")
-    assert any(line.startswith("evaluate") and "3/3  ETA" in line for line in lines)
-    assert "train" in lines[-2] and "2/2" in lines[-2] and max(map(len, lines)) <= 80
+    drawn = [part for line in lines for part in line.split("\r")]
+    assert any(part.startswith("evaluate") and "2/3  ETA" in part for part in drawn)
+    assert "2/2" in drawn[-1] + drawn[-2] and max(map(len, drawn)) <= 80
     assert list(console.through([1], "after")) == [1]  # a bar of its own again
 
 

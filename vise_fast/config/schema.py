@@ -327,7 +327,10 @@ class TrainConfig(Section):
     )
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
     stop_on_alarm: bool = Field(
-        False, description="end early, keeping the best healthy checkpoint, when an alarm stays on"
+        False,
+        description=(
+            "end early (exit code 7), keeping the last healthy checkpoint, when an alarm stays on"
+        ),
     )
 
 

@@ -104,6 +104,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "own_area_large": Entry(
             "boxes over 0.8 of the image", "the mark of a collapse to the full image", -1
         ),
+        "own_zero_area": Entry(
+            "boxes without area", "of the readable ones; they point at nothing", -1
+        ),
         "own_parse_rate": Entry("readable boxes", "share of answers that can be read as a box"),
         "attention_share": Entry(
             "attention on the image",

@@ -226,6 +226,8 @@ def _collapse(run: StoredRun) -> Iterator[Finding]:
         )
     for name, steps in run.alarms().items():
         yield _alarm(run, name, steps)
+    said = {} if run.after is None else alarms.looked_at(run.before, run.after)
+    yield from (Finding("warn", f"{text[0].upper()}{text[1:]}.") for text in said.values() if text)
 
 
 def _of_base(run: StoredRun, name: str, otherwise: float) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 import PIL.Image
 
 from vise_fast.config import schema
+from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate.held_out import held_out
 from vise_fast.evaluate.results import Results
@@ -35,7 +36,7 @@ from vise_fast.model.saved import card, export, side_files
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.report import page as report
 from vise_fast.report import stored_run
-from vise_fast.report.alarms import Alarms
+from vise_fast.report.alarms import GAP_LIMIT, GAP_LIMIT_QUANTISED, Alarms, looked_at
 from vise_fast.run import identity, interim
 from vise_fast.run.interim import Interim
 from vise_fast.run.opening import (
@@ -55,6 +56,8 @@ from vise_fast.system.signals import Interrupted
 
 SHOWN = ("reward", "kl", "area", "parse_rate", "images_per_s")
 SAMPLES = 2  # images of a batch that samples.jsonl tells of
+ALARMED = 7
+"""The exit code of a run that an alarm ended (`train.stop_on_alarm`), in good order."""
 PATIENCE = 10
 """Steps an alarm may stay on before it ends a run that asked for it."""
 
@@ -73,7 +76,7 @@ class Run:
         self.directory = start.directory
         self.resumed = start.checkpoint
         self.older = start.older
-        self.alarms = Alarms(self.config.update.tau)
+        self.alarms = alarms_of(self.config)
         self.interim = Interim(self.config.eval)
         self.away = 0.0
         """Seconds of the step under way that were no training."""
@@ -86,6 +89,8 @@ class Run:
         self.done = 0
         self.saved = -1
         self.opened = False
+        self.code = 0
+        """To leave with, where nothing else ends the run."""
         self.unwritten: deque[Callable[[], None]] = deque()
         self.free = False
         self._begin(start)
@@ -153,7 +158,7 @@ class Run:
         if isinstance(found, checkpoint.Corrupt):
             raise found
         tensors, state = found
-        alarms = Alarms(self.config.update.tau)
+        alarms = alarms_of(self.config)
         looks = Interim(self.config.eval)
         note = None
         try:
@@ -286,16 +291,18 @@ class Run:
             return
         assert self.learner is not None
         begun = time.monotonic()
-        values = self.ranks.first(lambda: self._look(engine, source))
-        self.interim.take(self.done, values, partial(interim.copied, self.learner.parameters))
+        seen = self.ranks.first(lambda: self._look(engine, source))
+        adapter = partial(interim.copied, self.learner.parameters)
+        self.interim.take(self.done, seen.values, adapter)
+        self.alarms.take(seen.alarms)
         engine.counters.take()  # none of its work is the next step's
         engine.clock.take()
         self.ranks.work({}, 0, engine.device)
         self.away += time.monotonic() - begun
 
-    def _look(self, engine: Engine, source: Source) -> dict[str, float]:
+    def _look(self, engine: Engine, source: Source) -> interim.Seen:
         """Measure, or take what an earlier process measured after this very step; write it down and
-        tell it. Returns the figures.
+        tell it.
         """
         begun = time.monotonic()
         before = self._looked_before()
@@ -314,7 +321,20 @@ class Run:
         self.loggers.log(self.done, _for_loggers("adapter", found.values))
         base = Results.of(self.evaluation, "before")
         self.console.say(interim.said(self.done, base, found, self.config.eval))
-        return found.values
+        return interim.Seen(found.values, self._alarms_at(base, found))
+
+    def _alarms_after(self) -> None:
+        """What the last evaluation raises is said, however few there were."""
+        after = Results.of(self.evaluation, "after")
+        if after is not None:
+            self._alarms_at(Results.of(self.evaluation, "before"), after)
+
+    def _alarms_at(self, base: Results | None, found: Results) -> dict[str, str | None]:
+        """What an evaluation raises; said."""
+        said = looked_at(base, found)
+        for name, text in said.items():
+            self.console.alarm(name, text)
+        return said
 
     def _looked_before(self) -> Results | None:
         """What the lines of a resumed run hold of the step it goes on from."""
@@ -342,7 +362,7 @@ class Run:
         """An alarm that may end the run is on: no checkpoint, so that the newest stays a healthy
         one.
         """
-        return self.config.train.stop_on_alarm and self.alarms.since is not None
+        return self.config.train.stop_on_alarm and self.alarms.on
 
     def keep(self) -> None:
         """A checkpoint every so often."""
@@ -381,8 +401,7 @@ class Run:
 
     def should_stop(self) -> bool:
         """An alarm has been on for so long that the user asked to end then."""
-        since = self.alarms.since
-        return self.alarmed() and since is not None and self.done - since >= PATIENCE
+        return self.alarmed() and self.alarms.stays_on(self.done, PATIENCE)
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -391,6 +410,7 @@ class Run:
         self._save()
         chosen = self._choose()
         self._evaluate("after", engine, source, adapters=True)
+        self._alarms_after()
         engine.interrupted()
         figures = side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
         if figures:
@@ -494,6 +514,7 @@ class Run:
     def fall_back(self) -> None:
         """After an alarm ended the run: return to the last healthy checkpoint."""
         assert self.learner is not None
+        self.code = ALARMED
         newest = checkpoint.latest(self.directory)
         if newest is None:
             self.console.warn(
@@ -557,6 +578,12 @@ class Steps:
             line = {"step": run.done, "image": name, **sample(played, index)}
             run.unwritten.append(partial(files.write, run.directory / name, picture.getvalue()))
             run.unwritten.append(partial(run.samples.write, line))
+
+
+def alarms_of(config: Config) -> Alarms:
+    """Before any step."""
+    quantised = config.model.quant != "none"
+    return Alarms(config.update.tau, GAP_LIMIT_QUANTISED if quantised else GAP_LIMIT)
 
 
 def _read(path: Path) -> tuple[checkpoint.Tensors, dict[str, Any]] | checkpoint.Corrupt:

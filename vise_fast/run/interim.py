@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class Best:
     step: int
     value: float
     adapter: dict[str, Tensor]
+
+
+class Seen(NamedTuple):
+    """What rank 0 tells of an evaluation: its figures, and what each alarm says of them."""
+
+    values: dict[str, float]
+    alarms: dict[str, str | None]
 
 
 class Interim:
