@@ -90,7 +90,7 @@ def test_greedy_boxes_that_grow(name, before, after, raised):
     """With truth against it, where growing towards it is none; without, against the base's own."""
     spread = 0.01 * before
     base = measured(spread=spread, **{name: before})
-    found = looked_at(base, measured(spread=spread, seed=1, **{name: after}))
+    found = looked_at(base, measured(spread=spread, seed=1, **{name: after}), 0.02)
     assert bool(found["greedy_area"]) == raised
     if raised:
         told = re.search(r"from (\S+) to (\S+) ", found["greedy_area"]).groups()
@@ -100,10 +100,11 @@ def test_greedy_boxes_that_grow(name, before, after, raised):
 def test_what_chance_explains_and_what_has_nothing_to_compare_with_is_none():
     base = measured(n=24, spread=2, greedy_area_ratio=1.07)
     wide = measured(n=24, spread=2, seed=1, greedy_area_ratio=1.21)
-    assert looked_at(base, wide)["greedy_area"] is None
-    assert looked_at(None, wide)["greedy_area"] is None
-    assert looked_at(Results(), Results())["greedy_area"] is None
-    assert looked_at(measured(n=30, own_area=0.1), measured(own_area=0.3))["greedy_area"] is None
+    assert looked_at(base, wide, 0.02)["greedy_area"] is None
+    assert looked_at(None, wide, 0.02)["greedy_area"] is None
+    assert looked_at(Results(), Results(), 0.02)["greedy_area"] is None
+    other = measured(n=30, own_area=0.1)
+    assert looked_at(other, measured(own_area=0.3), 0.02)["greedy_area"] is None
 
 
 def test_it_stands_until_the_next_evaluation_and_ends_a_run_only_when_confirmed():

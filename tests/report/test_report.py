@@ -18,7 +18,7 @@ from vise_fast.evaluate import strengths
 from vise_fast.evaluate.results import Results, paired_gain
 from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.report import __main__ as command
-from vise_fast.report import diagnosis, stored_run
+from vise_fast.report import comparison, diagnosis, stored_run
 from vise_fast.report import page as report
 from vise_fast.report.plots import DPI
 from vise_fast.report.samples import STRIP, samples, strip
@@ -328,6 +328,23 @@ def test_an_evaluation_that_was_not_measured_is_damaged(tmp_path):
     (run / "evaluations.jsonl").write_text(lines)
     with pytest.raises(DataError, match=r"evaluations.jsonl is damaged at step 1"):
         report.write(run)
+
+
+def test_from_a_handful_of_images_nothing_is_concluded(tmp_path, monkeypatch):
+    """However large the gains look: no verdict, no colour, no interval."""
+    monkeypatch.setattr(fake_run, "SCENES", 19)
+    run = course(fake_run.write(tmp_path / "run"), 10, 20)
+    found = diagnosis.diagnose(stored_run.read(run))
+    assert "Only 19 held-out images: too few to tell" in texts(found, "warn")
+    assert found.headline == "Healthy, but no gain is shown"
+    page = report.write(run).read_text()
+    assert "inf" not in re.sub("[a-z]*inf[a-z]+|[a-z]+inf[a-z]*", "", page)
+    assert page.count("too few to tell") > 2 * report.TILE_COUNT
+    assert 'class="delta good"' not in page and 'class="interval' not in page
+    both = comparison.compare([stored_run.read(run), stored_run.read(run)])
+    assert "too few to tell" in comparison.row(both.lines[0])[2]
+    shown = comparison.render(both, [])
+    assert "too few to tell" in shown and "(−inf" not in shown and 'small class="good"' not in shown
 
 
 def test_boxes_over_training_are_a_strip(tmp_path):

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from faults.forked import KILLED, again, go, restart, words
@@ -20,7 +21,7 @@ from vise_fast.config import schema
 from vise_fast.evaluate.results import Results
 from vise_fast.report import stored_run
 from vise_fast.run import directory as run_directory
-from vise_fast.run.interim import Interim, check, check_measured
+from vise_fast.run.interim import Interim, check, check_measured, record
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError
 
@@ -76,7 +77,7 @@ def test_a_run_with_and_without_them_is_the_same_bit_for_bit(looked, tmp_path):
     assert watched.names - plain.names == {"evaluations.jsonl"}
 
 
-def test_figures_have_keys_of_their_own_with_intervals(looked):
+def test_figures_have_keys_of_their_own(looked):
     found = course(looked)
     assert [line["step"] for line in found] == [1, 2, 3]
     whole = stored_run.read(looked)
@@ -87,7 +88,24 @@ def test_figures_have_keys_of_their_own_with_intervals(looked):
             f"held_out/{name}" for name in [*results.values, "images"]
         }
         assert line["held_out/sampled_iou"] == results.values["sampled_iou"]
-        assert {"held_out/sampled_iou/low", "held_out/sampled_iou/high"} <= line.keys()
+
+
+def test_the_short_table_s_figures_have_intervals_where_there_are_images_enough():
+    values = np.linspace(0, 1, 30)
+    marks = {"sampled_iou": (values, np.ones(30)), "greedy_area": (values, np.ones(30))}
+    line = record(7, Results(30, marks, {"distinct_queries": 0.5}), 1.5)
+    low = line.pop("held_out/sampled_iou/low")
+    high = line.pop("held_out/sampled_iou/high")
+    assert low < 0.5 < high and line == {
+        "step": 7,
+        "held_out/images": 30,
+        "held_out/seconds": 1.5,
+        "held_out/sampled_iou": 0.5,
+        "held_out/greedy_area": 0.5,
+        "held_out/distinct_queries": 0.5,
+    }
+    few = Results(19, {name: (top[:19], bottom[:19]) for name, (top, bottom) in marks.items()})
+    assert not [name for name in record(7, few, 1.5) if name.count("/") > 1]
 
 
 def test_the_last_one_is_the_evaluation_after_training(tmp_path, monkeypatch):

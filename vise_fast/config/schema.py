@@ -563,6 +563,14 @@ class EvalConfig(Section):
     seed: int = Field(90_001, ge=0, description="of the held-out scenes; never used in training")
     batch: int = Field(32, ge=1, description="images per forward")
     attention: bool = Field(True, description="visual attention share per layer")
+    describe: int = Field(
+        32,
+        ge=0,
+        description=(
+            "held-out images that are described freely and asked plain questions, for what was "
+            "forgotten; 0: none, 20 at least for an alarm"
+        ),
+    )
     every: int = Field(
         0,
         ge=0,

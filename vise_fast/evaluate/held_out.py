@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
-from vise_fast.evaluate import grounding, label_free, visibility
+from vise_fast.evaluate import forgetting, grounding, label_free, visibility
 from vise_fast.evaluate.look import Look, Tally
 from vise_fast.evaluate.objects import Truths, truths_of
 from vise_fast.evaluate.results import Marks, Results, join
@@ -75,6 +75,7 @@ class _Sheet:
         """Every question about one batch."""
         own = look.own_queries(self.arm)
         marks, share = label_free.measure(look, self.arm, own)
+        marks |= forgetting.measure(look, self.arm)
         if truths is not None:
             marks |= self._with_truth(look, truths, own)
         self.marks.append(marks)

@@ -121,6 +121,17 @@ GROUPS: dict[str, dict[str, Entry]] = {
             "different queries", "different texts among the arm's own queries", 0
         ),
     },
+    "What training did not ask for: free answers": {
+        "free_kl": Entry(
+            "KL to the base, descriptions",
+            "nat per token along the arm's own free descriptions; the base's is 0",
+            -1,
+        ),
+        "free_length": Entry("tokens of a description", "cut at 64", 0),
+        "free_yes": Entry(
+            "yes to fixed questions", "the same plain questions about every image", 0
+        ),
+    },
     "Blind control (a grey image)": {
         "blind_iou": Entry(
             "mean IoU without looking", "what guessing gives; a gain here is not seeing", 0

@@ -34,6 +34,10 @@ GAP_LIMIT_QUANTISED = 0.15
 """
 GREEDY_GROWTH = 1.1
 """Times the base's own: 1.07 times the truth became 1.21 in a run that no other alarm noticed."""
+FREE_LENGTH = 2.0
+"""Times, or by which the base's is divided."""
+FREE_YES = 0.2
+"""Share of the answers, from the base's."""
 CONFIRMED = 2
 """Evaluations in a row that must raise an alarm before it ends a run that asked for it."""
 
@@ -170,11 +174,39 @@ class Alarms:
         self.confirmed = confirmed
 
 
-def looked_at(base: Results | None, now: Results) -> dict[str, str | None]:
-    """What an evaluation says of the adapter beside the base's own figures, None where all is
-    well.
+def looked_at(base: Results | None, now: Results, tau: float) -> dict[str, str | None]:
+    """What an evaluation says of the adapter beside the base's own figures, None where all is well
+    or there are too few images to tell. tau: the KL target in nat per token.
     """
-    return {"greedy_area": _grown(base, now)}
+    return {"greedy_area": _grown(base, now), "forgetting": _forgotten(base, now, tau)}
+
+
+def _forgotten(base: Results | None, now: Results, tau: float) -> str | None:
+    """Free answers that are no longer the base's: the KL over KL_LIMIT times its target, as for
+    boxes; descriptions of half or double the length; more or fewer yes by FREE_YES.
+    """
+    found = []
+    if "free_kl" in now.marks and now.estimate("free_kl").low > KL_LIMIT * tau:
+        found.append(
+            f"free descriptions are {now.values['free_kl']:.2g} nat per token from the base's "
+            f"(limit {KL_LIMIT * tau:.2g})"
+        )
+    if base is not None and _differ(base, now, "free_length"):
+        before = base.values["free_length"]
+        after = now.values["free_length"]
+        if not before / FREE_LENGTH < after < before * FREE_LENGTH:
+            found.append(f"they have {after:.0f} tokens instead of {before:.0f}")
+    if base is not None and _differ(base, now, "free_yes"):
+        before = base.values["free_yes"]
+        after = now.values["free_yes"]
+        if abs(after - before) > FREE_YES:
+            found.append(f"fixed questions get {after:.0%} yes instead of {before:.0%}")
+    return f"{'; '.join(found)}; lower train.lr or raise update.beta_min" if found else None
+
+
+def _differ(base: Results, now: Results, name: str) -> bool:
+    gain = paired_gain(base, now, name)
+    return gain.low > 0 or gain.high < 0
 
 
 def _grown(base: Results | None, now: Results) -> str | None:

@@ -206,7 +206,7 @@ def _groups(rows: dict[str, Row]) -> list[Group]:
 def _reach(rows: list[Row]) -> float:
     ends = [0.02]
     for row in rows:
-        if row.paired:
+        if row.gain.told:
             ends += [abs(row.gain.low), abs(row.gain.high)]
     return max(ends) * 1.06
 

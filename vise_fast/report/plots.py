@@ -503,8 +503,9 @@ def _band(axes: Axes, gains: dict[float, Estimate], curve: Curve) -> None:
         return
     alphas = list(gains)
     middle = [gain.value for gain in gains.values()]
-    low = [gain.low for gain in gains.values()]
-    high = [gain.high for gain in gains.values()]
+    # from too few images there is no band
+    low = [gain.low if gain.told else gain.value for gain in gains.values()]
+    high = [gain.high if gain.told else gain.value for gain in gains.values()]
     color = COLORS[curve.color]
     axes.fill_between(alphas, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(alphas, middle, color=color, marker="o", markersize=3.5, label=curve.label)

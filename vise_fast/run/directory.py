@@ -331,7 +331,7 @@ class Run:
 
     def _alarms_at(self, base: Results | None, found: Results) -> dict[str, str | None]:
         """What an evaluation raises; said."""
-        said = looked_at(base, found)
+        said = looked_at(base, found, self.config.update.tau)
         for name, text in said.items():
             self.console.alarm(name, text)
         return said

@@ -23,7 +23,7 @@ from vise_fast.system.errors import ConfigError
 
 PREFIX = "held_out/"
 """Of its figures in metrics.jsonl."""
-NOT_THE_FIGURES = {"every", "patience", "batch", "attention"}
+NOT_THE_FIGURES = {"every", "patience", "batch", "attention", "describe"}
 """Settings of `eval` that change no figure by which adapters are compared."""
 
 
@@ -198,7 +198,8 @@ def record(step: int, results: Results, seconds: float) -> dict[str, Any]:
 
 
 def _ends(key: str, estimate: Estimate) -> dict[str, float]:
-    return {f"{key}/low": estimate.low, f"{key}/high": estimate.high}
+    """Of an interval; nothing where there are too few images to tell."""
+    return {f"{key}/low": estimate.low, f"{key}/high": estimate.high} if estimate.told else {}
 
 
 def said(step: int, base: Results | None, results: Results, settings: EvalConfig) -> str:
