@@ -146,8 +146,8 @@ def test_free_answers_that_are_no_longer_the_base_s(changed, said):
     assert (text is None) == (said is None)
     if said is not None:
         # the means of forty draws are a hundredth off those they are drawn about
-        told = [float(number) for number in re.findall(r"[\d.]+", text)]
-        wanted = [float(number) for number in re.findall(r"[\d.]+", said)]
+        told = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
+        wanted = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", said)]
         assert told[: len(wanted)] == pytest.approx(wanted, rel=0.05)
 
 

@@ -292,9 +292,10 @@ class Run:
         assert self.learner is not None
         begun = time.monotonic()
         seen = self.ranks.first(lambda: self._look(engine, source))
-        adapter = partial(interim.copied, self.learner.parameters)
-        self.interim.take(self.done, seen.values, adapter)
         self.alarms.take(seen.alarms)
+        adapter = partial(interim.copied, self.learner.parameters)
+        # what will be ended for an alarm is not the best, whatever its figure says
+        self.interim.take(self.done, {} if self.alarmed() else seen.values, adapter)
         engine.counters.take()  # none of its work is the next step's
         engine.clock.take()
         self.ranks.work({}, 0, engine.device)
@@ -434,6 +435,7 @@ class Run:
         """
         best = self.interim.best
         name = self.config.eval.keep_best
+        self.evaluation.pop("best", None)  # an earlier end's
         if self.interim.over:
             self.console.say(
                 f"stopped  after step {self.done}: {self.interim.without} evaluations without a "
