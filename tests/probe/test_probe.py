@@ -98,7 +98,7 @@ def test_from_a_handful_nothing_is_concluded(on_scenes):
     (said,) = warnings(replace(few, readable_boxes=0.0))
     again = replace(few, samples=few.samples * 2)
     assert best([again]) is None, "a picture that is shown twice is one"
-    assert "19 pictures are too few to tell" in said and "--pictures 20" in said
+    assert "19 pictures are too few to tell" in said and "give 20" in said
 
 
 def test_a_page_that_cannot_be_written_is_one_line_before_a_model_is_loaded(

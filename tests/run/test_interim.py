@@ -22,6 +22,7 @@ from vise_fast.evaluate.results import Results
 from vise_fast.report import stored_run
 from vise_fast.run import directory as run_directory
 from vise_fast.run.interim import Interim, check, check_measured, record
+from vise_fast.run.interim import said as told
 from vise_fast.system import checkpoint
 from vise_fast.system.errors import ConfigError
 
@@ -367,6 +368,17 @@ def test_what_no_checkpoint_says_is_refused(craft):
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
         other.load(state, stored, {"a": torch.zeros(2)})
     assert other.last == 0 and other.best is None
+
+
+def test_it_is_told_in_a_line_of_80_columns():
+    one = (np.full(30, 0.5), np.ones(30))
+    names = ("sampled_iou_rescaled", "sampled_iou", "invariance", "own_TU")
+    whole = Results(30, dict.fromkeys(names, one))
+    config = settings("--eval.keep_best=sampled_iou_rescaled")
+    line = told(123456, whole, whole, config)
+    assert len(line) <= 80 and line.startswith("held out, step 123456: sampled_iou_rescaled 0.500")
+    assert line.endswith("(base 0.500)") and "sampled_iou 0.5" in told(1, None, whole, config)
+    assert told(1, None, Results(), config) == "held out, step 1: nothing could be measured"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def few(table: Sequence[Measured]) -> str | None:
     if pictures >= FEW:
         return None
     return (
-        f"{pictures} pictures are {TOO_FEW}: no style is chosen and none is warned of; give "
-        f"--pictures {FEW} or more"
+        f"{pictures} pictures are {TOO_FEW}: no style is chosen and none is warned of; give {FEW} "
+        "different ones or more (--pictures, data.dir)"
     )
 
 

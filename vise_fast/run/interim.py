@@ -21,6 +21,7 @@ from vise_fast.evaluate.results import Estimate, Results
 from vise_fast.evaluate.titles import BRIEF, ENTRIES
 from vise_fast.system.errors import ConfigError
 
+WIDTH = 80
 PREFIX = "held_out/"
 """Of its figures in metrics.jsonl."""
 NOT_THE_FIGURES = {"every", "patience", "batch", "attention", "describe"}
@@ -203,12 +204,16 @@ def _ends(key: str, estimate: Estimate) -> dict[str, float]:
 
 
 def said(step: int, base: Results | None, results: Results, settings: EvalConfig) -> str:
-    """An evaluation in one line of 80 columns."""
+    """An evaluation in one line, with as many figures as fit into WIDTH columns."""
     names = [settings.keep_best, "sampled_iou", "invariance", "own_TU"]
-    shown = [name for name in dict.fromkeys(names) if name in results.values][:2]
     before = {} if base is None else base.values
-    parts = []
-    for name in shown:
+    line = f"held out, step {step}:"
+    for name in dict.fromkeys(names):
+        if name not in results.values:
+            continue
         from_base = f" (base {before[name]:.3f})" if name in before else ""
-        parts.append(f"{name} {results.values[name]:.3f}{from_base}")
-    return f"held out after step {step}: {', '.join(parts) or 'nothing could be measured'}"
+        more = f" {name} {results.values[name]:.3f}{from_base}"
+        if len(line + more) > WIDTH and line[-1] != ":":
+            break
+        line += more
+    return line if line[-1] != ":" else f"{line} nothing could be measured"
