@@ -17,7 +17,7 @@ from vise_fast.evaluate import forgetting, grounding, label_free, visibility
 from vise_fast.evaluate.look import Look, Tally
 from vise_fast.evaluate.objects import Truths, truths_of
 from vise_fast.evaluate.results import Marks, Results, join
-from vise_fast.images.photographs import Through, unseen
+from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.sources import Source
 from vise_fast.method import roles
 
