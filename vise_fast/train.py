@@ -38,6 +38,7 @@ from vise_fast.method.queries import share_of_words
 from vise_fast.model import load as model
 from vise_fast.ranks.joined import joined
 from vise_fast.ranks.ranks import Ranks
+from vise_fast.run import interim
 from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.directory import Run
 from vise_fast.run.dry_run import dry_run
@@ -83,7 +84,8 @@ def train(
     that train it together (None: those that a launcher started, this one alone where none did);
     verbose: say which kernels run.
 
-    Returns the exit code: 0, or 129/130/143 when a signal ended it after saving.
+    Returns the exit code: 0, 7 where an alarm ended it (`train.stop_on_alarm`), or 129/130/143 when
+    a signal ended it after saving.
     """
     if ranks is None:
         with joined() as ranks:
@@ -94,6 +96,7 @@ def train(
     for path in start.config.run.plugins:
         plugin.load(path, "run.plugins")  # those of a resumed run, on every rank
     rewards.check(start.config.reward, truth is not None or start.config.data.is_drawn)
+    interim.check(start.config.eval)
     allocator.keep_freed_memory()
     with heard() as stop:
         run = open_run(start, ranks, verbose)
@@ -109,7 +112,7 @@ def train(
             raise
         finally:
             run.close()
-    return 0
+    return run.code
 
 
 def whole(run: Run, stop: Signals, truth: Truth | None) -> None:
@@ -143,7 +146,8 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
     part = run.ranks.part(config.train.batch)
     in_memory = Halving(learner.config, engine, learner, run.console.warn)
     with run.progress() as steps:
-        while run.done < config.train.steps:
+        run.look(engine, source)  # one that an earlier end left undone
+        while run.done < config.train.steps and not run.interim.over:
             images = source.batch(run.done, config.train.batch, part)
             step = Step(engine, learner, images, part.start, run.done, truth)
             slices, metrics = in_memory(step)
@@ -154,6 +158,7 @@ def loop(run: Run, engine: Engine, learner: Learner, source: Source, truth: Trut
                 steps.advance(metrics | counts | {"phases": engine.clock.take()}, slices)
                 raise
             steps.advance(metrics | work | {"phases": engine.clock.take()}, slices)
+            run.look(engine, source)
             run.keep()
             engine.interrupted()
             if run.should_stop():

@@ -26,7 +26,7 @@ from vise_fast.images.photographs import Photographs
 from vise_fast.method import roles
 from vise_fast.method.rewards import LARGE_AREA
 from vise_fast.model import load as model
-from vise_fast.system import randomness
+from vise_fast.system import console, files, randomness
 from vise_fast.system.errors import ConfigError
 
 
@@ -110,7 +110,13 @@ def truly_sees(scene, name, pixels):
 def settings():
     return config.load(
         None,
-        ["--eval.scenes=12", "--eval.batch=5", "--eval.attention=false", "--ghost.method=mean"],
+        [
+            "--eval.scenes=12",
+            "--eval.batch=5",
+            "--eval.attention=false",
+            "--eval.describe=0",
+            "--ghost.method=mean",
+        ],
     )
 
 
@@ -349,12 +355,34 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
         )
         == 0
     )
-    assert "mean IoU, greedy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean IoU, greedy" in printed and "3 held-out images: too few to tell" in printed
     content = json.loads((tmp_path / "e.json").read_text())
     assert set(content) == {"before"} and content["before"]["n"] == 3
     shown = side_by_side({"before": content["before"], "after": content["before"]})
-    assert shown["mean IoU, greedy"][1].endswith("(+0.000, 95 % +0.000 to +0.000)")
+    assert shown["mean IoU, greedy"][1].endswith("(+0.000, too few to tell)")
     assert side_by_side(content)["mean IoU, greedy"][1] == "-"
+
+
+@pytest.mark.parametrize("place", ["nowhere/e.json", "folder", "file/e.json"])
+def test_a_place_that_takes_no_json_is_said_before_a_model_is_loaded(
+    place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "load", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("as it was")
+    assert console.run(command.main, ["--scenes", "3", "--json", str(tmp_path / place)]) == 4
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: cannot write {tmp_path / place}") and "give --json" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "as it was"
+
+
+def test_looking_whether_a_place_takes_a_file_leaves_it_as_it_was(tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new.json"):
+        files.writable(tmp_path / name)
+    assert (tmp_path / "old.json").read_text() == "old" and not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize(

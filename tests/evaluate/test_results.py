@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from vise_fast.evaluate.results import Results, difference, join
+from vise_fast.evaluate import results
+from vise_fast.evaluate.results import FEW, Results, difference, join
 
 
 def figures(**marks):
@@ -41,6 +42,42 @@ def test_interval_covers_the_true_mean_as_often_as_it_says():
     assert 0.90 <= hits / 300 <= 0.985, hits / 300
 
 
+def coverage(n, draws=400):
+    """How often the 95 % interval of a skewed figure's mean, from n images, holds the truth (1)."""
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(draws):
+        mark = (rng.exponential(1.0, n), np.ones(n))
+        value = results._interval(results._value(mark), results._resampled(mark), FEW)
+        hits += value.low <= 1 <= value.high
+    return hits / draws
+
+
+def test_what_is_called_few_is_where_intervals_fail():
+    """From two images an interval that says 95 % holds the truth half of the time; from FEW on nine
+    times in ten (within what 400 draws tell, .03).
+    """
+    assert coverage(2) < 0.53 and coverage(5) < 0.83 and coverage(10) < 0.88
+    assert coverage(FEW) > 0.88 and coverage(60) > 0.92
+
+
+@pytest.mark.parametrize("n, told", [(2, False), (FEW - 1, False), (FEW, True)])
+def test_a_handful_gives_no_interval_however_clear_it_looks(n, told):
+    before = figures(x=(np.zeros(n), np.ones(n)))
+    after = figures(x=(np.ones(n), np.ones(n)))
+    gain = difference(before, after, "x")
+    assert gain.value == 1 and gain.told == told and (gain.low > 0) == told
+    assert gain.interval() == ("95 % +1.000 to +1.000" if told else "too few to tell")
+
+
+def test_images_that_have_nothing_to_say_do_not_make_it_more():
+    """96 images, of which three have a box with area."""
+    has = np.arange(96) < 3
+    before = figures(x=(np.zeros(96), has))
+    gain = difference(before, figures(x=(has * 1.0, has)), "x")
+    assert gain.value == 1 and not gain.told and gain.high == np.inf
+
+
 def test_interval_of_clustered_rows_is_that_of_the_clusters():
     """Ten identical rows per scene are worth one: the interval must not shrink."""
     rng = np.random.default_rng(1)
@@ -68,7 +105,7 @@ def test_pairing_removes_what_both_arms_share():
 
 
 def test_difference_of_an_arm_with_itself_is_exactly_zero():
-    f = figures(x=(np.arange(9.0), np.ones(9)))
+    f = figures(x=(np.arange(29.0), np.ones(29)))
     assert difference(f, f, "x") == type(difference(f, f, "x"))(0.0, 0.0, 0.0)
 
 

@@ -116,6 +116,57 @@ def test_micro_batches_do_not_change_samples_or_result(words):
         assert metrics[name] == pytest.approx(cut_metrics[name], rel=1e-4, abs=1e-6), name
 
 
+def gaps(metrics):
+    return metrics["logprob_gap"], metrics["logprob_gap_worst"]
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_answers_are_scored_as_they_were_sampled(tempered, monkeypatch):
+    """At temperature 1, whatever they were sampled and are scored at; no further pass over the
+    model, and over the head only where they are scored at another temperature.
+    """
+    heads = []
+    real = learners.linear_logprob
+    monkeypatch.setattr(
+        learners, "linear_logprob", lambda *given, **more: heads.append(1) or real(*given, **more)
+    )
+    words = (f"--update.tempered={str(tempered).lower()}", "--rollout.temperature=0.6")
+    _, metrics = step(*moved(*words))
+    mean, worst = gaps(metrics)
+    assert 0 < mean < 1e-5 and mean < worst < 1e-4
+    assert len(heads) == tempered
+    _, cut = step(*moved(*words), micro=1)
+    assert gaps(cut) == pytest.approx(gaps(metrics), abs=1e-5)
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_an_answer_that_is_scored_otherwise_is_seen(micro, monkeypatch):
+    """.25 nat on one token of every scored answer: the worst is that, the mean its share."""
+    real = Rollout.packed_logprob
+    counted = []
+
+    def shifted(self):
+        logprob = real(self).clone()
+        start = 0
+        for length in self.lengths:
+            logprob[start] += 0.25
+            start += length
+        counted.append((len(self.lengths), start))
+        return logprob
+
+    monkeypatch.setattr(Rollout, "packed_logprob", shifted)
+    mean, worst = gaps(step(*setup(), micro=micro)[1])
+    answers, tokens = (sum(column) for column in zip(*counted, strict=True))
+    assert worst == pytest.approx(0.25, abs=1e-4)
+    assert mean == pytest.approx(0.25 * answers / tokens, abs=1e-5)
+
+
+def test_only_the_first_update_on_the_same_answers_is_looked_at():
+    """From the second on the policy has moved: that is no fault of the score."""
+    config, learner, source = setup("--update.reuse=2", "--train.lr=0.01")
+    assert gaps(step(config, learner, source)[1])[1] < 1e-4
+
+
 def samples_of(played):
     """What was written about the images themselves."""
     return played.boxes.written[: len(played.evidence.box_1000)]

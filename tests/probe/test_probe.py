@@ -19,7 +19,7 @@ from vise_fast.probe.verdict import best, score, separation, warnings, yaml_line
 from vise_fast.system import console
 from vise_fast.text.styles import STYLES
 
-PICTURES = 12
+PICTURES = 20
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def photos(tmp_path_factory):
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         whole = PIL.Image.fromarray(getattr(skimage.data, name)())
         width, height = whole.size
-        for i, left in enumerate((0.0, 0.15, 0.3, 0.4)):
+        for i, left in enumerate((0.0, 0.08, 0.16, 0.24, 0.32, 0.4)):
             box = (int(left * width), 0, int((left + 0.6) * width), height)
             whole.crop(box).save(home / f"{name}{i}.png")
     return home
@@ -83,16 +83,28 @@ def test_the_same_pictures_are_answered_the_same(on_scenes):
 
 def test_the_command_writes_a_page(photos, tmp_path, capsys):
     page = tmp_path / "probe.html"
-    words = ["--data.dir", str(photos), "--pictures", "4", "--html", str(page)]
+    words = ["--data.dir", str(photos), "--pictures", "20", "--html", str(page)]
     assert console.run(probe.main, [*words, "--styles", "short,json"]) == 0
     told = capsys.readouterr()
     assert "in a configuration: prompts: {ask: short" in told.out
     text = page.read_text()
-    assert text.count('class="card"') == 8 and text.count('class="box"') >= 1
+    assert text.count('class="card"') == 16 and text.count('class="box"') >= 1
     assert "<query>" not in text and "&lt;query&gt;" in text, "what a model wrote is escaped"
 
 
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_from_a_handful_nothing_is_concluded(on_scenes):
+    few = replace(on_scenes, samples=on_scenes.samples[:19])
+    assert best([few]) is None and best([on_scenes]) is on_scenes
+    (said,) = warnings(replace(few, readable_boxes=0.0))
+    again = replace(few, samples=few.samples * 2)
+    assert best([again]) is None, "a picture that is shown twice is one"
+    assert "19 pictures are too few to tell" in said and "give 20" in said
+
+
+def test_a_page_that_cannot_be_written_is_one_line_before_a_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(probe, "load", None)
     words = ["--pictures", "2", "--styles", "short", "--html", str(tmp_path / "no" / "page.html")]
     assert console.run(probe.main, words) == 4
     assert "cannot write" in capsys.readouterr().err

@@ -137,6 +137,45 @@ def test_alarms_begin_at_the_bases_rates_on_every_rank(tmp_path):
     assert rates[0] == rates[1] and "own_parse_rate" in rates[0]
 
 
+def test_evaluations_between_updates_are_the_same_and_choose_the_same(tmp_path):
+    """Rank 0 measures, all wait for it and know the figures; the adapters differ by rounding."""
+    more = {"eval__every": 1, "eval__scenes": 2, "eval__keep_best": "own_parse_rate"}
+    found = {}
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        outcomes = go_together(said(run, **more, eval__patience=1), run, count)
+        assert [outcome.code for outcome in outcomes] == [0] * count, outcomes[0].err
+        lines = read_lines(run / "metrics.jsonl")
+        course = [line for line in lines if "held_out/images" in line]
+        assert len(course) == len([line for line in lines if "reward" in line]) > 1
+        best = json.loads((run / "evaluation.json").read_text())["best"]
+        found[count] = (course, best["step"], best["last"])
+    (alone, *one), (together, *two) = found.values()
+    assert one == two
+    for mine, theirs in zip(together, alone, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"held_out/seconds"}:
+            assert mine[name] == pytest.approx(theirs[name], abs=BOUND), name
+
+
+def test_an_alarm_ends_all_ranks_with_its_code(tmp_path):
+    def alarmed(rank):
+        update = Alarms.update
+
+        def raised(self, step, metrics):
+            said = update(self, step, metrics) | {"area": "grew"}
+            self.take({"area": "grew"})
+            return said
+
+        Alarms.update = raised
+
+    run = tmp_path / "run"
+    more = {"train__stop_on_alarm": "true", "run__checkpoint_every": 0}
+    outcomes = go_together(said(run, **more), run, 2, alarmed)
+    assert [outcome.code for outcome in outcomes] == [7, 7], outcomes[0].err
+    assert len(read_lines(run / "metrics.jsonl")) == 2 and adapter(run).numel()
+
+
 def test_ordered_sums_repeat_bit_for_bit(tmp_path):
     for name in ("first", "second"):
         run = said(tmp_path / name, train__deterministic="true")

@@ -18,7 +18,7 @@ from vise_fast.evaluate import strengths
 from vise_fast.evaluate.results import Results, paired_gain
 from vise_fast.evaluate.titles import ENTRIES
 from vise_fast.report import __main__ as command
-from vise_fast.report import diagnosis, stored_run
+from vise_fast.report import comparison, diagnosis, stored_run
 from vise_fast.report import page as report
 from vise_fast.report.plots import DPI
 from vise_fast.report.samples import STRIP, samples, strip
@@ -283,6 +283,68 @@ def test_the_page_says_what_comes_next_how_it_was_started_and_what_could_not_be_
     assert "1 files that could not be used" in page and "a&lt;b&gt;.png: is cut short" in page
     targets = re.findall(r'<a href="#(\w+)"', page)
     assert len(targets) == 5 and all(f'id="{target}"' in page for target in targets)
+
+
+def course(run, *steps, **best):
+    """Evaluations between updates: the base's figures first, then the adapter's."""
+    content = json.loads((run / "evaluation.json").read_text())
+    arms = [content["before"], *[content["after"]] * (len(steps) - 1)]
+    lines = [{"step": step} | arm for step, arm in zip(steps, arms, strict=True)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "evaluation.json").write_text(json.dumps(content | best))
+    return run
+
+
+BEST = {"figure": "sampled_iou", "step": 20, "value": 0.51, "last": 60, "patience": False}
+
+
+def test_evaluations_while_it_trained_are_gains_with_bands_and_the_chosen_one_is_named(tmp_path):
+    run = course(fake_run.write(tmp_path / "run"), 10, 20, best=BEST)
+    page = report.write(run).read_text()
+    assert (run / "plots" / "course.png").exists() and "Held out, while it trained" in page
+    assert "after step 20, the best by sampled_iou (0.510) of 60 steps" in page
+    assert "<dt>chosen</dt><dd>step 20, the best by sampled_iou</dd>" in page
+    plain = fake_run.write(tmp_path / "plain")
+    assert "Held out, while" not in report.write(plain).read_text()
+
+
+def test_photographs_have_curves_without_truth(tmp_path):
+    run = course(fake_run.write(tmp_path / "run", "photographs"), 10, 20)
+    page = report.write(run).read_text()
+    chart = page.partition("Held out, while it trained</h3>")[2].partition("</svg>")[0]
+    assert "hides its object" in chart and "IoU" not in chart
+
+
+@pytest.mark.parametrize("best", [3, {}, BEST | {"step": "20"}, BEST | {"more": 1}])
+def test_a_choice_that_no_run_made_is_damaged(tmp_path, best):
+    run = course(fake_run.write(tmp_path / "run", steps=2), 1, best=best)
+    with pytest.raises(DataError, match="evaluation.json is damaged"):
+        report.write(run)
+
+
+def test_an_evaluation_that_was_not_measured_is_damaged(tmp_path):
+    run = course(fake_run.write(tmp_path / "run", steps=2), 1, 2)
+    lines = (run / "evaluations.jsonl").read_text().replace('"n": 96', '"n": 95')
+    (run / "evaluations.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=r"evaluations.jsonl is damaged at step 1"):
+        report.write(run)
+
+
+def test_from_a_handful_of_images_nothing_is_concluded(tmp_path, monkeypatch):
+    """However large the gains look: no verdict, no colour, no interval."""
+    monkeypatch.setattr(fake_run, "SCENES", 19)
+    run = course(fake_run.write(tmp_path / "run"), 10, 20)
+    found = diagnosis.diagnose(stored_run.read(run))
+    assert "Only 19 held-out images: too few to tell" in texts(found, "warn")
+    assert found.headline == "Healthy, but no gain is shown"
+    page = report.write(run).read_text()
+    assert "inf" not in re.sub("[a-z]*inf[a-z]+|[a-z]+inf[a-z]*", "", page)
+    assert page.count("too few to tell") > 2 * report.TILE_COUNT
+    assert 'class="delta good"' not in page and 'class="interval' not in page
+    both = comparison.compare([stored_run.read(run), stored_run.read(run)])
+    assert "too few to tell" in comparison.row(both.lines[0])[2]
+    shown = comparison.render(both, [])
+    assert "too few to tell" in shown and "(−inf" not in shown and 'small class="good"' not in shown
 
 
 def test_boxes_over_training_are_a_strip(tmp_path):

@@ -325,7 +325,7 @@ def test_stop_on_alarm_keeps_the_last_healthy_checkpoint(tmp_path, monkeypatch, 
             "--eval.scenes",
             0,
         )
-        == 0
+        == 7
     )
     assert len(lines(run / "metrics.jsonl")) < 40
     assert "last healthy checkpoint" in capsys.readouterr().err

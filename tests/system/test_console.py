@@ -312,6 +312,27 @@ def test_things_that_take_long_are_lines_without_a_terminal(monkeypatch):
     assert [line.split("  ")[0] for line in said] == ["reading 3/9", "reading 6/9", "reading 9/9"]
 
 
+def test_things_pass_below_a_live_bar_which_stays(monkeypatch):
+    """An evaluation within a run: one screen holds one live display."""
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Screen(terminal=True)
+    console = Console(screen, screen, plain=False)
+    with console.progress(2, "train") as advance:
+        advance({})
+        for done in console.through(range(3), "evaluate"):
+            console._live.refresh()  # else it draws when its time comes
+            assert done == console._live.tasks[-1].completed
+        advance({})
+        with pytest.raises(NumericFault):
+            for _ in console.through(range(3), "broken off"):
+                raise NumericFault("x")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).split("\n")
+    drawn = [part for line in lines for part in line.split("\r")]
+    assert any(part.startswith("evaluate") and "2/3  ETA" in part for part in drawn)
+    assert "2/2" in drawn[-1] + drawn[-2] and max(map(len, drawn)) <= 80
+    assert list(console.through([1], "after")) == [1]  # a bar of its own again
+
+
 def test_a_sign_of_life_says_what_is_done_and_goes():
     screen = Screen(terminal=True)
     with Console(screen, screen, plain=False).working("loading the model"):

@@ -347,7 +347,10 @@ class TrainConfig(Section):
     )
     resume: str | None = Field(None, description="'auto' or a checkpoint directory")
     stop_on_alarm: bool = Field(
-        False, description="end early, keeping the best healthy checkpoint, when an alarm stays on"
+        False,
+        description=(
+            "end early (exit code 7), keeping the last healthy checkpoint, when an alarm stays on"
+        ),
     )
 
 
@@ -593,6 +596,31 @@ class EvalConfig(Section):
         description=".txt of things that are in none of the held-out pictures, a phrase a line: is "
         "the answer no?",
     )
+    describe: int = Field(
+        32,
+        ge=0,
+        description=(
+            "held-out images that are described freely and asked plain questions, for what was "
+            "forgotten; 0: none, 20 at least for an alarm"
+        ),
+    )
+    every: int = Field(
+        0,
+        ge=0,
+        description="updates between evaluations while it trains; 0: before and after alone",
+    )
+    keep_best: str | None = Field(
+        None,
+        description=(
+            "figure of the evaluation by which the best adapter is kept and exported; none: the "
+            "last one is"
+        ),
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a new best after which training ends; 0: it goes on",
+    )
 
 
 class MemoryConfig(Section):
@@ -828,12 +856,23 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _contradicting_choices(config)
     yield from _exceeded_limits(config)
     yield from _empty_ranges(config)
+    yield from _unmeasured(config.eval)
     reward = config.reward
     if reward.w_geo + reward.w_sem + reward.w_area <= 0:
         yield "reward.w_geo, w_sem and w_area are all 0, so nothing is rewarded; raise one of them"
     budget = config.memory.budget_gb
     if isinstance(budget, float) and budget <= 0:
         yield f"memory.budget_gb {budget} must be positive; give GB, auto or null"
+
+
+def _unmeasured(evaluation: EvalConfig) -> Iterator[str]:
+    """What is to be done by figures that are not taken."""
+    if evaluation.every > 0 and evaluation.scenes == 0:
+        yield "eval.every looks at no image; set eval.scenes above 0, or eval.every to 0"
+    if evaluation.keep_best is not None and evaluation.every == 0:
+        yield "eval.keep_best chooses among evaluations while it trains; set eval.every"
+    if evaluation.patience > 0 and evaluation.keep_best is None:
+        yield "eval.patience waits for a new best; name its figure by eval.keep_best"
 
 
 def _contradicting_choices(config: Config) -> Iterator[str]:

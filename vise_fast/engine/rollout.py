@@ -140,8 +140,8 @@ class Prompts:
 
 @dataclass
 class Rollout:
-    """Sampled answers: ids (N, T) padded, logprob (N, T) under the sampling distribution, lengths
-    including the end token.
+    """Sampled answers: ids (N, T) padded, logprob (N, T) at temperature 1, whatever they were
+    sampled at, lengths including the end token.
 
     home: the padded ids as lists, where they came to the host together with the lengths.
     """
@@ -163,11 +163,19 @@ class Rollout:
 
     def packed(self) -> Tensor:
         """The sampled ids (sum of lengths,), row by row; no host sync."""
+        return self.ids.flatten()[self._places()]
+
+    def packed_logprob(self) -> Tensor:
+        """Their log-probs (sum of lengths,) at temperature 1, as they were sampled."""
+        return self.logprob.flatten()[self._places()]
+
+    def _places(self) -> Tensor:
+        """Where the sampled ones lie among all."""
         width = self.ids.shape[1]
         places: list[int] = []
         for row, length in enumerate(self.lengths):
             places += range(row * width, row * width + length)
-        return self.ids.flatten()[put(places, self.ids.device)]
+        return put(places, self.ids.device)
 
     def select(self, rows: list[int]) -> Rollout:
         """Some answers, in that order."""

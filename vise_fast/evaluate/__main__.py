@@ -31,15 +31,17 @@ from vise_fast.engine.choose import open_engine
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate import strengths
 from vise_fast.evaluate.held_out import examine
+from vise_fast.evaluate.results import FEW, TOO_FEW
 from vise_fast.evaluate.table import BY_CLASS, by_class, side_by_side
 from vise_fast.evaluate.titles import BRIEF, title
 from vise_fast.images.sources import Source, open_source
 from vise_fast.model.load import Policy, grid_multiple, load
-from vise_fast.system import console
-from vise_fast.system.errors import ConfigError, EnvironmentFault
+from vise_fast.system import console, files
+from vise_fast.system.errors import ConfigError
 from vise_fast.system.machine import threads
 
 SYNTAX = commands.syntax("evaluate")
+REMEDY = "give --json a writable place"
 
 
 def main(words: Sequence[str]) -> int:
@@ -56,6 +58,8 @@ def main(words: Sequence[str]) -> int:
             "--alphas are shares of an adapter's update; there is no adapter; name one with "
             "--adapter RUN/adapter"
         )
+    if given["json"]:
+        files.writable(Path(given["json"]), REMEDY)
     limit = given.count("scenes")
     config = origin.configuration(given, [] if limit is None else [f"--eval.scenes={limit}"])
     threads.settle(screen.say)
@@ -71,17 +75,18 @@ def main(words: Sequence[str]) -> int:
     else:
         content = _over_alpha(policy, engine, source, config, alphas)
     if given["json"]:
-        _write(Path(given["json"]), content)
+        with files.refused(given["json"], REMEDY):
+            Path(given["json"]).write_text(json.dumps(content) + "\n", encoding="utf-8")
     return 0
 
 
 def _both(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) -> dict[str, Any]:
     """Base and adapter side by side; what evaluation.json holds."""
-    results = examine(engine, source, config, arms)
+    results = examine(engine, source, config, arms, console.Console().through)
     names = ("before", "after")
     evaluation = {name: arm.json() for name, arm in zip(names, results, strict=False)}
     rows = [[name, *pair] for name, pair in side_by_side(evaluation).items()]
-    title = f"{results[0].n} held-out images"
+    title = _held_out(results[0].n)
     screen = console.Console()
     screen.table(title, ["", "base", "adapter"], rows)
     if of_classes := by_class(evaluation):
@@ -102,17 +107,13 @@ def _over_alpha(
     columns = ["", *(f"alpha {alpha:g}" for alpha in found)]
     first = next(iter(found.values()))
     rows = [[title(name), *strengths.cells(found, name)] for name in BRIEF if name in first.values]
-    screen.table(f"{first.n} held-out images", columns, rows)
+    screen.table(_held_out(first.n), columns, rows)
     return strengths.write_down(found)
 
 
-def _write(path: Path, evaluation: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(evaluation) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write {path}; {error.strerror or error}; give --json a writable place"
-        ) from error
+def _held_out(count: int) -> str:
+    """Over a table."""
+    return f"{count} held-out images" + (f": {TOO_FEW}" if count < FEW else "")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from vise_fast.evaluate.objects import Objects
 from vise_fast.evaluate.results import Marks
 from vise_fast.images import geometry
 from vise_fast.images.image import Image
+from vise_fast.images.listing.scan import Through
 from vise_fast.images.scenes import Scene
 from vise_fast.method import roles
 from vise_fast.method.roles import Question, Sampling
@@ -195,14 +196,18 @@ def rescaled(box_1000: Tensor, scale: float) -> Tensor:
 
 
 def best_scales(
-    engine: Engine, draw: Callable[[int], Scene], config: Config, arms: Sequence[bool]
+    engine: Engine,
+    draw: Callable[[int], Scene],
+    config: Config,
+    through: Through,
+    arms: Sequence[bool],
 ) -> list[dict[str, float]]:
     """Per arm and kind of answer, the factor of SCALES under which its boxes fit best, on half as
-    many scenes that are not reported. `draw`: image key -> scene.
+    many scenes that are not reported. `draw`: image key -> scene; through: shows how far it is.
     """
     tables = [_ScaleTable() for _ in arms]
     count = (config.eval.scenes + 1) // 2
-    for first in range(0, count, config.eval.batch):
+    for first in through(range(0, count, config.eval.batch), "evaluate sizes"):
         places = range(first, min(first + config.eval.batch, count))
         keys = [randomness.key(config.eval.seed, 0, "validation scene", i) for i in places]
         scenes = [draw(key) for key in keys]

@@ -7,28 +7,32 @@ some, no scenes are drawn. Base and adapter are two states of one loaded model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
-from vise_fast.evaluate import grounding, label_free, visibility
+from vise_fast.evaluate import forgetting, grounding, label_free, visibility
 from vise_fast.evaluate.look import Look, Tally
 from vise_fast.evaluate.objects import Objects, Truths, truths_of, truths_of_labels
 from vise_fast.evaluate.results import Marks, Results, join
 from vise_fast.images.image import Image
 from vise_fast.images.labels.pictures import Labelled, Pictures
+from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.scenes import Scene
 from vise_fast.images.sources import Source
 from vise_fast.method import roles
 
 
-def held_out(engine: Engine, source: Source, config: Config, adapters: bool) -> Results:
+def held_out(
+    engine: Engine, source: Source, config: Config, adapters: bool, through: Through = unseen
+) -> Results:
     """The results of one arm on `source.held_out(eval.scenes)`."""
-    return examine(engine, source, config, (adapters,))[0]
+    return examine(engine, source, config, (adapters,), through)[0]
 
 
 def compare(engine: Engine, source: Source, config: Config) -> tuple[Results, Results]:
@@ -37,19 +41,35 @@ def compare(engine: Engine, source: Source, config: Config) -> tuple[Results, Re
     return base, adapter
 
 
-def examine(engine: Engine, source: Source, config: Config, arms: Sequence[bool]) -> list[Results]:
-    """Results of each arm (adapters on or off); empty ones when there is no held-out image."""
+def examine(
+    engine: Engine,
+    source: Source,
+    config: Config,
+    arms: Sequence[bool],
+    through: Through = unseen,
+) -> list[Results]:
+    """Results of each arm (adapters on or off); empty ones when there is no held-out image.
+    through: shows how far it is.
+    """
     known = _Known.of(source, config)
     if not known.images and not known.labelled:
         return [Results() for _ in arms]
     scales: list[dict[str, float]] = [{} for _ in arms]
     if known.draw is not None:
-        scales = grounding.best_scales(engine, known.draw, config, arms)
+        scales = grounding.best_scales(engine, known.draw, config, through, arms)
     sheets = [_Sheet(arm, best) for arm, best in zip(arms, scales, strict=True)]
-    for look, truths in known.looks(engine, config):
+    for batch in through(known.batches(config.eval.batch), "evaluate"):
+        look, truths = known.look(engine, config, batch)
         for sheet in sheets:
             sheet.answer(look, truths)
     return [sheet.results(known.count) for sheet in sheets]
+
+
+class _Part(NamedTuple):
+    """Where a batch begins among the labelled images, or the others."""
+
+    labelled: bool
+    first: int
 
 
 @dataclass(frozen=True)
@@ -91,19 +111,23 @@ class _Known:
         """Images in all."""
         return len(self.images) + len(self.labelled)
 
-    def looks(self, engine: Engine, config: Config) -> Iterator[tuple[Look, _Batch]]:
-        """Batch after batch, the labelled ones last."""
-        size = config.eval.batch
-        for first in range(0, len(self.images), size):
-            look = Look(engine, self.images[first : first + size], first, config)
+    def batches(self, size: int) -> list[_Part]:
+        """All of them, the labelled ones last."""
+        plain = [_Part(False, first) for first in range(0, len(self.images), size)]
+        return plain + [_Part(True, first) for first in range(0, len(self.labelled), size)]
+
+    def look(self, engine: Engine, config: Config, part: _Part) -> tuple[Look, _Batch]:
+        """One batch, and what is known of it."""
+        which = slice(part.first, part.first + config.eval.batch)
+        if not part.labelled:
+            look = Look(engine, self.images[which], part.first, config)
             drawn = None if self.draw is None else truths_of(look, self.draw)
-            yield look, _Batch(drawn, None, self.absent)
-        for first in range(0, len(self.labelled), size):
-            assert self.labels is not None
-            chosen = self.labelled[first : first + size]
-            place = len(self.images) + first
-            look = Look(engine, self.labels.images(chosen), place, config)
-            yield look, self._of_labels(look, chosen)
+            return look, _Batch(drawn, None, self.absent)
+        assert self.labels is not None
+        chosen = self.labelled[which]
+        place = len(self.images) + part.first
+        look = Look(engine, self.labels.images(chosen), place, config)
+        return look, self._of_labels(look, chosen)
 
     def _of_labels(self, look: Look, chosen: list[Labelled]) -> _Batch:
         boxes = any(picture.objects for picture in chosen)
@@ -126,6 +150,7 @@ class _Sheet:
         """Every question about one batch."""
         own = look.own_queries(self.arm)
         marks, share = label_free.measure(look, self.arm, own)
+        marks |= forgetting.measure(look, self.arm)
         if known.truths is not None:
             marks |= self._with_truth(look, known.truths, own)
         elif known.absent:

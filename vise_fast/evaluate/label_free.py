@@ -34,6 +34,7 @@ def measure(look: Look, arm: bool, own: roles.Queries) -> tuple[Marks, Tensor | 
         "own_parse_rate": mark(boxes.readable),
         "own_area": mark(area, placed),
         "own_area_large": mark(area > LARGE_AREA, placed),
+        "own_zero_area": mark(~placed, boxes.readable),
         "invariance": _invariance(look, arm, boxes.box_1000, placed),
     }
     marks |= _hiding(look, boxes.box_1000, placed)

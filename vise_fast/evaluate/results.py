@@ -22,6 +22,11 @@ from vise_fast.system.randomness import generator
 
 RESAMPLES = 2000
 LEVEL = 0.95
+FEW = 20
+"""Images below which nothing is concluded. From so few the 95 % interval of a skewed figure holds
+the truth less often than it says: tests/evaluate/test_results.py measures how often.
+"""
+TOO_FEW = "too few to tell"
 
 Mark = tuple[np.ndarray, np.ndarray]
 """A figure's (tops, bottoms), float64, one entry per scene."""
@@ -31,11 +36,25 @@ Marks = dict[str, Mark]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % bootstrap interval; nan where there is nothing to estimate from."""
+    """A figure and its 95 % bootstrap interval; nan where there is nothing to estimate from. From
+    fewer than FEW images the interval is everything, from -inf to inf, so that nobody concludes
+    anything from it.
+    """
 
     value: float
     low: float
     high: float
+
+    @property
+    def told(self) -> bool:
+        """Whether there is an interval to conclude from."""
+        return bool(np.isfinite([self.low, self.high]).all())
+
+    def interval(self, style: str = "+.3f") -> str:
+        """'95 % +0.012 to +0.050', or that there are too few to tell."""
+        if not self.told:
+            return TOO_FEW
+        return f"95 % {format(self.low, style)} to {format(self.high, style)}"
 
 
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
@@ -61,7 +80,7 @@ class Results:
     def estimate(self, name: str) -> Estimate:
         """A figure of `marks` with its interval. Raises KeyError."""
         mark = self.marks[name]
-        return _interval(_value(mark), _resampled(mark))
+        return _interval(_value(mark), _resampled(mark), _images(mark))
 
     def json(self) -> dict[str, Any]:
         """Everything, for evaluation.json; `read` is the inverse."""
@@ -152,7 +171,8 @@ def difference(before: Results, after: Results, name: str) -> Estimate:
         raise ValueError(f"{before.n} and {after.n} scenes cannot be paired")
     old = before.marks[name]
     new = after.marks[name]
-    return _interval(_value(new) - _value(old), _resampled(new) - _resampled(old))
+    images = min(_images(old), _images(new))
+    return _interval(_value(new) - _value(old), _resampled(new) - _resampled(old), images)
 
 
 def paired_gain(before: Results | None, after: Results | None, name: str) -> Estimate:
@@ -191,10 +211,19 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.divide(top, bottom)
 
 
-def _interval(value: float, resampled: np.ndarray) -> Estimate:
-    """Percentile interval over the resamples in which the figure exists."""
+def _images(mark: Mark) -> int:
+    """How many images have anything to say of a figure."""
+    return int(np.count_nonzero(mark[1]))
+
+
+def _interval(value: float, resampled: np.ndarray, images: int) -> Estimate:
+    """Percentile interval over the resamples in which the figure exists; everything where too few
+    images have it.
+    """
     known = resampled[np.isfinite(resampled)]
     if not np.isfinite(value) or not len(known):
         return NOTHING
+    if images < FEW:
+        return Estimate(value, -np.inf, np.inf)
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))

@@ -53,8 +53,10 @@ def _shown(arm: Results, name: str) -> str:
 
 
 def _gain(before: Results, after: Results, name: str) -> str:
-    """' (+0.031, 95 % +0.012 to +0.050)' where both arms answered the same scenes."""
+    """' (+0.031, 95 % +0.012 to +0.050)' where both arms answered the same scenes;
+    ' (+0.031, too few to tell)' where that were a handful.
+    """
     gain = paired_gain(before, after, name)
     if not np.isfinite(gain.value):
         return ""
-    return f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})"
+    return f" ({gain.value:+.3f}, {gain.interval()})"

@@ -120,6 +120,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "own_area_large": Entry(
             "boxes over 0.8 of the image", "the mark of a collapse to the full image", -1
         ),
+        "own_zero_area": Entry(
+            "boxes without area", "of the readable ones; they point at nothing", -1
+        ),
         "own_parse_rate": Entry("readable boxes", "share of answers that can be read as a box"),
         "attention_share": Entry(
             "attention on the image",
@@ -132,6 +135,17 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "query_present": Entry("queries that name a present object", "of the readable ones"),
         "distinct_queries": Entry(
             "different queries", "different texts among the arm's own queries", 0
+        ),
+    },
+    "What training did not ask for: free answers": {
+        "free_kl": Entry(
+            "KL to the base, descriptions",
+            "nat per token along the arm's own free descriptions; the base's is 0",
+            -1,
+        ),
+        "free_length": Entry("tokens of a description", "cut at 64", 0),
+        "free_yes": Entry(
+            "yes to fixed questions", "the same plain questions about every image", 0
         ),
     },
     "Blind control (a grey image)": {

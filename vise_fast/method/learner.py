@@ -9,9 +9,10 @@ to the same gradient because every mean has the whole batch's denominator.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from vise_fast.system.machine.staging import put
 from vise_fast.system.randomness import generator
 
 MAX_SKIPPED = 5
+GAP_TOKENS = "gap_tokens"
+GAP_WORST = "gap_worst"
+Number = TypeVar("Number", Tensor, float)
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Choices:
 @dataclass
 class TokenScores:
     """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer. choices: where the answers' digits are moved to a consensus.
+    per answer. choices: where the answers' digits are moved to a consensus; gap: how far the
+    log-probs lie from those they were sampled with, where that was asked for.
     """
 
     logprob: Tensor
@@ -74,6 +79,7 @@ class TokenScores:
     kl: Tensor
     lengths: list[int]
     choices: Choices | None = None
+    gap: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -166,6 +172,7 @@ class Learner:
         # The loss divides by all samples; the KL that steers beta is the mean over the answers that
         # were scored.
         metrics["kl"] = totals.pop("kl", 0.0) * samples / max(scored, 1)
+        metrics |= _gap(totals)
         metrics |= totals | {"scored": scored / samples, "beta": self.beta.value}
         metrics["lr"] = self._set_lr(step)
         if scored:
@@ -315,7 +322,7 @@ class Learner:
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
         chosen = target.scored.nonzero()[:, 0].tolist()
-        scores = self._logprobs(played, chosen)
+        scores = self._logprobs(played, chosen, gap=target.earlier is None)
         tokens = loss.ScoredTokens(
             scores.table(scores.logprob),
             scores.table(scores.reference),
@@ -332,6 +339,9 @@ class Learner:
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
         if share > 0:
             value = value - share * self._consensus(played, chosen, scores, samples)
+        if scores.gap is not None:
+            figures |= {"gap": scores.gap.sum(), GAP_TOKENS: tokens.mask.sum()}
+            figures[GAP_WORST] = scores.gap.max()
         del scores, tokens  # the graph keeps what it needs of them
         with self.engine.clock.phase("backward"):
             value.backward()
@@ -399,8 +409,10 @@ class Learner:
         tokens = put(lengths, device)
         return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
 
-    def _logprobs(self, played: Played, chosen: list[int]) -> TokenScores:
-        """The chosen answers' tokens under policy and reference."""
+    def _logprobs(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
+        """The chosen answers' tokens under policy and reference. gap: and how far from those they
+        were sampled with.
+        """
         engine = self.engine
         images = sorted({played.boxes.owner[n] for n in chosen})
         answered = _answered(played.boxes, chosen, images)
@@ -422,7 +434,20 @@ class Learner:
         update = self.config.update
         if update.consensus > 0 and update.consensus_by == "agreement":
             found.choices = self._choices(found.logprob, states[0], answered)
+        if gap:
+            found.gap = self._gap(found.logprob, hidden, answered.answers)
         return found
+
+    @torch.no_grad()
+    def _gap(self, logprob: Tensor, hidden: Tensor, answers: Rollout) -> Tensor:
+        """(tokens,): the distance in nat of log-probs as scored from those as sampled, both at
+        temperature 1. Both are there already, but where `update.tempered` scores at another
+        temperature: the head is read once more then.
+        """
+        if self.config.update.tempered and self.config.rollout.temperature != 1:
+            head = self.engine.backbone.head.weight
+            logprob = linear_logprob(hidden, head, answers.packed(), banned=self.engine.banned)
+        return (logprob.float() - answers.packed_logprob()).abs()
 
     def _choices(self, logprob: Tensor, hidden: Tensor, answered: Answered) -> Choices:
         """Of these answers, from the log-probs (tokens,) of theirs and hidden (tokens, E)."""
@@ -459,13 +484,11 @@ class Learner:
         """
         self.ranks.add_gradients(self.parameters.values())
         norm = self._clip()
-        totals = sums[0] if sums else {}
-        for more in sums[1:]:
-            totals = {name: total + more[name] for name, total in totals.items()}
+        totals = _joined(sums)
         values = torch.stack([value.float() for value in [*totals.values(), norm]])
         *home, length = self.engine.home(values).tolist()
         own = dict(zip(totals, home, strict=True))
-        return self.ranks.sums("figures", own) | {"grad_norm": length}
+        return _joined(self.ranks.gather("figures", own)) | {"grad_norm": length}
 
     def _clip(self) -> Tensor:
         """Scale the gradients to at most `train.clip` together; their norm before, 0-d."""
@@ -558,10 +581,50 @@ class Learner:
                     "an older one"
                 )
 
+    def take_adapter(self, adapter: dict[str, Tensor]) -> None:
+        """Another adapter of the same shapes in place of this one; moments and weights of the
+        update stay.
+        """
+        self._load_adapter(adapter)
+        self.policy.backbone.refresh()
+
     @torch.no_grad()
     def _load_adapter(self, stored: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(stored[name])
+
+
+def _joined(parts: Sequence[dict[str, Number]]) -> dict[str, Number]:
+    """Figures of slices, or of ranks, added up in their order, of the worst the worst; a part may
+    lack some.
+    """
+    found: dict[str, Number] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in found:
+                found[name] = value
+            elif name == GAP_WORST:
+                found[name] = _worse(found[name], value)
+            else:
+                found[name] = found[name] + value
+    return found
+
+
+def _worse(one: Number, other: Number) -> Number:
+    """The larger; no host sync."""
+    if isinstance(one, Tensor):
+        return torch.maximum(one, other)
+    return max(one, other)
+
+
+def _gap(totals: dict[str, float]) -> dict[str, float]:
+    """`logprob_gap` and its worst token, taken out of `totals`; nothing where it was not looked
+    at.
+    """
+    if GAP_TOKENS not in totals:
+        return {}
+    mean = totals.pop("gap") / totals.pop(GAP_TOKENS)
+    return {"logprob_gap": mean, "logprob_gap_worst": totals.pop(GAP_WORST)}
 
 
 def _sizes(slices: list[Played], per_image: int) -> list[int]:

@@ -177,6 +177,13 @@ def verify_forked(engine: Engine, prefixes: Held, owner: list[int], queries: lis
     return engine.home(_averaged(engine, found))
 
 
+def p_yes(engine: Engine, prefixes: Held, owner: list[int], rows: list[list[int]]) -> Tensor:
+    """P(yes) of yes and no (N,) on the CPU: the next token after rows[n] about the image behind
+    prefix owner[n].
+    """
+    return engine.home(_probability(engine, engine.forked_verdict_logits(prefixes, owner, rows)))
+
+
 def _averaged(engine: Engine, found: list[Tensor]) -> Tensor:
     """The mean (N,) over the wordings; how far they lie apart is counted."""
     if len(found) == 1:

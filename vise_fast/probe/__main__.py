@@ -29,7 +29,7 @@ from vise_fast.model.load import Policy, grid_multiple, load, read_config, style
 from vise_fast.probe import page
 from vise_fast.probe.measure import Measured, measure
 from vise_fast.probe.verdict import best, warnings, yaml_line
-from vise_fast.system import console
+from vise_fast.system import console, files
 from vise_fast.system.errors import ConfigError
 from vise_fast.system.machine import threads
 from vise_fast.text import styles
@@ -48,6 +48,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     config = origin.configuration(given)
     threads.settle(screen.say)
+    path = Path(given["html"] or "probe.html")
+    files.writable(path, page.REMEDY)
     source = open_source(config, grid_multiple(config.model.path), say=screen.warn)
     images = source.batch(0, given.count("pictures") or PICTURES)
     policy = load(config, given["adapter"], say=screen.warn)
@@ -62,7 +64,6 @@ def main(words: Sequence[str]) -> int:
     if not measured:
         raise ConfigError("no style could be asked; see the warnings; name others in --styles")
     show(screen, measured)
-    path = Path(given["html"] or "probe.html")
     page.write(path, measured, images, config.model.path)
     screen.say(f"page     {path}")
     return 0

@@ -15,10 +15,11 @@ from PIL import Image as Pillow
 
 from vise_fast.images.image import Image
 from vise_fast.probe.measure import Asked, Measured
-from vise_fast.probe.verdict import best, warnings, yaml_line
-from vise_fast.system.errors import EnvironmentFault
+from vise_fast.probe.verdict import best, few, warnings, yaml_line
+from vise_fast.system import files
 
 TEMPLATE = Path(__file__).with_name("page.html")
+REMEDY = "give --html a writable place"
 LONGEST = 320
 CARDS = 8
 ROWS = (
@@ -66,15 +67,12 @@ def write(path: Path, measured: Sequence[Measured], images: Sequence[Image], mod
         rows=table(measured),
         cards=shown,
         chosen=chosen,
+        handful=few(measured) is not None,
         line=None if chosen is None else yaml_line(chosen),
         warnings=list(warnings(chosen or measured[0])),
     )
-    try:
+    with files.refused(path, REMEDY):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write {path}; {error.strerror or error}; give --html a writable place"
-        ) from error
 
 
 def _cards(measured: Measured, images: Sequence[Image]) -> list[Card]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from vise_fast.evaluate.results import FEW, TOO_FEW
 from vise_fast.probe.measure import Measured
 
 READABLE = 0.5
@@ -35,14 +36,35 @@ def score(measured: Measured) -> float:
     return readable * agreement * (1 + max(apart, 0.0)) / 2
 
 
+def few(table: Sequence[Measured]) -> str | None:
+    """Why nothing is concluded; None where there are pictures enough."""
+    pictures = len({one.name for one in table[0].samples})  # shown twice, it is one
+    if pictures >= FEW:
+        return None
+    return (
+        f"{pictures} pictures are {TOO_FEW}: no style is chosen and none is warned of; give {FEW} "
+        "different ones or more (--pictures, data.dir)"
+    )
+
+
 def best(table: Sequence[Measured]) -> Measured | None:
-    """The style with the highest score, the first among equals; None where none has any."""
+    """The style with the highest score, the first among equals; None where none has any, or there
+    are too few pictures to tell.
+    """
+    if few(table) is not None:
+        return None
     found = max(table, key=score)
     return found if score(found) > 0 else None
 
 
 def warnings(measured: Measured) -> Iterator[str]:
-    """Why a run in this style would learn little, one line each: what; why; what to do."""
+    """Why a run in this style would learn little, one line each: what; why; what to do. Of too few
+    pictures only that.
+    """
+    handful = few([measured])
+    if handful is not None:
+        yield handful
+        return
     readable = measured.readable_queries * measured.readable_boxes
     if readable < READABLE:
         yield (

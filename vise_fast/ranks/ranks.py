@@ -42,9 +42,6 @@ class Ranks(Protocol):
     def total(self, name: str, number: int) -> int:
         """The sum of everybody's."""
 
-    def sums(self, name: str, figures: dict[str, float]) -> dict[str, float]:
-        """Everybody's figures, each added up in float64 in the order of ranks."""
-
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients become the sum of everybody's, in place."""
 
@@ -100,10 +97,6 @@ class Alone:
     def total(self, name: str, number: int) -> int:
         """Its own."""
         return number
-
-    def sums(self, name: str, figures: dict[str, float]) -> dict[str, float]:
-        """Its own."""
-        return figures
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """They are whole."""

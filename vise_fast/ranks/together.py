@@ -94,14 +94,6 @@ class Together:
         """The sum of everybody's."""
         return sum(self.gather(name, number))
 
-    def sums(self, name: str, figures: dict[str, float]) -> dict[str, float]:
-        """Everybody's figures added up in the order of ranks; a rank may lack some."""
-        added: dict[str, float] = {}
-        for theirs in self.gather(name, figures):
-            for key, value in theirs.items():
-                added[key] = added.get(key, 0.0) + value
-        return added
-
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """In place. A parameter that nobody has a gradient of keeps none."""
         every = list(parameters)

@@ -147,7 +147,8 @@ def _cell_words(cell: Cell) -> str:
     lead = cell.lead
     if not np.isfinite(lead.value):
         return f"{cell.value:.3f}"
-    return f"{cell.value:.3f} ({lead.value:+.3f}, {lead.low:+.3f} to {lead.high:+.3f})"
+    told = lead.interval().removeprefix("95 % ")
+    return f"{cell.value:.3f} ({lead.value:+.3f}, {told})"
 
 
 def destination(text: str | None) -> Path:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vise_fast.evaluate.results import Estimate, Results, paired_gain
+from vise_fast.evaluate.results import FEW, TOO_FEW, Estimate, Results, paired_gain
 from vise_fast.report import alarms
 from vise_fast.report.stored_run import StoredRun
 
@@ -57,8 +57,7 @@ class _Arms(NamedTuple):
         before = _number(self.before.values.get(name))
         after = _number(self.after.values.get(name))
         gain = self.gain(name)
-        interval = f"95 % {gain.low:+.3f} to {gain.high:+.3f}"
-        return f"{before} → {after} ({gain.value:+.3f}, {interval})".replace("-", "−")
+        return f"{before} → {after} ({gain.value:+.3f}, {gain.interval()})".replace("-", "−")
 
 
 def _number(value: float | None) -> str:
@@ -110,6 +109,14 @@ def _evaluation(run: StoredRun) -> Iterator[Finding]:
         )
         return
     arms = _Arms(run.before, run.after)
+    images = min(run.before.n, run.after.n)
+    if images < FEW:
+        yield Finding(
+            "warn",
+            f"Only {images} held-out images: {TOO_FEW} whether anything was learned; give "
+            f"{FEW} at least (eval.scenes, data.holdout).",
+        )
+        return
     if "sampled_iou" in run.before.marks:
         yield from _grounding(arms)
         yield from (_size(arms, label) for label in ("sampled", "greedy"))
@@ -226,6 +233,9 @@ def _collapse(run: StoredRun) -> Iterator[Finding]:
         )
     for name, steps in run.alarms().items():
         yield _alarm(run, name, steps)
+    tau = run.config.update.tau
+    said = {} if run.after is None else alarms.looked_at(run.before, run.after, tau)
+    yield from (Finding("warn", f"{text[0].upper()}{text[1:]}.") for text in said.values() if text)
 
 
 def _of_base(run: StoredRun, name: str, otherwise: float) -> float:
@@ -301,7 +311,17 @@ def _signal(run: StoredRun) -> Iterator[Finding]:
 
 
 def _end(run: StoredRun) -> Iterator[Finding]:
-    if run.steps < run.config.train.steps:
+    chosen = run.chosen
+    if chosen is not None:
+        yield Finding(
+            "note",
+            f"The adapter is the one after step {chosen.step}, the best by {chosen.figure} "
+            f"({chosen.value:.3f}) of {chosen.last} steps.",
+        )
+    if chosen is not None and chosen.patience and run.steps == chosen.last:
+        text = f"Stopped early, after step {run.steps}: no {chosen.figure} was better for so long."
+        yield Finding("note", text)
+    elif run.steps < run.config.train.steps:
         still = "" if run.after is not None else ", or is still going on"
         text = f"The run ended after {run.steps} of {run.config.train.steps} steps{still}."
         yield Finding("warn", text)

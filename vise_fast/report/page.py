@@ -217,7 +217,7 @@ def _groups(rows: dict[str, Row]) -> list[Group]:
 def _reach(rows: list[Row]) -> float:
     ends = [0.02]
     for row in rows:
-        if row.paired:
+        if row.gain.told:
             ends += [abs(row.gain.low), abs(row.gain.high)]
     return max(ends) * 1.06
 
@@ -272,6 +272,8 @@ def _facts(run: StoredRun) -> dict[str, str]:
             facts["labelled"] = f"{(things[1] > 0).sum()} of them, {things[1].sum():.0f} things"
     if run.adapter is not None:
         facts["adapter"] = str(run.adapter)
+    if run.chosen is not None:
+        facts["chosen"] = f"step {run.chosen.step}, the best by {run.chosen.figure}"
     if bad := run.bad_files():
         facts["unusable files"] = str(len(bad))
     return facts

@@ -97,10 +97,23 @@ STRENGTHS = (
 """What is drawn over alpha; figures of the evaluation."""
 
 
+COURSE = (
+    Curve("sampled_iou", "IoU, sampled", "c1"),
+    Curve("greedy_iou", "IoU, greedy", "c2"),
+    Curve("visible_accuracy", "visibility", "c3"),
+)
+UNLABELLED = (
+    Curve("invariance", "agreement across views", "c1"),
+    Curve("own_TU", "hides its object", "c2"),
+)
+"""What is drawn of the evaluations while it trained, with truth and without."""
+
+
 def draw(run: StoredRun) -> list[Plot]:
     """Every plot that this run has numbers for."""
     makers = (
         _reward,
+        _course,
         _kl,
         _area,
         _readable,
@@ -460,14 +473,39 @@ def _strengths(run: StoredRun) -> Plot | None:
     return _plot("strengths", "How much of the adapter", caption, paint)
 
 
+def _course(run: StoredRun) -> Plot | None:
+    """Gains over the base between updates, with their intervals."""
+    base = run.before
+    if base is None or not run.course:
+        return None
+    curves = COURSE if "sampled_iou" in base.marks else UNLABELLED
+    paired = {step: results for step, results in run.course.items() if results.n == base.n}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        _level(axes, 0.0, "base")
+        for curve in curves:
+            gains = {float(s): paired_gain(base, r, curve.metric) for s, r in paired.items()}
+            _band(axes, {s: gain for s, gain in gains.items() if np.isfinite(gain.value)}, curve)
+        if run.chosen is not None:
+            axes.axvline(run.chosen.step, color=COLORS["muted"], linewidth=0.9)
+        axes.set_xlabel("step")
+        _legend(axes)
+
+    exported = "" if run.chosen is None else " Upright: the step that is exported."
+    caption = f"Gain over the base on {base.n} held-out images, 95 % intervals.{exported}"
+    return _plot("course", "Held out, while it trained", caption, paint)
+
+
 def _band(axes: Axes, gains: dict[float, Estimate], curve: Curve) -> None:
-    """A line over alpha and its interval; nothing where nothing was measured."""
+    """A line over alpha or steps and its interval; nothing where nothing was measured."""
     if not gains:
         return
     alphas = list(gains)
     middle = [gain.value for gain in gains.values()]
-    low = [gain.low for gain in gains.values()]
-    high = [gain.high for gain in gains.values()]
+    # from too few images there is no band
+    low = [gain.low if gain.told else gain.value for gain in gains.values()]
+    high = [gain.high if gain.told else gain.value for gain in gains.values()]
     color = COLORS[curve.color]
     axes.fill_between(alphas, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(alphas, middle, color=color, marker="o", markersize=3.5, label=curve.label)

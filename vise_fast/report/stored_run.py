@@ -8,7 +8,8 @@ A run that is still going on, or that ended early, reads as far as it got. Left 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,13 +25,29 @@ from vise_fast.system.errors import DataError
 
 LAST_STEP = 2**53
 """Larger numbers are no steps."""
+EVALUATIONS = "evaluations.jsonl"
+"""The evaluations between updates: a line each, of its step and what evaluation.json would hold."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which of its adapters a run exported: the best by `figure`, after `step` of the `last` ones
+    that it made; patience: whether it ended there because none was better for so long.
+    """
+
+    figure: str
+    step: int
+    value: float
+    last: int
+    patience: bool
 
 
 @dataclass(frozen=True)
 class StoredRun:
     """`metrics`: one dict per step, at least one; `samples`: the lines of samples.jsonl; `before`,
     `after`: None where that evaluation was not made; `strengths`: results by share of the update,
-    {} where `evaluate --alphas` was not run.
+    {} where `evaluate --alphas` was not run; `course`: of the evaluations between updates, by step;
+    `chosen`: None where the last adapter is the one.
     """
 
     directory: Path
@@ -41,6 +58,8 @@ class StoredRun:
     before: Results | None
     after: Results | None
     strengths: dict[float, Results]
+    course: dict[int, Results] = field(default_factory=dict)
+    chosen: Chosen | None = None
 
     @property
     def finished(self) -> bool:
@@ -122,7 +141,8 @@ class StoredRun:
 
 def read(directory: Path) -> StoredRun:
     """Raises DataError for a directory that holds no run, and for files of it that are damaged."""
-    metrics = _numbered(directory / "metrics.jsonl")
+    numbered = _numbered(directory / "metrics.jsonl")
+    metrics = [line for line in numbered if not is_evaluation(line)]
     if not metrics:
         raise DataError(
             f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the "
@@ -139,7 +159,29 @@ def read(directory: Path) -> StoredRun:
         before=_figures(evaluation, "before", directory),
         after=_figures(evaluation, "after", directory),
         strengths=_strengths(directory / strengths.FILE),
+        course=evaluations(directory, _refuse),
+        chosen=_chosen(evaluation, directory),
     )
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of an evaluation between updates, not of an update."""
+    return "held_out/images" in line
+
+
+def evaluations(directory: Path, say: Callable[[str], None]) -> dict[int, Results]:
+    """What the evaluations between updates measured, by step, in their order; say: is told of a
+    line that holds something else.
+    """
+    path = directory / EVALUATIONS
+    found = {}
+    for line in _numbered(path):
+        step = line.pop("step")
+        try:
+            found[step] = Results.read(line)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            say(f"{path} is damaged at step {step}")
+    return dict(sorted(found.items()))
 
 
 def _numbered(path: Path) -> list[dict[str, Any]]:
@@ -172,6 +214,16 @@ def _figures(evaluation: dict[str, Any], name: str, directory: Path) -> Results 
             f"{directory / 'evaluation.json'} is damaged: {fault}; delete it and write the report "
             "again"
         ) from None
+
+
+def _chosen(evaluation: dict[str, Any], directory: Path) -> Chosen | None:
+    said = evaluation.get("best")
+    if said is None:
+        return None
+    kinds = {"figure": str, "step": int, "value": float, "last": int, "patience": bool}
+    if not isinstance(said, dict) or {key: type(value) for key, value in said.items()} != kinds:
+        _refuse(f"{directory / 'evaluation.json'} is damaged: no adapter is named at 'best'")
+    return Chosen(**said)
 
 
 def _strengths(path: Path) -> dict[float, Results]:

@@ -22,6 +22,7 @@ from typing import Any
 import PIL.Image
 
 from vise_fast.config import schema
+from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate.held_out import held_out
 from vise_fast.evaluate.results import Results
@@ -34,8 +35,10 @@ from vise_fast.model.load import Policy
 from vise_fast.model.saved import card, export, side_files
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.report import page as report
-from vise_fast.report.alarms import Alarms
-from vise_fast.run import identity
+from vise_fast.report import stored_run
+from vise_fast.report.alarms import GAP_LIMIT, GAP_LIMIT_QUANTISED, Alarms, looked_at
+from vise_fast.run import identity, interim
+from vise_fast.run.interim import Interim
 from vise_fast.run.opening import (
     environment,
     lacking,
@@ -53,6 +56,8 @@ from vise_fast.system.signals import Interrupted
 
 SHOWN = ("reward", "kl", "area", "parse_rate", "images_per_s")
 SAMPLES = 2  # images of a batch that samples.jsonl tells of
+ALARMED = 7
+"""The exit code of a run that an alarm ended (`train.stop_on_alarm`), in good order."""
 PATIENCE = 10
 """Steps an alarm may stay on before it ends a run that asked for it."""
 
@@ -71,13 +76,21 @@ class Run:
         self.directory = start.directory
         self.resumed = start.checkpoint
         self.older = start.older
-        self.alarms = Alarms(self.config.update.tau)
+        self.alarms = alarms_of(self.config)
+        self.interim = Interim(self.config.eval)
+        self.away = 0.0
+        """Seconds of the step under way that were no training."""
+        self.latest: tuple[int, Results] | None = None
+        """Of the adapter as it is now: the step, and what was measured then."""
+        self.evaluations: JsonLines | None = None
         self.evaluation: dict[str, dict] = {}
         self.learner: Learner | None = None
         self.first = 0
         self.done = 0
         self.saved = -1
         self.opened = False
+        self.code = 0
+        """To leave with, where nothing else ends the run."""
         self.unwritten: deque[Callable[[], None]] = deque()
         self.free = False
         self._begin(start)
@@ -102,6 +115,8 @@ class Run:
         if self.opened:
             self.metrics.close()
             self.samples.close()
+            if self.evaluations is not None:
+                self.evaluations.close()
         elif self.free:
             identity.leave(self.directory)
         self.lock.release()
@@ -143,9 +158,13 @@ class Run:
         if isinstance(found, checkpoint.Corrupt):
             raise found
         tensors, state = found
-        alarms = Alarms(self.config.update.tau)
+        alarms = alarms_of(self.config)
+        looks = Interim(self.config.eval)
+        note = None
         try:
             alarms.load(state["alarms"])
+            if "interim" in state:
+                note = looks.load(state["interim"], tensors.get("best", {}), learner.parameters)
             learned = state["learner"]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise checkpoint.Corrupt(
@@ -153,6 +172,9 @@ class Run:
                 "an older one"
             ) from None
         learner.load(tensors, learned)
+        if note is not None:
+            self.console.warn(note)
+        self.interim = looks
         self.alarms = alarms
         self.first = self.done = state["step"]
 
@@ -169,6 +191,9 @@ class Run:
         files.write_json(self.directory / "env.json", own)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.first)
         self.samples = JsonLines(self.directory / "samples.jsonl", self.first)
+        looked = self.directory / stored_run.EVALUATIONS
+        if self.config.eval.every > 0 or looked.exists():
+            self.evaluations = JsonLines(looked, self.first)
         self.opened = True
         self._check_lines()
         self._check_metrics()
@@ -208,8 +233,8 @@ class Run:
 
     def _check_lines(self) -> None:
         """Lines that could not be read are said."""
-        for lines in (self.metrics, self.samples):
-            if lines.dropped:
+        for lines in (self.metrics, self.samples, self.evaluations):
+            if lines is not None and lines.dropped:
                 self.console.warn(f"{lines.path}: {lines.dropped} damaged lines are dropped")
 
     def _check_metrics(self) -> None:
@@ -231,6 +256,8 @@ class Run:
             self._evaluate("before", engine, source, adapters=False)
         base = Results.of(self.evaluation, "before")
         known = {} if base is None else base.values
+        if base is not None:
+            interim.check_measured(self.config.eval, base)
         self.alarms.begin_at(self.ranks.first(lambda: known))  # all ranks stop at one step
 
     def _known_evaluation(self) -> dict[str, dict]:
@@ -251,12 +278,85 @@ class Run:
     def _evaluate(self, name: str, engine: Engine, source: Source, adapters: bool) -> None:
         if self.config.eval.scenes == 0:
             return
-        who = "the adapter" if adapters else "the base"
-        self.console.say(f"evaluating {who} on held-out images …")
-        self.evaluation[name] = held_out(engine, source, self.config, adapters).json()
+        if adapters and self.latest is not None and self.latest[0] == self.done:
+            found = self.latest[1]  # of this very adapter, a moment ago
+        else:
+            who = "the adapter" if adapters else "the base"
+            self.console.say(f"evaluating {who} on held-out images …")
+            found = held_out(engine, source, self.config, adapters, self.console.through)
+        self.evaluation[name] = found.json()
         files.write_json(self.directory / "evaluation.json", self.evaluation)
 
     # ---- the loop --------------------------------------------------------------------------------
+
+    def look(self, engine: Engine, source: Source) -> None:
+        """An evaluation of the adapter as it is now, where one is due (`eval.every`): it changes
+        nothing that the next update depends on. All ranks wait for it and know its figures.
+        """
+        if not self.interim.due(self.done, self.config.train.steps):
+            return
+        assert self.learner is not None
+        begun = time.monotonic()
+        seen = self.ranks.first(lambda: self._look(engine, source))
+        self.alarms.take(seen.alarms)
+        adapter = partial(interim.copied, self.learner.parameters)
+        # what will be ended for an alarm is not the best, whatever its figure says
+        self.interim.take(self.done, {} if self.alarmed() else seen.values, adapter)
+        engine.counters.take()  # none of its work is the next step's
+        engine.clock.take()
+        self.ranks.work({}, 0, engine.device)
+        self.away += time.monotonic() - begun
+
+    def _look(self, engine: Engine, source: Source) -> interim.Seen:
+        """Measure, or take what an earlier process measured after this very step; write it down and
+        tell it.
+        """
+        begun = time.monotonic()
+        before = self._looked_before()
+        found = before
+        if found is None:
+            found = held_out(engine, source, self.config, True, self.console.through)
+        self.latest = (self.done, found)
+        if before is None:
+            assert self.evaluations is not None
+            whole = {"step": self.done} | found.json()
+            self.unwritten.append(partial(self.evaluations.write, whole))
+        if before is None or not self._told_before():
+            line = interim.record(self.done, found, time.monotonic() - begun)
+            self.unwritten.append(partial(self.metrics.write, line))
+        self.write_down()
+        self.loggers.log(self.done, _for_loggers("adapter", found.values))
+        base = Results.of(self.evaluation, "before")
+        self.console.say(interim.said(self.done, base, found, self.config.eval))
+        return interim.Seen(found.values, self._alarms_at(base, found))
+
+    def _alarms_after(self) -> None:
+        """What the last evaluation raises is said, however few there were."""
+        after = Results.of(self.evaluation, "after")
+        if after is not None:
+            self._alarms_at(Results.of(self.evaluation, "before"), after)
+
+    def _alarms_at(self, base: Results | None, found: Results) -> dict[str, str | None]:
+        """What an evaluation raises; said."""
+        said = looked_at(base, found, self.config.update.tau)
+        for name, text in said.items():
+            self.console.alarm(name, text)
+        return said
+
+    def _looked_before(self) -> Results | None:
+        """What the lines of a resumed run hold of the step it goes on from."""
+        if self.done > self.first or self.resumed is None:
+            return None
+        known = stored_run.evaluations(self.directory, self._measured_again)
+        return known.get(self.done)
+
+    def _told_before(self) -> bool:
+        """Whether the metrics have the evaluation of this step: a kill may come between the two."""
+        records = read_lines(self.directory / "metrics.jsonl")
+        return any(stored_run.is_evaluation(r) and r.get("step") == self.done for r in records)
+
+    def _measured_again(self, text: str) -> None:
+        self.console.warn(f"{text}; what it held is measured again, if it is asked for")
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Steps]:
@@ -269,7 +369,7 @@ class Run:
         """An alarm that may end the run is on: no checkpoint, so that the newest stays a healthy
         one.
         """
-        return self.config.train.stop_on_alarm and self.alarms.since is not None
+        return self.config.train.stop_on_alarm and self.alarms.on
 
     def keep(self) -> None:
         """A checkpoint every so often."""
@@ -289,14 +389,18 @@ class Run:
     def _save(self) -> None:
         """A checkpoint, and before it the lines of its steps: none of them is lost."""
         self.write_down()
-        self.metrics.sync()
-        self.samples.sync()
+        for lines in (self.metrics, self.samples, self.evaluations):
+            if lines is not None:
+                lines.sync()
         self._checkpoint()
 
     def _checkpoint(self) -> None:
         assert self.learner is not None
         tensors, state = self.learner.state()
         content = {"step": self.done, "learner": state, "alarms": self.alarms.state()}
+        if self.config.eval.every > 0:
+            content["interim"] = self.interim.state()
+            tensors |= self.interim.tensors()
         own = {checkpoint.CONFIG: self.directory / "config.yaml"}
         keep = self.config.run.keep
         checkpoint.save(self.directory, self.done, tensors, content, keep, own)
@@ -304,15 +408,16 @@ class Run:
 
     def should_stop(self) -> bool:
         """An alarm has been on for so long that the user asked to end then."""
-        since = self.alarms.since
-        return self.alarmed() and since is not None and self.done - since >= PATIENCE
+        return self.alarmed() and self.alarms.stays_on(self.done, PATIENCE)
 
     # ---- the end ---------------------------------------------------------------------------------
 
     def finish(self, policy: Policy, engine: Engine, source: Source) -> None:
         """Final checkpoint, evaluation, table, adapter, report."""
         self._save()
+        chosen = self._choose()
         self._evaluate("after", engine, source, adapters=True)
+        self._alarms_after()
         engine.interrupted()
         figures = side_by_side(self.evaluation, BRIEF) if self.evaluation else {}
         if figures:
@@ -322,7 +427,7 @@ class Run:
             if of_classes := by_class(self.evaluation):
                 self.console.table("labelled pictures by class", list(BY_CLASS), of_classes)
             self.loggers.log(self.done, self._held_out())
-        made = card.Made(figures, source.identity())
+        made = card.Made(figures, source.identity(), chosen)
         place = export.export(policy, self.config, self.directory / "adapter", made)
         engine.interrupted()
         if self.config.run.report:
@@ -332,14 +437,43 @@ class Run:
             f"next     vise-fast infer --adapter {quote(str(place))} --image photo.jpg"
         )
 
+    def _choose(self) -> str:
+        """The best adapter takes the place of the last one (`eval.keep_best`); returns the words
+        that name it, "" where the last one stays.
+        """
+        best = self.interim.best
+        name = self.config.eval.keep_best
+        self.evaluation.pop("best", None)  # an earlier end's
+        if self.interim.over:
+            self.console.say(
+                f"stopped  after step {self.done}: {self.interim.without} evaluations without a "
+                f"better {name}"
+            )
+        if best is None:
+            return ""
+        assert self.learner is not None
+        self.learner.take_adapter(best.adapter)
+        if best.step != self.done:
+            self.latest = None
+        self.evaluation["best"] = {
+            "figure": name,
+            "step": best.step,
+            "value": best.value,
+            "last": self.done,
+            "patience": self.interim.over,
+        }
+        chosen = (
+            f"the adapter after step {best.step} of {self.done}, the best by {name} "
+            f"({best.value:.4f})"
+        )
+        self.console.say(f"best     {chosen}")
+        return chosen
+
     def _held_out(self) -> dict[str, float]:
         """The table's figures by the names that a logger groups by: held_out/base/sampled_iou."""
         figures: dict[str, float] = {}
         for arm, label in (("before", "base"), ("after", "adapter")):
-            values = self.evaluation.get(arm, {}).get("values", {})
-            figures |= {
-                f"held_out/{label}/{name}": values[name] for name in BRIEF if name in values
-            }
+            figures |= _for_loggers(label, self.evaluation.get(arm, {}).get("values", {}))
         return figures
 
     def interrupted(self, reason: Interrupted) -> int:
@@ -390,6 +524,7 @@ class Run:
     def fall_back(self) -> None:
         """After an alarm ended the run: return to the last healthy checkpoint."""
         assert self.learner is not None
+        self.code = ALARMED
         newest = checkpoint.latest(self.directory)
         if newest is None:
             self.console.warn(
@@ -399,6 +534,7 @@ class Run:
             return
         tensors, state = checkpoint.load(newest)
         self.learner.load(tensors, state["learner"])
+        self.latest = None
         self.console.warn(
             f"stopped by an alarm; the adapter is the one of step {state['step']}, the last "
             "healthy checkpoint"
@@ -437,8 +573,9 @@ class Steps:
 
     def _speed(self) -> dict[str, float]:
         now = time.monotonic()
-        seconds = now - self.clock
+        seconds = now - self.clock - self.run.away
         self.clock = now
+        self.run.away = 0.0
         return {"seconds": seconds, "images_per_s": self.run.config.train.batch / seconds}
 
     def _samples(self, played: Played) -> None:
@@ -453,12 +590,23 @@ class Steps:
             run.unwritten.append(partial(run.samples.write, line))
 
 
+def alarms_of(config: Config) -> Alarms:
+    """Before any step."""
+    quantised = config.model.quant != "none"
+    return Alarms(config.update.tau, GAP_LIMIT_QUANTISED if quantised else GAP_LIMIT)
+
+
 def _read(path: Path) -> tuple[checkpoint.Tensors, dict[str, Any]] | checkpoint.Corrupt:
     """A checkpoint, or why it is none: ranks that do not read it are told either."""
     try:
         return checkpoint.load(path)
     except checkpoint.Corrupt as fault:
         return fault
+
+
+def _for_loggers(arm: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The short table's figures, as a logger groups them."""
+    return {f"held_out/{arm}/{name}": values[name] for name in BRIEF if name in values}
 
 
 def _counted(data: Mapping) -> str:

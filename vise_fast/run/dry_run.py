@@ -43,7 +43,7 @@ from vise_fast.system.errors import EnvironmentFault, UserError
 T = TypeVar("T")
 TOGETHER = "\xa0"
 """Between a setting and its value, so that a line ends behind both."""
-PROBED = 16
+PROBED = 24
 
 
 def dry_run(config: Config, ranks: Ranks | None = None) -> int:

@@ -20,7 +20,7 @@ from vise_fast.method.experience import Played
 from vise_fast.model.load import Policy
 from vise_fast.ranks.ranks import Ranks
 from vise_fast.run import identity
-from vise_fast.run.directory import Run, Steps
+from vise_fast.run.directory import ALARMED, Run, Steps
 from vise_fast.run.resume import Start
 from vise_fast.system import files
 from vise_fast.system.console import Console, JsonLines, read_lines
@@ -78,6 +78,7 @@ class Follower(Run):
 
     def fall_back(self) -> None:
         """Rank 0 goes back to the last healthy checkpoint, and exports that."""
+        self.code = ALARMED
 
     def save_finished(self) -> None:
         """Only where rank 0 was killed, and this is the next one."""

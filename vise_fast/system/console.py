@@ -17,7 +17,7 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar, cast
 
@@ -53,6 +53,7 @@ class Console:
         if self._out.is_terminal and self._err.is_terminal:
             self._err = self._out  # one screen: a live bar must know of every line
         self._alarms: set[str] = set()
+        self._live: Progress | None = None
 
     @classmethod
     def of_rank(cls, rank: int) -> Console:
@@ -128,11 +129,15 @@ class Console:
             return
         with _bar(self._out) as bar:
             task = bar.add_task(self._shown(label), total=total, completed=done, figures={})
-            yield lambda figures: bar.update(task, advance=1, figures=dict(figures))
+            self._live = bar
+            try:
+                yield lambda figures: bar.update(task, advance=1, figures=dict(figures))
+            finally:
+                self._live = None
 
     def through(self, things: Collection[T], label: str) -> Iterator[T]:
-        """The things, one after the other, with a bar; where there is no terminal, with lines once
-        it takes long.
+        """The things, one after the other, with a bar (below the one of `progress` where that is
+        live); where there is no terminal, with lines once it takes long.
         """
         if self.plain:
             lines = _Lines(self, len(things), label, 0)
@@ -141,13 +146,17 @@ class Console:
                 yield thing
                 lines.advance({}, last=False)
             return
-        with _bar(self._out, transient=True) as bar:
+        live = self._live
+        with _bar(self._out, transient=True) if live is None else nullcontext(live) as bar:
             task = bar.add_task(self._shown(label), total=len(things), figures={})
             every = max(1, len(things) // STEPS)
-            for number, thing in enumerate(things, 1):
-                yield thing
-                if number % every == 0:
-                    bar.update(task, completed=number)
+            try:
+                for number, thing in enumerate(things, 1):
+                    yield thing
+                    if number % every == 0:
+                        bar.update(task, completed=number)
+            finally:
+                bar.remove_task(task)
 
     @contextmanager
     def working(self, label: str) -> Iterator[None]:

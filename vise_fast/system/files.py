@@ -56,6 +56,20 @@ def write(path: Path, data: str | bytes, remedy: str = REMEDY) -> None:
             raise
 
 
+def writable(path: Path, remedy: str = REMEDY) -> None:
+    """Before hours of work whose result goes there: raises EnvironmentFault for a folder that is
+    not there or takes no file, and for a file that takes nothing. Nothing stays behind.
+    """
+    with refused(path, remedy):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        new = not path.exists()
+        if new or path.is_file():
+            path.open("ab").close()
+        if new:
+            path.unlink()
+
+
 def write_json(path: Path, content: Any) -> None:
     """`write` of anything JSON holds; NaN and infinity are refused with ValueError."""
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

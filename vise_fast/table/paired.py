@@ -122,7 +122,7 @@ def total(out: Path, task: str, figure: str) -> float | None:
 def _interval(gain: Estimate) -> str:
     if not math.isfinite(gain.value):
         return "-"
-    return f"{gain.value:+.3f} (95 % {gain.low:+.3f} to {gain.high:+.3f})"
+    return f"{gain.value:+.3f} ({gain.interval()})"
 
 
 def _paper(row: Row) -> str:

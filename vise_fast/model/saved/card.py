@@ -53,11 +53,13 @@ OBJECT = {"natural": "the largest object", "short": "red circle"}
 class Made:
     """What a run knows of itself beside its configuration.
 
-    figures: title -> (base, adapter), with intervals; data: `Source.identity`.
+    figures: title -> (base, adapter), with intervals; data: `Source.identity`; chosen: why it is
+    this adapter of all that the run passed through, "" for the last.
     """
 
     figures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    chosen: str = ""
 
 
 def base_name(config: Config) -> str:
@@ -125,6 +127,7 @@ def model_card(config: Config, style: Style, made: Made) -> str:
         r=config.lora.r,
         targets="language model and projectors" if config.lora.projector else "language model",
         data=_data(config, made.data),
+        chosen=f"\n- chosen: {made.chosen}" if made.chosen else "",
         settings=SETTINGS,
         images=_images(config),
         table=_table(made.figures),
