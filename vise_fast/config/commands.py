@@ -44,6 +44,7 @@ EXIT_CODES = {
     4: "environment",
     5: "memory floor",
     6: "numbers not finite",
+    7: "an alarm ended it",
     "129/130/143": "stopped by SIGHUP, Ctrl-C or SIGTERM (and saved)",
 }
 FIRST = (

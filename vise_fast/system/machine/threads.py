@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What torch reads a number of threads from."""
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "4000"}
-"""Sleep instead of spinning; libgomp, which torch's wheels ship, looks 4,000 times before it sleeps
-(about 0.2 ms: the next operator has mostly come by then). Fewer cost images where the machine is
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+"""Sleep instead of spinning; libgomp, which torch's wheels ship, looks 3,000 times before it sleeps
+(about 0.15 ms: the next operator has mostly come by then). Fewer cost images where the machine is
 idle, more where it is busy: docs/LOG.md.
 """
 
