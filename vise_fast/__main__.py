@@ -18,13 +18,22 @@ from vise_fast.config import commands
 from vise_fast.system import console
 from vise_fast.system.errors import ConfigError
 
-COMPLETION = """\
+BASH = """\
 _vise_fast() {
   local typed=("${COMP_WORDS[@]:1:COMP_CWORD-1}")
   COMPREPLY=($(compgen -W "$(vise-fast --words "${typed[@]}")" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _vise_fast vise-fast"""
-"""For bash: asks `vise-fast --words` what may follow."""
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+_vise_fast() {
+  compadd -- ${(f)"$(vise-fast --words "${(@)words[2,CURRENT-1]}")"}
+  _files
+}
+compdef _vise_fast vise-fast"""
+FISH = "complete -c vise-fast -a '(vise-fast --words (commandline -opc | tail -n +2))'"
+COMPLETION = {"bash": BASH, "zsh": ZSH, "fish": FISH}
+"""By shell; each asks `vise-fast --words` what may follow."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         console.Console().say(f"vise_fast {__version__}")
         return 0
     if words[0] == "--completion":
-        console.Console().say(COMPLETION)
+        console.Console().say(_completion(words[1:]))
         return 0
     if words[0] == "--words":
         console.Console().say("\n".join(commands.words_after(words[1:])))
@@ -49,6 +58,17 @@ def main(words: Sequence[str]) -> int:
         return code
     module = import_module(f"vise_fast.{commands.COMMANDS[name].module}")
     return module.main(rest) or 0
+
+
+def _completion(shell: Sequence[str]) -> str:
+    """What the shell has to run; bash where none is named. Raises ConfigError."""
+    named = " ".join(shell) or "bash"
+    if named not in COMPLETION:
+        raise ConfigError(
+            f"no completion for '{named}'; it is written for {', '.join(COMPLETION)}; write "
+            "vise-fast --completion bash"
+        )
+    return COMPLETION[named]
 
 
 def _meant(name: str) -> str:

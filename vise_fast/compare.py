@@ -45,6 +45,7 @@ def main(words: Sequence[str]) -> int:
             "which runs? compare puts two or more beside each other; write vise-fast compare "
             "runs/a runs/b"
         )
+    _refuse_twice(given.positional)
     shown = comparison.compare([read(Path(place)) for place in given.positional])
     tell(shown, console)
     out = comparison.destination(given["out"])
@@ -53,13 +54,30 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _refuse_twice(places: Sequence[str]) -> None:
+    """Raises ConfigError where two names mean one run."""
+    seen: set[Path] = set()
+    for place in places:
+        found = Path(place).resolve()
+        if found in seen:
+            raise ConfigError(
+                f"{place} is named twice; a run has no difference to itself; name each run once"
+            )
+        seen.add(found)
+
+
 def tell(shown: Comparison, console: Console) -> None:
     """The table and the differences, on screen."""
     title = f"adapters on held-out images (difference to {shown.names[0]}, 95 % interval)"
     console.table(title, ["", *shown.names], [comparison.row(line) for line in shown.lines])
     for key, values in shown.differences.items():
         console.say(f"differs  {key}: {' · '.join(values)}")
-    if shown.lines and not shown.paired:
+    for name, stored in zip(shown.names, shown.runs, strict=True):
+        if stored.after is None:
+            why = "no evaluation was made" if stored.finished else "it is not finished"
+            console.warn(f"{name} has no figures of its adapter: {why}")
+    measured = sum(stored.after is not None for stored in shown.runs)
+    if shown.lines and measured > 1 and not shown.paired:
         console.warn("the runs were not measured on the same images; no difference can be told")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import chdir
 from importlib import import_module
 
 import pytest
@@ -129,6 +130,12 @@ def test_a_command_says_what_it_does_and_does_nothing(command, help, tmp_path, m
     out, err = capsys.readouterr()
     assert f"python -m vise_fast.{command}" in out and not err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_alone_is_said_to_be_the_pictures(tmp_path):
+    with pytest.raises(ConfigError, match="named as --data.dir 'my photos'"), chdir(tmp_path):
+        (tmp_path / "my photos").mkdir()
+        SOME.parse(["RUN", "my photos"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

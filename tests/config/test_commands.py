@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -173,6 +174,42 @@ def test_bash_completes_commands_settings_and_presets(typed, offered, other, tmp
     found = done.stdout.splitlines()
     assert set(offered) <= set(found) and not set(other) & set(found), done.stderr
     assert all(word.startswith(line[-1]) for word in found)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_too(shell, tmp_path, capsys):
+    assert console.run(all_commands.main, ["--completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "vise-fast --words" in script and "COMP_WORDS" not in script
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_a_shell_without_completion_is_one_line(capsys):
+    assert console.run(all_commands.main, ["--completion", "tcsh"]) == 2
+    said = capsys.readouterr().err
+    assert "'tcsh'" in said and "bash, zsh, fish" in said and said.count("\n") == 1
+
+
+def test_a_command_is_spoken_as_this_shell_takes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scripts = tmp_path / "my env" / "bin"
+    scripts.mkdir(parents=True)
+    for name in ("python", "vise-fast"):
+        (scripts / name).write_text("")
+        (scripts / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    monkeypatch.setenv("PATH", str(scripts))
+    assert commands.spoken("infer") == "vise-fast infer"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commands.spoken("infer") == "'my env/bin/python' -m vise_fast.infer"
+    monkeypatch.chdir(scripts)
+    assert commands.spoken("infer") == "python -m vise_fast.infer"
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.setenv("PATH", str(scripts))  # somebody else's
+    assert commands.spoken("infer") == "usr/bin/python3 -m vise_fast.infer"
 
 
 def test_the_console_script_is_what_pyproject_names():

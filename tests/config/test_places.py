@@ -49,6 +49,20 @@ def test_what_is_no_preset_comes_back_as_typed(typed):
         load(typed)
 
 
+@pytest.mark.parametrize(
+    "typed, meant",
+    [("qwen3vl-2b", "qwen3-vl-2b"), ("Paper.yaml", "paper"), ("configs/nanno", "nano")],
+)
+def test_a_preset_spelt_otherwise_is_named(typed, meant):
+    with pytest.raises(ConfigError, match=f"did you mean --config {meant}\\?"):
+        load(typed)
+
+
+def test_where_no_preset_is_close_the_list_is_named():
+    with pytest.raises(ConfigError, match="existing YAML file or a shipped preset"):
+        load("my own settings.yaml")
+
+
 def test_every_shape_is_there():
     assert {path.stem for path in places.SHAPES.glob("qwen3-vl-*.json")} == {
         f"qwen3-vl-{size}" for size in ("2b", "4b", "8b", "32b")

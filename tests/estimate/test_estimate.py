@@ -128,6 +128,13 @@ def test_the_command_prints_phases_and_components(capsys):
         assert word in out, word
 
 
+def test_a_folder_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--train.batch", "1", "--rollout.samples", "2", "--data.max_pixels", "65536"]
+    assert console.run(estimate.main, [*words, "--data.dir", "photoss"]) == 0
+    assert "warning: photoss is not here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("card", lowmem.CARDS)
 def test_presets_on_disk_load_and_fit_their_card(card):
     """The committed files, rehearsed again: what they promise holds for today's code."""

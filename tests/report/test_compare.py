@@ -77,7 +77,8 @@ def test_a_run_that_is_not_finished_stays_in_the_page(runs, tmp_path, capsys):
     out = str(tmp_path / "c.html")
     assert console.run(command.main, [str(runs / "a"), str(half), "--out", out]) == 0
     assert "5 of 12 updates, not finished" in (tmp_path / "c.html").read_text()
-    assert "not measured on the same images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "half has no figures" in said and "same images" not in said
 
 
 @pytest.mark.parametrize("words, code", [([], 2), (["only"], 2), (["no", "where"], 3)])
@@ -85,6 +86,12 @@ def test_fewer_than_two_runs_and_none_are_refused(words, code, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert console.run(command.main, words) == code
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_named_twice_is_refused(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert console.run(command.main, [str(runs / "a"), str(runs / "b" / ".." / "a")]) == 2
+    assert "named twice" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_as_many_runs_as_a_sweep_makes_are_compared(tmp_path, capsys):

@@ -218,7 +218,10 @@ def test_a_new_run_takes_a_free_folder(run, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").write_text("dear")
     assert start([f"--run.dir={tmp_path / 'letters'}"]).directory.name == "letters-2"
-    assert start([f"--run.dir={run}"]).directory.name == f"{run.name}-2"
+    beside = start([f"--run.dir={run}"])
+    assert beside.directory.name == f"{run.name}-2" and beside.notes == [
+        f"{run} is taken, so this run goes into {beside.directory}"
+    ]
 
 
 def test_missing_metrics_are_said(copy, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from vise_fast.system import console as module
-from vise_fast.system.console import Console, JsonLines, duration, figure, read_lines, run
+from vise_fast.system.console import Console, JsonLines, counted, duration, figure, read_lines, run
 from vise_fast.system.errors import (
     ConfigError,
     DataError,
@@ -163,6 +163,12 @@ def test_a_wide_table_is_not_cut_without_a_terminal(monkeypatch):
     assert all(f"value number {i}" in screen.getvalue() for i in range(6))
 
 
+def test_a_row_of_a_very_wide_table_stays_on_one_line_without_a_terminal():
+    screen = Screen()
+    Console(screen, screen).table("", ["", *"abcdefgh"], [["row", *["a value of some length"] * 8]])
+    assert screen.getvalue().count("\n") == 3
+
+
 def test_a_table_on_an_ascii_terminal():
     screen = Screen(encoding="ascii")
     Console(screen, screen).table("é", ["a"], [["✓"]])
@@ -205,6 +211,10 @@ def test_figures(value, text):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(n, "update") for n in (0, 1, 2)] == ["0 updates", "1 update", "2 updates"]
 
 
 # -- progress --------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ setting may be (settings.py), which configuration a command works with (origin.p
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from os.path import isdir
 from typing import NamedTuple
 
 from vise_fast.system.errors import ConfigError
@@ -145,6 +147,8 @@ class Syntax:
     def _advice(self, word: Word) -> str:
         """What was probably meant by an unknown word, else what there is."""
         known = (*self.options, *self.flags, *EVERYWHERE)
+        if word.name is None and "data.dir" in self.settings and isdir(word.value or ""):
+            return f"a folder of pictures is named as --data.dir {shlex.quote(word.value or '')}"
         meant = self._meant(word, known)
         if meant:
             return f"did you mean {' or '.join(f'--{name}' for name in meant)}?"

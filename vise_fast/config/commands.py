@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import shlex
 import shutil
 import sys
 import textwrap
@@ -492,6 +493,19 @@ def _rows(rows: Mapping[str, str], width: int) -> str:
     return "\n".join(lines)
 
 
+def spoken(name: str) -> str:
+    """The command as this shell takes it: `vise-fast NAME` where that script is of this Python and
+    on the path, else this Python with the module.
+    """
+    script = shutil.which("vise-fast")
+    here = Path(sys.executable or "python")
+    if script is not None and Path(script).parent.resolve() == here.parent.resolve():
+        return f"vise-fast {name}"
+    below = here.is_relative_to(Path.cwd())
+    python = here.relative_to(Path.cwd()) if below else here
+    return f"{shlex.quote(str(python))} -m {_typed(COMMANDS[name])}"
+
+
 def words_after(typed: Sequence[str]) -> list[str]:
     """What a shell may offer after the words of a line that begins with vise-fast: commands, then
     options, settings and presets; files are the shell's own business.
@@ -521,6 +535,8 @@ def overview() -> str:
             "  vise-fast train                the embedded model on drawn scenes, some minutes",
             "  vise-fast train --config qwen3-vl-2b --data.dir photos --dry-run",
             "",
-            'completion in bash: eval "$(vise-fast --completion)"',
+            "completion",
+            '  bash, zsh  eval "$(vise-fast --completion bash)"  (or zsh)',
+            "  fish       vise-fast --completion fish | source",
         ]
     )

@@ -6,6 +6,7 @@ files say (schema.py reads presets, model/load.py shapes).
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from os.path import isfile  # of names that no file can have, too; Path.is_file raises
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def config_file(typed: str | Path) -> Path:
     preset = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
     named_so = path.parent in (Path("."), Path("configs"))
     return preset if named_so and not isfile(path) and isfile(preset) else path
+
+
+def advice(typed: str | Path) -> str:
+    """What to do about a `--config` that names neither a file nor a preset."""
+    shipped = [path.stem for path in sorted(CONFIGS.glob("*.yaml"))]
+    close = get_close_matches(Path(typed).name.removesuffix(".yaml").lower(), shipped, n=1)
+    if close:
+        return f"did you mean --config {close[0]}?"
+    return "give --config an existing YAML file or a shipped preset (train --help lists them)"

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from vise_fast.config import places
 from vise_fast.config.command_line import nearest, split
 from vise_fast.system.errors import ConfigError
 
@@ -164,8 +165,7 @@ def _text(path: str | Path) -> str:
     except (OSError, ValueError) as fault:  # ValueError: a name with a null character
         reason = getattr(fault, "strerror", None) or fault
         raise ConfigError(
-            f"cannot read the configuration {show(path)}: {reason}; give --config an existing YAML "
-            "file"
+            f"cannot read the configuration {show(path)}: {reason}; {places.advice(path)}"
         ) from None
     if len(data) > LARGEST_FILE:
         raise ConfigError(

@@ -382,6 +382,9 @@ def main(words: Sequence[str]) -> int:
     source = None
     if is_here(config):
         source = open_source(config, model.grid_multiple(config.model.path))
+    else:
+        places = config.data.dir or ", ".join(config.data.mix)
+        out.warn(f"{places} is not here; photographs at the pixel budget, 4:3, are assumed")
     found = plan(config, source, ranks=_ranks(given["ranks"]))
     phases = []
     for name, parts in found.rehearsed.phases.items():

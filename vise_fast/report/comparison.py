@@ -107,7 +107,7 @@ def _names(runs: Sequence[StoredRun]) -> list[str]:
     """The shortest ends of their paths that tell them apart."""
     places = [run.directory.absolute() for run in runs]
     for length in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-length:]) for place in places]
+        names = [str(Path(*place.parts[-length:])) for place in places]
         if len(set(names)) == len(names):
             break
     return names

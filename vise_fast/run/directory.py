@@ -21,7 +21,7 @@ from typing import Any
 
 import PIL.Image
 
-from vise_fast.config import schema
+from vise_fast.config import commands, schema
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Engine
 from vise_fast.evaluate.held_out import held_out
@@ -434,7 +434,7 @@ class Run:
             self.console.say(f"report   {report.write(self.directory, self.console.warn)}")
         self.console.say(f"adapter  {place}")
         self.console.say(
-            f"next     vise-fast infer --adapter {quote(str(place))} --image photo.jpg"
+            f"next     {commands.spoken('infer')} --adapter {quote(str(place))} --image photo.jpg"
         )
 
     def _choose(self) -> str:

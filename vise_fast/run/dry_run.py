@@ -37,7 +37,7 @@ from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.run.agreement import same_inputs, same_settings
 from vise_fast.run.opening import lacking, ranks_lines
 from vise_fast.system import checkpoint
-from vise_fast.system.console import Console, duration
+from vise_fast.system.console import Console, counted, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
@@ -107,9 +107,10 @@ def explain(console: Console, config: Config) -> None:
         f"{config.reward.preset}, into {config.run.dir}:"
     )
     console.say(
-        f"  {train.steps} updates of {train.batch} images; {rollout.samples} boxes and "
-        f"{rollout.views} views per image; learning rate {train.lr:g}, {train.schedule} after "
-        f"{train.warmup} warm-up steps"
+        f"  {counted(train.steps, 'update')} of {counted(train.batch, 'image')}; "
+        f"{rollout.samples} box{'es' * (rollout.samples != 1)} and "
+        f"{counted(rollout.views, 'view')} per image; learning rate {train.lr:g}, "
+        f"{train.schedule} after {counted(train.warmup, 'warm-up step')}"
     )
     console.say(
         f"  reward {config.reward.name} ({config.reward.sem}, judged by the "
@@ -172,8 +173,8 @@ def _try_out(trial: _Trial, policy: model.Policy, source: Source) -> None:
     size = sum(file.stat().st_size for file in adapter.iterdir())
     console.say(f"save     checkpoint written and read back {saved}; adapter {size / 1e6:.1f} MB")
     console.say(
-        f"ETA      {duration(seconds * config.train.steps)} for {config.train.steps} updates, "
-        "evaluation not counted"
+        f"ETA      {duration(seconds * config.train.steps)} for "
+        f"{counted(config.train.steps, 'update')}, evaluation not counted"
     )
 
 

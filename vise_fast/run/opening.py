@@ -25,14 +25,15 @@ from vise_fast.model.load import Policy, check_targets, known_shapes, resolve
 from vise_fast.model.saved import side_files
 from vise_fast.ranks.part import part
 from vise_fast.ranks.ranks import Ranks
+from vise_fast.system.console import counted
 
 
 def opening_lines(directory: Path, config: Config, policy: Policy, source: Source) -> Iterator[str]:
     """The lines on screen, each within 80 columns where names are short."""
     train = config.train
     yield (
-        f"run      {directory}  (preset {config.reward.preset}, {train.steps} updates of "
-        f"{train.batch} images)"
+        f"run      {directory}  (preset {config.reward.preset}, "
+        f"{counted(train.steps, 'update')} of {counted(train.batch, 'image')})"
     )
     yield (
         f"model    {config.model.path}: {_count(policy, False) / 1e6:.1f} M frozen parameters, "

@@ -71,7 +71,9 @@ def resolve(config: Config, stated: Mapping[str, Any]) -> Start:
     wanted = config.train.resume
     place = Path(config.run.dir)
     if wanted is None:
-        return Start(config, identity.fresh(place))
+        free = identity.fresh(place)
+        taken = f"{place} is taken, so this run goes into {free}"
+        return Start(config, free, notes=[taken] if free != place else [])
     if wanted == "auto":
         return _auto(config, stated, place)
     return _from(config, stated, Path(wanted))

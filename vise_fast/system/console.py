@@ -31,7 +31,8 @@ from vise_fast.system import files, streams
 from vise_fast.system.errors import ConfigError, DataError, SaidElsewhere, UserError
 from vise_fast.system.streams import Forgiving
 
-PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
+PLAIN_WIDTH = 160  # of tables where there is no terminal to ask; more where one needs more
+WIDEST = 10_000  # of a table, while it is measured
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 BAR = 20  # columns of a live bar
 STEPS = 10_000  # in which a bar moves: each takes as long as reading a small file's header
@@ -101,8 +102,6 @@ class Console:
         """A table; the first column holds names on the left, the others are aligned as told and
         their numbers cut to four digits.
         """
-        if self.plain:
-            self._out.width = PLAIN_WIDTH
         table = rich.table.Table(
             title=self._shown(title) or None,
             title_justify="left",
@@ -115,6 +114,9 @@ class Console:
             table.add_column(self._shown(column), justify="left" if index == 0 else align)
         for row in rows:
             table.add_row(*(self._shown(figure(cell)) for cell in row))
+        if self.plain:
+            self._out.width = WIDEST
+            self._out.width = max(PLAIN_WIDTH, self._out.measure(table).maximum)
         self._out.print(table)
 
     @contextmanager
@@ -323,6 +325,11 @@ def fitting(figures: Mapping[str, float], room: int) -> str:
 def spread(figures: Mapping[str, float]) -> str:
     """'reward 0.52  KL 0.0031'"""
     return "  ".join(f"{name} {figure(value)}" for name, value in figures.items())
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 update', '2 updates'"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def duration(seconds: float) -> str:
