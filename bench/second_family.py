@@ -6,9 +6,10 @@ embedded one, taught by the embedded model's lessons.
     python -m vise_fast.train --model.path DIR/model …          the training itself
     python bench/second_family.py table RUN… --lessons DIR      what finished runs gained
 
-Nothing is shipped: the model is made where it is needed. Towers, projector and decoder are
-transformers' own modules, in the lessons and in the training (the generic engine). Left out: the
-lessons (vise_fast/nano/lessons.py), phases and optimisers (vise_fast/nano/pretrain.py).
+Nothing is shipped: the model is made where it is needed. It is trained through transformers'
+modules alone (the generic engine); its lessons are the same computation (asserted in
+tests/bench/test_second_family.py). Left out: the lessons (vise_fast/nano/lessons.py), phases and
+optimisers (vise_fast/nano/pretrain.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.func import functional_call
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from vise_fast.evaluate.results import Results, paired_gain
-from vise_fast.nano import blank, lessons, pretrain
+from vise_fast.nano import blank, forward, lessons, pretrain
 from vise_fast.nano.forward import Weights
 
 NAMES = {
@@ -129,7 +130,8 @@ def save(net: InternVLForConditionalGeneration, directory: Path) -> None:
     """A directory that the trainer loads."""
     net.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
-    for name, content in (("generation", blank.GENERATION), ("preprocessor", PIXELS)):
+    files = {"generation": blank.GENERATION, "preprocessor": PIXELS, "video_preprocessor": PIXELS}
+    for name, content in files.items():
         (directory / f"{name}_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -148,35 +150,20 @@ class Tower(nn.Module):
         return self.model.get_image_features(pixels, return_dict=True).pooler_output
 
 
-class Reader(nn.Module):
-    """Embedded tokens (B, S, 128) to final states, through the stock decoder."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
-        """`bias` (B, 1, S, S), added to the scores; `positions` (1, S)."""
-        inputs = {"inputs_embeds": x, "attention_mask": bias, "position_ids": positions}
-        return self.model.language_model(**inputs, use_cache=False).last_hidden_state
-
-
-class StockCourse(pretrain.Course):
-    """The lessons' losses with transformers' own passes over the cast weights."""
+class Course(pretrain.Course):
+    """The lessons' losses: transformers' tower and projector over the cast weights, and the
+    embedded model's quick decoder, whose layers are Qwen3's, with one position per token.
+    """
 
     def __init__(self, net: Any, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(net, dtype)
-        self.passes = (Tower(net.model), Reader(net.model))  # a tuple: not registered twice
-        seen = (self.slots.bias == 0).sum(1)  # a token's place is how many it reads before itself
-        self.positions = (seen - 1)[None]
+        self.tower = (Tower(net.model),)  # a tuple: its weights are registered already
+        place = (self.slots.bias == 0).sum(1) - 1  # how many tokens it reads before itself
+        self.text_rope = forward.text_rope(place.expand(3, -1))
 
     def _seen(self, cast: Weights, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         squares = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
-        return functional_call(self.passes[0], cast, (squares,)), None
-
-    def _hidden(self, cast: Weights, x: Tensor, deep: Tensor | None) -> Tensor:
-        bias = self.slots.bias.to(self.dtype).expand(len(x), 1, -1, -1)
-        return functional_call(self.passes[1], cast, (x, bias, self.positions))
+        return functional_call(self.tower[0], cast, (squares,)), None
 
 
 class Pretraining(pretrain.Pretraining):
@@ -185,7 +172,7 @@ class Pretraining(pretrain.Pretraining):
     def begin(self, seed: int) -> tuple[Any, pretrain.Course]:
         """See pretrain.py."""
         net = model(seed)
-        return net, StockCourse(net)
+        return net, Course(net)
 
     def write(self, directory: Path) -> None:
         """See pretrain.py."""
