@@ -1,10 +1,10 @@
 """Does a second family learn in the same trainer? A model of InternVL's shape, as small as the
 embedded one, taught by the embedded model's lessons.
 
-    python bench/second_family.py make --out DIR --minutes 16   lessons: one thread and one process
+    python bench/second_family.py make --out DIR --minutes 9    lessons: one thread and one process
                                                                 that draws; the model is DIR/model
     python -m vise_fast.train --model.path DIR/model …          the training itself
-    python bench/second_family.py table RUN… --lessons DIR      what finished runs gained
+    python bench/second_family.py table RUN…                    what finished runs gained
 
 Nothing is shipped: the model is made where it is needed. It is trained through transformers'
 modules alone (the generic engine); its lessons are the same computation (asserted in
@@ -14,7 +14,6 @@ optimisers (vise_fast/nano/pretrain.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ import _checkout
 import _measure as measure
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -185,31 +185,29 @@ class Pretraining(pretrain.Pretraining):
 # ---- what its training gained --------------------------------------------------------------------
 
 
-def table(runs: list[Path], lessons_: Path | None) -> dict[str, Any]:
-    """Of finished runs: what they were, and each figure before, after, and the paired gain with its
-    95 % interval; where the lessons ended.
-    """
-    machine = measure.machine(torch.device("cpu"))
-    found: dict[str, Any] = {"bench": "second_family", "machine": machine}
-    if lessons_ is not None:
-        found["lessons"] = json.loads((lessons_ / "log.jsonl").read_text().splitlines()[-1])
-    return found | {"runs": {run.name: gains(run) for run in runs}}
-
-
 def gains(run: Path) -> dict[str, Any]:
-    """Of one run directory."""
+    """Of a finished run: how long its base was taught, and each figure before, after, and the
+    paired gain with its 95 % interval. Ends the command where an arm was not evaluated.
+    """
     evaluation = json.loads((run / "evaluation.json").read_text())
     before, after = (Results.of(evaluation, name) for name in ("before", "after"))
     if before is None or after is None:
         sys.exit(f"{run} has no evaluation of both arms; let the run end")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = {}
     for name in FIGURES:
         gain = paired_gain(before, after, name)
         if np.isfinite(gain.value):
             old, new = (arm.estimate(name).value for arm in (before, after))
             figures[name] = {"before": old, "after": new, "gain": astuple(gain)}
-    return {"scenes": after.n, "updates": len(lines), "figures": figures}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    taught = Path(config["model"]["path"]).parent / "state.json"
+    return {
+        "lessons": json.loads(taught.read_text()) if taught.exists() else None,
+        "reward": config["reward"]["name"],
+        "updates": len((run / "metrics.jsonl").read_text().splitlines()),
+        "scenes": after.n,
+        "figures": figures,
+    }
 
 
 def main() -> None:
@@ -218,12 +216,10 @@ def main() -> None:
     command, words = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if command == "make":
         Pretraining(pretrain.arguments().parse_args(words)).train()
-    elif command == "table":
-        parser = argparse.ArgumentParser()
-        parser.add_argument("runs", nargs="+", type=Path)
-        parser.add_argument("--lessons", type=Path, help="the directory that make wrote to")
-        args = parser.parse_args(words)
-        measure.finish(table(args.runs, args.lessons), RESULT)
+    elif command == "table" and words:
+        machine = measure.machine(torch.device("cpu"))
+        runs = {Path(word).name: gains(Path(word)) for word in words}
+        measure.finish({"bench": "second_family", "machine": machine, "runs": runs}, RESULT)
     else:
         sys.exit(__doc__)
 

@@ -83,11 +83,13 @@ def test_a_lesson_moves_every_weight_and_is_written(tmp_path):
 
 
 def test_the_table_says_what_runs_gained(tmp_path):
-    run = fake_run.write(tmp_path / "healthy", steps=6)
-    (tmp_path / "log.jsonl").write_text('{"step": 50}\n{"step": 100}\n')
-    table = second_family.table([run], tmp_path)
-    assert table["lessons"] == {"step": 100}
-    found = table["runs"]["healthy"]
+    taught = tmp_path / "taught"
+    words = ["--model.path", str(taught / "model")]
+    run = fake_run.write(tmp_path / "healthy", steps=6, config_words=words)
+    taught.mkdir()
+    (taught / "state.json").write_text('{"minutes": 4.0, "images": 640, "step": 20}')
+    found = second_family.gains(run)
+    assert found["lessons"] == {"minutes": 4.0, "images": 640, "step": 20}
     assert (found["scenes"], found["updates"]) == (fake_run.SCENES, 6)
     figure = found["figures"]["sampled_iou"]
     value, low, high = figure["gain"]

@@ -296,7 +296,9 @@ class Pretraining:
 
     def _resume(self) -> None:
         self.clock = Clock(**json.loads((self.out / "state.json").read_text()))
-        stored = type(self.net).from_pretrained(self.out / "model", dtype=torch.float32)
+        stored = type(self.net).from_pretrained(
+            self.out / "model", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
         self.net.load_state_dict(stored.state_dict())
         self.course.dense_head.load_state_dict(load_file(self.out / "dense_head.safetensors"))
         self.optimizers.load(load_file(self.out / "optimizers.safetensors"))
