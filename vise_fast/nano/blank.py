@@ -13,7 +13,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from vise_fast.images.scenes import COLORS, SHAPES
 
@@ -157,7 +162,7 @@ def model(seed: int) -> Qwen3VLForConditionalGeneration:
     return net
 
 
-def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
+def save(net: PreTrainedModel, directory: Path) -> None:
     """Everything `AutoModelForImageTextToText` and `AutoTokenizer` load from a directory, weights
     in fp32.
     """
