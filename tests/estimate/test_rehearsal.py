@@ -8,6 +8,7 @@ import json
 import benches
 import pytest
 import torch
+from tiny_families import bare_of, gemma3, text
 from transformers import AutoConfig
 
 from vise_fast.config.schema import Config
@@ -94,6 +95,20 @@ def test_the_line_through_two_shallow_models_meets_the_deep_one(shapes, checkpoi
     for phase, total in totals.items():
         assert sum(line.phases[phase].values()) == pytest.approx(total, rel=1e-2), phase
     assert line.peak == pytest.approx(max(totals.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("layers", [8, 9, 10])
+def test_a_last_round_that_is_cut_short_counts(layers):
+    """Rounds of two kinds of layers; nine are four and a half of them."""
+    model_config = gemma3()
+    kinds = ["sliding_attention", "full_attention"] * 5
+    words = text(layers, head_dim=8, layer_types=kinds[:layers], sliding_window=96)
+    model_config.text_config = type(model_config.text_config)(**words)
+    config = Config.model_validate({"model": {"engine": "generic"}, "train": {"batch": 2}})
+    planned = rehearse(config, model_config, [(32, 32)] * 2, torch.float32, device="cpu").phases
+    held = sum(p.numel() * 4 for p in bare_of(model_config).parameters())
+    for phase, parts in planned.items():
+        assert 0 <= parts["weights"] - held < 4096, phase  # and the buffers of rope
 
 
 def peak(shapes, **changes):

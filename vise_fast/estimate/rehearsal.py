@@ -9,6 +9,7 @@ libraries, CUDA context).
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,7 +135,8 @@ def _rehearse_generic(case: Case, model_config: Any) -> Rehearsed:
         return Rehearsed(counted(case, model_config).phases)
     near = counted(case, _cut(model_config, period))
     far = counted(case, _cut(model_config, 2 * period))
-    return Rehearsed(_drawn_on(near.phases, far.phases, (depth - period) // period))
+    # the last round may be cut short: Gemma-3-4B has 34 layers in rounds of six
+    return Rehearsed(_drawn_on(near.phases, far.phases, (depth - period) / period))
 
 
 def _period(text: Any) -> int:
@@ -159,15 +161,17 @@ def _cut(model_config: Any, layers: int) -> Any:
     return small
 
 
-def _drawn_on(near: Phases, far: Phases, layers: int) -> Phases:
-    """The line through two models that differ by a layer, `layers` beyond the first."""
+def _drawn_on(near: Phases, far: Phases, layers: float) -> Phases:
+    """The line through two models that differ by a layer (or a round), `layers` beyond the first;
+    whole bytes, rounded up.
+    """
     phases: Phases = {}
     for phase, first in near.items():
         second = far[phase]
         phases[phase] = {}
         for name in first | second:
             start = first.get(name, 0)
-            phases[phase][name] = start + layers * (second.get(name, 0) - start)
+            phases[phase][name] = math.ceil(start + layers * (second.get(name, 0) - start))
     return phases
 
 

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from vise_fast.images.scenes import COLORS, SHAPES
 
@@ -152,12 +157,12 @@ def model(seed: int) -> Qwen3VLForConditionalGeneration:
                 spread = 0.1 if "embed_tokens" in name else 1 / math.sqrt(weight[0].numel())
                 weight.normal_(0, spread)
         visual = net.model.visual
-        visual.pos_embed.weight.copy_(0.35 * _sin_cos_table(16, 128))
+        visual.pos_embed.weight.copy_(0.35 * sin_cos_table(16, 128))
         visual.deepstack_merger_list[-1].linear_fc2.weight.zero_()
     return net
 
 
-def save(net: Qwen3VLForConditionalGeneration, directory: Path) -> None:
+def save(net: PreTrainedModel, directory: Path) -> None:
     """Everything `AutoModelForImageTextToText` and `AutoTokenizer` load from a directory, weights
     in fp32.
     """
@@ -172,7 +177,7 @@ def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _sin_cos_table(side: int, width: int) -> torch.Tensor:
+def sin_cos_table(side: int, width: int) -> torch.Tensor:
     """(side * side, width): half of the channels for the row, half for the column, wavelengths from
     2 pi to 2 pi * 100.
     """

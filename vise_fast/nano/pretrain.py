@@ -3,8 +3,9 @@ drawing process.
 
 Four phases share one clock: "look" (vision only, with a throw-away dense head), "easy" (questions,
 two objects at most, no ghosts), "full", and "judge" (as full, with more ghosts: hidden objects are
-learned last). Interrupted runs go on from the last checkpoint in --out. Progress is time, so that
-the figures, not the exact weights, repeat from run to run.
+learned last). Interrupted runs go on from the last checkpoint in --out. Progress is CPU time of
+this process, so that a busy machine changes nothing and the figures, not the exact weights, repeat
+from run to run.
 
 Run: python -m vise_fast.nano.pretrain --out DIR --minutes 14 --seed 0
 """
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel
 
 from vise_fast.images import scenes
 from vise_fast.nano import blank, exam, forward, lessons
@@ -139,7 +141,7 @@ class Course(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses by name; their weighted sum is "total". Tensors as in lessons.Batch."""
         cast = {name: weight.to(self.dtype) for name, weight in self.named().items()}
-        main, deep = forward.vision(cast, forward.patches(pixels), self.vision_rope)
+        main, deep = self._seen(cast, pixels)
         losses = self._dense(main.float(), *truth)
         total = phase.dense * sum(losses.values(), torch.zeros(()))
         if phase.questions:
@@ -163,13 +165,22 @@ class Course(nn.Module):
             "box": 5 * (distance * sure).sum() / sure.sum().clamp(min=1),
         }
 
-    def _logits(self, cast: Weights, main: Tensor, deep: Tensor, ids: Tensor) -> Tensor:
+    def _seen(self, cast: Weights, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 64, 128): what stands at the image tokens, and what the first layer adds there."""
+        return forward.vision(cast, forward.patches(pixels), self.vision_rope)
+
+    def _hidden(self, cast: Weights, x: Tensor, deep: Tensor | None) -> Tensor:
+        """(B, S, 128): final states of the embedded prefix and slots."""
+        bias = self.slots.bias.to(self.dtype)
+        return forward.text(cast, x, self.text_rope, bias, deep)[0]
+
+    def _logits(self, cast: Weights, main: Tensor, deep: Tensor | None, ids: Tensor) -> Tensor:
         """(B, K, V): logits of the answer tokens, from image features and the slots' ids."""
         start = forward.IMAGE_START
         end = forward.IMAGE_START + forward.IMAGE_TOKENS
         told = forward.embed(cast, torch.cat([self.prefix.expand(len(ids), -1), ids], 1))
         x = torch.cat([told[:, :start], main, told[:, end:]], 1)
-        hidden, _ = forward.text(cast, x, self.text_rope, self.slots.bias.to(self.dtype), deep)
+        hidden = self._hidden(cast, x, deep)
         return forward.head(cast, hidden[:, self.slots.answers]).float()
 
 
@@ -225,7 +236,7 @@ class Optimizers:
 
 @dataclass(frozen=True)
 class Clock:
-    """How far a pretraining is; compilation is not counted."""
+    """How far a pretraining is, in CPU minutes; compilation is not counted."""
 
     minutes: float = 0.0
     images: int = 0
@@ -233,19 +244,29 @@ class Clock:
 
 
 class Pretraining:
-    """One pretraining in a directory: clock, log, checkpoints."""
+    """One pretraining in a directory: clock, log, checkpoints. Another model is taught by a
+    subclass that says how it begins, how it is written and how it is examined.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.net = blank.model(args.seed)
-        self.course = Course(self.net)
+        self.net, self.course = self.begin(args.seed)
         self.optimizers = Optimizers(self.course, args.muon_lr, args.adam_lr)
         self.clock = Clock()
         if (self.out / "state.json").exists():
             self._resume()
         self.loss = torch.compile(self.course) if args.compile else self.course
+
+    def begin(self, seed: int) -> tuple[PreTrainedModel, Course]:
+        """The model before its first lesson, and its losses."""
+        net = blank.model(seed)
+        return net, Course(net)
+
+    def write(self, directory: Path) -> None:
+        """The model as transformers loads it."""
+        blank.save(self.net, directory)
 
     def progress(self) -> float:
         """The share of the minutes that is over."""
@@ -267,7 +288,7 @@ class Pretraining:
         """A loadable model directory and, beside it, what a resumed run needs; the clock is written
         last.
         """
-        blank.save(self.net, self.out / "model")
+        self.write(self.out / "model")
         states = {name: state.contiguous() for name, state in self.optimizers.tensors().items()}
         save_file(states, self.out / "optimizers.safetensors")
         save_file(dict(self.course.dense_head.state_dict()), self.out / "dense_head.safetensors")
@@ -275,7 +296,10 @@ class Pretraining:
 
     def _resume(self) -> None:
         self.clock = Clock(**json.loads((self.out / "state.json").read_text()))
-        self.net.load_state_dict(load_file(self.out / "model" / "model.safetensors"), strict=False)
+        stored = type(self.net).from_pretrained(
+            self.out / "model", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        self.net.load_state_dict(stored.state_dict())
         self.course.dense_head.load_state_dict(load_file(self.out / "dense_head.safetensors"))
         self.optimizers.load(load_file(self.out / "optimizers.safetensors"))
 
@@ -298,7 +322,7 @@ class Pretraining:
         saved = 0.0
         while (done := (self.progress() - start) / phase.share) < 1:
             losses = self._step(phase, next(batches), self._warm_up() * phase.rate(done))
-            now = time.monotonic()
+            now = time.process_time()
             if began is None:
                 began = saved = now
             minutes = spent + (now - began) / 60
@@ -328,13 +352,14 @@ class Pretraining:
         return losses
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--out", required=True, help="directory of the run; the model is in its folder 'model'")
-    add("--minutes", type=float, default=14, help="on the run's clock, compilation excluded")
+    add("--minutes", type=float, default=14, help="of CPU time, compilation excluded")
     add("--seed", type=int, default=0)
     muon = "peak rate of the hidden matrices; 0: AdamW for all"
     add("--muon-lr", type=float, default=3e-3, help=muon)
@@ -347,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     torch.set_num_threads(1)
-    Pretraining(_parser().parse_args()).train()
+    Pretraining(arguments().parse_args()).train()
 
 
 if __name__ == "__main__":
