@@ -854,6 +854,7 @@ def to_yaml(config: Config) -> str:
 def _contradictions(config: Config) -> Iterator[str]:
     """What no single field can say: values that cannot be meant together, one complaint each."""
     yield from _contradicting_choices(config)
+    yield from _contradicting_data(config)
     yield from _exceeded_limits(config)
     yield from _empty_ranges(config)
     yield from _unmeasured(config.eval)
@@ -882,26 +883,6 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
         yield (
             "update.consensus needs two views at least that the reference boxes; set rollout.views "
             "to 2 or more and rollout.regrounder to reference"
-        )
-    if config.data.dir is not None and config.data.mix:
-        yield (
-            "data.dir and data.mix both say where images are; write the folder into data.mix with "
-            "its weight, or leave one out"
-        )
-    if config.data.stream and config.data.is_drawn:
-        yield (
-            "data.stream has nothing to read, since the scenes are drawn; name shards, a table or "
-            "a list in data.dir, or leave it out"
-        )
-    if config.data.stream and config.data.is_curated:
-        yield (
-            "data.stream shows images before all of them are known, so none can be left out by "
-            "data.min_side, min_sharpness, min_contrast or near_duplicates; leave either out"
-        )
-    if "{name}" not in config.data.queries_template:
-        yield (
-            f"data.queries_template {config.data.queries_template!r} has no place for a phrase; "
-            "write {name} where it goes"
         )
     rollout = config.rollout
     update = config.update
@@ -933,6 +914,29 @@ def _contradicting_choices(config: Config) -> Iterator[str]:
         yield (
             f"model.graphs needs engine fast, and with quant int8 int8_threshold 0, not "
             f"{model.engine} and {model.int8_threshold:g}; change them or leave model.graphs auto"
+        )
+
+
+def _contradicting_data(config: Config) -> Iterator[str]:
+    if config.data.dir is not None and config.data.mix:
+        yield (
+            "data.dir and data.mix both say where images are; write the folder into data.mix with "
+            "its weight, or leave one out"
+        )
+    if config.data.stream and config.data.is_drawn:
+        yield (
+            "data.stream has nothing to read, since the scenes are drawn; name shards, a table or "
+            "a list in data.dir, or leave it out"
+        )
+    if config.data.stream and config.data.is_curated:
+        yield (
+            "data.stream shows images before all of them are known, so none can be left out by "
+            "data.min_side, min_sharpness, min_contrast or near_duplicates; leave either out"
+        )
+    if "{name}" not in config.data.queries_template:
+        yield (
+            f"data.queries_template {config.data.queries_template!r} has no place for a phrase; "
+            "write {name} where it goes"
         )
 
 

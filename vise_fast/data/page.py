@@ -16,8 +16,8 @@ from PIL import Image as Pillow
 
 from vise_fast.data import figures
 from vise_fast.data.survey import Rule, Survey
-from vise_fast.images.bad_files import described
 from vise_fast.images.image import Image
+from vise_fast.images.listing.bad_files import described
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LONGEST = 160

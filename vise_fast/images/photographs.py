@@ -18,11 +18,11 @@ import numpy as np
 
 from vise_fast.images import slots
 from vise_fast.images.albums.album import Place
-from vise_fast.images.bad_files import BadFiles, described
 from vise_fast.images.curation.measured import Measurer
 from vise_fast.images.curation.measures import Measures
 from vise_fast.images.curation.verdict import LOG, left_out
 from vise_fast.images.image import Image
+from vise_fast.images.listing.bad_files import BadFiles, described
 from vise_fast.images.listing.entries import Columns, Entries, Entry, split
 from vise_fast.images.listing.names import key_of
 from vise_fast.images.listing.scan import scan

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vise_fast.config.schema import Config
 from vise_fast.images.albums.album import Album
-from vise_fast.images.bad_files import LOG, BadFiles, described
 from vise_fast.images.image import Image
 from vise_fast.images.labels.apart import NOTHING, Apart
+from vise_fast.images.listing.bad_files import LOG, BadFiles, described
 from vise_fast.images.listing.entries import Entry
 from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, on_grid

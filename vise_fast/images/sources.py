@@ -15,12 +15,12 @@ from typing import Any, Protocol
 from vise_fast.config.schema import Config
 from vise_fast.images.albums import door
 from vise_fast.images.albums.door import open_album
-from vise_fast.images.bad_files import LOG
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.image import Image
 from vise_fast.images.labels.apart import NOTHING
 from vise_fast.images.labels.checked import Checked, labelled
 from vise_fast.images.labels.pictures import Pictures
+from vise_fast.images.listing.bad_files import LOG
 from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.mixed import Mixed, parts_of
 from vise_fast.images.photographs import Photographs
