@@ -91,7 +91,7 @@ def internvl():
 
 def gemma3():
     kinds = ["sliding_attention", "full_attention"]
-    words = text(head_dim=8, layer_types=kinds, sliding_window=96)
+    words = text(head_dim=8, layer_types=kinds, sliding_window=192)
     return hf.Gemma3Config(
         text_config=words,
         vision_config=SQUARE | {"hidden_size": 24, "vision_use_head": False},

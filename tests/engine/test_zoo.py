@@ -230,8 +230,8 @@ def test_three_engines_agree_on_qwen3_vl():
 def test_padding_in_a_sliding_window_is_refused():
     engine = generic(build("gemma3"))
     features = engine.encode(images(SIZES))
-    rows = [[10] * 99, [11], [12], [13]]
-    with pytest.raises(ConfigError, match="sliding window of 96"):
+    rows = [[10] * 195, [11], [12], [13]]
+    with pytest.raises(ConfigError, match="sliding window of 192"):
         engine.verdict_logits(features, rows, True)
 
 

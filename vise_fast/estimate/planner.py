@@ -178,13 +178,29 @@ class Planner:
         """The changes that make a step fit `budget` bytes, the cheapest in speed and fidelity
         first; None where nothing does.
         """
-        leanest = _knobs(1, True, LEANEST) | {"model.graphs": False}
-        bases = list(self._bases())
-        if not self._fits(bases[-1] | leanest, budget):
+        base = self._base(budget)
+        if base is None:
             return None
-        base = next(base for base in bases if self._fits(base | leanest, budget))
         found = base | self._quickest(base, budget)
         return {key: value for key, value in found.items() if value != _get(self.config, key)}
+
+    def _base(self, budget: float) -> Settings | None:
+        """The first base on which the leanest step fits. Whether the last one fits, which needs
+        least, is asked only where none of whole images does: a rehearsal takes seconds.
+        """
+        leanest = _knobs(1, True, LEANEST) | {"model.graphs": False}
+        bases = list(self._bases())
+        whole = len(bases) // len(PIXEL_SHARES)
+        if found := self._first_that_fits(bases[:whole], leanest, budget):
+            return found
+        if not self._fits(bases[-1] | leanest, budget):
+            return None
+        return self._first_that_fits(bases[whole:], leanest, budget)
+
+    def _first_that_fits(
+        self, bases: list[Settings], leanest: Settings, budget: float
+    ) -> Settings | None:
+        return next((base for base in bases if self._fits(base | leanest, budget)), None)
 
     def _fits(self, changes: Settings, budget: float) -> bool:
         return self.rehearse(_with(self.config, changes)).peak <= budget
