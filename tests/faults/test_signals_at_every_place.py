@@ -16,7 +16,7 @@ from faults.forked import again, go, words
 from faults.left import left, sound, steps_saved
 
 from vise_fast import train
-from vise_fast.method import experience
+from vise_fast.method import experience, queries
 from vise_fast.method.learner import Learner
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.saved import export
@@ -31,7 +31,7 @@ PLACES = {  # what is called there, the how manieth call, the update that is sav
     "opening": (Run, "opening", 1, 0),
     "first evaluation": (run_directory, "held_out", 1, 0),
     "views": (experience, "draw_views", 2, 1),
-    "ask": (experience, "_ask", 2, 1),
+    "ask": (queries, "ask", 2, 1),
     "ground": (experience, "_ground", 2, 1),
     "verify": (experience, "judge", 1, 0),
     "update forward": (Learner, "_logprobs", 2, 1),
