@@ -210,7 +210,13 @@ class Planner:
         for micro in self._micro_batches():
             if micro == 1 or self._fits(base | _knobs(micro, True, LEANEST), budget):
                 break
-        return next(knobs for knobs in self._speeds(micro) if self._fits(base | knobs, budget))
+        # no rehearsal of other moments where not even those that take least would fit
+        possible = (
+            knobs
+            for knobs in self._speeds(micro)
+            if self._fits(base | knobs | {"optim.name": LEANEST}, budget)
+        )
+        return next(knobs for knobs in possible if self._fits(base | knobs, budget))
 
     def _bases(self) -> Iterator[Settings]:
         """Fewer bits before fewer pixels; the leanest comes last."""
