@@ -1,7 +1,7 @@
 """Does a second family learn in the same trainer? A model of InternVL's shape, as small as the
 embedded one, taught by the embedded model's lessons.
 
-    python bench/second_family.py make --out DIR --minutes 9    lessons: one thread and one process
+    python bench/second_family.py make --out DIR --minutes 19   lessons: one thread and one process
                                                                 that draws; the model is DIR/model
     python -m vise_fast.train --model.path DIR/model …          the training itself
     python bench/second_family.py table RUN…                    what finished runs gained
