@@ -91,20 +91,20 @@ def _join(environ: Mapping[str, str], count: int) -> Together:
     cuda = _own_gpu(environ)
     with _reaching(rank, count):
         store = _store(rank, count)
-        messages = _group("gloo")
+        messages = _messages()
     lines = Lines(messages, messages, "gloo", store)
     together = Together(lines, rank, count, cuda)
     if _distinct(together, cuda):
         # a broken exchange is noticed by polling; NCCL's own watchdog would end the process unsaved
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        lines.gradients = _group("nccl")
+        lines.gradients = dist.new_group(backend="nccl", timeout=PATIENCE)
         lines.backend = "nccl"
     return together
 
 
-def _group(backend: str) -> Any:
-    """All ranks: made within the time that it may take to arrive, patient afterwards."""
-    group = dist.new_group(backend=backend, timeout=ARRIVAL)
+def _messages() -> Any:
+    """Made within the time that it may take to arrive, patient afterwards."""
+    group = dist.new_group(backend="gloo", timeout=ARRIVAL)
     group.set_timeout(PATIENCE)
     return group
 
