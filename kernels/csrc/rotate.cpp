@@ -20,7 +20,7 @@ VISE_INLINE void turn(const Brain* x, const float* cos, const float* sin, std::i
 }
 
 // In two loops, so that every machine rounds the products with the cosine and, where it fuses
-// product and sum, not those with the sine: what PyTorch's formula does, to the last bit.
+// product and sum, not those with the sine: what PyTorch's formula does, on x86 to the last bit.
 VISE_INLINE void turn(const float* x, const float* cos, const float* sin, std::int64_t half,
                       float* out) {
 #pragma omp simd
