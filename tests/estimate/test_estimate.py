@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,3 +147,56 @@ def test_presets_on_disk_load_and_fit_their_card(card):
     promised = float(re.search(r"predicted: ([\d.]+) GiB", path.read_text())[1])
     assert found.peak / GIB == pytest.approx(promised, abs=0.25)
     assert yaml.safe_load(path.read_text())["model"]["path"].startswith("Qwen/Qwen3-VL-")
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+
+class Formula(Planner):
+    """Peaks by a formula, and a note of every rehearsal that was made."""
+
+    def __init__(self, config):
+        self.config = config
+        self.made = set()
+
+    def rehearse(self, config):
+        c = config
+        weights = {"none": 16, "int8": 8, "nf4": 5}[c.model.quant]
+        images = (c.train.micro_batch or c.train.batch) * c.data.max_pixels / 307_200
+        layers = images * (1 if c.train.checkpointing else 4)
+        shared = 0 if c.train.share_forward is False else images / 2
+        moments = {"adamw": 4, "adamw8bit": 1, "paged_adamw8bit": 0}[c.optim.name]
+        graphs = 0 if c.model.graphs is False else 0.5
+        peak = weights + layers + shared + moments + graphs
+        self.made.add(peak)
+        return SimpleNamespace(peak=peak)
+
+    def by_definition(self, budget):
+        """Every base and all knobs, one after the other."""
+        leanest = estimate._knobs(1, True, estimate.LEANEST) | {"model.graphs": False}
+        for base in self._bases():
+            if not self._fits(base | leanest, budget):
+                continue
+            micro = next(
+                m
+                for m in self._micro_batches()
+                if m == 1 or self._fits(base | estimate._knobs(m, True, estimate.LEANEST), budget)
+            )
+            for knobs in self._speeds(micro):
+                if self._fits(base | knobs, budget):
+                    found = base | knobs
+                    now = self.config
+                    return {k: v for k, v in found.items() if v != estimate._get(now, k)}
+        return None
+
+
+@pytest.mark.parametrize("budget", [4, 6, 7, 9, 11, 14, 18, 21, 24, 30, 41, 60])
+def test_the_search_finds_what_trying_everything_finds(budget):
+    search = Formula(Config())
+    assert search.choose(budget) == Formula(Config()).by_definition(budget)
+
+
+def test_other_moments_are_not_rehearsed_where_the_leanest_do_not_fit():
+    search, plain = Formula(Config()), Formula(Config())
+    assert search.choose(33) == plain.by_definition(33) == {"train.checkpointing": True}
+    assert (len(search.made), len(plain.made)) == (5, 8)
