@@ -141,8 +141,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if given["image"] is None:
         raise ConfigError(
-            "which image? infer answers about one picture; write python -m vise_fast.infer --image "
-            "photo.jpg"
+            "which image? infer answers about one picture; write "
+            f"{commands.spoken('infer')} --image photo.jpg"
         )
     config = origin.configuration(given)
     threads.settle(console.say)

@@ -17,7 +17,7 @@ from vise_fast import __main__ as all_commands
 from vise_fast.config import commands, origin
 from vise_fast.config.schema import load
 from vise_fast.system import console
-from vise_fast.system.errors import ConfigError
+from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "vise_kernels")
@@ -226,6 +226,13 @@ def test_packages_and_kernels_that_are_not_there_are_one_line():
     assert done.returncode == 4 and not done.stdout
     assert done.stderr.startswith("error: packages are missing: numpy") and "make" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_without_its_library_a_command_ends_before_it_begins(monkeypatch):
+    """`demo` needs one that no other command does."""
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(EnvironmentFault, match="pip install gradio, or use vise-fast infer"):
+        commands.check("demo", [])
 
 
 def test_a_forgotten_path_is_one_line(monkeypatch):

@@ -65,7 +65,8 @@ def cache(tmp_path, monkeypatch):
 
 def opened(tmp_path, folder, *words):
     words = ["--run.dir", str(tmp_path / "run"), "--data.dir", str(folder), *words]
-    return Photographs(open_album(str(folder)), load(None, words), 32)
+    log = tmp_path / "run" / "bad_images.jsonl"
+    return Photographs(open_album(str(folder)), load(None, words), 32, log)
 
 
 def gone(tmp_path, folder, *words):

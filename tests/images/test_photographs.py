@@ -50,7 +50,12 @@ def fill(folder: Path, count: int, start: int = 0) -> Path:
 
 
 def opened(tmp_path: Path, folder: Path, *words: str, multiple: int = 16) -> Photographs:
-    return Photographs(open_album(str(folder)), settings(tmp_path, *words), multiple)
+    album = open_album(str(folder))
+    return Photographs(album, settings(tmp_path, *words), multiple, log_of(tmp_path))
+
+
+def log_of(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "bad_images.jsonl"
 
 
 def names(images: list) -> list[str]:
@@ -58,7 +63,7 @@ def names(images: list) -> list[str]:
 
 
 def lines(tmp_path: Path) -> dict[str, str]:
-    path = tmp_path / "run" / "bad_images.jsonl"
+    path = log_of(tmp_path)
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     assert len({record["name"] for record in records}) == len(records), "a file has two lines"
     return {record["name"]: record["reason"] for record in records}
@@ -460,7 +465,7 @@ def test_a_late_fault_never_ends_a_run(tmp_path):
     folder = fill(tmp_path / "p", 12)
     said: list[str] = []
     config = settings(tmp_path, "--data.max_bad_share", "0", "--data.holdout", "0")
-    source = Photographs(open_album(str(folder)), config, 16, say=said.append)
+    source = Photographs(open_album(str(folder)), config, 16, log_of(tmp_path), said.append)
     late = ("0003.png", "0004.png", "0007.png")
     spoil(folder, *late)
     assert source.figures() == {"bad_images": 0} and said == []

@@ -1,6 +1,7 @@
 """The one door to the sources."""
 
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import zoo
@@ -26,7 +27,7 @@ def test_scenes_off_the_models_grid_are_refused():
 
 
 @pytest.mark.parametrize("stated", [False, True])
-def test_a_folder_is_opened_on_the_grid_and_logs_where_the_run_lies(tmp_path, stated):
+def test_a_folder_is_opened_on_the_grid_and_logs_where_it_is_told_to(tmp_path, stated):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     Pillow.fromarray(zoo.gradient(97, 131)).save(photographs / "a.png")
@@ -36,7 +37,8 @@ def test_a_folder_is_opened_on_the_grid_and_logs_where_the_run_lies(tmp_path, st
     with closing(open_source(load(None, words), 32, where)) as source:
         assert isinstance(source, Photographs)
         assert source.sizes() == [(96, 128)]
-    assert (tmp_path / ("elsewhere" if stated else "run") / "bad_images.jsonl").is_file()
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl")]
+    assert written == [Path("elsewhere/bad_images.jsonl")] * stated
 
 
 def test_a_missing_folder_is_a_data_error(tmp_path):

@@ -37,7 +37,8 @@ KINDS = {
 
 
 def opened(place, where, *words):
-    return Streamed(open_album(str(where)), streaming(place, where, *words), 16)
+    log = place / "run" / "bad_images.jsonl"
+    return Streamed(open_album(str(where)), streaming(place, where, *words), 16, log)
 
 
 def streaming(place, where, *words):

@@ -236,7 +236,7 @@ def test_the_kl_is_the_mean_over_the_answers_that_are_scored():
     chosen = targets.scored.nonzero()[:, 0].tolist()
     assert chosen and len(chosen) <= 3
     with torch.no_grad():
-        tokens = learner._logprobs(played, chosen)
+        tokens = learner.token_scores(played, chosen)
     means = [piece.mean().item() for piece in tokens.kl.split(tokens.lengths)]
     metrics = learner.learn([played], 0)
     assert metrics["scored"] == len(chosen) / 12
@@ -265,9 +265,9 @@ def test_the_reference_scores_are_the_base_models_whoever_judged(judge):
     assert (played.reference is None) == (judge == "policy")
     everyone = list(range(12))
     with torch.no_grad():
-        found = learner._logprobs(played, everyone)
+        found = learner.token_scores(played, everyone)
         played.reference = None  # computed again, adapters off
-        truth = learner._logprobs(played, everyone)
+        truth = learner.token_scores(played, everyone)
     assert (found.reference - truth.reference).abs().max() < 1e-4
     assert (found.reference - found.logprob).abs().max() > 1e-2
 
@@ -283,7 +283,7 @@ def test_the_kl_is_taken_from_the_rewards_only_as_k1_reward(kl):
         ratios = []
         for played, size in zip(slices, (9, 3), strict=True):
             with torch.no_grad():
-                tokens = learner._logprobs(played, list(range(size)))
+                tokens = learner.token_scores(played, list(range(size)))
             pieces = (tokens.logprob - tokens.reference).split(tokens.lengths)
             ratios += [piece.mean().item() for piece in pieces]
         wanted -= 0.5 * torch.tensor(ratios, dtype=torch.float64)
@@ -351,7 +351,7 @@ def test_answers_are_scored_at_one_or_at_the_temperature_they_were_sampled_at(te
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
     everyone = list(range(12))
     with torch.no_grad():
-        scores = learner._logprobs(played, everyone)
+        scores = learner.token_scores(played, everyone)
     policy = full_logprobs(learner, played, True, scored_at)
     base = full_logprobs(learner, played, False, scored_at)
     own, others, kl = ([] for _ in range(3))
@@ -402,7 +402,7 @@ def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is
     config, learner, source = moved("--rollout.temperature=0.5", *CONSENSUS)
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
     with torch.no_grad():
-        scores = learner._logprobs(played, list(range(12)))
+        scores = learner.token_scores(played, list(range(12)))
     tables = torch.cat([table for table, _ in full_logprobs(learner, played, True, 0.5)])
     truth = tables[scores.choices.digits.place][:, learner.engine.tokens.digits]
     assert len(truth) > 100
@@ -491,7 +491,7 @@ def test_under_a_constant_reward_only_scoring_at_the_sampling_temperature_has_no
 def test_as_released_scores_image_tokens_too():
     config, learner, source = setup("--reward.preset=as_released")
     (played,), metrics = step(config, learner, source)
-    lengths = learner._logprobs(played, [0]).lengths
+    lengths = learner.token_scores(played, [0]).lengths
     assert lengths[0] > played.boxes.answers.lengths[0] + 50
     assert math.isfinite(metrics["grad_norm"])
 

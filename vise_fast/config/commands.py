@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vise_fast.config.command_line import Syntax
-from vise_fast.system.errors import ConfigError
+from vise_fast.system.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:
     from vise_fast.config.schema import Config
@@ -75,7 +75,8 @@ class Command:
 
     about: a line for the list of commands; takes: words without a name, as the usage shows them
     (at most `positional`); settings: whether `--section.key value` is welcome; loads: whether it
-    loads the model; alone: it runs where packages are missing.
+    loads the model; alone: it runs where packages are missing; extra: a package that it alone
+    needs, and what to do without.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Command:
     settings: bool = False
     loads: bool = False
     alone: bool = False
+    extra: tuple[str, str] | None = None
     text: str = ""
 
     @property
@@ -181,6 +183,7 @@ ALL = (
         ORIGIN | {"port": ("7860", "where the page is on this machine; else the first free one")},
         settings=True,
         loads=True,
+        extra=("gradio", "use vise-fast infer"),
     ),
     Command(
         "report",
@@ -322,12 +325,23 @@ def check(name: str, words: Sequence[str]) -> None:
     given = command.syntax.parse(words)
     if given.help:
         Console().say(page(name, words))
-    elif command.settings:
+        return
+    if command.extra is not None:
+        _installed(name, *command.extra)
+    if command.settings:
         from vise_fast.config import origin
 
         config = origin.configuration(given)
         if command.loads and "dry-run" not in given.flags:
             _have(config.model.path)
+
+
+def _installed(name: str, package: str, without: str) -> None:
+    """Raises EnvironmentFault where the package is not there; it is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise EnvironmentFault(
+            f"{name} needs {package}, which is not installed; pip install {package}, or {without}"
+        )
 
 
 def _have(path: str) -> None:
@@ -527,7 +541,7 @@ def overview() -> str:
         [
             "vise-fast: label-free training of vision-language models on one GPU",
             "",
-            "usage: vise-fast COMMAND [options]   (vise-fast COMMAND --help)",
+            "usage: vise-fast COMMAND [options]   (vise-fast COMMAND --help; vise-fast --version)",
             "",
             _rows(rows, 80),
             "",

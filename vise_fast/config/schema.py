@@ -492,6 +492,14 @@ class RewardConfig(Section):
         ge=0,
         description="subtract w_area * sqrt(area); without it boxes grow (docs/LEARNING.md)",
     )
+    unreadable: Literal["floor", "group"] = Field(
+        "floor",
+        description=(
+            "what an unreadable answer is worth: -1 - w_area (0 under the paper's reward), or a "
+            "little less than the lowest readable one of its group, so that it is not the loudest "
+            "of all"
+        ),
+    )
     projection: Literal["ellipse", "corners"] = Field(
         "ellipse", description="hull of the inscribed ellipse, or of the four corners"
     )

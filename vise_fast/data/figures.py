@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vise_fast.data.survey import Survey
+from vise_fast.system.console import counted
 
 MOST_GRIDS = 6
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -18,7 +19,7 @@ Rows = list[list[str]]
 
 def counts(survey: Survey) -> str:
     """All pictures in a line."""
-    others = f", {survey.ignored} other files" if survey.ignored else ""
+    others = f", {counted(survey.ignored, 'other file')}" if survey.ignored else ""
     return (
         f"{survey.train} to train on, {survey.held} held out, {len(survey.bad)} cannot be used"
         f"{others}, {survey.title}"

@@ -68,7 +68,7 @@ def offline() -> Finding:
     """Whether the hub may be asked."""
     if imported("huggingface_hub.constants").HF_HUB_OFFLINE:
         return ok("hub access", "offline (HF_HUB_OFFLINE): models from disk only")
-    return ok("hub access", "online, and only when model.path is a hub id")
+    return ok("hub access", "not tried; asked only when model.path is a hub id")
 
 
 def telemetry() -> Finding:

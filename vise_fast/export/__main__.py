@@ -75,8 +75,8 @@ def _order(given: CommandLine) -> Order:
         raise ConfigError(f"--form {form} is none of the forms; known: {', '.join(FORMS)}")
     if given["out"] is None:
         raise ConfigError(
-            "where to? the result is a directory of its own; write python -m vise_fast.export "
-            f"--form {form} --adapter RUN/adapter --out DIR"
+            "where to? the result is a directory of its own; write "
+            f"{commands.spoken('export')} --form {form} --adapter RUN/adapter --out DIR"
         )
     out = Path(given["out"])
     if out.exists() or out.is_symlink():

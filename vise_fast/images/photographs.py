@@ -27,6 +27,7 @@ from vise_fast.images.listing.entries import Columns, Entries, Entry, split
 from vise_fast.images.listing.names import key_of
 from vise_fast.images.listing.scan import scan
 from vise_fast.system import randomness
+from vise_fast.system.console import counted
 from vise_fast.system.errors import DataError
 
 
@@ -66,7 +67,7 @@ class Photographs(slots.Slots):
         if self.labelled:
             counts.append(f"{self.labelled} labelled and left out")
         if self.ignored:
-            counts.append(f"{self.ignored} other files")
+            counts.append(counted(self.ignored, "other file"))
         return f"{len(self.train)} photographs {self.album.title} ({', '.join(counts)})"
 
     def identity(self) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class Photographs(slots.Slots):
         """What the settings leave out is gone from the columns, with a line each in the log."""
         measured = self.measures()
         self.left_out = left_out(measured, self.data)
-        log = BadFiles(self._bad.path.with_name(LOG))
+        log = BadFiles(self._bad.path and self._bad.path.with_name(LOG))
         for name, reason in self.left_out.items():
             log.add(name, reason)
         columns = self._columns

@@ -1,8 +1,8 @@
 """The endless sequence of an album's pictures, decoded some threads ahead: what photographs drawn
 by their names (photographs.py) and streamed ones (streamed.py) have in common.
 
-A picture that turns out unusable is skipped, with one line in bad_images.jsonl, and another takes
-its place, the same in every history. Left out: which picture a slot shows.
+A picture that turns out unusable is skipped, with one line in a run's bad_images.jsonl, and another
+takes its place, the same in every history. Left out: which picture a slot shows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from vise_fast.config.schema import Config
 from vise_fast.images.albums.album import Album
 from vise_fast.images.image import Image
 from vise_fast.images.labels.apart import NOTHING, Apart
-from vise_fast.images.listing.bad_files import LOG, BadFiles, described
+from vise_fast.images.listing.bad_files import BadFiles, described
 from vise_fast.images.listing.entries import Entry
 from vise_fast.images.listing.scan import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, on_grid
+from vise_fast.system.console import counted
 from vise_fast.system.errors import DataError
 
 TRIED = 256
@@ -54,7 +55,7 @@ class Slots(ABC):
         apart: Apart = NOTHING,
     ) -> None:
         """multiple: of which every height and width is one; log: the file that gets a line per
-        unusable file (None: bad_images.jsonl in run.dir); say: takes what a person should know;
+        unusable file (None: they are not written down); say: takes what a person should know;
         through: shows how far the files are read; apart: what is for checking only, and leaves.
         """
         self.album = album
@@ -62,7 +63,7 @@ class Slots(ABC):
         self.seed = config.train.seed
         self.multiple = multiple
         self.ignored = 0
-        self._bad = BadFiles(Path(config.run.dir) / LOG if log is None else log)
+        self._bad = BadFiles(log)
         self._ahead: dict[int, Future[Tensor]] = {}
         self._pool = ThreadPoolExecutor(self.data.workers, "decode") if self.data.workers else None
         # oddities of single files; the unusable ones are logged by name
@@ -193,7 +194,7 @@ class Slots(ABC):
         self._bad.add(name, reason)
         self._say(
             f"{described(name, reason)}: another image takes its place, as for every one that "
-            f"turns out unusable from here on; they are listed in {self._bad.path}"
+            f"turns out unusable from here on; {self._bad.listed}"
         )
         self._say = silent
 
@@ -247,20 +248,20 @@ class Slots(ABC):
                 "--eval.labels"
             )
         if not self.bad:
-            others = f" ({self.ignored} other files there)" if self.ignored else ""
+            others = f" ({counted(self.ignored, 'other file')} there)" if self.ignored else ""
             raise DataError(
                 f"no images {self.album.title}{others}; put JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM "
                 "files there or change --data.dir"
             )
         raise DataError(
             f"none of the {len(self.bad)} images {self.album.title} can be used: "
-            f"{self._bad.first()}; all reasons are in {self._bad.path}"
+            f"{self._bad.first()}; {self._bad.listed}"
         )
 
     def _refuse_share(self, share: float, counted: str) -> None:
         if share > self.data.max_bad_share:
             raise DataError(
                 f"{counted} {self.album.title} cannot be used, more than data.max_bad_share "
-                f"{self.data.max_bad_share:g}: {self._bad.first()}; remove those listed in "
-                f"{self._bad.path} or raise --data.max_bad_share"
+                f"{self.data.max_bad_share:g}: {self._bad.first()}; {self._bad.listed}; remove "
+                "them or raise --data.max_bad_share"
             )

@@ -81,7 +81,7 @@ def open_source(
     names them, or the embedded scenes where nothing is named.
 
     multiple: pixels per image token side (model.load.grid_multiple), which every height and width
-    is a multiple of; directory: where bad_images.jsonl goes (None: run.dir); say: takes what a
+    is a multiple of; directory: where bad_images.jsonl goes (None: nowhere); say: takes what a
     person should know of the images; through: shows how far their headers are read. Raises
     ConfigError where sizes do not fit the grid, DataError where a place, labels or words cannot be
     used.

@@ -300,7 +300,7 @@ class Learner:
     def _penalised(self, played: Played, reward: Tensor) -> Tensor:
         """`k1_reward`: rewards minus beta times the log-ratio to the reference of each sample."""
         with torch.no_grad():
-            scores = self._logprobs(played, list(range(len(reward))))
+            scores = self.token_scores(played, list(range(len(reward))))
         logprob = self.engine.home(scores.table(scores.logprob))
         reference = self.engine.home(scores.table(scores.reference))
         mask = token_mask(scores.lengths, logprob.device)
@@ -322,7 +322,7 @@ class Learner:
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
         chosen = target.scored.nonzero()[:, 0].tolist()
-        scores = self._logprobs(played, chosen, gap=target.earlier is None)
+        scores = self.token_scores(played, chosen, gap=target.earlier is None)
         tokens = loss.ScoredTokens(
             scores.table(scores.logprob),
             scores.table(scores.reference),
@@ -409,7 +409,7 @@ class Learner:
         tokens = put(lengths, device)
         return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
 
-    def _logprobs(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
+    def token_scores(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
         """The chosen answers' tokens under policy and reference. gap: and how far from those they
         were sampled with.
         """

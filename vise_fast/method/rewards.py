@@ -43,6 +43,10 @@ from vise_fast.system import plugin
 from vise_fast.system.errors import ConfigError, NumericFault
 
 LARGE_AREA = 0.8
+BELOW = 0.1
+"""How far under the worst of its group an unreadable answer is, `reward.unreadable: group`: about
+the standard deviation of the default reward (NOISE).
+"""
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,18 @@ def _unless_unreadable(
 ) -> tuple[Tensor, Tensor]:
     """An unreadable answer gets the lowest reward, and that is known."""
     floor = torch.full_like(reward, lowest(config))
+    if config.unreadable == "group":
+        floor = _below_group(evidence, reward, known & evidence.readable, floor)
     return torch.where(evidence.readable, reward, floor), known | ~evidence.readable
+
+
+def _below_group(evidence: Evidence, reward: Tensor, of: Tensor, floor: Tensor) -> Tensor:
+    """BELOW under the lowest reward of each group's chosen rows (N,) bool, spread over the group;
+    the floor where none is chosen. (N,)
+    """
+    grouped = reward.masked_fill(~of, torch.inf).view(-1, evidence.group_size)
+    worst = grouped.amin(1, keepdim=True).expand_as(grouped).reshape(-1) - BELOW
+    return torch.where(worst.isfinite(), worst, floor)
 
 
 @register("vise")

@@ -20,6 +20,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vise_fast import __version__
+from vise_fast.config import commands
 from vise_fast.config import schema as configuration
 from vise_fast.evaluate.results import Estimate, Results, paired_gain
 from vise_fast.evaluate.titles import BRIEF, BY_CLASS, ENTRIES, GROUPS, Entry, entry, of_class
@@ -120,7 +121,7 @@ def curves(run: StoredRun, say: Callable[[str], None]) -> list[Plot]:
     except Exception as fault:  # a library that is half installed fails in any way
         say(
             f"the report has no curves: matplotlib cannot be imported ({fault}); pip install "
-            "matplotlib, then python -m vise_fast.report RUN"
+            f"matplotlib, then {commands.spoken('report')} {run.directory}"
         )
         return []
     return draw(run)

@@ -143,6 +143,11 @@ def read(directory: Path) -> StoredRun:
     """Raises DataError for a directory that holds no run, and for files of it that are damaged."""
     numbered = _numbered(directory / "metrics.jsonl")
     metrics = [line for line in numbered if not is_evaluation(line)]
+    if not directory.exists():
+        raise DataError(
+            f"{directory} is not there; a run is the directory that a training made (its run.dir); "
+            "name one"
+        )
     if not metrics:
         raise DataError(
             f"{directory} holds no run: no step in {directory / 'metrics.jsonl'}; give the "

@@ -35,7 +35,7 @@ from vise_fast.probe.measure import measure
 from vise_fast.probe.verdict import warnings
 from vise_fast.ranks.ranks import Alone, Ranks
 from vise_fast.run.agreement import same_inputs, same_settings
-from vise_fast.run.opening import lacking, ranks_lines
+from vise_fast.run.opening import few_pictures, lacking, ranks_lines
 from vise_fast.system import checkpoint
 from vise_fast.system.console import Console, counted, duration
 from vise_fast.system.errors import EnvironmentFault, UserError
@@ -61,6 +61,8 @@ def dry_run(config: Config, ranks: Ranks | None = None) -> int:
         source = _try(faults, lambda: ranks.agreed(lambda: _open(config, Path(scratch), console)))
         if source is not None:
             console.say(f"data     {source.describe()}")
+            for line in few_pictures(config, source):
+                console.say(line)
         with console.working("planning the memory of a step"):
             plan = _try(
                 faults,

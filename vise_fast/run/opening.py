@@ -40,12 +40,23 @@ def opening_lines(directory: Path, config: Config, policy: Policy, source: Sourc
         f"{_count(policy, True) / 1e6:.2f} M trained in {check_targets(policy.model)} LoRA tensors"
     )
     yield f"data     {source.describe()}"
+    yield from few_pictures(config, source)
     paths = Counter(path for path, _ in vise_kernels.available().values())
     kernels = ", ".join(f"{count} {path}" for path, count in paths.most_common())
     dtype = str(policy.backbone.dtype).removeprefix("torch.")
     yield f"device   {policy.device}, {dtype}; kernels: {kernels} (--verbose names them)"
     choice = engine_of(config, row_of(policy.model))
     yield f"engine   {choice.path}: {choice.reason}"
+
+
+def few_pictures(config: Config, source: Source) -> Iterator[str]:
+    """A line where an update has more images than there are pictures to train on."""
+    counted_before = not config.data.is_drawn and not config.data.stream
+    if counted_before and (found := len(source.sizes())) < config.train.batch:
+        yield (
+            f"data     {counted(found, 'picture')} for updates of {config.train.batch}: some come "
+            "twice in an update; add more, or lower --train.batch"
+        )
 
 
 def verbose_lines(policy: Policy) -> Iterator[str]:

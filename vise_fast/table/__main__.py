@@ -59,8 +59,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if given["adapter"] is None or given["out"] is None:
         raise ConfigError(
-            "table needs an adapter and a place for the samples; write python -m vise_fast.table "
-            "--adapter RUN/adapter --out DIR"
+            "table needs an adapter and a place for the samples; write "
+            f"{commands.spoken('table')} --adapter RUN/adapter --out DIR"
         )
     rows = _rows(given["tasks"] or "paper")
     config = origin.configuration(given)
