@@ -21,7 +21,7 @@ from vise_fast.engine.graphed import Decoder, GraphedEngine, Shape
 from vise_fast.engine.rollout import Prefixes, Prompts, Rollout
 from vise_fast.estimate.meta_model import META, meta_policy
 from vise_fast.images.image import Image
-from vise_fast.method.experience import Draws, play
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model.load import Policy
@@ -58,8 +58,8 @@ def count_step(
         learner = _Learner(policy, engine, config, _Optimizer(policy, config, seen))
         learner.seen = seen
         with seen:
-            played = play(engine, images, config, Draws(0, STEP), lambda image, query: ANYWHERE)
-            learner.learn([played], STEP)
+            slices = play_batch(engine, images, config, STEP, lambda image, query: ANYWHERE)
+            learner.learn(slices, STEP)
     return seen
 
 
