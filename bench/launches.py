@@ -210,6 +210,7 @@ def on_cards(name: str) -> dict:
     print(f"\n== {name}: {model}, {config.reward.preset}, images of 640x480: {len(case.sizes)}")
     print(f"    peak {peak / GIB:.1f} GiB predicted, {seen.total.launches:,} launches an update")
     show(found, len(case.sizes), None)
+    sys.stdout.flush()  # the next takes minutes
     return {
         "model": model,
         "preset": config.reward.preset,

@@ -41,8 +41,8 @@ def count_step(
     dtype: torch.dtype = torch.bfloat16,
     lengths: Lengths = PINNED,
 ) -> Launches:
-    """A step on images of these (height, width) in pixels, as a GPU runs it; the second of its
-    kind: what is made once is there.
+    """A step on images of these (height, width) in pixels, as a GPU runs it; what is made once is
+    there: its first slice goes before it, uncounted.
     """
     config = config.model_copy(deep=True)
     config.train.attention_every = 0  # its shares would have to be read home
@@ -52,13 +52,13 @@ def count_step(
         policy = meta_policy(config, model_config, lengths, dtype, "cuda")
     pixels = [torch.empty(*side, 3, dtype=torch.uint8, device=META) for side in sizes]
     images = [Image(image, f"image {i}", i) for i, image in enumerate(pixels)]
-    for _ in range(2):
+    for played in (images[: config.train.micro_batch or None], images):
         seen = Launches()
         engine = _engine(policy, config, seen)
         learner = _Learner(policy, engine, config, _Optimizer(policy, config, seen))
         learner.seen = seen
         with seen:
-            slices = play_batch(engine, images, config, STEP, lambda image, query: ANYWHERE)
+            slices = play_batch(engine, played, config, STEP, lambda image, query: ANYWHERE)
             learner.learn(slices, STEP)
     return seen
 
