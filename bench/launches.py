@@ -234,15 +234,19 @@ def holding(config: Config, peak: float) -> list[Card]:
 
 
 def write(name: str, words: list[str], cases: dict[str, dict]) -> None:
-    """The result file."""
+    """The result file; other cases that the same commit counted on this day stay in it."""
+    path = Path(str(RESULT).format(model=name))
+    machine = measure.machine(torch.device("cpu"))
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    kept = before["cases"] if before.get("machine") == machine else {}
     results = {
         "bench": "launches",
-        "machine": measure.machine(torch.device("cpu")),
+        "machine": machine,
         "cards": [card._asdict() for card in CARDS],
         "command": " ".join(["python", "bench/launches.py", *words]),
-        "cases": cases,
+        "cases": kept | cases,
     }
-    Path(str(RESULT).format(model=name)).write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
