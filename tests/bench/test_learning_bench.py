@@ -12,8 +12,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
+import gradient_noise
 import learning
 import signals
+
+from vise_fast.config.schema import load
+from vise_fast.engine.fast import FastEngine
+from vise_fast.images.drawn import Scenes
+from vise_fast.method import loss
+from vise_fast.method.experience import play_batch
+from vise_fast.method.learner import Learner
+from vise_fast.model import load as model
 
 ROOT = Path(__file__).parents[2]
 ONE = learning.Length(1)
@@ -149,3 +158,43 @@ def test_what_a_piece_knows_is_measured_within_its_group():
         assert signals.correlation(found, known) == pytest.approx(1)
         assert signals.picked(values, truth, group) == pytest.approx(0.6)
     assert signals.picked(-truth, truth, group) == pytest.approx(0.4)
+
+
+def test_signal_and_noise_of_gradients_that_are_known():
+    """One direction shared by all images, the rest of each its own: the images that are needed and
+    the angle to another direction come out as they were put in.
+    """
+    rng = np.random.default_rng(0)
+    count, noise = 400, 3.0
+    shared = np.zeros(1000)
+    shared[0] = 1
+    turned = np.zeros(1000)
+    turned[:2] = 0.6, 0.8
+    own, other = (
+        torch.from_numpy(mean + rng.normal(0, noise / 1000**0.5, (count, 1000)))
+        for mean in (shared, turned)
+    )
+    products = gradient_noise.Products.of(own, other)
+    everyone = np.ones(count)
+    assert gradient_noise.needed(products, everyone) == pytest.approx(noise**2, rel=0.1)
+    assert gradient_noise.cosine(products, everyone) == pytest.approx(0.6, abs=0.05)
+    alone = own - own.mean(0) * count / (count - 1)  # no direction is left, or less than none
+    assert gradient_noise.needed(gradient_noise.Products.of(alone, other), everyone) == np.inf
+
+
+def test_gradients_of_samples_add_up_to_that_of_the_update():
+    words = ["--train.batch", "2", "--train.share_forward", "false", "--rollout.samples", "4"]
+    config = load(None, words)
+    policy = model.load(config)
+    engine = FastEngine(policy.backbone, policy.tokens)
+    learner = Learner(policy, engine, config)
+    (played,) = play_batch(engine, Scenes(config).batch(0, 2), config, 0)
+    each = gradient_noise.sample_gradients(learner, played, 4)
+    advantage = torch.linspace(-1, 1, 8)
+    scores = learner.token_scores(played, list(range(8)))
+    named = [value for name, value in learner.parameters.items() if "lora_B" in name]
+    means = loss.token_mean(scores.table(scores.logprob), scores.mask)
+    whole = torch.autograd.grad((advantage * means).sum(), named)
+    torch.testing.assert_close(
+        advantage @ each, torch.cat([g.flatten() for g in whole]), rtol=1e-3, atol=1e-4
+    )

@@ -22,7 +22,7 @@ from vise_fast.data.sheet import ACROSS, GAP, TILE, sheet
 from vise_fast.data.survey import Surveyed
 from vise_fast.images.albums.door import open_album
 from vise_fast.images.image import Image
-from vise_fast.images.listing.scan import unseen
+from vise_fast.images.listing.through import unseen
 from vise_fast.system import console
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

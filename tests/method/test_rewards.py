@@ -155,6 +155,27 @@ def test_unreadable_answers_get_the_lowest_reward_with_gradient(config, expected
         assert (scores.reward[1:] > scores.reward[0]).all()
 
 
+@pytest.mark.parametrize("name", ["vise", "oracle"])
+def test_unreadable_answers_stay_just_below_their_group_where_that_is_asked_for(name):
+    """Below every readable one it is compared with, and no louder than that; groups by themselves;
+    without a readable one of the group as ever.
+    """
+    far = settings(name=name, w_area=0.0 if name == "oracle" else 0.7)
+    near = far.model_copy(update={"unreadable": "group"})
+    boxes = torch.tensor([BOX, BOX, (0, 0, 1000, 1000), (5, 5, 9, 9)] * 3).double()
+    readable = rows_of([True, False, True, True] + [False] * 4 + [True, True, True, False])
+    made = evidence(
+        box_1000=boxes, readable=readable, truth_1000=torch.tensor([BOX] * 12).double(), rows=12
+    )
+    ours, before = score(made, near, rng()), score(made, far, rng())
+    close(ours.reward[readable], before.reward[readable])
+    assert ours.carries.tolist() == before.carries.tolist()
+    for first, bad in ((0, 1), (8, 11)):
+        group = [row for row in range(first, first + 4) if readable[row]]
+        assert float(ours.reward[bad]) == pytest.approx(float(ours.reward[group].min()) - 0.1)
+    close(ours.reward[4:8], [rewards.lowest(far)] * 4)
+
+
 def test_not_found_scores_zero_and_never_beats_a_placed_box():
     boxes = torch.tensor([(0, 0, 0, 0), BOX, (0, 0, 1000, 1000), (300, 10, 300, 900)]).double()
     unread = torch.zeros(4, 1, dtype=torch.bool)

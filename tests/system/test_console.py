@@ -322,6 +322,24 @@ def test_things_that_take_long_are_lines_without_a_terminal(monkeypatch):
     assert [line.split("  ")[0] for line in said] == ["reading 3/9", "reading 6/9", "reading 9/9"]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_things_of_an_unknown_number_are_counted(terminal, monkeypatch):
+    """On a terminal while it goes on; elsewhere a line where ten seconds have passed."""
+    screen = Screen(terminal)
+    console = Console(screen, screen, plain=not terminal)
+    monkeypatch.setattr(module, "SOME", 100)
+    now = iter(range(0, 10**6, 4))
+    if not terminal:
+        monkeypatch.setattr(module.time, "monotonic", lambda: float(next(now)))
+    assert list(console.through(iter(range(1_250)), "listing files")) == list(range(1_250))
+    assert list(console.through(iter(()), "listing files")) == []
+    if terminal:
+        assert "listing files" in screen.getvalue()
+    else:
+        said = screen.getvalue().splitlines()
+        assert said == [f"listing files {number:,}" for number in (300, 600, 900, 1_200)]
+
+
 def test_things_pass_below_a_live_bar_which_stays(monkeypatch):
     """An evaluation within a run: one screen holds one live display."""
     monkeypatch.setenv("COLUMNS", "80")

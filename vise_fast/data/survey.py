@@ -20,7 +20,7 @@ from vise_fast.images.curation.measures import Measures
 from vise_fast.images.curation.verdict import left_out
 from vise_fast.images.image import Image
 from vise_fast.images.listing.entries import Entries
-from vise_fast.images.listing.scan import Through
+from vise_fast.images.listing.through import Through
 from vise_fast.images.photographs import Photographs
 
 SUGGESTED: dict[str, Any] = {

@@ -20,7 +20,7 @@ from vise_fast.evaluate.objects import Objects
 from vise_fast.evaluate.results import Marks
 from vise_fast.images import geometry
 from vise_fast.images.image import Image
-from vise_fast.images.listing.scan import Through
+from vise_fast.images.listing.through import Through
 from vise_fast.images.scenes import Scene
 from vise_fast.method import roles
 from vise_fast.method.roles import Question, Sampling

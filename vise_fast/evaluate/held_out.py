@@ -22,7 +22,7 @@ from vise_fast.evaluate.objects import Objects, Truths, truths_of, truths_of_lab
 from vise_fast.evaluate.results import Marks, Results, join
 from vise_fast.images.image import Image
 from vise_fast.images.labels.pictures import Labelled, Pictures
-from vise_fast.images.listing.scan import Through, unseen
+from vise_fast.images.listing.through import Through, unseen
 from vise_fast.images.scenes import Scene
 from vise_fast.images.sources import Source
 from vise_fast.method import roles

@@ -23,7 +23,7 @@ from vise_fast.images.image import Image
 from vise_fast.images.labels.apart import NOTHING, Apart
 from vise_fast.images.listing.bad_files import BadFiles, described
 from vise_fast.images.listing.entries import Entry
-from vise_fast.images.listing.scan import Through, unseen
+from vise_fast.images.listing.through import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, on_grid
 from vise_fast.system.console import counted
 from vise_fast.system.errors import DataError

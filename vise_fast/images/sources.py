@@ -21,7 +21,7 @@ from vise_fast.images.labels.apart import NOTHING
 from vise_fast.images.labels.checked import Checked, labelled
 from vise_fast.images.labels.pictures import Pictures
 from vise_fast.images.listing.bad_files import LOG
-from vise_fast.images.listing.scan import Through, unseen
+from vise_fast.images.listing.through import Through, unseen
 from vise_fast.images.mixed import Mixed, parts_of
 from vise_fast.images.photographs import Photographs
 from vise_fast.images.slots import Slots, silent

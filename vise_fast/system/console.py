@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar, cast
@@ -36,6 +36,7 @@ WIDEST = 10_000  # of a table, while it is measured
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 BAR = 20  # columns of a live bar
 STEPS = 10_000  # in which a bar moves: each takes as long as reading a small file's header
+SOME = 1_000  # things of an unknown number between two looks at the clock
 T = TypeVar("T")
 
 
@@ -137,10 +138,14 @@ class Console:
             finally:
                 self._live = None
 
-    def through(self, things: Collection[T], label: str) -> Iterator[T]:
+    def through(self, things: Iterable[T], label: str) -> Iterator[T]:
         """The things, one after the other, with a bar (below the one of `progress` where that is
-        live); where there is no terminal, with lines once it takes long.
+        live); where there is no terminal, with lines once it takes long. Where nobody knows how
+        many there are, with how many there were so far.
         """
+        if not isinstance(things, Collection):
+            yield from self._counting(things, label)
+            return
         if self.plain:
             lines = _Lines(self, len(things), label, 0)
             lines.said = lines.begun
@@ -159,6 +164,34 @@ class Console:
                         bar.update(task, completed=number)
             finally:
                 bar.remove_task(task)
+
+    def _counting(self, things: Iterable[T], label: str) -> Iterator[T]:
+        if self._live is not None:
+            yield from things
+            return
+        with self._so_far(label) as tell:
+            for number, thing in enumerate(things, 1):
+                yield thing
+                if number % SOME == 0:
+                    tell(f"{label} {number:,}")
+
+    @contextmanager
+    def _so_far(self, label: str) -> Iterator[Callable[[str], None]]:
+        """What takes a changing label: a sign of life on a terminal, else lines, seldom."""
+        if not self.plain:
+            with Progress(_Label(), _Elapsed(), console=self._out, transient=True) as sign:
+                task = sign.add_task(self._shown(label), total=None)
+                yield lambda text: sign.update(task, description=self._shown(text))
+            return
+        said = time.monotonic()
+
+        def say(text: str) -> None:
+            nonlocal said
+            if time.monotonic() - said >= PLAIN_SECONDS:
+                said = time.monotonic()
+                self.say(text)
+
+        yield say
 
     @contextmanager
     def working(self, label: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from vise_fast.images.listing.entries import Columns
 from vise_fast.images.listing.gathered import Gathered
 from vise_fast.images.listing.names import Names
 from vise_fast.images.listing.remembered import MEASURES, Known, Remembered, Stamp
-from vise_fast.images.listing.scan import Through
+from vise_fast.images.listing.through import Through
 from vise_fast.images.picture_file import BadImage, decode
 
 AT_ONCE = 64

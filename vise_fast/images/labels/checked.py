@@ -11,7 +11,7 @@ from vise_fast.config.schema import Config
 from vise_fast.images.around import Around
 from vise_fast.images.labels.door import open_labels
 from vise_fast.images.labels.pictures import Pictures, Shelf
-from vise_fast.images.listing.scan import Through, unseen
+from vise_fast.images.listing.through import Through, unseen
 
 if TYPE_CHECKING:
     from vise_fast.images.sources import Source

@@ -24,7 +24,7 @@ from vise_fast.images.labels.apart import Apart
 from vise_fast.images.labels.label import Label, Sheet, Sheets, Sized, in_1000, mistaken
 from vise_fast.images.labels.phrase import phrase
 from vise_fast.images.listing.names import SUFFIXES
-from vise_fast.images.listing.scan import Through, unseen
+from vise_fast.images.listing.through import Through, unseen
 from vise_fast.images.picture_file import BadImage, decode, header, on_grid
 from vise_fast.system.errors import DataError
 

@@ -13,6 +13,7 @@ import numpy as np
 from vise_fast.images.albums.album import Album, Found, Place, Skip
 from vise_fast.images.listing.names import Names, irrelevant
 from vise_fast.images.listing.remembered import UNKNOWN, Stamp, stamp_of
+from vise_fast.images.listing.through import Through
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Gathered:
         return stamp_of(os.path.join(self.root, self.names[row]))
 
 
-def gather(album: Album, skip: Skip) -> Gathered:
+def gather(album: Album, skip: Skip, through: Through) -> Gathered:
     """Walks the album; of two with one name the later counts. Raises what the album raises."""
     names: list[bytes] = []
     meant = bytearray()
     places: list[Place] = []
     ignored = 0
-    for found in album.pictures(skip):
+    for found in through(album.pictures(skip), "listing files"):
         if is_ignored(found):
             ignored += 1
             continue

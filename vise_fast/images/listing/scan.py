@@ -6,10 +6,8 @@ Two starts over the same files find the same, whatever was remembered.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -20,21 +18,9 @@ from vise_fast.images.listing.entries import Columns
 from vise_fast.images.listing.gathered import Gathered, gather
 from vise_fast.images.listing.names import key_of_bytes
 from vise_fast.images.listing.remembered import HEADERS, Known, Remembered
+from vise_fast.images.listing.through import Through
 from vise_fast.images.picture_file import BadImage, grid_size, header
 from vise_fast.system.errors import ConfigError
-
-T = TypeVar("T")
-
-
-class Through(Protocol):
-    """Hands things on one after the other, and may show how far it is."""
-
-    def __call__(self, things: Collection[T], label: str) -> Iterable[T]: ...
-
-
-def unseen(things: Collection[T], label: str) -> Iterable[T]:
-    """Shows nothing."""
-    return things
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ def scan(album: Album, data: DataConfig, multiple: int, bad: Skip, through: Thro
     of `multiple` x `multiple`, and what the album raises.
     """
     _refuse_budget(data, multiple)
-    found = gather(album, bad)
+    found = gather(album, bad, through)
     place = remembered.place_of(album, data.max_header_pixels, HEADERS)
     known = Remembered(remembered.read(place, HEADERS))
     look = _Look(found, data.max_header_pixels, known, bad)
