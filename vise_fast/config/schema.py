@@ -485,6 +485,13 @@ class RewardConfig(Section):
     gate: float = Field(
         0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off"
     )
+    unique: bool = Field(
+        False,
+        description=(
+            "the asker names what the group's boxes hold, cut out: groups whose words do not come "
+            "back carry no gradient"
+        ),
+    )
     w_geo: float = Field(0.8, ge=0, description="weight of the geometric term")
     w_sem: float = Field(0.2, ge=0, description="weight of the semantic term")
     w_area: float = Field(
