@@ -285,6 +285,13 @@ class DataConfig(Section):
         min_length=1,
         description="what is asked for: each phrase, or class name, stands for {name}",
     )
+    balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how much less a query counts that was asked more often than the mean: its "
+        "advantage times (mean / times asked) to this power; 0: all count alike",
+    )
 
     @property
     def is_curated(self) -> bool:
