@@ -1,8 +1,10 @@
 """What one step makes a GPU's host do, counted without a GPU and without weights, and a forecast of
-what that means on five cards.
+what that means on seven cards.
 
     python bench/launches.py --write                all cases at Qwen3-VL-2B shapes (two minutes)
     python bench/launches.py --case paper_1 -v      one case, with the operators of every phase
+    python bench/launches.py --cards --write        shipped presets with their own settings, on the
+                                                    cards that hold them
     python bench/launches.py --smoke                does it run?
 
 The real code of a step runs on tensors without data, every branch a GPU takes is taken
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +29,13 @@ import torch
 from transformers import AutoConfig
 
 from vise_fast.config.places import SHAPES
-from vise_fast.config.schema import load
+from vise_fast.config.schema import Config, load, with_changes
 from vise_fast.estimate.launches import count_step
+from vise_fast.estimate.planner import GIB, usable
+from vise_fast.estimate.rehearsal import rehearse
 from vise_fast.method.step_plan import StepPlan
-from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, floor, forecast
+from vise_fast.model.load import known_shapes
+from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, Card, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
 from vise_fast.profile.roofline import decode_bytes
@@ -43,11 +49,19 @@ GOALS = {"paper_1": 0.110, "paper_32": 32 / 22}
 
 @dataclass(frozen=True)
 class Case:
-    """A step: the preset, the (height, width) of each image, words of the configuration."""
+    """A step: the preset, the (height, width) of each image, words of the configuration; `file`:
+    the shipped configuration under them, with its own model.
+    """
 
     preset: str
     sizes: tuple[tuple[int, int], ...]
     words: tuple[str, ...] = ()
+    file: str | None = None
+
+    def config(self) -> Config:
+        """As a GPU would run it."""
+        words = (f"--reward.preset={self.preset}", f"--train.batch={len(self.sizes)}")
+        return load(self.file, ["--model.dtype=bfloat16", *words, *self.words])
 
 
 CASES = {
@@ -59,6 +73,15 @@ CASES = {
     "paper_8_mixed": Case("paper", tuple(MIXED[i % len(MIXED)] for i in range(8))),
     "paper_1_eager": Case("paper", (SIZE,), ("--model.graphs=false",)),
 }
+SHIPPED = {
+    "lowmem-8gb": Case("robust", (SIZE,) * 8, file="lowmem-8gb"),
+    "lowmem-12gb": Case("robust", (SIZE,) * 8, file="lowmem-12gb"),
+    "lowmem-16gb": Case("robust", (SIZE,) * 8, file="lowmem-16gb"),
+    "lowmem-24gb": Case("robust", (SIZE,) * 8, file="lowmem-24gb"),
+    "qwen3-vl-2b": Case("robust", (SIZE,) * 8, file="qwen3-vl-2b"),
+    "qwen3-vl-2b_paper_1": Case("paper", (SIZE,), file="qwen3-vl-2b"),
+}
+"""Where a run on a card of one's own begins."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +97,8 @@ class Counted:
 
 def counted(name: str, case: Case) -> Counted:
     """One case at a model's shapes."""
-    words = [
-        f"--model.path=Qwen/{name}",
-        "--model.dtype=bfloat16",
-        f"--reward.preset={case.preset}",
-        f"--train.batch={len(case.sizes)}",
-        f"--rollout.query_tokens={PINNED.query}",
-        f"--rollout.box_tokens={PINNED.box}",
-        *case.words,
-    ]
-    config = load(None, words)
+    words = (f"--model.path=Qwen/{name}", *case.words)
+    config = usual_answers(Case(case.preset, case.sizes, words).config())
     shapes = AutoConfig.from_pretrained(SHAPES / f"{name}.json", trust_remote_code=False)
     seen = count_step(config, shapes, case.sizes)
     plan = StepPlan.of(config)
@@ -91,6 +106,12 @@ def counted(name: str, case: Case) -> Counted:
     least = sum(sum(minimal_step(sizes, plan, PINNED, size).values()) for size in case.sizes)
     done = sum(flops * count for (flops, _), count in seen.total.kernels.items())
     return Counted(seen, done / least, decoding(sizes, case.sizes[0]))
+
+
+def usual_answers(config: Config) -> Config:
+    """With answers as long as they usually are, not as long as they may be."""
+    limits = {"rollout.query_tokens": PINNED.query, "rollout.box_tokens": PINNED.box}
+    return with_changes(config, limits)
 
 
 def decoding(shapes: Shapes, size: tuple[int, int]) -> dict[str, float]:
@@ -129,10 +150,10 @@ def _row(name: str, t: Tally) -> None:
     print(f"{name:32}{numbers}")
 
 
-def forecasts(seen: Launches) -> dict[str, dict[str, float]]:
+def forecasts(seen: Launches, cards: Sequence[Card] = CARDS) -> dict[str, dict[str, float]]:
     """Milliseconds by card and rule."""
     found = {}
-    for card in CARDS:
+    for card in cards:
         seconds = forecast(seen, card)
         found[card.name] = {rule: 1e3 * value for rule, value in seconds._asdict().items()}
     return found
@@ -175,6 +196,59 @@ def document(case: Counted, found: dict) -> dict:
     }
 
 
+def on_cards(name: str) -> dict:
+    """A shipped preset on the cards that hold its step: counted, shown; its part of the result
+    file.
+    """
+    case = SHIPPED[name]
+    config = case.config()
+    shapes = known_shapes(config.model.path)
+    peak = rehearse(config, shapes, list(case.sizes), torch.bfloat16).peak
+    seen = count_step(usual_answers(config), shapes, case.sizes)
+    found = forecasts(seen, holding(config, peak))
+    model = config.model.path.rsplit("/", 1)[-1]
+    print(f"\n== {name}: {model}, {config.reward.preset}, images of 640x480: {len(case.sizes)}")
+    print(f"    peak {peak / GIB:.1f} GiB predicted, {seen.total.launches:,} launches an update")
+    show(found, len(case.sizes), None)
+    sys.stdout.flush()  # the next takes minutes
+    return {
+        "model": model,
+        "preset": config.reward.preset,
+        "images": len(case.sizes),
+        "peak_gib": peak / GIB,
+        "launches": seen.total.launches,
+        "blocking_copies": seen.total.blocking_copies,
+        "reads": seen.total.reads,
+        "forecast_ms": found,
+    }
+
+
+def holding(config: Config, peak: float) -> list[Card]:
+    """The cards with room for so many bytes, as the planner reckons."""
+    found = []
+    for card in CARDS:
+        budget = {"memory.budget_gb": float(card.memory_gb)}
+        if peak <= usable(with_changes(config, budget)):
+            found.append(card)
+    return found
+
+
+def write(name: str, words: list[str], cases: dict[str, dict]) -> None:
+    """The result file; other cases that the same commit counted on this day stay in it."""
+    path = Path(str(RESULT).format(model=name))
+    machine = measure.machine(torch.device("cpu"))
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    kept = before["cases"] if before.get("machine") == machine else {}
+    results = {
+        "bench": "launches",
+        "machine": machine,
+        "cards": [card._asdict() for card in CARDS],
+        "command": " ".join(["python", "bench/launches.py", *words]),
+        "cases": kept | cases,
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -183,6 +257,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="qwen3-vl-2b", help="a name in configs/models")
     add("--case", nargs="+", choices=CASES, default=list(CASES))
+    cards = "shipped presets (all unless named) on the cards that hold them"
+    add("--cards", nargs="*", choices=SHIPPED, metavar="PRESET", help=cards)
     add("-v", "--verbose", action="store_true", help="the operators of every phase")
     add("--write", action="store_true", help="put the document under bench/results/")
     add("--smoke", action="store_true")
@@ -193,10 +269,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(words: list[str]) -> None:
-    """Count, show, write."""
-    args = parse(words)
-    torch.set_num_threads(1)
+def at_shapes(args: argparse.Namespace) -> dict[str, dict]:
+    """The cases at one model's shapes: counted, shown; their part of the result file."""
     cases = {}
     for name in args.case:
         case = CASES[name]
@@ -211,16 +285,19 @@ def main(words: list[str]) -> None:
             cases[name]["decode_share"] = decode_share(known)
             shares = [f"{card} {value:.0%}" for card, value in cases[name]["decode_share"].items()]
             print(f"    decoding, of the bandwidth floor: {', '.join(shares)}")
+    return cases
+
+
+def main(words: list[str]) -> None:
+    """Count, show, write."""
+    args = parse(words)
+    torch.set_num_threads(1)
+    if args.cards is None:
+        cases = at_shapes(args)
+    else:
+        cases = {name: on_cards(name) for name in args.cards or SHIPPED}
     if args.write:
-        path = Path(str(RESULT).format(model=args.model))
-        results = {
-            "bench": "launches",
-            "machine": measure.machine(torch.device("cpu")),
-            "cards": [card._asdict() for card in CARDS],
-            "command": " ".join(["python", "bench/launches.py", *words]),
-            "cases": cases,
-        }
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        write(args.model if args.cards is None else "cards", words, cases)
     keys = ("launches", "blocking_copies", "reads")
     print(json.dumps({name: {key: case[key] for key in keys} for name, case in cases.items()}))
 

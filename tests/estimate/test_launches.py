@@ -112,6 +112,15 @@ def test_mixed_sizes_wait_for_nothing():
     assert total.blocking_copies == 0
 
 
+def test_a_batch_in_slices_is_counted_slice_by_slice():
+    one = counted("paper", 1, "--train.share_forward=false", layers=4)
+    two = counted("paper", 2, "--train.micro_batch=1", layers=4)
+    assert two.total.replays == 2 * one.total.replays
+    for phase in ("encode", "prefill: prefix", "ask: question", "verify: verdicts"):
+        assert two.by_phase[phase].launches == 2 * one.by_phase[phase].launches, phase
+    assert two.by_phase["optimizer"].launches == one.by_phase["optimizer"].launches
+
+
 def from_a_list(hidden):
     torch.tensor([0], device=hidden.device)
 

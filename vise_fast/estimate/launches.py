@@ -21,7 +21,7 @@ from vise_fast.engine.graphed import Decoder, GraphedEngine, Shape
 from vise_fast.engine.rollout import Prefixes, Prompts, Rollout
 from vise_fast.estimate.meta_model import META, meta_policy
 from vise_fast.images.image import Image
-from vise_fast.method.experience import Draws, play
+from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths
 from vise_fast.model.load import Policy
@@ -41,8 +41,8 @@ def count_step(
     dtype: torch.dtype = torch.bfloat16,
     lengths: Lengths = PINNED,
 ) -> Launches:
-    """A step on images of these (height, width) in pixels, as a GPU runs it; the second of its
-    kind: what is made once is there.
+    """A step on images of these (height, width) in pixels, as a GPU runs it; what is made once is
+    there: its first slice goes before it, uncounted.
     """
     config = config.model_copy(deep=True)
     config.train.attention_every = 0  # its shares would have to be read home
@@ -52,14 +52,14 @@ def count_step(
         policy = meta_policy(config, model_config, lengths, dtype, "cuda")
     pixels = [torch.empty(*side, 3, dtype=torch.uint8, device=META) for side in sizes]
     images = [Image(image, f"image {i}", i) for i, image in enumerate(pixels)]
-    for _ in range(2):
+    for played in (images[: config.train.micro_batch or None], images):
         seen = Launches()
         engine = _engine(policy, config, seen)
         learner = _Learner(policy, engine, config, _Optimizer(policy, config, seen))
         learner.seen = seen
         with seen:
-            played = play(engine, images, config, Draws(0, STEP), lambda image, query: ANYWHERE)
-            learner.learn([played], STEP)
+            slices = play_batch(engine, played, config, STEP, lambda image, query: ANYWHERE)
+            learner.learn(slices, STEP)
     return seen
 
 

@@ -25,21 +25,29 @@ SECONDS_AHEAD = 5e-6
 
 
 class Card(NamedTuple):
-    """16-bit matrix FLOP/s (float32 sums, dense) and bytes/s of memory, and where they are from."""
+    """16-bit matrix FLOP/s (float32 sums, dense) and bytes/s of memory, where they are from, and
+    the GB of memory it is sold with (0: not told).
+    """
 
     name: str
     flops: float
     bandwidth: float
     source: str
+    memory_gb: int = 0
 
 
 CARDS = (
-    Card("H100 80 GB", 798e12, 3.0e12, "measured: matrix product and copy"),
-    Card("H200 141 GB", 790e12, 4.3e12, "measured: matrix product and copy"),
-    Card("RTX 4090 24 GB", 165e12, 1.0e12, "NVIDIA Ada whitepaper: 165.2 TFLOP/s, 1,008 GB/s"),
-    Card("RTX 3090 24 GB", 71e12, 0.936e12, "NVIDIA GA102 whitepaper: 71 TFLOP/s, 936 GB/s"),
-    Card("RTX 4060 Ti 16 GB", 44e12, 0.288e12, "twice its 22.06 TFLOP/s of float32; 288 GB/s"),
+    Card("H100 80 GB", 798e12, 3.0e12, "measured: matrix product and copy", 80),
+    Card("H200 141 GB", 790e12, 4.3e12, "measured: matrix product and copy", 141),
+    Card("RTX 4090 24 GB", 165e12, 1.0e12, "NVIDIA Ada whitepaper: 165.2 TFLOP/s, 1,008 GB/s", 24),
+    Card("RTX 3090 24 GB", 71e12, 0.936e12, "NVIDIA GA102 whitepaper: 71 TFLOP/s, 936 GB/s", 24),
+    Card("RTX 4060 Ti 16 GB", 44e12, 0.288e12, "twice its 22.06 TFLOP/s of float32; 288 GB/s", 16),
+    Card("RTX 4070 12 GB", 58.3e12, 0.504e12, "twice its 29.15 TFLOP/s of float32; 504 GB/s", 12),
+    Card("RTX 4060 8 GB", 30.2e12, 0.272e12, "twice its 15.11 TFLOP/s of float32; 272 GB/s", 8),
 )
+"""float32 of the last three: CUDA cores (4,352, 5,888, 3,072), two operations each, at the boost
+clock (2.535, 2.475, 2.46 GHz). As on the 4090, 16-bit products with float32 sums are twice that.
+"""
 
 
 class Forecast(NamedTuple):
