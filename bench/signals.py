@@ -6,6 +6,7 @@ the box's true IoU, and with its size?
                                           any setting, behind --
     python bench/signals.py --verdicts -- --reward.shared_controls true
                                           fewer verdicts: does the reward still say the same?
+    python bench/signals.py --unique      groups whose words come back (reward.unique) beside others
 
 Two figures per piece, on drawn scenes whose true boxes training never sees: the correlation of its
 deviation from its group's mean with that of the true IoU (and of the log area: a piece that grows
@@ -164,6 +165,37 @@ def compare_verdicts(scenes: int, extra: list[str]) -> dict:
     }
 
 
+def compare_groups(scenes: int, extra: list[str]) -> dict:
+    """The share of groups whose words come back, and the mean true IoU of their boxes beside that
+    of the others, of groups whose query names one object of the scene.
+    """
+    torch.set_num_threads(1)
+    words = ["--train.seed", str(SPLIT_SEED["validation"]), "--reward.unique", "true", *extra]
+    config = configuration.load(None, words)
+    evidence = judged_in(config, scenes).evidence
+    boxes = geometry.clean_1000(evidence.box_1000)
+    truth = geometry.clean_1000(evidence.truth_1000)
+    group = evidence.group_size
+    iou = geometry.iou(boxes, truth).view(-1, group).mean(1)
+    back = evidence.named_again.view(-1, group)[:, 0]
+    named = geometry.proper(truth).view(-1, group)[:, 0]
+    one = iou[named & back]
+    other = iou[named & ~back]
+    spread = (one.var() / len(one) + other.var() / len(other)).sqrt()
+    return {
+        "bench": "signals --unique",
+        "groups": len(back),
+        "back": float(back.double().mean()),
+        "named": int(named.sum()),
+        "named_back": len(one),
+        "iou_back": float(one.mean()),
+        "iou_others": float(other.mean()),
+        "difference": float(one.mean() - other.mean()),
+        "difference_standard_error": float(spread),
+        "extra": extra,
+    }
+
+
 def measure(scenes: int, extra: list[str]) -> dict:
     """Both figures of each piece."""
     torch.set_num_threads(1)
@@ -200,12 +232,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=128)
     parser.add_argument("--smoke", action="store_true", help="one small batch")
     parser.add_argument("--verdicts", action="store_true", help="fewer verdicts against all")
+    parser.add_argument("--unique", action="store_true", help="groups whose words come back")
     args = parser.parse_args(own)
     if args.smoke:
         args.scenes = 2
         extra = ["--train.batch", "2", "--rollout.samples", "4"]
     if args.verdicts:
         print(json.dumps(compare_verdicts(args.scenes, extra)))
+        return
+    if args.unique:
+        print(json.dumps(compare_groups(args.scenes, extra)))
         return
     document = measure(args.scenes, extra)
     print(

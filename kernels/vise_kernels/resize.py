@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from vise_kernels.dispatch import choose, compiled, jit, launch, tl, triton
+from vise_kernels.dispatch import choose, compiled, jit, launch, stands_for_a_gpu, tl, triton
 from vise_kernels.pixels import (
     Images,
     Size,
@@ -47,6 +47,8 @@ def resize(images: Images, sizes: Sequence[Size], *, path: str | None = None) ->
         check_size("resize", size)
     if not images:
         return []
+    if images[0].is_meta and not stands_for_a_gpu(images[0].device):  # shapes only
+        return [image.new_empty(*size, 3) for image, size in zip(images, sizes, strict=True)]
     path = choose("resize", images[0].device, path).path
     return {"plain": plain, "native": _native, "triton": _triton}[path](images, sizes)
 

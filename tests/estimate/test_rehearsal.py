@@ -35,6 +35,13 @@ def test_the_prediction_is_within_five_percent_of_the_count(name):
     assert abs(row["error"]) <= BOUND, f"{name}: {row['error']:+.1%} in {row['phase']}"
 
 
+def test_words_that_must_come_back_are_predicted_too(monkeypatch):
+    monkeypatch.setitem(memory.KEYS, "unique", "reward.unique")
+    knobs = {"batch": 3, "samples": 2, "views": 1, "unique": True}
+    monkeypatch.setitem(memory.CONFIGURATIONS, "unique", memory._setting("narrow", 128, **knobs))
+    assert abs(memory.compare("unique")["error"]) <= BOUND
+
+
 def test_the_bench_covers_enough():
     assert len(memory.CONFIGURATIONS) >= 12
     assert {shape for shape, *_ in memory.CONFIGURATIONS.values()} == set(memory.MODELS)

@@ -133,7 +133,10 @@ def test_slices_are_joined_in_order():
     whole = join(parts)
     assert whole.group_size == 2 and whole.seen.tolist() == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
     assert whole.truth_1000.shape == (6, 4) and whole.matrix_px.shape == (6, 1, 3, 3)
-    assert whole.control is whole.keep is whole.judged is None
+    assert whole.control is whole.keep is whole.judged is whole.named_again is None
+    back = torch.tensor([True, False])
+    parts = [evidence(rows=2, named_again=again) for again in (back, ~back)]
+    assert join(parts).named_again.tolist() == [True, False, False, True]
 
 
 def test_geometric_agreement_is_the_shifted_giou():

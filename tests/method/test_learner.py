@@ -670,6 +670,15 @@ NO_STATES = {
     "optimizer a number": {"optimizer": 5},
     "optimizer nothing": {"optimizer": None},
 }
+NO_COUNTS = {
+    "a list": ["cup"],
+    "nothing": None,
+    "a word that was never asked": {"cup": 0},
+    "a fraction": {"cup": 1.5},
+    "true": {"cup": True},
+    "in words": {"cup": "3"},
+    "too many": {str(n): 1 for n in range(10_001)},
+}
 
 
 @pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES)
@@ -677,6 +686,19 @@ def test_a_state_that_no_learner_made_is_not_loaded(change):
     for wrong in (STATE | change, {k: v for k, v in STATE.items() if k not in change}, [STATE]):
         with pytest.raises(Corrupt, match="not a learner's"):
             learners._Remembered.read(wrong)
+
+
+@pytest.mark.parametrize("counts", NO_COUNTS.values(), ids=NO_COUNTS)
+def test_counts_that_no_learner_made_are_not_loaded(counts):
+    with pytest.raises(Corrupt, match="not a learner's"):
+        learners._Remembered.read(STATE | {"asked": counts})
+
+
+def test_counts_are_loaded_in_their_order_and_old_checkpoints_have_none():
+    counts = {str(n): 1 for n in reversed(range(10_000))}
+    found = learners._Remembered.read(STATE | {"asked": counts}).asked
+    assert list(found.items()) == list(counts.items())
+    assert learners._Remembered.read(STATE).asked == {}
 
 
 def test_a_state_at_its_limits_is_loaded():

@@ -654,3 +654,35 @@ def test_the_paper_reward_prefers_the_full_image():
 def test_the_contrast_reward_prefers_the_tight_box(sufficiency):
     tight, full = preferred(ROBUST.model_copy(update={"sufficiency": sufficiency, "gate": 0.0}))
     assert tight > full + 0.1, (tight, full)
+
+
+# ---- words that must come back -------------------------------------------------------------------
+
+BACK = torch.tensor([True, True, False, False])
+
+
+def test_a_group_whose_words_do_not_come_back_is_closed():
+    made = evidence(group=2, named_again=BACK)
+    scores = score(made, settings(unique=True), rng())
+    assert scores.carries.tolist() == scores.view_carries[:, 0].tolist() == BACK.tolist()
+    assert scores.metrics["named_again"] == scores.metrics["gated"] == 0.5
+    assert (scores.reward[2:] == 0).all() and (scores.reward[:2] > 0).all()
+
+
+def test_words_close_no_group_unless_they_must_come_back():
+    scores = score(evidence(group=2, named_again=BACK), ROBUST, rng())
+    assert scores.carries.all() and scores.metrics["named_again"] == 0.5
+    assert "named_again" not in score(evidence(), ROBUST, rng()).metrics
+
+
+def test_of_groups_without_a_query_no_words_are_missed():
+    asked = torch.tensor([True, True, False, False])
+    made = evidence(
+        group=2, named_again=torch.tensor([True, True, False, False]), query_readable=asked
+    )
+    assert score(made, settings(unique=True), rng()).metrics["named_again"] == 1
+
+
+def test_words_that_must_come_back_were_asked_for():
+    with pytest.raises(ValueError, match="named_again"):
+        score(evidence(), settings(unique=True), rng())

@@ -201,3 +201,7 @@ def test_the_published_figures_are_of_these_lengths():
 
 def test_the_defaults_are_the_paper_s_but_for_what_is_kept():
     assert changed(StepPlan(), PAPER) == {"shares_forward"}
+
+
+def test_the_asker_is_asked_again_where_its_words_must_come_back():
+    assert changed(robust("--reward.unique=true"), ROBUST) == {"names_again"}

@@ -78,6 +78,19 @@ def test_minimal_step_grows_with_what_it_is_told():
     assert judged["reference"] < 0.4 * base["reference"], "the judge's prefix serves the reference"
 
 
+def test_words_that_must_come_back_cost_a_picture_and_an_answer():
+    plan = StepPlan(names_again=True)
+    base = minimal_step(QWEN_2B, StepPlan())
+    again = minimal_step(QWEN_2B, plan)
+    more = {name: again[name] - base[name] for name in base if again[name] != base[name]}
+    assert set(more) == {"encode", "merge", "prefix", "prompt", "decode", "head"}
+    assert more["encode"] == encode_flops(QWEN_2B, 480, 640)
+    assert more["merge"] == minimal.merge_flops(QWEN_2B, 1200, True)
+    assert more["prefix"] == minimal.forward_flops(QWEN_2B, 305, 0, True)
+    reference = replace(plan, policy_asks=False)
+    assert minimal_step(QWEN_2B, reference)["prefix"] < again["prefix"]
+
+
 def test_executed_products_are_counted():
     a = torch.randn(3, 5)
     b = torch.randn(5, 7)

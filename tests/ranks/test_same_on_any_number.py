@@ -91,6 +91,10 @@ WHOLE_BATCH = {
     },
     "answers that are learned from twice": {"update__reuse": 2},
     "the consensus of the views": {"update__consensus": 0.5},
+    "words that must come back, and often asked ones count less": {
+        "reward__unique": "true",
+        "data__balance": 1.0,
+    },
     "that of another image": {"update__consensus": 0.5, "reward__name": "shuffled"},
 }
 FIGURES = ("reward_mean", "advantage_rms", "scored", "unique_queries", "beta", "grad_norm")

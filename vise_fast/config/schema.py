@@ -285,6 +285,13 @@ class DataConfig(Section):
         min_length=1,
         description="what is asked for: each phrase, or class name, stands for {name}",
     )
+    balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how much less a query counts that was asked more often than the mean: its "
+        "advantage times (mean / times asked) to this power; 0: all count alike",
+    )
 
     @property
     def is_curated(self) -> bool:
@@ -484,6 +491,13 @@ class RewardConfig(Section):
     )
     gate: float = Field(
         0.5, ge=0, le=1, description="groups with p(x) below this carry no gradient; 0: off"
+    )
+    unique: bool = Field(
+        False,
+        description=(
+            "the asker names what the group's boxes hold, cut out: groups whose words do not come "
+            "back carry no gradient"
+        ),
     )
     w_geo: float = Field(0.8, ge=0, description="weight of the geometric term")
     w_sem: float = Field(0.2, ge=0, description="weight of the semantic term")

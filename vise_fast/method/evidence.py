@@ -70,6 +70,8 @@ class Evidence:
     """(N,) bool: judged rows whose controls and keep were asked for too; None: all of them. The
     others hide no more than `reward.settled` and have R_sem = 0
     """
+    named_again: Tensor | None = None
+    """(N,) bool: the words came back of what the group's boxes hold; needed by `unique`"""
     truth_1000: Tensor | None = None
     """(N, 4) for the oracle only; a box without area: no truth"""
 

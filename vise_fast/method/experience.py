@@ -25,6 +25,7 @@ from vise_fast.images.image import Image
 from vise_fast.images.sources import Source
 from vise_fast.method import consensus, queries, rewards, roles
 from vise_fast.method.evidence import Evidence
+from vise_fast.method.groups.named_again import named_again
 from vise_fast.method.roles import Question, Sampling
 from vise_fast.method.slices import Draws, Slice
 from vise_fast.method.step_plan import StepPlan
@@ -77,9 +78,10 @@ def play(
     part = Slice(engine, config, plan, draws, pixels, images)
     drawn = draw_views(part)
     answers = ask_and_box(part, drawn)
-    verdicts = judge(part, answers.queries, answers.boxes, answers.seen)
+    again = named_again(part, answers.queries, answers.boxes)
+    verdicts = judge(part, answers.queries, answers.boxes, answers.seen, again)
     truths = None if truth is None else _truths(truth, images, answers.queries.texts)
-    evidence = pack(part, drawn, answers, verdicts, truths)
+    evidence = pack(part, drawn, answers, Judged(verdicts, again), truths)
     return Played(
         images=images,
         views=drawn,
@@ -329,15 +331,24 @@ def attention_share(slices: list[Played], ranks: Ranks) -> dict[str, float]:
 # ---- the evidence --------------------------------------------------------------------------------
 
 
+class Judged(NamedTuple):
+    """What was asked after the boxes; named_again: (images,) bool, None where nobody asked."""
+
+    verdicts: Verdicts
+    named_again: Tensor | None
+
+
 def pack(
     part: Slice,
     drawn: list[list[views.View]],
     answers: Answers,
-    verdicts: Verdicts,
+    judged: Judged,
     truths: Sequence[tuple | None] | None,
 ) -> Evidence:
     """One row per sampled box, image-major. truths: per image, for the oracle."""
     shape = (len(part.pixels), part.plan.views)
+    verdicts = judged.verdicts
+    again = judged.named_again
     rows = len(part.pixels) * part.plan.samples
     size = _sizes(part)
     return Evidence(
@@ -357,6 +368,7 @@ def pack(
         keep=verdicts.p.get("keep"),
         judged=verdicts.judged,
         further=verdicts.further,
+        named_again=None if again is None else _per_box(part, again),
         truth_1000=None if truths is None else _per_box(part, _table(truths)),
     )
 

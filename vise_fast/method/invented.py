@@ -52,6 +52,7 @@ def evidence(config: RewardConfig, truth: bool) -> Evidence:
         control=_verdicts(judged, draws, config.controls) if config.sem == "contrast" else None,
         keep=_verdicts(judged, draws)[:, 0] if config.sufficiency else None,
         judged=judged,
+        named_again=group != UNSEEN if config.unique else None,
         truth_1000=box.clone() if truth else None,
     )
 

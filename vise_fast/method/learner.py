@@ -1,9 +1,10 @@
 """The update: score the sampled boxes under policy and reference, KL-regularised REINFORCE, one
 optimizer step.
 
-Owns the optimizer, the moving baseline, the adaptive KL weight and the learning-rate schedule;
-`state` and `load` carry them through a checkpoint. Micro-batches (the slices of the batch) add up
-to the same gradient because every mean has the whole batch's denominator.
+Owns the optimizer, the moving baseline, the adaptive KL weight, the counts of queries and the
+learning-rate schedule; `state` and `load` carry them through a checkpoint. Micro-batches (the
+slices of the batch) add up to the same gradient because every mean has the whole batch's
+denominator.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vise_fast.engine.rollout import Answered, Engine, Rollout
 from vise_fast.method import consensus, loss, rewards
 from vise_fast.method.evidence import Evidence, join
 from vise_fast.method.experience import Played
+from vise_fast.method.groups import balance
 from vise_fast.method.roles import Boxes
 from vise_fast.model import quantise
 from vise_fast.model.load import Policy
@@ -52,6 +54,11 @@ class Targets:
         """Along the slices, which have so many answers each."""
         pieces = zip(self.advantage.split(sizes), self.scored.split(sizes), strict=True)
         return [Targets(advantage, scored) for advantage, scored in pieces]
+
+    def weighted(self, weight: Tensor) -> Targets:
+        """Advantages times the weight (images,) of their image; every image has as many."""
+        each = weight.repeat_interleave(len(self.advantage) // len(weight))
+        return Targets(self.advantage * each.to(self.advantage.dtype), self.scored)
 
     def followed_by(self, more: Targets) -> Targets:
         """These answers and, behind them, others."""
@@ -98,6 +105,7 @@ class _Remembered:
 
     numbers: dict[str, Any]
     skipped: int
+    asked: dict[str, int]
 
     @classmethod
     def read(cls, state: Any) -> _Remembered:
@@ -108,7 +116,7 @@ class _Remembered:
             sound = all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
             if not sound or weights[0] < 0 or type(skipped) is not int or skipped < 0:
                 raise ValueError("numbers that cannot be")
-            return cls(dict(state["optimizer"]), skipped)
+            return cls(dict(state["optimizer"]), skipped, balance.read(state))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as fault:
             raise checkpoint.Corrupt(
                 f"the checkpoint's state is not a learner's ({fault}); use --resume auto to take "
@@ -151,6 +159,7 @@ class Learner:
         update = config.update
         self.baseline = loss.Baseline(update.ema_momentum)
         self.beta = loss.Beta(update.beta, update.tau, update.eta, update.beta_min, update.beta_max)
+        self.balance = balance.Balance(config.data.balance)
         self.skipped = 0
         self.moving = False
         """The adapter, or what steers it, is being changed: a step that fails now cannot be done
@@ -163,7 +172,8 @@ class Learner:
         """
         scores = self._score(slices, step)
         unique = {"unique_queries": _unique_queries(slices, self.ranks)}
-        targets, metrics = self._targets(slices, scores)
+        asked = self._asked(slices)
+        targets, metrics = self._targets(slices, scores, asked)
         samples = len(scores.reward)
         scored = self.ranks.total("scored", sum(int(target.scored.sum()) for target in targets))
         with self.engine.clock.phase("update"):
@@ -183,6 +193,7 @@ class Learner:
                 self._again(slices, targets, samples)
         if scores.carries.any():
             self.baseline.update(metrics["reward_mean"])
+        self.balance.add(asked)
         self.moving = False
         self.ranks.step_done()
         return scores.metrics | metrics | unique
@@ -231,10 +242,10 @@ class Learner:
     # ---- who learns how much -------------------------------------------------------------------
 
     def _targets(
-        self, slices: list[Played], scores: rewards.Scores
+        self, slices: list[Played], scores: rewards.Scores, asked: Sequence[str | None] = ()
     ) -> tuple[list[Targets], dict[str, float]]:
         """Advantages of all samples, and of the views where they are trained too; this rank's, cut
-        along the slices.
+        along the slices. asked: the batch's queries, where they are weighed against each other.
         """
         rollout = self.config.rollout
         kind = self.config.update.advantage
@@ -244,10 +255,27 @@ class Learner:
         )
         agreed = torch.cat(self.ranks.gather("agreed", self._agreed(slices)))
         scored = scores.carries & (self._alive(advantage) | agreed)
-        own = self._cut(Targets(advantage, scored), slices, rollout.samples)
-        views = self._cut(self._view_targets(scores), slices, rollout.views)
-        pairs = zip(own, views, strict=True)
-        return [samples.followed_by(more) for samples, more in pairs], metrics
+        samples = Targets(advantage, scored)
+        views = self._view_targets(scores)
+        if asked:
+            weight = self.balance.weights(asked)
+            samples = samples.weighted(weight)
+            views = views.weighted(weight)
+            metrics |= balance.figures(weight)
+        own = self._cut(samples, slices, rollout.samples)
+        behind = self._cut(views, slices, rollout.views)
+        pairs = zip(own, behind, strict=True)
+        return [first.followed_by(more) for first, more in pairs], metrics
+
+    def _asked(self, slices: list[Played]) -> list[str | None]:
+        """The batch's queries, None where one could not be read; none where none is counted."""
+        if self.balance.strength == 0:
+            return []
+        own: list[str | None] = []
+        for played in slices:
+            pairs = zip(played.queries.texts, played.queries.readable, strict=True)
+            own += [text if readable else None for text, readable in pairs]
+        return list(chain.from_iterable(self.ranks.gather("asked", own)))
 
     def _cut(self, whole: Targets, slices: list[Played], per_image: int) -> list[Targets]:
         """A batch's targets as those of this rank's slices."""
@@ -549,6 +577,7 @@ class Learner:
             "beta": self.beta.state(),
             "baseline": self.baseline.state(),
             "skipped": self.skipped,
+            **self.balance.state(),
         }
         return {"adapter": adapter, "optimizer": moments}, own
 
@@ -564,6 +593,7 @@ class Learner:
         self._load_adapter(adapter)
         self.beta.load(state["beta"])
         self.baseline.load(state["baseline"])
+        self.balance.load(known.asked)
         self.skipped = known.skipped
         self.policy.backbone.refresh()
 

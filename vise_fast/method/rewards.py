@@ -17,7 +17,8 @@ Rules that are decided here:
 - an unreadable answer scores 0 under the plain paper reward, else -1 - w_area, below every readable
   answer, and carries gradient;
 - a group whose query could not be read, or with p(x) below the gate, carries no gradient; both are
-  counted.
+  counted;
+- with `unique` the same holds of a group whose words do not come back (groups/named_again.py).
 
 A further reward: `@register("mine")` over `def mine(evidence, parts, config, rng) -> (reward (N,),
 known (N,) bool)` in the file that `reward.plugin` names. Run the tests: `pytest
@@ -62,7 +63,7 @@ class Parts:
     size: Tensor
     """sqrt(area) in 0..1; 1 for a box without area"""
     open: Tensor
-    """bool: the query could be read and passed the gate"""
+    """bool: the query could be read and passed the gate, and its words came back where they must"""
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,8 @@ def dissect(evidence: Evidence, config: RewardConfig) -> Parts:
     value, measured = geometric(evidence, agreements)
     seen, _ = evidence.group_mean(evidence.seen.double().nan_to_num(), of=evidence.seen.isfinite())
     is_open = evidence.query_readable & (seen >= config.gate)
+    if config.unique:
+        is_open = is_open & _given(evidence.named_again, "named_again")
     return Parts(
         agreement=agreements,
         geometric=value,
@@ -446,6 +449,8 @@ def measure(evidence: Evidence, parts: Parts, reward: Tensor, carries: Tensor) -
     figures |= _readable_figures(evidence) | _box_figures(evidence)
     figures["unmeasured"] = _mean(~parts.measured, boxes)
     figures["gated"] = _mean(~parts.open, evidence.query_readable)  # of groups with a query
+    if evidence.named_again is not None:
+        figures["named_again"] = _mean(evidence.named_again, evidence.query_readable)  # the same
     return figures | _verdict_figures(evidence)
 
 

@@ -59,6 +59,8 @@ class StepPlan:
     """adapters on for the query, for the boxes in the views, for the verdicts"""
     one_batch: bool = True
     """samples and views' boxes come from one player, drawn alike: they are sampled together"""
+    names_again: bool = False
+    """whoever asks names what the boxes of a group hold, too"""
     kinds: tuple[GhostKind, ...] = (GONE,)
     """ghosts that the reward reads, per box"""
     judges_ghosts: bool = True
@@ -85,6 +87,7 @@ class StepPlan:
             policy_boxes_views=policy_boxes_views,
             policy_judges=config.reward.judge == "policy",
             one_batch=policy_boxes_views and alike,
+            names_again=config.reward.unique,
             kinds=_kinds(config),
             judges_ghosts=reads_ghosts,
             trains_views=config.update.views_too,

@@ -75,14 +75,20 @@ class _Spot(NamedTuple):
     clear: bool
 
 
-def judge(part: Slice, queries: roles.Queries, boxes: roles.Boxes, seen: Tensor) -> Verdicts:
+def judge(
+    part: Slice,
+    queries: roles.Queries,
+    boxes: roles.Boxes,
+    seen: Tensor,
+    among: Tensor | None = None,
+) -> Verdicts:
     """p(visible) with the box ghosted, with controls ghosted, with all else ghosted: one verdict
     per distinct (image, box). seen: p(visible) (images,) on the images themselves.
 
-    Nothing is asked about images whose object is not seen anyway, unreadable boxes and rewards that
-    do not read the answer: zeros.
+    Nothing is asked about images whose object is not seen anyway or that are not `among` (images,)
+    bool (None: all are), unreadable boxes and rewards that do not read the answer: zeros.
     """
-    hidden = _hidden(part, queries, boxes, seen)
+    hidden = _hidden(part, queries, boxes, seen, among)
     names = [kind.name for kind in part.plan.kinds]
     count = len(part.pixels) * part.plan.samples
     judged = torch.zeros(count, dtype=torch.bool)
@@ -97,12 +103,20 @@ def judge(part: Slice, queries: roles.Queries, boxes: roles.Boxes, seen: Tensor)
     return Verdicts(judged, further, dict(zip(names, table, strict=True)))
 
 
-def _hidden(part: Slice, queries: roles.Queries, boxes: roles.Boxes, seen: Tensor) -> Hidden:
+def _hidden(
+    part: Slice,
+    queries: roles.Queries,
+    boxes: roles.Boxes,
+    seen: Tensor,
+    among: Tensor | None = None,
+) -> Hidden:
     """What there is to judge."""
     samples = part.plan.samples
     count = len(part.pixels) * samples
     box_1000 = boxes.box_1000[:count]
     worth = (seen >= part.config.reward.gate) & torch.tensor(queries.readable)
+    if among is not None:
+        worth = worth & among
     judged = boxes.readable[:count] & geometry.proper(box_1000)
     judged = judged & worth.repeat_interleave(samples)
     rows = judged.nonzero()[:, 0].tolist() if part.plan.judges_ghosts else []

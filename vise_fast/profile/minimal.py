@@ -7,7 +7,8 @@ line; a product of (m, k) by (k, n) is 2mkn FLOPs:
                the update's own is in `update`
     prefix     head + image + tail, once per distinct image and adapter state
     prompt     each question once: ask on the image, ground on image and views, verify on image and
-               ghosts
+               ghosts; with `reward.unique` ask on a cutout as well, taken to be as large as the
+               image, which is encoded, merged and prefilled for it
     decode     every sampled token but the last, which nobody continues
     head       a row of logits per sampled token and per verdict
     update     policy: mergers, prefix, ground question and answers in one tree, forward and
@@ -192,13 +193,15 @@ class _Minimal:
         """FLOPs by term."""
         plan = self.plan
         images = 1 + plan.views
-        policy = images + plan.ghosts * plan.policy_judges
-        reference = 0 if plan.policy_judges else 1 + plan.ghosts
+        again = int(plan.names_again)
+        policy = images + plan.ghosts * plan.policy_judges + again * plan.policy_asks
+        reference = again * (not plan.policy_asks)
+        reference += 0 if plan.policy_judges else 1 + plan.ghosts
         forward = self._answers(True) if plan.shares_forward else self._tree(True)
         row = 2.0 * self.s.head_weights()
-        rows = self.lengths.query + plan.boxes * self.lengths.box + 1 + plan.ghosts
+        rows = (1 + again) * self.lengths.query + plan.boxes * self.lengths.box + 1 + plan.ghosts
         return {
-            "encode": (images + plan.ghosts) * encode_flops(self.s, *self.size),
+            "encode": (images + plan.ghosts + again) * encode_flops(self.s, *self.size),
             "merge": policy * self._merge(True) + reference * self._merge(False),
             "prefix": policy * self._read(True) + reference * self._read(False),
             "prompt": self._questions(),
@@ -222,13 +225,14 @@ class _Minimal:
         ground = forward_flops(self.s, self.lengths.ground, self.prefix, True)
         policy = self.plan.policy_judges
         verify = forward_flops(self.s, self.lengths.verify, self.prefix, policy)
-        return ask + (1 + self.plan.views) * ground + (1 + self.plan.ghosts) * verify
+        asks = (1 + self.plan.names_again) * ask
+        return asks + (1 + self.plan.views) * ground + (1 + self.plan.ghosts) * verify
 
     def _decoded(self) -> float:
         seen = self.prefix + self.lengths.ask
         query = forward_flops(self.s, self.lengths.query - 1, seen, True)
         box = forward_flops(self.s, self.lengths.box - 1, self.prompted, True)
-        return query + self.plan.boxes * box
+        return (1 + self.plan.names_again) * query + self.plan.boxes * box
 
     def _answers(self, adapters: bool, backward: bool = False) -> float:
         """The sampled boxes of the image, scored."""

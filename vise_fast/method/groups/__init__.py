@@ -1,0 +1,1 @@
+"""Which groups of samples count, and how much."""
