@@ -42,6 +42,21 @@ def test_words_that_must_come_back_are_predicted_too(monkeypatch):
     assert abs(memory.compare("unique")["error"]) <= BOUND
 
 
+def test_naming_again_is_decoded_by_a_graph_of_its_own(shapes):
+    """Greedily, where the first names are sampled: as much again is held on a GPU."""
+    held = []
+    for unique in (False, True):
+        config = Config.model_validate({"train": {"batch": 2}, "reward": {"unique": unique}})
+        phases = rehearse(config, shapes, [(64, 64)] * 2, torch.bfloat16).phases
+        held.append({parts["graphed decoders"] for parts in phases.values()})
+    (plain,), (again,) = held
+    rows = 2
+    text = shapes.text_config
+    keys = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2  # bf16
+    logits = 4 * text.vocab_size
+    assert again - plain == rows * (config.rollout.query_tokens * keys + logits)
+
+
 def test_the_bench_covers_enough():
     assert len(memory.CONFIGURATIONS) >= 12
     assert {shape for shape, *_ in memory.CONFIGURATIONS.values()} == set(memory.MODELS)

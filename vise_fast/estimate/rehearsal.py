@@ -247,7 +247,9 @@ def _hold_decoders(live: Live, policy: Policy, config: Config, images: int) -> N
     plan = StepPlan.of(config)
     rollout = config.rollout
     boxes = [plan.boxes] if plan.one_batch else [plan.samples, plan.views]
-    size = decoder_bytes(policy.backbone, images, rollout.query_tokens)
+    # an answer drawn otherwise is decoded by another
+    asks = 1 + plan.names_again
+    size = asks * decoder_bytes(policy.backbone, images, rollout.query_tokens)
     for rows in boxes:
         size += decoder_bytes(policy.backbone, rows * images, rollout.box_tokens)
     held = torch.empty(size, dtype=torch.uint8, device=META)
