@@ -6,11 +6,13 @@ two runs at once.
     python bench/busy.py --smoke                  one repeat of one step: does it run?
 
 Every contender is one training in a process of its own that stands still (SIGSTOP) until it is its
-turn, so repeats are interleaved and nothing is started anew. A turn lasts a number of whole steps;
-the step it begins in, half of which was done before, does not count. The neighbour is a Python loop
-without end, on whichever core the system gives it. What else the machine did meanwhile is counted
-("others", in cores): a figure with much of it says little. All processes end with the bench. Wall
-time; left out: GPUs, and what a neighbour does to memory.
+turn, so repeats are interleaved and nothing is started anew. A training looks at its start who else
+is at work, so each is started as it will run: alone, beside the neighbour, or one while the other
+runs; "one that came later" is the training that was started alone. A turn lasts a number of whole
+steps; the step it begins in, half of which was done before, does not count. The neighbour is a
+Python loop without end, on whichever core the system gives it. What else the machine did meanwhile
+is counted ("others", in cores): a figure with much of it says little. All processes end with the
+bench. Wall time; left out: GPUs, and what a neighbour does to memory.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import _measure as measure
 import torch
 
 from vise_fast.system.console import read_lines
-from vise_fast.system.machine.threads import HOW_TO_WAIT, WAITING, said
+from vise_fast.system.machine.threads import HASTY, HOW_TO_WAIT, PATIENT, said
 
 POLL_S = 0.1
 GOALS = {"beside / alone": 0.45, "two at once / alone": 0.8, "alone / old alone": 0.97}
@@ -163,23 +165,29 @@ def contests(args: argparse.Namespace) -> Iterator[dict[str, Contest]]:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def training(name: str, checkout: Path) -> Training:
+        def training(name: str, checkout: Path, beside: Held | None = None) -> Training:
+            if beside is not None:
+                beside.go_on()
             made = Training(checkout, scratch / name, args.threads, args.batch)
             stack.callback(made.end)
             made.wait_for(args.warmup)
             made.hold()
+            if beside is not None:
+                beside.hold()
             return made
 
-        first = training("first", _checkout.ROOT)  # has done the same steps as `old` at every turn
-        second = training("second", _checkout.ROOT)
-        third = training("third", _checkout.ROOT)
         loop = Held([sys.executable, "-c", LOOP])
         stack.callback(loop.end)
         loop.hold()
+        first = training("first", _checkout.ROOT)
+        second = training("second", _checkout.ROOT, loop)
+        third = training("third", _checkout.ROOT)
+        fourth = training("fourth", _checkout.ROOT, third)
         found = {
             "alone": Contest([first], [], args.steps),
             "beside": Contest([second], [loop], args.steps),
-            "two at once": Contest([second, third], [], args.steps),
+            "beside one that came later": Contest([first], [loop], args.steps),
+            "two at once": Contest([third, fourth], [], args.steps),
         }
         if args.old is not None:
             old = training("old", args.old.resolve())
@@ -203,6 +211,10 @@ def ratios(found: dict[str, Contest]) -> dict[str, dict[str, float]]:
     alone = found["alone"].images_per_s
     pairs = {
         "beside / alone": (found["beside"].images_per_s, alone),
+        "beside one that came later / alone": (
+            found["beside one that came later"].images_per_s,
+            alone,
+        ),
         "two at once / alone": (found["two at once"].images_per_s, alone),
     }
     if "old alone" in found:
@@ -229,13 +241,13 @@ def tell(summaries: dict[str, dict], compared: dict[str, dict]) -> None:
     """The table a person reads."""
     for name, s in summaries.items():
         print(
-            f"  {name:24s} {s['median']:6.2f} images/s  ({s['least']:.2f}-{s['most']:.2f}, "
+            f"  {name:34s} {s['median']:6.2f} images/s  ({s['least']:.2f}-{s['most']:.2f}, "
             f"{s['repeats']} repeats; others {s['others_median']:.2f} cores, at most "
             f"{s['others_most']:.2f})"
         )
     for name, r in compared.items():
         goal = f"  goal {GOALS[name]:.2f}" if name in GOALS else ""
-        print(f"  {name:24s} {r['median']:6.3f}  ({r['least']:.3f}-{r['most']:.3f}){goal}")
+        print(f"  {name:34s} {r['median']:6.3f}  ({r['least']:.3f}-{r['most']:.3f}){goal}")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -276,7 +288,7 @@ def main(words: list[str]) -> None:
     tell(summaries, compared)
     machine = measure.machine(torch.device("cpu"))
     machine |= {"cores": usable, "threads": args.threads, "clock": "wall", "load_before": load}
-    machine["waiting"] = said(WAITING)
+    machine["waiting"] = {"alone": said(PATIENT), "beside": said(HASTY)}
     setting = {key: getattr(args, key) for key in ("threads", "batch", "repeats", "steps")}
     document = {"bench": "busy", "machine": machine, "setting": setting, "goals": GOALS}
     document |= {"old_commit": commit(args.old), "images_per_s": summaries, "ratios": compared}

@@ -17,7 +17,8 @@ def test_the_busy_bench_runs():
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout.splitlines()[-1])
     contests = document["images_per_s"]
-    assert set(contests) == {"alone", "beside", "two at once"}
+    beside = {"beside", "beside one that came later", "two at once"}
+    assert set(contests) == {"alone"} | beside
     assert all(contest["repeats"] == 1 and contest["least"] > 0 for contest in contests.values())
-    assert set(document["ratios"]) == {"beside / alone", "two at once / alone"}
+    assert set(document["ratios"]) == {f"{name} / alone" for name in beside}
     assert document["machine"]["clock"] == "wall" and document["machine"]["threads"] == 2

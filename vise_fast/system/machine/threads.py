@@ -3,7 +3,8 @@
     torch's pool   no more threads than there are cores for this process: what its affinity allows,
                    and what a container's CPU quota (cgroup v1 or v2) grants
     ours           vise_kernels start torch.get_num_threads() threads at most, and wait asleep
-    waiting        OpenMP's threads fall asleep soon, where its own default is to spin
+    waiting        OpenMP's threads fall asleep soon, sooner where other processes are at work when
+                   a run begins; its own default is to spin
 
 What a person says in the environment (OMP_NUM_THREADS, OMP_WAIT_POLICY, ...) stands. Nothing heavy
 is imported: `wait_asleep` has to run before torch is loaded, `settle` is called once it is. Left
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,13 +23,19 @@ from pathlib import Path, PurePosixPath
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What torch reads a number of threads from."""
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-"""Sleep instead of spinning; libgomp, which torch's wheels ship, looks 3,000 times before it sleeps
-(about 0.15 ms: the next operator has mostly come by then). Fewer cost images where the machine is
-idle, more where it is busy: docs/LOG.md.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "6000"}
+"""Sleep instead of spinning; libgomp, which torch's wheels ship, looks 6,000 times before it sleeps
+(about 0.3 ms: the next operator has mostly come by then).
 """
+HASTY = PATIENT | {"GOMP_SPINCOUNT": "2000"}
+"""The same where others are at work: each look takes from them, or from the thread that is waited
+for. No result depends on it. What either costs: docs/PERFORMANCE.md.
+"""
+LOOKS = 5
+APART_S = 0.001
+"""How often, and how far apart, it is looked who else is at work."""
 
-HOW_TO_WAIT = (*WAITING, "KMP_BLOCKTIME")
+HOW_TO_WAIT = (*PATIENT, "KMP_BLOCKTIME")
 """What a person may say of waiting; the last is of Intel's OpenMP."""
 
 
@@ -65,13 +73,35 @@ class Threads:
 
 
 def wait_asleep(
-    environ: MutableMapping[str, str] = os.environ, loaded: Container[str] = sys.modules
+    environ: MutableMapping[str, str] = os.environ,
+    loaded: Container[str] = sys.modules,
+    root: Path = Path("/"),
 ) -> None:
     """Sets OpenMP's wait policy, unless the environment has one or torch (whose OpenMP reads it
-    once) is loaded.
+    once) is loaded; `root`: where proc/ and sys/ lie.
     """
     if "torch" not in loaded and not said(environ):
-        environ.update(WAITING)
+        environ.update(HASTY if is_shared(root) else PATIENT)
+
+
+def is_shared(root: Path = Path("/")) -> bool:
+    """Whether other processes are at work right now on cores that this one would take."""
+    free = (os.cpu_count() or 1) - usable_cores(root).usable
+    for look in range(LOOKS):
+        time.sleep(APART_S if look else 0)
+        running = _running(root)
+        if running is None or running - 1 <= free:  # one of them is this thread
+            return False
+    return True
+
+
+def _running(root: Path) -> int | None:
+    """Threads of the machine that run or wait for a core; None where nothing says so."""
+    counts = root / "proc/stat"
+    if not counts.is_file():
+        return None
+    found = [line for line in counts.read_text().splitlines() if line.startswith("procs_running ")]
+    return int(found[0].split()[1]) if found else None
 
 
 def said(environ: Mapping[str, str] = os.environ) -> str:
