@@ -362,7 +362,7 @@ class NaiveLearner(Learner):
     model (NAIVE+: one for all).
     """
 
-    def _logprobs(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
+    def token_scores(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
         """gap: not looked at."""
         size = len(chosen) if self.engine.batched else 1
         parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]

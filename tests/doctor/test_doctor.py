@@ -335,7 +335,7 @@ MACHINES = {
         lambda m: m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False),
         models.offline,
         "OK",
-        "online",
+        "not tried",
     ),
     "a cache that cannot be written": (
         lambda m: m.setattr(os, "access", lambda path, mode: False),

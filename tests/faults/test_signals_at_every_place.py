@@ -34,7 +34,7 @@ PLACES = {  # what is called there, the how manieth call, the update that is sav
     "ask": (queries, "ask", 2, 1),
     "ground": (experience, "_ground", 2, 1),
     "verify": (experience, "judge", 1, 0),
-    "update forward": (Learner, "_logprobs", 2, 1),
+    "update forward": (Learner, "token_scores", 2, 1),
     "backward": (torch.Tensor, "backward", 1, 0),
     "optimizer": (Learner, "_apply", 1, 1),
     "metrics": (run_directory.Steps, "advance", 1, 1),
