@@ -231,7 +231,7 @@ def test_packages_and_kernels_that_are_not_there_are_one_line():
 def test_without_its_library_a_command_ends_before_it_begins(monkeypatch):
     """`demo` needs one that no other command does."""
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(EnvironmentFault, match="pip install gradio, or use vise-fast infer"):
+    with pytest.raises(EnvironmentFault, match="pip install 'gradio>=5', or use"):
         commands.check("demo", [])
 
 

@@ -70,7 +70,7 @@ def test_without_gradio_it_says_what_to_install_before_a_model_is_loaded(monkeyp
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(command, "load", lambda *a, **k: pytest.fail("loaded"))
     assert console.run(command.main, []) == 4
-    assert "pip install gradio" in capsys.readouterr().err
+    assert "pip install 'gradio>=5'" in capsys.readouterr().err
 
 
 def test_the_page_answers_on_loopback(bench, picture, tmp_path):

@@ -183,7 +183,7 @@ ALL = (
         ORIGIN | {"port": ("7860", "where the page is on this machine; else the first free one")},
         settings=True,
         loads=True,
-        extra=("gradio", "use vise-fast infer"),
+        extra=("gradio>=5", "use vise-fast infer"),
     ),
     Command(
         "report",
@@ -338,9 +338,9 @@ def check(name: str, words: Sequence[str]) -> None:
 
 def _installed(name: str, package: str, without: str) -> None:
     """Raises EnvironmentFault where the package is not there; it is not imported."""
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package.partition(">")[0]) is None:
         raise EnvironmentFault(
-            f"{name} needs {package}, which is not installed; pip install {package}, or {without}"
+            f"{name} needs {package}, which is not installed; pip install '{package}', or {without}"
         )
 
 

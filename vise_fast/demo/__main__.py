@@ -3,7 +3,7 @@ verdicts, where it looked, and how strong the adapter is.
 
     python -m vise_fast.demo [--adapter runs/nano/adapter] [--model PATH] [--port 7860]
 
-Without an adapter it shows the embedded model. Needs gradio (pip install gradio). Answers on
+Without an adapter it shows the embedded model. Needs gradio (pip install 'gradio>=5'). Answers on
 loopback alone.
 """
 

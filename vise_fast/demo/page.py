@@ -31,7 +31,8 @@ def gradio() -> ModuleType:
         return importlib.import_module("gradio")
     except ImportError as fault:
         raise EnvironmentFault(
-            f"the demo's page needs gradio ({fault}); pip install gradio, or use vise-fast infer"
+            f"the demo's page needs gradio ({fault}); pip install 'gradio>=5', or use vise-fast "
+            "infer"
         ) from None
 
 
