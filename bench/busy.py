@@ -8,7 +8,7 @@ two runs at once.
 Every contender is one training in a process of its own that stands still (SIGSTOP) until it is its
 turn, so repeats are interleaved and nothing is started anew. A training looks at its start who else
 is at work, so each is started as it will run: alone, beside the neighbour, or one while the other
-runs; "one that came later" is the training that was started alone. A turn lasts a number of whole
+runs; "one that came later" meets a training that was started alone. A turn lasts a number of whole
 steps; the step it begins in, half of which was done before, does not count. The neighbour is a
 Python loop without end, on whichever core the system gives it. What else the machine did meanwhile
 is counted ("others", in cores): a figure with much of it says little. All processes end with the
@@ -179,14 +179,15 @@ def contests(args: argparse.Namespace) -> Iterator[dict[str, Contest]]:
         loop = Held([sys.executable, "-c", LOOP])
         stack.callback(loop.end)
         loop.hold()
-        first = training("first", _checkout.ROOT)
+        first = training("first", _checkout.ROOT)  # has done the same steps as `old` at every turn
+        later = training("later", _checkout.ROOT)
         second = training("second", _checkout.ROOT, loop)
         third = training("third", _checkout.ROOT)
         fourth = training("fourth", _checkout.ROOT, third)
         found = {
             "alone": Contest([first], [], args.steps),
             "beside": Contest([second], [loop], args.steps),
-            "beside one that came later": Contest([first], [loop], args.steps),
+            "beside one that came later": Contest([later], [loop], args.steps),
             "two at once": Contest([third, fourth], [], args.steps),
         }
         if args.old is not None:

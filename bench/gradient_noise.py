@@ -2,6 +2,8 @@
 untrained policy, image by image.
 
     python bench/gradient_noise.py                 128 validation scenes, 16 samples, 8 views
+    python bench/gradient_noise.py --scenes 512 --write
+                                                   the table of docs/LEARNING.md (seven minutes)
     python bench/gradient_noise.py -- --rollout.temperature 1
                                                    any setting, behind --
 
@@ -17,16 +19,16 @@ where policy and reference are one), Adam's scaling, and everything after the fi
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import _checkout
+import _measure as measure
 import numpy as np
 import torch
-from learning import SPLIT_SEED, parted
+from learning import SPLIT_SEED, of_scenes, parted
 from torch import Tensor
 
 from vise_fast.config import schema as configuration
@@ -42,6 +44,7 @@ from vise_fast.model import load as model
 SAMPLES = 16
 VIEWS = 8
 RESAMPLES = 1000
+RESULT = _checkout.ROOT / "bench" / "results" / "gradient_noise.json"
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def estimate(
     return [float(x) if np.isfinite(x) else None for x in (value, *ends)]
 
 
-def measure(scenes: int, extra: list[str]) -> dict:
+def estimates(scenes: int, extra: list[str]) -> dict:
     """Every estimator's."""
     torch.set_num_threads(1)
     words = ["--train.seed", str(SPLIT_SEED["validation"]), "--train.share_forward", "false"]
@@ -228,22 +231,20 @@ def measure(scenes: int, extra: list[str]) -> dict:
 def main() -> None:
     """Measure and tell; the last line is the JSON."""
     own, extra = parted(sys.argv[1:])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scenes", type=int, default=128)
-    parser.add_argument("--smoke", action="store_true", help="one small batch")
+    parser = of_scenes(__doc__)
+    parser.add_argument("--write", action="store_true", help="bench/results/gradient_noise.json")
     args = parser.parse_args(own)
     if args.smoke:
         args.scenes = 2
         extra = ["--train.batch", "2"]
-    document = measure(args.scenes, extra)
+    document = estimates(args.scenes, extra)
     print("| estimator | images until signal = noise | cosine with the oracle | with shrinking |")
     print("|---|---|---|---|")
     for name, row in document["estimators"].items():
         cells = _cell(row["images"], 0), _cell(row["cosine"], 2), _cell(row["shrinks"], 2)
         print(f"| {name} | {' | '.join(cells)} |")
-    print(json.dumps(document))
+    machine = {"machine": measure.machine(torch.device("cpu"))}
+    measure.finish(document | machine, RESULT if args.write else None)
 
 
 def _cell(value: list[float | None], digits: int) -> str:

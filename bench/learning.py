@@ -543,6 +543,16 @@ def _commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def of_scenes(text: str | None) -> argparse.ArgumentParser:
+    """A parser of what benches over drawn scenes take."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scenes", type=int, default=128)
+    parser.add_argument("--smoke", action="store_true", help="one small batch")
+    return parser
+
+
 def parted(words: list[str]) -> tuple[list[str], list[str]]:
     """A bench's own words, and behind -- those of the trainer."""
     if "--" not in words:

@@ -16,13 +16,12 @@ the mean box and the best one. Left out: what a policy makes of it (learning.py)
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import NamedTuple
 
 import torch
-from learning import SPLIT_SEED, parted
+from learning import SPLIT_SEED, of_scenes, parted
 from torch import Tensor
 
 from vise_fast.config import schema as configuration
@@ -226,11 +225,7 @@ def measure(scenes: int, extra: list[str]) -> dict:
 def main() -> None:
     """Measure and tell; the last line is the JSON."""
     own, extra = parted(sys.argv[1:])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scenes", type=int, default=128)
-    parser.add_argument("--smoke", action="store_true", help="one small batch")
+    parser = of_scenes(__doc__)
     parser.add_argument("--verdicts", action="store_true", help="fewer verdicts against all")
     parser.add_argument("--unique", action="store_true", help="groups whose words come back")
     args = parser.parse_args(own)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_batches import SMALL
 from vise_kernels import linear_logprob
 
 from vise_fast.config import schema as configuration
@@ -24,13 +25,6 @@ from vise_fast.ranks.ranks import Alone
 from vise_fast.system.checkpoint import Corrupt
 from vise_fast.system.errors import NumericFault
 
-SMALL = [
-    "--train.batch=4",
-    "--rollout.samples=3",
-    "--rollout.views=1",
-    "--rollout.box_tokens=24",
-    "--rollout.query_tokens=8",
-]
 SAMPLED_VIEWS = [
     "--rollout.regrounder=policy",
     "--rollout.temperature=1",

@@ -15,7 +15,8 @@ Rules that are decided here:
 - a box without area scores R_geo = R_sem = 0 and is charged the area term in full, so it never
   beats a box that was placed;
 - an unreadable answer scores 0 under the plain paper reward, else -1 - w_area, below every readable
-  answer, and carries gradient;
+  answer, and carries gradient; with `unreadable: group` BELOW under the worst readable one of its
+  group, which is below those it is compared with under every baseline but `ema`;
 - a group whose query could not be read, or with p(x) below the gate, carries no gradient; both are
   counted;
 - with `unique` the same holds of a group whose words do not come back (groups/named_again.py).

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_batches import SMALL
 
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
@@ -17,12 +18,8 @@ from vise_fast.method.groups.balance import Balance, figures, read, weights
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 
-SMALL = [
-    "--train.batch=4",
-    "--rollout.samples=3",
-    "--rollout.views=1",
-    "--rollout.box_tokens=24",
-    "--rollout.query_tokens=8",
+WORDS = [
+    *SMALL,
     "--reward.w_sem=0",
     "--reward.w_geo=1",
     "--reward.gate=0",  # whatever is asked for is learned from
@@ -113,7 +110,7 @@ def test_counts_go_through_json_with_their_order():
 
 
 def setup(*words):
-    config = configuration.load(None, [*SMALL, *words])
+    config = configuration.load(None, [*WORDS, *words])
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     return config, Learner(policy, engine, config), Scenes(config)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_batches import SMALL
 from torch import Tensor
 
 from vise_fast.config import schema as configuration
@@ -23,12 +24,8 @@ from vise_fast.method.slices import Draws, Slice
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import load as model
 
-SMALL = [
-    "--train.batch=4",
-    "--rollout.samples=3",
-    "--rollout.views=1",
-    "--rollout.box_tokens=24",
-    "--rollout.query_tokens=8",
+WORDS = [
+    *SMALL,
     "--reward.w_sem=0",
     "--reward.w_geo=1",
 ]
@@ -37,12 +34,12 @@ UNIQUE = "--reward.unique=true"
 
 @pytest.fixture(scope="module")
 def opened():
-    policy = model.load(configuration.load(None, SMALL))
+    policy = model.load(configuration.load(None, WORDS))
     return policy, FastEngine(policy.backbone, policy.tokens)
 
 
 def configured(*words, micro=0):
-    return configuration.load(None, [*SMALL, *words, f"--train.micro_batch={micro}"])
+    return configuration.load(None, [*WORDS, *words, f"--train.micro_batch={micro}"])
 
 
 def played(opened, *words, images=None, micro=0):

@@ -1,0 +1,9 @@
+"""Words for a batch of the embedded model that is played in a second."""
+
+SMALL = [
+    "--train.batch=4",
+    "--rollout.samples=3",
+    "--rollout.views=1",
+    "--rollout.box_tokens=24",
+    "--rollout.query_tokens=8",
+]
