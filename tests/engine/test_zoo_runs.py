@@ -3,6 +3,7 @@ merged and quantised by the same code as the first one.
 """
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ from vise_fast.export import merged
 from vise_fast.images.drawn import Scenes
 from vise_fast.images.sources import open_source
 from vise_fast.method.experience import play_batch
+from vise_fast.method.groups.named_again import named_again
 from vise_fast.method.learner import Learner
+from vise_fast.method.roles import Queries
+from vise_fast.method.slices import Draws, Slice
+from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import load, quantise
 from vise_fast.model.families import FAMILIES
 from vise_fast.model.saved import export
@@ -92,6 +97,19 @@ def verdicts(engine):
 
 def masters(policy):
     return {name: p.detach().clone() for name, p in policy.parameters().items()}
+
+
+def test_what_a_box_holds_is_named_by_every_family(directory):
+    """`reward.unique`: a cutout of any shape is a picture that the family takes."""
+    config = settings(directory)
+    config.reward.unique = True
+    _, engine = opened(config)
+    pixels = images([(64, 64), (48, 80)])
+    part = Slice(engine, config, StepPlan.of(config), Draws(0, 0), pixels)
+    boxes = torch.tensor([[100.0, 100, 500, 500], [0, 333, 1000, 350]]).repeat_interleave(2, 0)
+    answers = SimpleNamespace(box_1000=boxes.double(), readable=torch.ones(4, dtype=torch.bool))
+    back = named_again(part, Queries(["red circle"] * 2, [True] * 2, [], []), answers)
+    assert back.shape == (2,) and not back.any()  # a random model says something else
 
 
 def test_a_step_a_checkpoint_an_adapter_and_a_merge(directory, tmp_path):

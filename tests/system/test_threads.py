@@ -202,6 +202,11 @@ def test_who_runs_is_read_where_the_system_says_it(tmp_path, text, count):
     assert threads._running(tmp_path) == count
 
 
+def test_counts_that_are_kept_from_us_say_nothing(tmp_path):
+    (tmp_path / "proc/stat").mkdir(parents=True)  # cannot be read, whoever asks
+    assert threads._running(tmp_path) is None and not threads.is_shared(tmp_path)
+
+
 def test_openmp_sleeps_unless_somebody_said_how_to_wait():
     environ = {"HOME": "/"}
     threads.wait_asleep(environ, loaded=())
