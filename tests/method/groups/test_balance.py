@@ -18,7 +18,7 @@ from vise_fast.method.groups.balance import Balance, figures, read, weights
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
 
-WORDS = [
+GROUNDED = [
     *SMALL,
     "--reward.w_sem=0",
     "--reward.w_geo=1",
@@ -110,7 +110,7 @@ def test_counts_go_through_json_with_their_order():
 
 
 def setup(*words):
-    config = configuration.load(None, [*WORDS, *words])
+    config = configuration.load(None, [*GROUNDED, *words])
     policy = model.load(config)
     engine = FastEngine(policy.backbone, policy.tokens)
     return config, Learner(policy, engine, config), Scenes(config)

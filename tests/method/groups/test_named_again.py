@@ -24,7 +24,7 @@ from vise_fast.method.slices import Draws, Slice
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.model import load as model
 
-WORDS = [
+GROUNDED = [
     *SMALL,
     "--reward.w_sem=0",
     "--reward.w_geo=1",
@@ -34,12 +34,12 @@ UNIQUE = "--reward.unique=true"
 
 @pytest.fixture(scope="module")
 def opened():
-    policy = model.load(configuration.load(None, WORDS))
+    policy = model.load(configuration.load(None, GROUNDED))
     return policy, FastEngine(policy.backbone, policy.tokens)
 
 
 def configured(*words, micro=0):
-    return configuration.load(None, [*WORDS, *words, f"--train.micro_batch={micro}"])
+    return configuration.load(None, [*GROUNDED, *words, f"--train.micro_batch={micro}"])
 
 
 def played(opened, *words, images=None, micro=0):
