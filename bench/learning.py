@@ -54,24 +54,30 @@ INTO: list[str] = []
 ROWS = {
     "base": None,
     "robust": "",
+    "robust, before": "--rollout.views 4 --rollout.view_temperature 0 --reward.w_geo 0.8 "
+    "--reward.w_sem 0.2 --reward.w_area 0.7 --reward.unreadable floor "
+    "--reward.shared_controls false --reward.settled 0",
+    "robust, greedy views": "--rollout.view_temperature 0",
     "paper": "--reward.preset paper --rollout.samples 8 --rollout.views 4 --train.batch 8 "
     "--update.advantage rloo --update.tau 0.3",
     "geometric only": "--reward.w_geo 1 --reward.w_sem 0 --reward.w_area 0",
-    "semantic only": "--reward.w_geo 0 --reward.w_sem 1 --reward.w_area 0",
-    "area term only": "--reward.name area_only --reward.w_area 1",
-    "random": "--reward.name random",
+    "semantic only": "--reward.w_geo 0 --reward.w_sem 1 --reward.w_area 0 --rollout.views 1",
+    "area term only": "--reward.name area_only --reward.w_area 1 --rollout.views 1",
+    "random": "--reward.name random --rollout.views 1",
     "shuffled": "--reward.name shuffled",
-    "oracle": "--reward.name oracle --reward.w_area 0",
+    "oracle": "--reward.name oracle --reward.w_area 0 --rollout.views 1",
     "consensus": "--reward.preset consensus",
     "consensus, shuffled": "--reward.preset consensus --reward.name shuffled",
-    "consensus, oracle": "--reward.preset consensus --reward.name oracle",
+    "consensus, oracle": "--reward.preset consensus --reward.name oracle --rollout.views 2",
     "likelihood": "--reward.preset consensus --update.consensus_by likelihood",
     "likelihood, oracle": "--reward.preset consensus --update.consensus_by likelihood "
-    "--reward.name oracle",
+    "--reward.name oracle --rollout.views 2",
 }
 """The words of each row's configuration; the base is not trained. `consensus` and `likelihood` are
-not VISE's update; behind a comma their controls take another image's box, or the true one, in place
-of the consensus. The likelihood of the true box is plain supervised training.
+not VISE's update; behind a comma their controls take another image's boxes, or the true one, in
+place of the consensus. The likelihood of the true box is plain supervised training. "robust,
+before" is the default up to November 2026. Rewards that read no view's box are spared views: the
+samples are the same.
 """
 TIMED = 3
 """Updates that are timed for `--minutes`, after one that is not."""

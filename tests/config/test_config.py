@@ -263,6 +263,9 @@ PAPER = {
     "reward.gate": 0.0,
     "reward.projection": "corners",
     "reward.w_area": 0.0,
+    "reward.unreadable": "floor",
+    "reward.shared_controls": False,
+    "reward.settled": 0.0,
     "update.advantage": "ema",
     "update.ema_momentum": 0.9,
     "update.kl": "exact",
@@ -295,7 +298,13 @@ ROBUST = {
 }
 
 
-NANO_ROBUST = ROBUST | {"update.beta_min": 0.02}  # the embedded model's own leash
+NANO_ROBUST = ROBUST | {  # what was chosen on the embedded model is its own
+    "update.beta_min": 0.02,
+    "rollout.view_temperature": 0.6,
+    "reward.unreadable": "group",
+    "reward.shared_controls": True,
+    "reward.settled": 0.1,
+}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_it_is_the_mean_of_the_boxes_projected_back():
     made = evidence([TRUTH] * 2, [seen] * 2, every, every, matrices)
     found = consensus(made)
     wanted = truth + errors.mean(0)
-    torch.testing.assert_close(found.box_1000, wanted.expand(2, 4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.box_1000[:, 0], wanted.expand(2, 4), atol=1e-6, rtol=0)
     assert found.known.all()
 
 
@@ -90,7 +90,8 @@ def test_a_box_that_lies_partly_outside_the_image_counts_as_it_lies():
     every = [[True] * 2] * 2
     made = evidence([TRUTH] * 2, [views] * 2, every, every, torch.stack([moved, PLAIN]))
     wanted = torch.tensor([900.0, 200, 990, 400], dtype=torch.float64)
-    torch.testing.assert_close(consensus(made).box_1000, wanted.expand(2, 4), atol=1e-6, rtol=0)
+    found = consensus(made).box_1000[:, 0]
+    torch.testing.assert_close(found, wanted.expand(2, 4), atol=1e-6, rtol=0)
 
 
 def test_views_that_say_nothing_count_for_nothing():
@@ -104,9 +105,25 @@ def test_views_that_say_nothing_count_for_nothing():
     readable = [[True, False, True, True, True]] * 4
     usable = [[True, True, True, False, True], [True, True, True, False, False]]
     usable += [[True, True, True, False, False]] * 2
-    found = consensus(evidence([TRUTH] * 4, views, readable, usable, PLAIN))
+    made = evidence([TRUTH] * 4, views, readable, usable, PLAIN)
+    found = consensus(made)
     assert found.known.tolist() == [True, True, False, False]
-    torch.testing.assert_close(found.box_1000[:2], torch.tensor([TRUTH] * 2, dtype=torch.float64))
+    torch.testing.assert_close(found.box_1000[:2, 0], torch.tensor([TRUTH] * 2).double())
+    one_by_one = consensus(made, of="each")
+    assert one_by_one.known.tolist() == [True, True, False, False]
+    assert one_by_one.counts[:2].tolist() == [[True, False, False, False, True]] * 2
+    assert not one_by_one.counts[2:].any()
+
+
+def test_each_box_stands_for_itself_where_they_are_not_averaged():
+    """Projected back through a flip, and cut off at the image; the mean of both is what it was."""
+    matrices = torch.stack([PLAIN, geometry.flip_px(640)])
+    views = [[TRUTH, [500.0, 200, 1100, 600]]] * 2
+    every = [[True] * 2] * 2
+    found = consensus(evidence([TRUTH] * 2, views, every, every, matrices), of="each")
+    wanted = torch.tensor([TRUTH, [0.0, 200, 500, 600]]).double()
+    torch.testing.assert_close(found.box_1000, wanted.expand(2, 2, 4), atol=1e-6, rtol=0)
+    assert found.counts.all() and found.known.all()
 
 
 def test_the_controls_move_to_the_true_box_and_to_another_images():
@@ -115,12 +132,13 @@ def test_the_controls_move_to_the_true_box_and_to_another_images():
     views = [[TRUTH] * 2] * 2 + [[other] * 2] * 2
     made = evidence([TRUTH] * 4, views, eye, eye, PLAIN)
     own = target(made, RewardConfig())
-    assert own.box_1000[:, 0].tolist() == [100, 100, 500, 500]
+    assert own.box_1000[:, 0, 0].tolist() == [100, 100, 500, 500]
     another = target(made, RewardConfig(name="shuffled"))
-    assert another.box_1000[:, 0].tolist() == [500, 500, 100, 100]
+    assert another.box_1000[:, 0, 0].tolist() == [500, 500, 100, 100]
     true = torch.tensor([TRUTH, TRUTH, [0.0] * 4, [0.0] * 4], dtype=torch.float64)
     told = target(replace(made, truth_1000=true), RewardConfig(name="oracle"))
-    assert told.box_1000.tolist() == true.tolist()
+    assert told.box_1000[:, 0].tolist() == true.tolist()
+    assert target(made, RewardConfig(name="shuffled"), "each").box_1000[0].tolist() == [other] * 2
     assert told.known.tolist() == [True, True, False, False]
 
 
@@ -150,16 +168,22 @@ def test_digits_and_their_places():
 )
 def test_an_answer_that_is_no_box_has_no_digits(ids):
     assert len(digits_of([ids], IDS)) == 0
-    wanted = torch.tensor([TRUTH])
-    assert agreements(digits_of([ids], IDS), wanted).shape == (0, 10)
+    wanted = torch.tensor([[TRUTH]])
+    counts = torch.tensor([[True]])
+    assert agreements(digits_of([ids], IDS), wanted, counts).shape == (0, 10)
 
 
 def test_agreement_of_every_digit_is_that_of_the_answer_with_it():
-    """Crossed corners, numbers beyond 1000 and leading zeros included."""
+    """Crossed corners, numbers beyond 1000 and leading zeros included; of three boxes the second
+    answer has two.
+    """
     answers = [answer("012", "345", "678", "999"), answer("700", "5", "31", "1000")]
-    wanted_1000 = torch.tensor([[50.0, 300, 700, 900], [100, 0, 650, 400]], dtype=torch.float64)
+    first = [[50.0, 300, 700, 900], [0, 0, 600, 800], [10, 350, 690, 1000]]
+    second = [[100.0, 0, 650, 400], [5, 5, 9, 9], [50, 10, 700, 990]]
+    wanted_1000 = torch.tensor([first, second], dtype=torch.float64)
+    counts = torch.tensor([[True, True, True], [True, False, True]])
     digits = digits_of(answers, IDS)
-    found = agreements(digits, wanted_1000)
+    found = agreements(digits, wanted_1000, counts)
     packed = [token for ids in answers for token in ids]
     for n, choice in itertools.product(range(len(digits)), range(10)):
         row = int(digits.row[n])
@@ -169,7 +193,8 @@ def test_agreement_of_every_digit_is_that_of_the_answer_with_it():
         own = changed[start : start + len(answers[row])]
         texts = "".join(str(IDS.index(t)) if t in IDS else " " for t in own).split()
         box = torch.tensor([float(text) for text in texts], dtype=torch.float64)
-        wanted = geometry.iou(geometry.clean_1000(box), wanted_1000[row])
+        targets = wanted_1000[row][counts[row]]
+        wanted = geometry.iou(geometry.clean_1000(box).expand_as(targets), targets).mean()
         assert found[n, choice] == pytest.approx(float(wanted), abs=1e-12)
 
 
@@ -200,9 +225,9 @@ def test_its_gradient_is_that_of_the_expected_agreement_given_the_prefix():
     """
     torch.manual_seed(1)
     answers = [answer("12", "3", "45", "67"), answer("7", "8", "9", "10")]
-    wanted_1000 = torch.tensor([[10.0, 0, 40, 60], [5, 5, 9, 60]], dtype=torch.float64)
+    wanted_1000 = torch.tensor([[[10.0, 0, 40, 60]], [[5, 5, 9, 60]]], dtype=torch.float64)
     digits = digits_of(answers, IDS)
-    values = agreements(digits, wanted_1000)
+    values = agreements(digits, wanted_1000, torch.ones(2, 1, dtype=torch.bool))
     tokens = torch.tensor([len(ids) for ids in answers])
     logits = torch.randn(len(digits), 11, dtype=torch.float64, requires_grad=True)
     loss = expected_agreement(logits.log_softmax(-1)[:, :10], values, digits.row, tokens, 3)
@@ -221,8 +246,8 @@ def test_it_is_what_reinforce_estimates_digit_by_digit():
     """The mean over draws of one digit of (agreement - baseline) times log-probability, exactly."""
     torch.manual_seed(2)
     digits = digits_of([answer("3", "2", "9", "8")], IDS)
-    wanted_1000 = torch.tensor([[1.0, 0, 9, 9]], dtype=torch.float64)
-    values = agreements(digits, wanted_1000)
+    wanted_1000 = torch.tensor([[[1.0, 0, 9, 9]]], dtype=torch.float64)
+    values = agreements(digits, wanted_1000, torch.ones(1, 1, dtype=torch.bool))
     logits = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     logprob = logits.log_softmax(-1)
     loss = expected_agreement(logprob, values, digits.row, torch.tensor([9]), 1)
@@ -240,9 +265,10 @@ def test_likelihood_weighs_tokens_by_what_they_are_worth():
     torch.manual_seed(3)
     logprob = torch.randn(len(weights) + 2, requires_grad=True)
     digits = digits_of(answers, IDS)
-    found = likelihood(logprob, [len(ids) for ids in answers], digits, 4)
+    worth = torch.tensor([3.0, 0.5])
+    found = likelihood(logprob, [len(ids) for ids in answers], digits, 4, worth)
     w = torch.tensor(weights)
-    wanted = ((w * logprob[:15]).sum() / w.sum() + logprob[15:].mean()) / 4
+    wanted = (3 * (w * logprob[:15]).sum() / w.sum() + 0.5 * logprob[15:].mean()) / 4
     torch.testing.assert_close(found, wanted)
     gradient, truth = (torch.autograd.grad(x, logprob)[0] for x in (found, wanted))
     torch.testing.assert_close(gradient, truth)

@@ -438,27 +438,34 @@ def test_the_second_time_counts_by_what_has_changed_since_the_first():
     assert 1e-6 < moved_by.max() < 1
 
 
-def test_the_likelihood_of_the_consensus_is_that_of_its_text():
+def text_likelihood(learner, played, image, box):
+    """Of one box as an answer about one image, its tokens weighted."""
+    tokens = learner.engine.tokens
+    ids = torch.tensor([[*tokens.ids(tokens.style.write_box(box)), tokens.eos[0]]])
+    answers = Rollout(ids, torch.zeros(0), [ids.shape[1]])
+    alone = Answered([played.boxes.rows[image]], answers, [0])
+    with torch.no_grad():
+        hidden = learner.engine.score(played.features.select([image]), alone, True)
+        logits = learner.engine.backbone.logits(hidden)
+    table = logits.masked_fill(learner.engine.banned, -torch.inf).log_softmax(-1)
+    weight = torch.tensor([0.1] + [1, 0.4, 0.1, 0.1] * 4 + [0.1])
+    return float((weight * table.gather(1, ids.T)[:, 0]).sum() / weight.sum())
+
+
+@pytest.mark.parametrize("of", ["mean", "each"])
+def test_the_likelihood_of_the_consensus_is_that_of_its_texts(of):
     words = ["--update.consensus=1", "--update.consensus_by=likelihood", "--rollout.views=3"]
+    words.append(f"--update.consensus_of={of}")
     config, learner, source = moved(*words)
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
-    agreed = played.agreed = consensus.target(played.evidence, config.reward)
+    agreed = played.agreed = consensus.target(played.evidence, config.reward, of)
     known = [image for image in range(4) if agreed.known[3 * image]]
     with torch.no_grad():
         found = learner._likelihood(played, [3 * image + 1 for image in range(4)], 12)
-    tokens = learner.engine.tokens
     total = 0.0
     for image in known:
-        text = tokens.style.write_box(agreed.box_1000[3 * image].tolist())
-        ids = torch.tensor([[*tokens.ids(text), tokens.eos[0]]])
-        answers = Rollout(ids, torch.zeros(0), [ids.shape[1]])
-        alone = Answered([played.boxes.rows[image]], answers, [0])
-        with torch.no_grad():
-            hidden = learner.engine.score(played.features.select([image]), alone, True)
-            logits = learner.engine.backbone.logits(hidden)
-        table = logits.masked_fill(learner.engine.banned, -torch.inf).log_softmax(-1)
-        weight = torch.tensor([0.1] + [1, 0.4, 0.1, 0.1] * 4 + [0.1])
-        total += float((weight * table.gather(1, ids.T)[:, 0]).sum() / weight.sum())
+        boxes = agreed.box_1000[3 * image][agreed.counts[3 * image]].tolist()
+        total += sum(text_likelihood(learner, played, image, box) for box in boxes) / len(boxes)
     assert known and float(found) == pytest.approx(total * 3 / 12, rel=1e-4)
     _, metrics = step(*moved(*words))
     assert metrics["grad_norm"] > 0 and metrics["policy_loss"] == 0

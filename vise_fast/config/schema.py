@@ -588,6 +588,13 @@ class UpdateConfig(Section):
             "samples, or its own likelihood as an answer"
         ),
     )
+    consensus_of: Literal["mean", "each"] = Field(
+        "mean",
+        description=(
+            "what the digits are moved to: the mean of the boxes found in the views, or each of "
+            "them, at its share"
+        ),
+    )
     tempered: bool = Field(
         False,
         description=(
@@ -727,6 +734,9 @@ PAPER = {
     "reward.w_geo": 0.5,
     "reward.w_sem": 0.5,
     "reward.w_area": 0.0,
+    "reward.unreadable": "floor",
+    "reward.shared_controls": False,
+    "reward.settled": 0.0,
     "reward.projection": "corners",
     "update.advantage": "ema",
     "update.ema_momentum": 0.9,
@@ -749,14 +759,16 @@ AS_RELEASED = PAPER | {
     "view.min_kept": 0.0,
     "view.side_words": "keep",
 }
-# Not VISE's update: digits are moved to the box on which eight views of the reference agree, and no
+# Not VISE's update: digits are moved to the boxes that the reference samples in eight views, and no
 # verdict is asked for but the one on the image itself. Chosen on the embedded model alone.
 CONSENSUS = {
     "update.consensus": 1.0,
+    "update.consensus_of": "each",
     "update.tempered": True,
     "rollout.temperature": 0.3,
     "rollout.samples": 4,
     "rollout.views": 8,
+    "rollout.view_temperature": 0.6,
     "train.batch": 16,
     "reward.w_geo": 1.0,
     "reward.w_sem": 0.0,

@@ -1,5 +1,5 @@
-"""The consensus of the views: one box per image from the boxes found in its views, and how the
-digits of a sampled box would have to change to agree with it.
+"""The consensus of the views: the boxes found in an image's views, or their mean, and how the digits
+of a sampled box would have to change to agree with them.
 
 This is not VISE's update. VISE rewards a sampled box for agreeing with the views, and REINFORCE
 learns from the samples' rewards. Here the log-probability of every digit that could have been
@@ -11,7 +11,10 @@ cannot be trained into anything. Weighted by `update.consensus` and added to REI
     J = 1/N sum_n 1/T_n sum_j sum_d p(d | prefix_nj) IoU(box_n with digit j := d, consensus)
 
 That is `update.consensus_by: agreement`. `likelihood` is plainer: the mean log-probability of the
-consensus itself, written as an answer, its tokens weighted by what they are worth.
+consensus itself, written as an answer, its tokens weighted by what they are worth. With
+`update.consensus_of: each` the views' boxes are not averaged, but what is said of them: the mean
+IoU with each, the mean log-probability of each. Where they differ a box in between is then worth
+what it would be worth on average, if one of them were the truth.
 
 Left out: the forward pass and the rest of the loss (learner.py, loss.py). Pure functions of
 tensors. Run: `pytest tests/method/test_consensus.py`.
@@ -19,7 +22,9 @@ tensors. Run: `pytest tests/method/test_consensus.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,14 +44,30 @@ FEWEST_VIEWS = 2
 
 @dataclass(frozen=True)
 class Consensus:
-    """Of each of N rows, alike within a group: box_1000 (N, 4) float64, known (N,) bool."""
+    """Of each of N rows, alike within a group: box_1000 (N, M, 4) float64, of which some count (N,
+    M) bool; known (N,) bool: whether it may be learned from.
+    """
 
     box_1000: Tensor
+    counts: Tensor
     known: Tensor
 
+    @classmethod
+    def single(cls, box_1000: Tensor, known: Tensor) -> Consensus:
+        """One box (N, 4) for each row."""
+        return cls(box_1000[:, None], known[:, None], known)
 
-def consensus(evidence: Evidence, projection: geometry.Projection = "ellipse") -> Consensus:
-    """The mean of the boxes found in a group's views, projected back onto the image.
+    def select(self, rows: Sequence[int] | Tensor) -> Consensus:
+        """That of some rows."""
+        return Consensus(self.box_1000[rows], self.counts[rows], self.known[rows])
+
+
+def consensus(
+    evidence: Evidence,
+    projection: geometry.Projection = "ellipse",
+    of: Literal["mean", "each"] = "mean",
+) -> Consensus:
+    """The boxes found in a group's views, projected back onto the image, or their mean.
 
     A view counts where its answer is a box with area and the view is usable for any of the group's
     rows (it keeps enough of that box, and its query names no side under a flip). Known where at
@@ -67,21 +88,27 @@ def consensus(evidence: Evidence, projection: geometry.Projection = "ellipse") -
     count = usable.sum(1)
     total = (back.double() * usable[..., None]).sum(1)
     box = geometry.clean_1000(total / count.clamp_min(1)[:, None])
-    return Consensus(box, (count >= FEWEST_VIEWS) & geometry.proper(box))
+    known = (count >= FEWEST_VIEWS) & geometry.proper(box)
+    if of == "mean":
+        return Consensus.single(box, known)
+    every = geometry.clean_1000(back.double())
+    counts = usable & known[:, None] & geometry.proper(every)
+    return Consensus(every, counts, counts.any(1))
 
 
-def target(evidence: Evidence, config: RewardConfig) -> Consensus:
+def target(
+    evidence: Evidence, config: RewardConfig, of: Literal["mean", "each"] = "mean"
+) -> Consensus:
     """What the digits are moved to: the consensus; for the controls of the learning study the true
     box (`reward.name` oracle), or the consensus of the next image (shuffled), which says nothing.
     """
     if config.name == "oracle" and evidence.truth_1000 is not None:
         truth = geometry.clean_1000(evidence.truth_1000)
-        return Consensus(truth, geometry.proper(truth))
-    found = consensus(evidence, config.projection)
+        return Consensus.single(truth, geometry.proper(truth))
+    found = consensus(evidence, config.projection, of)
     if config.name != "shuffled":
         return found
-    group = evidence.group_size
-    return Consensus(found.box_1000.roll(-group, 0), found.known.roll(-group, 0))
+    return found.select(torch.arange(len(found.known)).roll(-evidence.group_size))
 
 
 def check(config: Config, tokens: Tokens) -> None:
@@ -165,9 +192,10 @@ def _runs(digits: list[int | None]) -> list[list[tuple[int, int]]]:
     return runs
 
 
-def agreements(digits: Digits, target_1000: Tensor) -> Tensor:
-    """(D, 10) float64: the IoU with the row's target (rows, 4) that the box would have with each
-    digit in place of the one that was written, all else unchanged.
+def agreements(digits: Digits, target_1000: Tensor, counts: Tensor) -> Tensor:
+    """(D, 10) float64: the mean IoU with those of the row's targets (rows, M, 4) that count (rows,
+    M), which the box would have with each digit in place of the one that was written, all else
+    unchanged; 0 where none counts.
     """
     choices = torch.arange(CHOICES)
     change = (choices[None] - digits.digit[:, None]) * digits.worth[:, None]
@@ -176,7 +204,10 @@ def agreements(digits: Digits, target_1000: Tensor) -> Tensor:
     moved.scatter_(2, column, change[..., None])
     boxes = geometry.clean_1000((digits.box[digits.row][:, None] + moved).double())
     target = geometry.clean_1000(target_1000)[digits.row][:, None]
-    return geometry.iou(boxes, target.expand_as(boxes))
+    shape = (len(digits), CHOICES, target.shape[2], COORDINATES)
+    found = geometry.iou(boxes[:, :, None].expand(shape), target.expand(shape))
+    weight = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    return (found * weight[digits.row][:, None]).sum(2)
 
 
 def expected_agreement(
@@ -201,14 +232,17 @@ TOKEN_WEIGHTS = {1000: 1.0, 100: 1.0, 10: 0.4, 1: 0.1}
 """Of a digit in the likelihood, by its worth; all else weighs as the last."""
 
 
-def likelihood(logprob: Tensor, lengths: list[int], digits: Digits, denominator: int) -> Tensor:
-    """Weighted mean log-probability of whole answers, summed and over `denominator`: a scalar to
-    maximise. logprob (tokens,) packed, with gradient; lengths: tokens of each answer.
+def likelihood(
+    logprob: Tensor, lengths: list[int], digits: Digits, denominator: int, worth: Tensor
+) -> Tensor:
+    """Weighted mean log-probability of whole answers, summed by their worth (answers,) and over
+    `denominator`: a scalar to maximise. logprob (tokens,) packed, with gradient; lengths: tokens of
+    each answer.
     """
     weight = torch.full((sum(lengths),), TOKEN_WEIGHTS[1])
     weight[digits.place] = torch.tensor([TOKEN_WEIGHTS[worth] for worth in digits.worth.tolist()])
     total = torch.stack([piece.sum() for piece in weight.split(lengths)])
-    share = weight / total.repeat_interleave(torch.tensor(lengths))
+    share = weight * (worth / total).repeat_interleave(torch.tensor(lengths))
     return (put(share, logprob.device) * logprob.float()).sum() / denominator
 
 

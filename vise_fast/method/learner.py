@@ -226,13 +226,11 @@ class Learner:
         """The consensus of the whole batch, each slice's kept with it: its controls look at other
         images.
         """
-        whole = consensus.target(evidence, self.config.reward)
+        whole = consensus.target(evidence, self.config.reward, self.config.update.consensus_of)
         samples = self.config.rollout.samples
-        sizes = _sizes(slices, samples)
-        boxes = self._own(whole.box_1000, samples).split(sizes)
-        known = self._own(whole.known, samples).split(sizes)
-        for played, box_1000, sure in zip(slices, boxes, known, strict=True):
-            played.agreed = consensus.Consensus(box_1000, sure)
+        rows = self._own(torch.arange(len(whole.known)), samples)
+        for played, part in zip(slices, rows.split(_sizes(slices, samples)), strict=True):
+            played.agreed = whole.select(part)
 
     def _own(self, rows: Tensor, per_image: int) -> Tensor:
         """Of the rows of a whole batch, which has so many per image, this rank's."""
@@ -386,15 +384,15 @@ class Learner:
 
     def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
         """That of the consensus as an answer about every image with a chosen sample, at temperature
-        1; it counts as often as the image has samples.
+        1; it counts as often as the image has samples, and each of its boxes the same share of it.
         """
         group = self.config.rollout.samples
         agreed = _agreed(played)
         images = sorted({n // group for n in chosen if agreed.known[n]})
         if not images:
             return torch.zeros((), device=self.policy.device)
-        rows = [image * group for image in images]
-        answered = self._written(played, images, agreed.box_1000[rows])
+        own = agreed.select([image * group for image in images])
+        answered = self._written(played, images, own)
         engine = self.engine
         features = played.features.select(images)
         recompute = self.config.train.checkpointing
@@ -403,19 +401,23 @@ class Learner:
         head = engine.backbone.head.weight
         logprob = linear_logprob(hidden, head, answers.packed(), banned=engine.banned)
         digits = consensus.digits_of(answers.rows(), engine.tokens.digits)
-        return consensus.likelihood(logprob, answers.lengths, digits, samples) * group
+        share = group / own.counts.sum(1)[answered.owner]
+        return consensus.likelihood(logprob, answers.lengths, digits, samples, share)
 
-    def _written(self, played: Played, images: list[int], box_1000: Tensor) -> Answered:
-        """The questions about these images with boxes (images, 4) as their answers."""
+    def _written(
+        self, played: Played, images: list[int], agreed: consensus.Consensus
+    ) -> Answered:
+        """The questions about these images with the boxes that count as their answers."""
         tokens = self.engine.tokens
-        boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in box_1000.tolist()]
-        answers = tokens.written_boxes(boxes)
+        owner, column = (part.tolist() for part in agreed.counts.nonzero(as_tuple=True))
+        table = agreed.box_1000[owner, column].tolist()
+        answers = tokens.written_boxes([(x1, y1, x2, y2) for x1, y1, x2, y2 in table])
         lengths = [len(row) for row in answers]
         padded = [row + [tokens.pad] * (max(lengths) - len(row)) for row in answers]
         ids = put(padded, self.policy.device)
         rollout = Rollout(ids, torch.zeros(ids.shape, device=ids.device), lengths, padded)
         rows = [played.boxes.rows[image] for image in images]
-        return Answered(rows, rollout, list(range(len(images))))
+        return Answered(rows, rollout, owner)
 
     def _agreement(
         self,
@@ -426,13 +428,11 @@ class Learner:
         samples: int,
     ) -> Tensor:
         """The chosen answers' expected agreement with the consensus of their views, per digit."""
-        agreed = _agreed(played)
-        own = torch.tensor(chosen)  # samples only: the views are boxed by the reference
-        known = agreed.known[own]
+        own = _agreed(played).select(chosen)  # samples: the views are boxed by the reference
         digits = choices.digits
         device = choices.logprob.device
-        values = consensus.agreements(digits, agreed.box_1000[own])
-        values = put(values * known[digits.row][:, None], device)
+        values = consensus.agreements(digits, own.box_1000, own.counts)
+        values = put(values * own.known[digits.row][:, None], device)
         row = put(digits.row, device)
         tokens = put(lengths, device)
         return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
