@@ -1,5 +1,8 @@
 """Words for a batch of the embedded model that is played in a second."""
 
+EVERY_VERDICT = ["--reward.shared_controls=false", "--reward.settled=0"]
+"""No verdict is spared, whatever the embedded model's own configuration spares."""
+
 SMALL = [
     "--train.batch=4",
     "--rollout.samples=3",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from small_batches import EVERY_VERDICT
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
@@ -130,6 +131,7 @@ JUDGED = [
     "--reward.controls=2",
     "--reward.sufficiency=true",
     "--reward.gate=0",
+    *EVERY_VERDICT,
 ]
 
 

@@ -35,6 +35,7 @@ ROBUST = StepPlan(
     keeps_reference=True,
 )
 SIZES = ["--train.batch=4", "--rollout.samples=3", "--rollout.views=2"]
+SIZES += ["--rollout.view_temperature=0"]
 POLICY = ["--rollout.asker=policy", "--rollout.regrounder=policy", "--reward.judge=policy"]
 ALIKE = ["--rollout.temperature=0.7", "--rollout.view_temperature=0.7"]
 

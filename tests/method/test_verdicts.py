@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from small_batches import EVERY_VERDICT
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views
@@ -38,10 +39,8 @@ class Scene:
     """Three images with one true object each, and six boxes about each."""
 
     def __init__(self, engine, *words):
-        self.config = configuration.load(
-            None,
-            [f"--rollout.samples={SAMPLES}", "--reward.w_sem=0.5", "--reward.gate=0", *words],
-        )
+        small = [f"--rollout.samples={SAMPLES}", "--reward.w_sem=0.5", "--reward.gate=0"]
+        self.config = configuration.load(None, [*small, *EVERY_VERDICT, *words])
         source = Scenes(self.config)
         images = source.batch(0, IMAGES)
         things = [source.scene(image.key).objects[-1] for image in images]
