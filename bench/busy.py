@@ -9,7 +9,9 @@ Every contender is one training in a process of its own that stands still (SIGST
 turn, so repeats are interleaved and nothing is started anew. A training looks at its start who else
 is at work, so each is started as it will run: alone, beside the neighbour, or one while the other
 runs; "one that came later" meets a training that was started alone. A turn lasts a number of whole
-steps; the step it begins in, half of which was done before, does not count. The neighbour is a
+steps; the step it begins in, half of which was done before, does not count. Another checkout meets
+ours twice: as either is shipped, and with ours doing the work that was the default before ("as
+before": `robust, before` of learning.py), the same images, boxes and verdicts. The neighbour is a
 Python loop without end, on whichever core the system gives it. What else the machine did meanwhile
 is counted ("others", in cores): a figure with much of it says little. All processes end with the
 bench. Wall time; left out: GPUs, and what a neighbour does to memory.
@@ -34,12 +36,19 @@ from types import FrameType
 import _checkout
 import _measure as measure
 import torch
+from learning import ROWS
 
 from vise_fast.system.console import read_lines
 from vise_fast.system.machine.threads import HASTY, HOW_TO_WAIT, PATIENT, said
 
 POLL_S = 0.1
-GOALS = {"beside / alone": 0.45, "two at once / alone": 0.8, "alone / old alone": 0.97}
+GOALS = {
+    "beside / alone": 0.45,
+    "two at once / alone": 0.8,
+    "alone / old alone": 0.97,
+    "alone, as before / old alone": 0.97,
+}
+AS_BEFORE = (ROWS["robust, before"] or "").split()
 LOOP = "while True: pass"
 WITHOUT_END = ("--train.steps", "1000000", "--eval.scenes", "0", "--run.checkpoint_every", "0")
 
@@ -69,7 +78,9 @@ class Held:
 class Training(Held):
     """A training of the code in `checkout`, which takes its own choice of how threads wait."""
 
-    def __init__(self, checkout: Path, directory: Path, threads: int, batch: int) -> None:
+    def __init__(
+        self, checkout: Path, directory: Path, threads: int, batch: int, extra: Sequence[str] = ()
+    ) -> None:
         self.directory = directory
         self.batch = batch
         self.said = directory.with_suffix(".txt")
@@ -79,7 +90,7 @@ class Training(Held):
         environment["PYTHONPATH"] = f"{checkout}:{checkout / 'kernels'}"
         with self.said.open("w") as said:
             super().__init__(
-                [*words, "--train.batch", str(batch), *WITHOUT_END],
+                [*words, "--train.batch", str(batch), *WITHOUT_END, *extra],
                 cwd=checkout,
                 env=environment,
                 stdout=said,
@@ -165,10 +176,12 @@ def contests(args: argparse.Namespace) -> Iterator[dict[str, Contest]]:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def training(name: str, checkout: Path, beside: Held | None = None) -> Training:
+        def training(
+            name: str, checkout: Path, beside: Held | None = None, extra: Sequence[str] = ()
+        ) -> Training:
             if beside is not None:
                 beside.go_on()
-            made = Training(checkout, scratch / name, args.threads, args.batch)
+            made = Training(checkout, scratch / name, args.threads, args.batch, extra)
             stack.callback(made.end)
             made.wait_for(args.warmup)
             made.hold()
@@ -191,6 +204,8 @@ def contests(args: argparse.Namespace) -> Iterator[dict[str, Contest]]:
             "two at once": Contest([third, fourth], [], args.steps),
         }
         if args.old is not None:
+            before = training("before", _checkout.ROOT, extra=AS_BEFORE)
+            found["alone, as before"] = Contest([before], [], args.steps)
             old = training("old", args.old.resolve())
             found["old alone"] = Contest([old], [], args.steps)
             found["old beside"] = Contest([old], [loop], 1)
@@ -221,6 +236,8 @@ def ratios(found: dict[str, Contest]) -> dict[str, dict[str, float]]:
     if "old alone" in found:
         old = found["old alone"].images_per_s
         pairs["alone / old alone"] = (alone, old)
+        before = found["alone, as before"].images_per_s
+        pairs["alone, as before / old alone"] = (before, old)
         pairs["old beside / old alone"] = (found["old beside"].images_per_s, old[-1:])
     return {name: _ratio(*pair) for name, pair in pairs.items()}
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from small_batches import EVERY_VERDICT
+
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images import views

@@ -404,9 +404,7 @@ class Learner:
         share = group / own.counts.sum(1)[answered.owner]
         return consensus.likelihood(logprob, answers.lengths, digits, samples, share)
 
-    def _written(
-        self, played: Played, images: list[int], agreed: consensus.Consensus
-    ) -> Answered:
+    def _written(self, played: Played, images: list[int], agreed: consensus.Consensus) -> Answered:
         """The questions about these images with the boxes that count as their answers."""
         tokens = self.engine.tokens
         owner, column = (part.tolist() for part in agreed.counts.nonzero(as_tuple=True))
