@@ -5,8 +5,8 @@ scenes no setting was chosen on.
                                                         comma: minutes on two cores
     python bench/learning.py --steps 500 --seeds 0 1 2  the study; resumable: a finished cell is
                                                         never run again
-    python bench/learning.py --split validation …       for choosing settings; the published split is
-                                                        touched by the final table only
+    python bench/learning.py --split validation …       for choosing settings; the published split
+                                                        is for the final table only
     python bench/learning.py --minutes 10 --seeds 0 1 2  the same at equal time: every row gets as
                                                         many updates as fit into so many CPU minutes
     python bench/learning.py --smoke                    every row, one update each, nothing kept:

@@ -1,5 +1,5 @@
-"""The consensus of the views: the boxes found in an image's views, or their mean, and how the digits
-of a sampled box would have to change to agree with them.
+"""The consensus of the views: the boxes found in an image's views, or their mean, and how the
+digits of a sampled box would have to change to agree with them.
 
 This is not VISE's update. VISE rewards a sampled box for agreeing with the views, and REINFORCE
 learns from the samples' rewards. Here the log-probability of every digit that could have been
