@@ -74,8 +74,8 @@ ROWS = {
     "--update.consensus_by likelihood --reward.name oracle --rollout.views 2",
 }
 """The words of each row's configuration; the base is not trained. `consensus` and `likelihood` are
-not VISE's update, or not wholly; behind a comma their controls take another image's boxes, or the true one, in
-place of the consensus. The likelihood of the true box is plain supervised training. "robust,
+not wholly VISE's update; behind a comma their controls take another image's boxes, or the true one,
+in place of the consensus. The likelihood of the true box is plain supervised training. "robust,
 before" is the default up to November 2026. Rewards that read no view's box are spared views: the
 samples are the same.
 """
