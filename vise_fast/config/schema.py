@@ -397,7 +397,7 @@ class RolloutConfig(Section):
         ge=0,
         description=(
             "sampling temperature of the boxes in the views; 0: greedy, which agrees more with the "
-            "truth"
+            "truth, but taught the embedded model's greedy boxes half as much (docs/LEARNING.md)"
         ),
     )
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
