@@ -11,7 +11,8 @@ is at work, so each is started as it will run: alone, beside the neighbour, or o
 runs; "one that came later" meets a training that was started alone. A turn lasts a number of whole
 steps; the step it begins in, half of which was done before, does not count. Another checkout meets
 ours twice: as either is shipped, and with ours doing the work that was the default before ("as
-before": `robust, before` of learning.py), the same images, boxes and verdicts. The neighbour is a
+before": `robust, before` of learning.py), which is that of a checkout from then: the same images,
+boxes and verdicts. The neighbour is a
 Python loop without end, on whichever core the system gives it. What else the machine did meanwhile
 is counted ("others", in cores): a figure with much of it says little. All processes end with the
 bench. Wall time; left out: GPUs, and what a neighbour does to memory.

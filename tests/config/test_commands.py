@@ -263,7 +263,7 @@ def test_a_preset_over_a_file_says_what_the_file_still_decides(tmp_path):
     assert "train.steps" not in note and "w_geo" not in note  # not the preset's; the same
     assert "train.batch" not in notes(*config, "--reward.preset=paper", "--train.batch=8")[0]
     (note,) = notes(*config, "--reward.preset", "robust")
-    assert "reward.w_geo 0.5 (0.8)" in note and "train.batch" not in note
+    assert "reward.w_geo 0.5 (1.0)" in note and "train.batch" not in note
     assert notes(*config) == [] == notes("--reward.preset", "paper")
 
 

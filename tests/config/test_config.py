@@ -262,6 +262,8 @@ PAPER = {
     "reward.judge": "policy",
     "reward.gate": 0.0,
     "reward.projection": "corners",
+    "reward.w_geo": 0.5,
+    "reward.w_sem": 0.5,
     "reward.w_area": 0.0,
     "reward.unreadable": "floor",
     "reward.shared_controls": False,

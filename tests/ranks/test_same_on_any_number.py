@@ -91,6 +91,7 @@ WHOLE_BATCH = {
     },
     "answers that are learned from twice": {"update__reuse": 2},
     "the consensus of the views": {"update__consensus": 0.5},
+    "each of their boxes": {"update__consensus": 0.5, "update__consensus_of": "each"},
     "words that must come back, and often asked ones count less": {
         "reward__unique": "true",
         "data__balance": 1.0,

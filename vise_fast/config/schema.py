@@ -397,7 +397,7 @@ class RolloutConfig(Section):
         ge=0,
         description=(
             "sampling temperature of the boxes in the views; 0: greedy, which agrees more with the "
-            "truth, but taught the embedded model's greedy boxes half as much (docs/LEARNING.md)"
+            "truth, but taught the embedded model's greedy boxes less (docs/LEARNING.md)"
         ),
     )
     query_tokens: int = Field(64, ge=1, description="new tokens for a query at most")
@@ -577,8 +577,8 @@ class UpdateConfig(Section):
         ge=0,
         le=1,
         description=(
-            "share of the update that moves every digit directly towards the box on which the "
-            "views agree, the rest being REINFORCE; above 0 it is not VISE's update any more"
+            "share of the update that moves every digit directly towards the boxes found in the "
+            "views, the rest being REINFORCE; above 0 it is not VISE's update any more"
         ),
     )
     consensus_by: Literal["agreement", "likelihood"] = Field(
@@ -803,16 +803,24 @@ def kept_from_preset(path: str | Path | None, overrides: Sequence[str]) -> dict[
     preset = typed.get("reward.preset")
     if path is None or not isinstance(preset, str) or preset not in PRESETS:
         return {}
+    written = settings.read(places.config_file(path), Config)
     below = PRESETS[preset]
     if preset == "robust":
-        usual = dict(settings.fields(Config))
-        below = {key: usual[key].default for key in AS_RELEASED | CONSENSUS}
-    written = settings.read(places.config_file(path), Config)
+        usual = {key: field.default for key, field in settings.fields(Config)}
+        usual |= _embedded(written | typed)
+        below = {key: usual[key] for key in AS_RELEASED | CONSENSUS}
     return {
         key: (written[key], value)
         for key, value in below.items()
         if key in written and key not in typed and written[key] != value
     }
+
+
+def _embedded(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies beneath everything where the embedded model is the one that is stated."""
+    if stated.get("model.path", "nano") == "nano" and NANO.exists():
+        return settings.read(NANO, Config)
+    return {}
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -845,9 +853,7 @@ def load(
     stated = written | typed
     if plugins:
         _run_plugins(stated)
-    embedded = {}
-    if stated.get("model.path", "nano") == "nano" and NANO.exists():
-        embedded = settings.read(NANO, Config)
+    embedded = _embedded(stated)
     preset = stated.get("reward.preset", embedded.get("reward.preset", "robust"))
     below = embedded | (PRESETS.get(preset, {}) if isinstance(preset, str) else {})
     merged = _shortened(_shortened(below, written), typed)

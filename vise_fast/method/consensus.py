@@ -71,7 +71,8 @@ def consensus(
 
     A view counts where its answer is a box with area and the view is usable for any of the group's
     rows (it keeps enough of that box, and its query names no side under a flip). Known where at
-    least two views count and the mean has area.
+    least two views count and the mean has area; of `each`, boxes without area on the image are then
+    left out, and one may remain.
     """
     e = evidence
     found = e.view_readable & geometry.proper(e.view_box_1000)
@@ -240,7 +241,7 @@ def likelihood(
     each answer.
     """
     weight = torch.full((sum(lengths),), TOKEN_WEIGHTS[1])
-    weight[digits.place] = torch.tensor([TOKEN_WEIGHTS[worth] for worth in digits.worth.tolist()])
+    weight[digits.place] = torch.tensor([TOKEN_WEIGHTS[unit] for unit in digits.worth.tolist()])
     total = torch.stack([piece.sum() for piece in weight.split(lengths)])
     share = weight * (worth / total).repeat_interleave(torch.tensor(lengths))
     return (put(share, logprob.device) * logprob.float()).sum() / denominator

@@ -340,8 +340,8 @@ def oracle(
 
 
 NOISE = 0.1
-"""Standard deviation of the random reward: that of `vise` over a batch of the embedded model's
-samples, 0.11 (within a group 0.08).
+"""Standard deviation of the random reward: about that of `vise` over a batch of the embedded
+model's samples, 0.095 (within a group 0.073; 96 validation scenes).
 """
 
 
