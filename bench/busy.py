@@ -37,7 +37,7 @@ from types import FrameType
 import _checkout
 import _measure as measure
 import torch
-from learning import ROWS
+from learning import BEFORE
 
 from vise_fast.system.console import read_lines
 from vise_fast.system.machine.threads import HASTY, HOW_TO_WAIT, PATIENT, said
@@ -49,7 +49,6 @@ GOALS = {
     "alone / old alone": 0.97,
     "alone, as before / old alone": 0.97,
 }
-AS_BEFORE = (ROWS["robust, before"] or "").split()
 LOOP = "while True: pass"
 WITHOUT_END = ("--train.steps", "1000000", "--eval.scenes", "0", "--run.checkpoint_every", "0")
 
@@ -205,7 +204,7 @@ def contests(args: argparse.Namespace) -> Iterator[dict[str, Contest]]:
             "two at once": Contest([third, fourth], [], args.steps),
         }
         if args.old is not None:
-            before = training("before", _checkout.ROOT, extra=AS_BEFORE)
+            before = training("before", _checkout.ROOT, extra=BEFORE.split())
             found["alone, as before"] = Contest([before], [], args.steps)
             old = training("old", args.old.resolve())
             found["old alone"] = Contest([old], [], args.steps)

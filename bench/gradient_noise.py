@@ -29,7 +29,7 @@ import _checkout
 import _measure as measure
 import numpy as np
 import torch
-from learning import ROWS, SPLIT_SEED, of_scenes, parted
+from learning import BEFORE, SPLIT_SEED, of_scenes, parted
 from torch import Tensor
 
 from vise_fast.config import schema as configuration
@@ -45,7 +45,6 @@ from vise_fast.model import load as model
 SAMPLES = 16
 VIEWS = 8
 RESAMPLES = 1000
-BEFORE = "robust, before"
 RESULT = _checkout.ROOT / "bench" / "results" / "gradient_noise.json"
 
 
@@ -217,7 +216,7 @@ def estimates(scenes: int, extra: list[str]) -> dict:
     """Every estimator's."""
     torch.set_num_threads(1)
     words = ["--train.seed", str(SPLIT_SEED["validation"]), "--train.share_forward", "false"]
-    words += (ROWS[BEFORE] or "").split()
+    words += BEFORE.split()
     words += ["--rollout.samples", str(SAMPLES), "--rollout.views", str(VIEWS), *extra]
     found = collect(configuration.load(None, words), scenes)
     rows = {}

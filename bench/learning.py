@@ -51,12 +51,17 @@ CELLS = ROOT / "bench" / "results" / "learning"
 ADAPTERS = ROOT / "build" / "learning"
 INTO: list[str] = []
 
+BEFORE = (
+    "--rollout.views 4 --rollout.view_temperature 0 --reward.w_geo 0.8 --reward.w_sem 0.2 "
+    "--reward.w_area 0.7 --reward.unreadable floor --reward.shared_controls false "
+    "--reward.settled 0"
+)
+"""The embedded model's default up to November 2026, over the one of today."""
+
 ROWS = {
     "base": None,
     "robust": "",
-    "robust, before": "--rollout.views 4 --rollout.view_temperature 0 --reward.w_geo 0.8 "
-    "--reward.w_sem 0.2 --reward.w_area 0.7 --reward.unreadable floor "
-    "--reward.shared_controls false --reward.settled 0",
+    "robust, before": BEFORE,
     "robust, greedy views": "--rollout.view_temperature 0",
     "paper": "--reward.preset paper --rollout.samples 8 --rollout.views 4 --train.batch 8 "
     "--update.advantage rloo --update.tau 0.3",
@@ -75,9 +80,8 @@ ROWS = {
 }
 """The words of each row's configuration; the base is not trained. `consensus` and `likelihood` are
 not wholly VISE's update; behind a comma their controls take another image's boxes, or the true one,
-in place of the consensus. The likelihood of the true box is plain supervised training. "robust,
-before" is the default up to November 2026. Rewards that read no view's box are spared views: the
-samples are the same.
+in place of the consensus. The likelihood of the true box is plain supervised training. Rewards that
+read no view's box are spared views: the samples are the same.
 """
 TIMED = 3
 """Updates that are timed for `--minutes`, after one that is not."""

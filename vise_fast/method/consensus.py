@@ -38,6 +38,7 @@ from vise_fast.text.tokens import Tokens
 
 CHOICES = 10
 COORDINATES = 4
+Of = Literal["mean", "each"]
 FEWEST_VIEWS = 2
 """A consensus needs so many usable views."""
 
@@ -65,7 +66,7 @@ class Consensus:
 def consensus(
     evidence: Evidence,
     projection: geometry.Projection = "ellipse",
-    of: Literal["mean", "each"] = "mean",
+    of: Of = "mean",
 ) -> Consensus:
     """The boxes found in a group's views, projected back onto the image, or their mean.
 
@@ -97,9 +98,7 @@ def consensus(
     return Consensus(every, counts, counts.any(1))
 
 
-def target(
-    evidence: Evidence, config: RewardConfig, of: Literal["mean", "each"] = "mean"
-) -> Consensus:
+def target(evidence: Evidence, config: RewardConfig, of: Of = "mean") -> Consensus:
     """What the digits are moved to: the consensus; for the controls of the learning study the true
     box (`reward.name` oracle), or the consensus of the next image (shuffled), which says nothing.
     """
