@@ -9,7 +9,9 @@ measured.
 import importlib.util
 import itertools
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -168,13 +170,16 @@ def _processor() -> str:
 
 
 def _commit(sources: tuple[str, ...]) -> str:
-    """The commit measured, with a plus sign where `sources` differ from it; "unknown" outside a
-    checkout.
+    """The commit measured, with a plus sign where `sources` differ from it; outside a checkout, or
+    without git, what $COMMIT says, else "unknown".
     """
+    told = os.environ.get("COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return told
     command = ["git", "rev-parse", "--short", "HEAD"]
     head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
-        return "unknown"
+        return told
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT)
     return head.stdout.strip() + ("+" if changed.returncode else "")
 

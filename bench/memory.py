@@ -291,7 +291,7 @@ def predicted(name: str, quant: str, goal: float) -> dict:
 
 def capped(name: str, quant: str, goal: float) -> dict:
     """A full step of random weights on this GPU with the allocator capped at the goal."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     share = min(1.0, goal * GB / torch.cuda.mem_get_info(device)[1])
     torch.cuda.set_per_process_memory_fraction(share, device)

@@ -210,7 +210,7 @@ class NaiveEngine:
 
     def encode(self, images: list[Tensor]) -> Pictures:
         """Nothing yet."""
-        return Pictures([Pillow.fromarray(image.numpy()) for image in images])
+        return Pictures([Pillow.fromarray(image.cpu().numpy()) for image in images])
 
     def prefill(self, features: Pictures, adapters: bool, *, graph: bool = False) -> Prefixes:
         """Nothing yet."""
@@ -281,7 +281,7 @@ class NaiveEngine:
         for row, ids in zip(logits, answers, strict=True):
             seen = prompts.read_verdict(self.tokens.text(ids))
             row[self.tokens.yes[0] if seen else self.tokens.no[0]] = 20.0
-        return logits
+        return logits.to(self.device)
 
     def logprobs(
         self,

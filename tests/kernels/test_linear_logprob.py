@@ -16,6 +16,7 @@ from vise_kernels.linear_logprob import (
 )
 
 SHAPES = [(1, 1, 1), (7, 13, 131), (11, 123, 507), (252, 123, 507), (3, 64, 1031)]  # N, H, V
+LARGE = (2500, 256, 20_011)
 PATHS = ["plain", "triton"]
 NAMES = ["logprob", "reference logprob", "kl"]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -61,10 +62,11 @@ class Case:
         return results, torch.autograd.grad(loss, hidden)[0]
 
 
-def check(case, path, **options):
+def check(case, path, large=False, **options):
     """float32: to rounding. 16 bits: no further from float64 than the full softmax in that dtype,
     plus an epsilon and, for the gradient, one more rounding (it is stored as two 16-bit tensors
-    until the backward pass).
+    until the backward pass). `large`: float32 sums of so many terms are off by more than that, so
+    they are held to what the full softmax in float32 is off.
     """
     truths, true_gradient = case.run(full_softmax, torch.float64)
     results, gradient = case.run(linear_logprob_kl, path=path, **options)
@@ -72,10 +74,11 @@ def check(case, path, **options):
     of_results = 3e-6
     of_gradient = 1e-5
     rounding = 1e-5
-    if dtype != torch.float32:
+    if large or dtype != torch.float32:
         plain_results, plain_gradient = case.run(full_softmax)
-        of_results = worst(torch.stack(plain_results), torch.stack(truths)) + 1e-3
-        of_gradient = worst(plain_gradient, true_gradient) + 1e-3
+        more = 1e-6 if dtype == torch.float32 else 1e-3
+        of_results = worst(torch.stack(plain_results), torch.stack(truths)) + more
+        of_gradient = worst(plain_gradient, true_gradient) + more
         rounding = torch.finfo(dtype).eps
     for name, actual, truth in zip(NAMES, results, truths, strict=True):
         assert actual.dtype == torch.float32
@@ -87,7 +90,7 @@ def check(case, path, **options):
 
 
 def worst(actual, truth):
-    return float((actual.double() - truth.double()).abs().max())
+    return float((actual.detach().double() - truth.detach().double()).abs().max())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -105,9 +108,10 @@ def test_values_and_gradient_against_float64(shape, dtype, banned, path):
 @GPU
 @pytest.mark.parametrize("banned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SHAPES, (2500, 256, 20_011)])
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
 def test_values_and_gradient_on_a_gpu(shape, dtype, banned):
-    check(Case(*shape, dtype, device="cuda", banned=banned), "triton")
+    case = Case(*shape, dtype, device="cuda", banned=banned)
+    check(case, "triton", large=shape == LARGE)
 
 
 @pytest.mark.parametrize("path", PATHS)

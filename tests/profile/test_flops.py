@@ -10,7 +10,7 @@ from tiny import build
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.model.attending import flash
 from vise_fast.profile import minimal
-from vise_fast.profile.flops import executed_flops
+from vise_fast.profile.flops import FORMULAS, executed_flops
 from vise_fast.profile.host_syncs import Work
 from vise_fast.profile.minimal import Shapes, encode_flops, minimal_step
 from vise_fast.profile.roofline import Ceiling, decode_bytes
@@ -124,6 +124,20 @@ def test_executed_gpu_attention_is_counted(kernel, causal):
         kernel.backward(q, inputs, result)
     assert forward == 4 * 2 * 4 * 8 * pairs
     assert counter.get_total_flops() - forward == 10 * 2 * 4 * 8 * pairs
+
+
+def test_executed_rows_side_by_side_are_counted():
+    q = torch.empty(9, 6, 8, dtype=torch.bfloat16)
+    k = torch.empty(
+        9, 2, 8, dtype=torch.bfloat16
+    )  # three heads share one: no matter to the products
+    ends = torch.tensor([0, 2, 2, 9], dtype=torch.int32)
+    pairs = 3 + 28
+    forward = FORMULAS[torch.ops.aten._flash_attention_forward]
+    assert forward(q, k, k, ends, ends, 7, 7, 0.0, True, False, scale=0.3) == 4 * 6 * 8 * pairs
+    backward = FORMULAS[torch.ops.aten._flash_attention_backward]
+    spans = (ends, ends, 7, 7, 0.0, True, None, None)
+    assert backward(q, q, k, k, q, None, *spans, scale=0.3) == 10 * 6 * 8 * pairs
 
 
 def test_shapes_of_a_config_count_the_real_weights():

@@ -53,6 +53,20 @@ def _banks(q, keys, values, owners, lengths, causal, *args, **kwargs) -> int:
     return 4 * rows * heads * dim * sum(seen)
 
 
+def _packed(operator: Any, products: int) -> Callable[..., int]:
+    """The formula of FlashAttention over rows side by side: tokens (n, H, D), and where rows end."""
+    names = [argument.name for argument in operator.default._schema.arguments]
+
+    def formula(*args, out_val=None, **kwargs) -> int:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        _, heads, dim = given["query"].shape
+        lengths = given["cum_seq_q"].diff().tolist()
+        pairs = sum(n * (n + 1) // 2 if given["is_causal"] else n * n for n in lengths)
+        return 2 * products * heads * dim * pairs
+
+    return formula
+
+
 def _added(y, left, right, *args, **kwargs) -> int:
     """y += left · right, which torch's counter knows out of place only."""
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
@@ -77,6 +91,8 @@ def _formulas() -> dict[Any, Any]:
     formulas: dict[Any, Any] = {aten.addmm_: _added, torch.ops.vise_kernels.attention: _banks}
     formulas |= {operator: _fused(operator, 2) for operator in FORWARD}
     formulas |= {operator: _fused(operator, 5) for operator in BACKWARD}
+    formulas[aten._flash_attention_forward] = _packed(aten._flash_attention_forward, 2)
+    formulas[aten._flash_attention_backward] = _packed(aten._flash_attention_backward, 5)
     for formula in formulas.values():
         formula._get_raw = True
     return formulas
