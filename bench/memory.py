@@ -404,6 +404,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    names = [f"{name}:{quant}" for name, quant, _ in TABLE]
+    add("--model", nargs="+", choices=names, help="these published models only")
     add("--plot", type=Path, help="write a PNG")
     add("--write", action="store_true", help="put document and PNG under bench/results/")
     add("--smoke", action="store_true", help="two small configurations, one model")
@@ -418,6 +420,8 @@ def main(words: list[str]) -> None:
     names = ["G 16", "wide, nf4, 8-bit Adam"] if args.smoke else list(CONFIGURATIONS)
     table = TABLE[:1] if args.smoke else TABLE
     rows = [compare(name) for name in names] if args.device == "cpu" else []
+    if args.model:
+        table = [line for line in TABLE if f"{line[0]}:{line[1]}" in args.model]
     models = [(predicted if args.device == "cpu" else capped)(*line) for line in table]
     tell(rows, models)
     place = _checkout.ROOT / "bench" / "results" / f"memory-{args.device}.json"

@@ -254,8 +254,10 @@ def run(
     shapes = Shapes.of(AutoConfig.from_pretrained(subject.directory, trust_remote_code=False), rank)
     engines = {}
     for name, c in contenders.items():
-        whole = {"step": times[name].summary(), "images_per_s": batch / times[name].median}
-        engines[name] = whole | look(c, shapes, ceilings, device, memory=not args.smoke)
+        engines[name] = {"step": times[name].summary(), "images_per_s": batch / times[name].median}
+        if args.times_only:
+            continue
+        engines[name] |= look(c, shapes, ceilings, device, memory=not args.smoke)
     ratios = {f"{name} / {first}": measure.ratio(times[name], times[first]) for name in others}
     return {"batch": batch, "engines": engines, "ratios": ratios}
 
@@ -272,6 +274,8 @@ def table(result: dict, ceilings: dict[str, float], device: torch.device) -> str
     for name, e in result["engines"].items():
         speed = f": {e['step']['median_s'] * 1e3:.1f} ms, {e['images_per_s']:.2f} images/s"
         lines.append(f"\nbatch {result['batch']}, {name}" + (speed if gpu else ""))
+        if "seconds" not in e:
+            continue
         lines += [_phase(name, e, gpu) for name in e["seconds"] if name != "step"]
         lines.append(_summary(e, ceilings))
     lines += [
@@ -351,6 +355,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_subject(parser.add_argument)
     _add_measuring(parser.add_argument)
     args = parser.parse_args(words)
+    if args.times_only and args.plot:
+        parser.error("--plot shows phases, which --times-only leaves out")
     if args.smoke:
         args.model = "nano"
         args.batch = [1]
@@ -399,6 +405,7 @@ def _add_measuring(add: Callable) -> None:
         help="the first is what the others are compared with",
     )
     add("--repeats", type=int, default=5)
+    add("--times-only", action="store_true", help="no phases, counts, FLOPs, memory: minutes less")
     add("--plot", type=Path, help="write a PNG")
     add("--write", action="store_true", help="put the document under bench/results/")
     smoke = "the embedded model, one image, one repeat, all engines"

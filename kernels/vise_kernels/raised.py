@@ -27,6 +27,11 @@ from vise_kernels.heads import plain as plain_heads
 
 ROWS = 16  # of a Triton program: the least that a matrix product takes
 COLUMNS = 128  # at a time
+NORM_COLUMNS = (
+    512  # at a time, where a program goes through whole rows: each round waits for memory
+)
+ALONE_COLUMNS = 1024  # at a time, where it has one row
+FEW = 128  # rows up to which each has a program of its own
 
 
 class Normed(NamedTuple):
@@ -63,10 +68,25 @@ def raised_norm(
     x = x.contiguous()
     found = Normed(torch.empty_like(x), torch.empty_like(x))
     if x.numel():
-        grid = (triton.cdiv(len(x), ROWS),)
-        given = (x, _rows(wide), up, weight.contiguous(), *found, len(x), x.shape[1])
-        launch(_norm_kernel, grid, *given, *_strides(wide, up), eps, **_constants(wide, up))
+        given = (x, _rows(wide), up, weight.contiguous(), *found)
+        _launch_norm(given, _strides(wide, up), eps, _constants(wide, up))
     return found
+
+
+def _launch_norm(
+    given: tuple, strides: tuple[int, int], eps: float, constants: dict[str, int | bool]
+) -> None:
+    """A program a row where there are few: else they would wait for one another on few cores."""
+    rows, width = given[0].shape
+    few = rows <= FEW
+    most = ALONE_COLUMNS if few else NORM_COLUMNS
+    constants |= {"BLOCK": min(most, triton.next_power_of_2(width)), "num_warps": 8}
+    if not few:
+        grid = (triton.cdiv(rows, ROWS),)
+        launch(_norm_kernel, grid, *given, rows, width, *strides, eps, **constants)
+        return
+    del constants["ROWS"], constants["EXACT"]
+    launch(_alone_norm_kernel, (rows,), *given, width, *strides, eps, **constants)
 
 
 def raised_swiglu(
@@ -201,6 +221,52 @@ def _norm_kernel(
         value = tl.load(y + place, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
         value *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)[None, :]
         tl.store(z + place, value.to(z.dtype.element_ty), mask=mask)
+
+
+@jit
+def _alone_norm_kernel(
+    x,
+    wide,
+    up,
+    weight,
+    y,
+    z,
+    width,
+    wide_stride,
+    up_stride,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (n,): the same for a row alone, without a matrix product, which takes 16 rows."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, RANKS)
+    squares = tl.zeros([BLOCK], tl.float32)
+    if RANK > 0:
+        place = wide + row * wide_stride + width + lane
+        low = tl.load(place, mask=lane < RANK, other=0.0).to(tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        value = tl.load(x + row * width + column, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(wide + row * wide_stride + column, mask=there, other=0.0).to(tl.float32)
+        if RANK > 0:
+            mask = there[:, None] & (lane < RANK)[None, :]
+            factor = up + column[:, None] * up_stride + lane[None, :]
+            factor = tl.load(factor, mask=mask, other=0.0).to(tl.float32)
+            value += tl.sum(factor * low[None, :], 1)
+        rounded = value.to(y.dtype.element_ty)
+        tl.store(y + row * width + column, rounded, mask=there)
+        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
+    tl.debug_barrier()
+    inverse = 1 / tl.sqrt(tl.sum(squares, 0) / width + eps)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        value = tl.load(y + row * width + column, mask=there, other=0.0).to(tl.float32) * inverse
+        value *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        tl.store(z + row * width + column, value.to(z.dtype.element_ty), mask=there)
 
 
 @jit

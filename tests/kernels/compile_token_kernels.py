@@ -147,7 +147,10 @@ def raised(x):
         columns = {"BLOCK": 128, **sizes}
         rows = {"rows": INT, "width": INT}
         sums = {"x": x, "weight": x, "y": x, "z": x, "eps": "fp32"}
-        yield "_norm_kernel", {**given, **sums, **rows}, columns
+        rounds = {**sizes, "num_warps": 8, "BLOCK": 512}
+        yield "_norm_kernel", {**given, **sums, **rows}, rounds
+        alone = {"RANK": rank, "RANKS": 16, "num_warps": 8, "BLOCK": 1024}
+        yield "_alone_norm_kernel", {**given, **sums, "width": INT}, alone
         yield "_swiglu_kernel", {**given, "z": x, **rows}, columns
         parts = {"q": x, "k": x, "v": x, **angles, **counts, "eps": "fp32"}
         yield "_heads_kernel", {**given, **parts}, {**sizes, "HALF": 64, "LANES": 64}

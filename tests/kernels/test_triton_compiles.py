@@ -19,7 +19,7 @@ KERNELS = HERE.parents[1] / "kernels" / "vise_kernels"
 # a block's shared memory at most on sm_86 and sm_89 (CUDA C++ Programming Guide, table of compute
 # capabilities): 99 KB
 SHARED = 99 * 1024
-TOKENS = 3 + 4 + 5 + 2 + 2 + 4 + 4 + 2 + 2 + 6 + 1 + 1 + 2 + 3
+TOKENS = 3 + 4 + 5 + 2 + 2 + 4 + 4 + 2 + 2 + 8 + 1 + 1 + 2 + 3
 IMAGES = 5 + 1 + 1 + 3
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile them")
 

@@ -128,9 +128,7 @@ def test_executed_gpu_attention_is_counted(kernel, causal):
 
 def test_executed_rows_side_by_side_are_counted():
     q = torch.empty(9, 6, 8, dtype=torch.bfloat16)
-    k = torch.empty(
-        9, 2, 8, dtype=torch.bfloat16
-    )  # three heads share one: no matter to the products
+    k = torch.empty(9, 2, 8, dtype=torch.bfloat16)
     ends = torch.tensor([0, 2, 2, 9], dtype=torch.int32)
     pairs = 3 + 28
     forward = FORMULAS[torch.ops.aten._flash_attention_forward]

@@ -54,7 +54,7 @@ def _banks(q, keys, values, owners, lengths, causal, *args, **kwargs) -> int:
 
 
 def _packed(operator: Any, products: int) -> Callable[..., int]:
-    """The formula of FlashAttention over rows side by side: tokens (n, H, D), and where rows end."""
+    """The formula of FlashAttention over rows side by side: tokens (n, H, D), ends of rows."""
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def formula(*args, out_val=None, **kwargs) -> int:
