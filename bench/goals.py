@@ -35,12 +35,17 @@ class Known:
     measured: dict[str, list[Document]]
     launches: Document | None
 
-    def engines(self, name: str, batch: int) -> dict[str, Any] | None:
-        """The engines of a whole-step bench of 2B at this batch; the last that was measured."""
-        for document in reversed(self.measured.get(name, [])):
-            for result in document.get("results", document.get("steps", [])):
-                if result["batch"] == batch and "2b" in document["setting"]["model"]:
-                    return result
+    def engines(self, batch: int) -> dict[str, Any] | None:
+        """The engines of whole paper steps of 2B at this batch; the last that was measured, beside
+        others if it ever was.
+        """
+        for name in ("rollout", "profile_step"):
+            for document in reversed(self.measured.get(name, [])):
+                setting = document["setting"]
+                for result in document["results"]:
+                    paper = setting.get("preset", "paper") == "paper" and "2b" in setting["model"]
+                    if result["batch"] == batch and paper:
+                        return result
         return None
 
     def forecast_ms(self, case: str) -> float | None:
@@ -117,7 +122,7 @@ def step_measured(batch: int) -> Callable[[Known], str | None]:
     """Milliseconds, images/s and both baselines."""
 
     def told(known: Known) -> str | None:
-        result = known.engines("rollout", batch)
+        result = known.engines(batch)
         if result is None:
             return None
         ours = best(result)
@@ -131,8 +136,8 @@ def decoding_against_generate(known: Known) -> str | None:
     """Asking and grounding, which decode: transformers' batched `generate` with PEFT over ours."""
     parts = []
     for batch in (1, 32):
-        result = known.engines("rollout", batch)
-        if result is not None and "naive+" in result["engines"]:
+        result = known.engines(batch)
+        if result is not None and "seconds" in result["engines"].get("naive+", {}):
             stock = _decoding_s(result["engines"]["naive+"])
             parts.append(f"{stock / _decoding_s(best(result)):.1f}x at batch {batch}")
     return ", ".join(parts) or None
@@ -174,10 +179,12 @@ def share(phase: str, batch: int) -> Callable[[Known], str | None]:
     """Of a phase's floor: FLOPs at the matmul rate, or bytes at the copy bandwidth."""
 
     def told(known: Known) -> str | None:
-        result = known.engines("rollout", batch)
+        result = known.engines(batch)
         if result is None:
             return None
         ours = best(result)
+        if "floor_s" not in ours:
+            return None
         return f"{ours['floor_s'][phase] / ours['seconds'][phase]:.0%}"
 
     return told
@@ -185,10 +192,12 @@ def share(phase: str, batch: int) -> Callable[[Known], str | None]:
 
 def reached(known: Known) -> str | None:
     """FLOP/s of a batched step over the matmul rate measured in the same run."""
-    result = known.engines("rollout", 32)
+    result = known.engines(32)
     if result is None:
         return None
     ours = best(result)
+    if "floor_s" not in ours:
+        return None
     return f"{ours['floor_s']['step'] / ours['seconds']['step']:.0%} of peak in the step"
 
 

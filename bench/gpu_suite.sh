@@ -99,6 +99,7 @@ if [ -n "$smoke" ]; then
     bench launches "$all" bench/launches.py --smoke
     bench forecast_check "$all" bench/forecast_check.py --smoke
     bench rollout "$all" bench/rollout.py --smoke
+    bench profile "$all" bench/profile_step.py --smoke
     bench start "$all" bench/start.py --smoke
     bench kernels "" bench/kernels.py --smoke
     bench tune "" bench/tune.py --smoke
@@ -108,6 +109,8 @@ else
     bench tests "$all pytest" -m pytest -q -m gpu
     bench launches "$all" bench/launches.py
     bench forecast_check "$all" bench/forecast_check.py
+    bench profile-2b "$all" bench/profile_step.py
+    bench profile-2b-group "$all" bench/profile_step.py --preset robust --batch 8
     bench rollout-2b-b1 "$all" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive
     bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
     bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3

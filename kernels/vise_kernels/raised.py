@@ -31,7 +31,7 @@ NORM_COLUMNS = (
     512  # at a time, where a program goes through whole rows: each round waits for memory
 )
 ALONE_COLUMNS = 1024  # at a time, where it has one row
-FEW = 128  # rows up to which each has a program of its own
+FEW = 512  # rows up to which each has a program of its own
 
 
 class Normed(NamedTuple):

@@ -70,6 +70,23 @@ def test_starts_are_told_one_by_one(table):
     assert rows["S14"]["measured"] == "0.0042 nat, 2b"
 
 
+def test_times_alone_and_profiled_steps_are_read_too(table):
+    document = rollout(WALL)
+    for engine in document["results"][0]["engines"].values():
+        del engine["seconds"], engine["floor_s"]  # rollout.py --times-only
+    profiled = rollout(WALL) | {"bench": "profile_step"}
+    profiled["results"][0]["batch"] = 32
+    other = rollout(WALL) | {
+        "bench": "profile_step",
+        "setting": {"model": "2b", "preset": "robust"},
+    }
+    lines = [{"part": "x", "document": found} for found in (document, profiled, other)]
+    rows = table({}, lines)
+    assert rows["S1"]["measured"] == "100 ms, 10.0 images/s, 25.0x naive, naive+ not measured"
+    assert rows["S4"]["measured"] is None and rows["S5"]["measured"] is None
+    assert rows["S2"]["measured"].startswith("100 ms, 10.0 images/s")
+
+
 def test_a_cpus_figures_are_no_answer(table):
     cpu = {"clock": "CPU time of the process"}
     rows = table({"rollout-x.json": rollout(cpu)}, [{"part": "x", "document": rollout(cpu)}])

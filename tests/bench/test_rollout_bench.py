@@ -28,3 +28,21 @@ def test_the_rollout_bench_runs():
         "naive / fast",
         "naive+ / fast",
     }
+
+
+def test_times_only_looks_at_nothing_else():
+    command = [sys.executable, str(ROOT / "bench" / "rollout.py"), "--batch", "1", "--repeats", "1"]
+    words = ["--engine", "fast", "unshared", "--times-only", "--device", "cpu"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert {*result["engines"]["fast"]} == {"step", "images_per_s"}
+    assert set(result["ratios"]) == {"unshared / fast"}
+
+
+def test_a_step_is_profiled_where_there_is_no_gpu_too():
+    command = [sys.executable, str(ROOT / "bench" / "profile_step.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert result["engines"]["fast"]["seconds"]["update"] > 0
