@@ -133,6 +133,9 @@ def test_executed_rows_side_by_side_are_counted():
     pairs = 3 + 28
     forward = FORMULAS[torch.ops.aten._flash_attention_forward]
     assert forward(q, k, k, ends, ends, 7, 7, 0.0, True, False, scale=0.3) == 4 * 6 * 8 * pairs
+    known = torch.empty(4, device="meta", dtype=torch.int32)  # three rows of seven, at most
+    longest = forward(q, k, k, known, known, 7, 7, 0.0, True, False, scale=0.3)
+    assert longest == 4 * 6 * 8 * 3 * 28
     backward = FORMULAS[torch.ops.aten._flash_attention_backward]
     spans = (ends, ends, 7, 7, 0.0, True, None, None)
     assert backward(q, q, k, k, q, None, *spans, scale=0.3) == 10 * 6 * 8 * pairs

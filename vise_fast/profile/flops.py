@@ -54,13 +54,17 @@ def _banks(q, keys, values, owners, lengths, causal, *args, **kwargs) -> int:
 
 
 def _packed(operator: Any, products: int) -> Callable[..., int]:
-    """The formula of FlashAttention over rows side by side: tokens (n, H, D), ends of rows."""
+    """The formula of FlashAttention over rows side by side: tokens (n, H, D), ends of rows. Where
+    these have no data, every row is as long as the longest.
+    """
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def formula(*args, out_val=None, **kwargs) -> int:
         given = dict(zip(names, args, strict=False)) | kwargs
         _, heads, dim = given["query"].shape
-        lengths = given["cum_seq_q"].diff().tolist()
+        ends = given["cum_seq_q"]
+        unknown = [given["max_q"]] * (len(ends) - 1)
+        lengths = unknown if ends.is_meta else ends.diff().tolist()
         pairs = sum(n * (n + 1) // 2 if given["is_causal"] else n * n for n in lengths)
         return 2 * products * heads * dim * pairs
 
