@@ -72,6 +72,7 @@ ROWS = {
     "shuffled": "--reward.name shuffled",
     "oracle": "--reward.name oracle --reward.w_area 0 --rollout.views 1",
     "consensus": "--reward.preset consensus",
+    "consensus, before": "--reward.preset consensus --update.beta 0.02 --update.beta_min 0.02",
     "consensus, shuffled": "--reward.preset consensus --reward.name shuffled",
     "consensus, oracle": "--reward.preset consensus --reward.name oracle --rollout.views 2",
     "likelihood": "--reward.preset consensus --update.consensus 1 --update.consensus_by likelihood",
@@ -80,8 +81,9 @@ ROWS = {
 }
 """The words of each row's configuration; the base is not trained. `consensus` and `likelihood` are
 not wholly VISE's update; behind a comma their controls take another image's boxes, or the true one,
-in place of the consensus. The likelihood of the true box is plain supervised training. Rewards that
-read no view's box are spared views: the samples are the same.
+in place of the consensus. `before`: the settings up to November 2026. The likelihood of the true
+box is plain supervised training. Rewards that read no view's box are spared views: the samples are
+the same.
 """
 TIMED = 3
 """Updates that are timed for `--minutes`, after one that is not."""

@@ -766,6 +766,8 @@ CONSENSUS = {
     "update.consensus": 0.5,
     "update.consensus_of": "each",
     "update.tempered": True,
+    "update.beta": 0.01,
+    "update.beta_min": 0.01,
     "rollout.temperature": 0.6,
     "rollout.samples": 4,
     "rollout.views": 8,
