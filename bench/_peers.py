@@ -6,18 +6,44 @@ the same inputs. OpenCV and Pillow work on the CPU whatever the device of the be
 loop a trainer would otherwise contain.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 
+import _measure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _measure import installed
 from PIL import Image
 from torch import Tensor
 from vise_kernels.unpack import Nibbles
 
-PEERS = ("cv2", "torchvision", "kornia", "trl", "liger_kernel", "cut_cross_entropy")
+PEERS = {
+    "cv2": "cv2",
+    "torchvision": "torchvision",
+    "kornia": "kornia.filters",
+    "trl": "trl.trainer.utils",
+    "liger_kernel": "liger_kernel.ops.fused_linear_cross_entropy",
+    "cut_cross_entropy": "cut_cross_entropy",
+    "bitsandbytes": "bitsandbytes",
+}
+"""By package, what is taken from it."""
 Contenders = dict[str, Callable]
+
+
+@functools.cache
+def installed(peer: str) -> bool:
+    """Whether a peer can be imported. One that is there without what it needs itself is told of,
+    and left out.
+    """
+    if not _measure.installed(peer):
+        return False
+    try:
+        importlib.import_module(PEERS[peer])
+    except ImportError as fault:
+        print(f"{peer} is left out: {fault}")
+        return False
+    return True
 
 
 def missing() -> list[str]:

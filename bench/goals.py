@@ -35,18 +35,19 @@ class Known:
     measured: dict[str, list[Document]]
     launches: Document | None
 
-    def engines(self, batch: int) -> dict[str, Any] | None:
-        """The engines of whole paper steps of 2B at this batch; the last that was measured, beside
-        others if it ever was.
+    def engines(self, batch: int, looked_at: bool = False) -> dict[str, Any] | None:
+        """The engines of whole paper steps of 2B at this batch: of what was measured side by side,
+        the most, and of as many the last. looked_at: whose phases stand beside their floors.
         """
-        for name in ("rollout", "profile_step"):
-            for document in reversed(self.measured.get(name, [])):
+        found: list[dict[str, Any]] = []
+        for name in ("profile_step", "rollout"):
+            for document in self.measured.get(name, []):
                 setting = document["setting"]
-                for result in document["results"]:
-                    paper = setting.get("preset", "paper") == "paper" and "2b" in setting["model"]
-                    if result["batch"] == batch and paper:
-                        return result
-        return None
+                if setting.get("preset", "paper") == "paper" and "2b" in setting["model"]:
+                    found += [part for part in document["results"] if part["batch"] == batch]
+        if looked_at:
+            found = [part for part in found if "floor_s" in best(part)]
+        return max(reversed(found), key=lambda part: len(part["engines"]), default=None)
 
     def forecast_ms(self, case: str) -> float | None:
         """Of a case of launches.py."""
@@ -179,12 +180,10 @@ def share(phase: str, batch: int) -> Callable[[Known], str | None]:
     """Of a phase's floor: FLOPs at the matmul rate, or bytes at the copy bandwidth."""
 
     def told(known: Known) -> str | None:
-        result = known.engines(batch)
+        result = known.engines(batch, looked_at=True)
         if result is None:
             return None
         ours = best(result)
-        if "floor_s" not in ours:
-            return None
         return f"{ours['floor_s'][phase] / ours['seconds'][phase]:.0%}"
 
     return told
@@ -192,12 +191,10 @@ def share(phase: str, batch: int) -> Callable[[Known], str | None]:
 
 def reached(known: Known) -> str | None:
     """FLOP/s of a batched step over the matmul rate measured in the same run."""
-    result = known.engines(32)
+    result = known.engines(32, looked_at=True)
     if result is None:
         return None
     ours = best(result)
-    if "floor_s" not in ours:
-        return None
     return f"{ours['floor_s']['step'] / ours['seconds']['step']:.0%} of peak in the step"
 
 

@@ -106,20 +106,26 @@ if [ -n "$smoke" ]; then
     bench memory "$all bitsandbytes" bench/memory.py --smoke
     bench train_step "$all" bench/train_step.py --smoke
 else
+    two="bench/rollout.py --model qwen3-vl-2b"
     bench tests "$all pytest" -m pytest -q -m gpu
-    bench launches "$all" bench/launches.py
-    bench forecast_check "$all" bench/forecast_check.py
     bench profile-2b "$all" bench/profile_step.py
     bench profile-2b-group "$all" bench/profile_step.py --preset robust --batch 8
-    bench rollout-2b-b1 "$all" bench/rollout.py --model qwen3-vl-2b --batch 1 --engine fast graphed unshared naive+ naive
-    bench rollout-2b-b32 "$all" bench/rollout.py --model qwen3-vl-2b --batch 32 --engine fast graphed unshared naive+ --repeats 3
-    bench rollout-2b-group "$all" bench/rollout.py --model qwen3-vl-2b --batch 8 --preset robust --engine fast graphed naive+ --repeats 3
+    bench rollout-2b-b1 "$all" $two --batch 1 --engine graphed fast unshared naive+ naive --repeats 3 --times-only
+    bench rollout-2b-b32 "$all" $two --batch 32 --engine graphed fast unshared naive+ --repeats 2 --times-only
+    bench rollout-2b-group "$all" $two --batch 8 --preset robust --engine graphed fast naive+ --repeats 2 --times-only
+    bench floors-2b "$all" $two --batch 1 32 --engine graphed --repeats 1
     bench rollout-nano "$all" bench/rollout.py --batch 1 16 64
     bench start "$all" bench/start.py --model "${MODEL:-nano}"
-    bench kernels "" bench/kernels.py
+    for op in ghost token_logprob linear_logprob resize sample decode_attention raised_norm; do
+        bench "kernels-$op" "" bench/kernels.py --op $op
+    done
+    for model in 2b:none 2b:int8 2b:nf4 4b:nf4 8b:nf4 32b:nf4; do
+        bench "memory-$model" "$all bitsandbytes" bench/memory.py --device cuda --model "qwen3-vl-$model"
+    done
     bench tune triton bench/tune.py
-    bench memory "$all bitsandbytes" bench/memory.py --device cuda
     bench train_step-2b "$all" bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480 --dtype bfloat16 --batch 1 32
+    bench launches "$all" bench/launches.py
+    bench forecast_check "$all" bench/forecast_check.py
 fi
 
 for name in ${wanted[@]+"${wanted[@]}"}; do

@@ -35,7 +35,7 @@ from vise_fast.estimate.planner import GIB, usable
 from vise_fast.estimate.rehearsal import rehearse
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.model.load import known_shapes
-from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, Card, floor, forecast
+from vise_fast.profile.cards import A_LAUNCH, CARDS, Card, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
 from vise_fast.profile.roofline import decode_bytes
@@ -130,7 +130,7 @@ def decode_share(found: Counted) -> dict[str, float]:
     shares = {}
     for card in CARDS:
         tallies = [found.seen.by_phase[name] for name in found.decoding]
-        told = sum(floor(t, card) + t.launches * SECONDS_IN_LINE for t in tallies)
+        told = sum(floor(t, card) + t.launches * A_LAUNCH for t in tallies)
         shares[card.name] = sum(found.decoding.values()) / card.bandwidth / told
     return shares
 

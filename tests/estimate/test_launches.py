@@ -14,7 +14,7 @@ from vise_fast.config.schema import load
 from vise_fast.estimate.launches import count_step
 from vise_fast.method.step_plan import StepPlan
 from vise_fast.model.qwen3_vl import Qwen3VL
-from vise_fast.profile.cards import CARDS, SECONDS_IN_LINE, SHORTEST, floor, forecast
+from vise_fast.profile.cards import A_LAUNCH, CARDS, SHORTEST, floor, forecast
 from vise_fast.profile.launches import Launches, Tally
 from vise_fast.profile.minimal import PINNED, Shapes, minimal_step
 
@@ -265,6 +265,6 @@ def test_the_floor_is_the_slower_of_products_and_bytes():
 def test_the_sum_rule_adds_the_host_and_the_max_rule_hides_it(paper):
     for card in CARDS:
         found = forecast(paper, card)
-        waiting = paper.total.launches * SECONDS_IN_LINE
+        waiting = paper.total.launches * A_LAUNCH
         assert found.sum == pytest.approx(found.floor + waiting)
         assert found.floor <= found.max <= found.sum

@@ -2,10 +2,10 @@
 a measurement.
 
 Each kernel takes at least what its FLOPs or its bytes take at the card's ceilings, and no less than
-SHORTEST; together that is the card's floor. Two rules add the host:
+SHORTEST; together that is the card's floor. Two rules add the host, which takes A_LAUNCH for each:
 
-    sum    floor + launches · 6 us                 nothing overlaps
-    max    per phase the larger of floor and launches · 5 us
+    sum    floor + launches                 nothing overlaps
+    max    per phase the larger of floor and launches
 
 Left out: what lies between a kernel and its ceiling, and whatever a library does on the host.
 """
@@ -18,10 +18,10 @@ from vise_fast.profile.launches import Launches, Tally
 
 SHORTEST = 1.5e-6
 """seconds a kernel takes at least"""
-SECONDS_IN_LINE = 6e-6
-"""a launch where the card waits for the host (the sum rule)"""
-SECONDS_AHEAD = 5e-6
-"""a launch where the host runs ahead (the max rule)"""
+A_LAUNCH = 50e-6
+"""seconds of the host with all the Python around a launch: what lay between floor and step on an
+H100, over the launches, was 43 to 67 us in four steps of 4,984 to 23,610 (docs/PERFORMANCE.md)
+"""
 
 
 class Card(NamedTuple):
@@ -70,7 +70,7 @@ def forecast(seen: Launches, card: Card) -> Forecast:
     """Of a counted step."""
     phases = seen.by_phase.values()
     floors = [floor(tally, card) for tally in phases]
-    hosts = [tally.launches * SECONDS_AHEAD for tally in phases]
+    hosts = [tally.launches * A_LAUNCH for tally in phases]
     overlapped = sum(max(pair) for pair in zip(floors, hosts, strict=True))
-    waiting = seen.total.launches * SECONDS_IN_LINE
+    waiting = seen.total.launches * A_LAUNCH
     return Forecast(sum(floors), sum(floors) + waiting, overlapped)
