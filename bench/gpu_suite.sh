@@ -120,7 +120,7 @@ else
         bench "kernels-$op" "" bench/kernels.py --op $op
     done
     for model in 2b:none 2b:int8 2b:nf4 4b:nf4 8b:nf4 32b:nf4; do
-        bench "memory-$model" "$all bitsandbytes" bench/memory.py --device cuda --model "qwen3-vl-$model"
+        bench "memory-${model/:/-}" "$all bitsandbytes" bench/memory.py --device cuda --model "qwen3-vl-$model"
     done
     bench tune triton bench/tune.py
     bench train_step-2b "$all" bench/train_step.py --model qwen3-vl-2b --update-model qwen3-vl-2b --update-size 640x480 --dtype bfloat16 --batch 1 32

@@ -26,7 +26,7 @@ def suite(*words, **environment):
 
 def test_parts_have_names():
     names = [line.split(":")[0] for line in suite("--list").stdout.splitlines()]
-    wanted = {"tests", "launches", "rollout-2b-b1", "kernels-ghost", "memory-32b:nf4"}
+    wanted = {"tests", "launches", "rollout-2b-b1", "kernels-ghost", "memory-32b-nf4"}
     assert wanted <= set(names)
     assert len(set(names)) == len(names)
 
