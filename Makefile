@@ -3,7 +3,7 @@
 #   make train ARGS="--data.dir photos --train.steps 50"    words for the trainer
 #   make test ARGS="-k images -x"                           words for pytest
 #   make native         the C++ kernels, where a compiler is found (train and test do it themselves)
-#   make bench-smoke    every bench at its smallest, to see that it runs
+#   make bench-smoke    every bench that has a smallest form, to see that it runs
 #   make sanitize       the C++ kernels' own tests, with every access to memory watched (some minutes)
 #   make soak           200 kills of whole short runs (ten minutes), into bench/results/soak.json
 #   make mutants        small faults planted in the code: do its tests notice? (tests/mutants.py, half an hour)
@@ -32,7 +32,7 @@ test: native
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
 
 bench-smoke: native
-	for bench in bench/[a-z]*.py; do echo "== $$bench"; $(RUN) $$bench --smoke || exit 1; done
+	for bench in $$(grep -l -e '"--smoke"' -e 'of_scenes(__doc__' bench/[a-z]*.py); do echo "== $$bench"; $(RUN) $$bench --smoke || exit 1; done
 
 # the watched module is built beside, under build/: the one that runs stays as it is
 sanitize: $(VENV)/checkout.stamp

@@ -20,7 +20,7 @@ from vise_kernels.heads import Parts, Turn, heads, heads_backward
 from vise_kernels.linear_logprob import linear_logprob, linear_logprob_kl
 from vise_kernels.merge_attention import merge_attention
 from vise_kernels.patchify import patchify
-from vise_kernels.raised import raised_heads, raised_norm, raised_swiglu
+from vise_kernels.raised import FEW, raised_heads, raised_norm, raised_swiglu
 from vise_kernels.recast import Recast
 from vise_kernels.resize import resize
 from vise_kernels.rms_norm import rms_norm, rms_norm_backward
@@ -175,8 +175,12 @@ def _block(g: Given, widths: list[int], rank: int) -> Tensor:
 
 
 def _raised_norm(g: Given) -> list[Tensor]:
-    given = (g.draw(19, 130), g.draw(19, 137, seed=1), g.draw(130, 7, seed=2), g.draw(130, seed=3))
-    return list(raised_norm(*given, EPS, path=g.path))
+    found = []
+    for rows in (19, FEW + 5):  # few rows and many take kernels of their own
+        beside = (g.draw(130, 7, seed=2), g.draw(130, seed=3))
+        given = (g.draw(rows, 130), g.draw(rows, 137, seed=1), *beside)
+        found += raised_norm(*given, EPS, path=g.path)
+    return found
 
 
 def _raised_swiglu(g: Given) -> list[Tensor]:

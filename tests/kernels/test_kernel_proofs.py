@@ -3,6 +3,8 @@ each planted fault is seen, switched off and named.
 """
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from vise_kernels.dispatch import CPU_ONLY, NATIVE_OPS, choose, interpreted, swi
 from vise_kernels.proofs import PROOFS, Given, prove
 
 CPU = torch.device("cpu")
+UNUSED = ("patchify", "_warped_kernel")  # the trainer warps first, then cuts
+PACKAGE = Path(vise_kernels.__file__).parent
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
@@ -27,6 +31,26 @@ def only(monkeypatch, *ops):
 
 def test_every_op_with_a_triton_path_is_asked():
     assert set(PROOFS) == set(NATIVE_OPS) - CPU_ONLY
+
+
+def test_every_kernel_is_asked_for(monkeypatch):
+    """One that only large inputs take would reach a card unproved."""
+    wanted = set()
+    met = set()
+    for path in PACKAGE.glob("*.py"):
+        names = re.findall(r"\blaunch\(\s*(_\w+)", path.read_text())
+        if not names:
+            continue
+        module = importlib.import_module(f"vise_kernels.{path.stem}")
+
+        def noted(kernel, *args, name=path.stem, usual=module.launch, **options):
+            met.add((name, kernel.__name__))
+            usual(kernel, *args, **options)
+
+        monkeypatch.setattr(module, "launch", noted)
+        wanted |= {(path.stem, kernel) for kernel in names}
+    assert prove(CPU, torch.float32) == {}
+    assert met == wanted - {UNUSED}
 
 
 @pytest.mark.parametrize("op", PROOFS)
