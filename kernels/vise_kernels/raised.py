@@ -27,9 +27,7 @@ from vise_kernels.heads import plain as plain_heads
 
 ROWS = 16  # of a Triton program: the least that a matrix product takes
 COLUMNS = 128  # at a time
-NORM_COLUMNS = (
-    512  # at a time, where a program goes through whole rows: each round waits for memory
-)
+NORM_COLUMNS = 512  # at a time, where a program goes through whole rows
 ALONE_COLUMNS = 1024  # at a time, where it has one row
 FEW = 512  # rows up to which each has a program of its own
 
@@ -80,7 +78,8 @@ def _launch_norm(
     rows, width = given[0].shape
     few = rows <= FEW
     most = ALONE_COLUMNS if few else NORM_COLUMNS
-    constants |= {"BLOCK": min(most, triton.next_power_of_2(width)), "num_warps": 8}
+    enough = max(COLUMNS, triton.next_power_of_2(width))  # a matrix product takes 16 at least
+    constants |= {"BLOCK": min(most, enough), "num_warps": 8}
     if not few:
         grid = (triton.cdiv(rows, ROWS),)
         launch(_norm_kernel, grid, *given, rows, width, *strides, eps, **constants)

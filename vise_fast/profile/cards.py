@@ -2,10 +2,10 @@
 a measurement.
 
 Each kernel takes at least what its FLOPs or its bytes take at the card's ceilings, and no less than
-SHORTEST; together that is the card's floor. Two rules add the host, which takes A_LAUNCH for each:
+SHORTEST; together that is the card's floor. Two rules add the host:
 
-    sum    floor + launches                 nothing overlaps
-    max    per phase the larger of floor and launches
+    sum    floor + launches · A_LAUNCH                 nothing overlaps
+    max    per phase the larger of floor and launches · A_LAUNCH
 
 Left out: what lies between a kernel and its ceiling, and whatever a library does on the host.
 """
