@@ -175,7 +175,7 @@ def _block(g: Given, widths: list[int], rank: int) -> Tensor:
 
 
 def _raised_norm(g: Given) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for rows in (19, FEW + 5):  # few rows and many take kernels of their own
         beside = (g.draw(130, 7, seed=2), g.draw(130, seed=3))
         given = (g.draw(rows, 130), g.draw(rows, 137, seed=1), *beside)
