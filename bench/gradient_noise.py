@@ -110,7 +110,7 @@ def sample_gradients(learner: Learner, played: Played, samples: int) -> Tensor:
     rows = []
     for image in range(len(played.images)):
         chosen = list(range(image * samples, (image + 1) * samples))
-        scores = learner.token_scores(played, chosen)
+        scores = learner.scorer.score(played, chosen)
         means = loss.token_mean(scores.table(scores.logprob), scores.mask)
         for n, value in enumerate(means):
             keep = n + 1 < len(means)

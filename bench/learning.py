@@ -198,9 +198,7 @@ def run_cell(row: str, seed: int, length: Length, split: str, extra: list[str]) 
 
     torch.set_num_threads(1)
     path = ADAPTERS / cell_path(row, seed, length, "trained").stem
-    words = ["--train.seed", str(seed)]
-    words += ["--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
-    words += (ROWS[row] or "").split() + extra
+    words = _words(row, seed, split, extra)
     trains = ROWS[row] is not None
     steps = length.steps
     if trains and length.minutes:
@@ -227,6 +225,13 @@ def run_cell(row: str, seed: int, length: Length, split: str, extra: list[str]) 
         "n": figures["n"],
         **history,
     }
+
+
+def _words(row: str, seed: int, split: str, extra: list[str]) -> list[str]:
+    """Of the trainer's command line, for one cell; the number of updates is not among them."""
+    own = (ROWS[row] or "").split()
+    examined = ["--eval.seed", str(SPLIT_SEED[split]), "--eval.scenes", str(SCENES[split])]
+    return ["--train.seed", str(seed), *examined, *own, *extra]
 
 
 def trained(study: Study, path: Path) -> dict:
@@ -293,8 +298,19 @@ def train(study: Study, updates: int | None = None) -> dict:
 def spawn(
     cells: list[tuple[str, int]], length: Length, split: str, workers: int, extra: list[str]
 ) -> None:
-    """Run what is not finished, `workers` processes at a time."""
-    todo = [(row, seed) for row, seed in cells if not cell_path(row, seed, length, split).exists()]
+    """Run what is not finished, `workers` processes at a time. A finished cell that other settings
+    trained ends the program: its row would not be what its name says.
+    """
+    todo = []
+    for row, seed in cells:
+        path = cell_path(row, seed, length, split)
+        if not path.exists():
+            todo.append((row, seed))
+        elif others := differences(json.loads(path.read_text()), extra):
+            sys.exit(
+                f"{path} was trained with other settings ({', '.join(others)}); move it away to "
+                "train it again, or give today's settings a row of their own"
+            )
     print(f"{len(cells) - len(todo)} cells finished, {len(todo)} to do")
 
     def one(cell: tuple[str, int]) -> int:
@@ -306,6 +322,26 @@ def spawn(
     with ThreadPoolExecutor(workers) as pool:
         if any(list(pool.map(one, todo))):
             sys.exit("a cell failed; see above; finished cells are kept")
+
+
+def differences(cell: dict, extra: list[str]) -> list[str]:
+    """What a finished cell was trained with other than its row says today; settings that came since
+    count as equal, and nobody trained the base.
+    """
+    from vise_fast.config import schema as configuration
+
+    if ROWS[cell["row"]] is None:
+        return []
+    words = _words(cell["row"], cell["seed"], cell["split"], extra)
+    words += ["--train.steps", str(cell["steps"])]
+    today = _short(configuration.load(None, words).model_dump(mode="json"))
+    found = []
+    for section, settings in _short(cell["config"]).items():
+        for name, value in settings.items():
+            now = today.get(section, {}).get(name, value)
+            if section != "eval" and now != value:
+                found.append(f"{section}.{name} {value}, not {now}")
+    return found
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -633,7 +669,8 @@ def main() -> None:
         result = run_cell(args.cell, args.seeds[0], length, args.split, extra)
         CELLS.mkdir(parents=True, exist_ok=True)
         place = cell_path(args.cell, args.seeds[0], length, args.split)
-        place.write_text(json.dumps(_short(result), separators=(",", ":")) + "\n")
+        kept = _short(result) | {"config": result["config"]}
+        place.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
         return
     if not args.table:
         rows = [row for row in args.rows if row != "base"]

@@ -33,7 +33,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vise_fast.config.schema import Config
 from vise_fast.engine.rollout import Counters, Rollout, owners
 from vise_fast.method.experience import Played
-from vise_fast.method.learner import Learner, TokenScores
+from vise_fast.method.learner import Learner
+from vise_fast.method.token_scores import TokenScorer, TokenScores
 from vise_fast.model import load as loading
 from vise_fast.model.qwen3_vl import LORA_TARGETS
 from vise_fast.system.machine.clock import Clock
@@ -358,11 +359,17 @@ class NaivePolicy:
 
 
 class NaiveLearner(Learner):
-    """The learner with the update's log-probs from whole stock forwards, one per sampled box and
-    model (NAIVE+: one for all).
-    """
+    """The learner with the update's log-probs from whole stock forwards."""
 
-    def token_scores(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
+    def __init__(self, policy: NaivePolicy, engine: NaiveEngine, config: Config) -> None:
+        super().__init__(policy, engine, config)
+        self.scorer = NaiveScorer(engine, config)
+
+
+class NaiveScorer(TokenScorer):
+    """One stock forward per sampled box and model (NAIVE+: one for all)."""
+
+    def score(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
         """gap: not looked at."""
         size = len(chosen) if self.engine.batched else 1
         parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]

@@ -144,8 +144,19 @@ def test_one_cell_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert result["row"] == "oracle" and len(result["curve"]) == 1
     assert {"greedy_iou", "sampled_iou"} <= set(result["marks"])
     learning.cell_path("oracle", 0, ONE, "validation").write_text(json.dumps(result))
-    learning.spawn([("oracle", 0)], ONE, "validation", 1, [])
+    learning.spawn([("oracle", 0)], ONE, "validation", 1, words)
     assert "1 cells finished, 0 to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"other settings \(train\.batch 2, not 3\); move it away"):
+        learning.spawn([("oracle", 0)], ONE, "validation", 1, [*words, "--train.batch", "3"])
+
+
+def test_the_published_cells_are_what_their_rows_say_today():
+    paths = sorted(learning.CELLS.glob(f"{learning.PUBLISHED}-*.json"))
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    assert len(found) > 15
+    assert {
+        name: others for name, c in found.items() if (others := learning.differences(c, []))
+    } == {}
 
 
 def test_what_a_piece_knows_is_measured_within_its_group():
@@ -191,7 +202,7 @@ def test_gradients_of_samples_add_up_to_that_of_the_update():
     (played,) = play_batch(engine, Scenes(config).batch(0, 2), config, 0)
     each = gradient_noise.sample_gradients(learner, played, 4)
     advantage = torch.linspace(-1, 1, 8)
-    scores = learner.token_scores(played, list(range(8)))
+    scores = learner.scorer.score(played, list(range(8)))
     named = [value for name, value in learner.parameters.items() if "lora_B" in name]
     means = loss.token_mean(scores.table(scores.logprob), scores.mask)
     whole = torch.autograd.grad((advantage * means).sum(), named)

@@ -18,6 +18,7 @@ from faults.left import left, sound, steps_saved
 from vise_fast import train
 from vise_fast.method import experience, queries
 from vise_fast.method.learner import Learner
+from vise_fast.method.token_scores import TokenScorer
 from vise_fast.model.qwen3_vl import Qwen3VL
 from vise_fast.model.saved import export
 from vise_fast.report import page
@@ -34,7 +35,7 @@ PLACES = {  # what is called there, the how manieth call, the update that is sav
     "ask": (queries, "ask", 2, 1),
     "ground": (experience, "_ground", 2, 1),
     "verify": (experience, "judge", 1, 0),
-    "update forward": (Learner, "token_scores", 2, 1),
+    "update forward": (TokenScorer, "score", 2, 1),
     "backward": (torch.Tensor, "backward", 1, 0),
     "optimizer": (Learner, "_apply", 1, 1),
     "metrics": (run_directory.Steps, "advance", 1, 1),

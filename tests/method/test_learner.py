@@ -16,10 +16,11 @@ from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.engine.rollout import Answered, Rollout
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import consensus
+from vise_fast.method import consensus, token_scores
 from vise_fast.method import learner as learners
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import MAX_SKIPPED, Learner, learning_rate
+from vise_fast.method.toward_consensus import likelihood
 from vise_fast.model import load as model
 from vise_fast.ranks.ranks import Alone
 from vise_fast.system.checkpoint import Corrupt
@@ -120,10 +121,13 @@ def test_answers_are_scored_as_they_were_sampled(tempered, monkeypatch):
     model, and over the head only where they are scored at another temperature.
     """
     heads = []
-    real = learners.linear_logprob
-    monkeypatch.setattr(
-        learners, "linear_logprob", lambda *given, **more: heads.append(1) or real(*given, **more)
-    )
+    real = token_scores.linear_logprob
+
+    def counted(*given, **more):
+        heads.append(1)
+        return real(*given, **more)
+
+    monkeypatch.setattr(token_scores, "linear_logprob", counted)
     words = (f"--update.tempered={str(tempered).lower()}", "--rollout.temperature=0.6")
     _, metrics = step(*moved(*words))
     mean, worst = gaps(metrics)
@@ -230,7 +234,7 @@ def test_the_kl_is_the_mean_over_the_answers_that_are_scored():
     chosen = targets.scored.nonzero()[:, 0].tolist()
     assert chosen and len(chosen) <= 3
     with torch.no_grad():
-        tokens = learner.token_scores(played, chosen)
+        tokens = learner.scorer.score(played, chosen)
     means = [piece.mean().item() for piece in tokens.kl.split(tokens.lengths)]
     metrics = learner.learn([played], 0)
     assert metrics["scored"] == len(chosen) / 12
@@ -259,9 +263,9 @@ def test_the_reference_scores_are_the_base_models_whoever_judged(judge):
     assert (played.reference is None) == (judge == "policy")
     everyone = list(range(12))
     with torch.no_grad():
-        found = learner.token_scores(played, everyone)
+        found = learner.scorer.score(played, everyone)
         played.reference = None  # computed again, adapters off
-        truth = learner.token_scores(played, everyone)
+        truth = learner.scorer.score(played, everyone)
     assert (found.reference - truth.reference).abs().max() < 1e-4
     assert (found.reference - found.logprob).abs().max() > 1e-2
 
@@ -277,7 +281,7 @@ def test_the_kl_is_taken_from_the_rewards_only_as_k1_reward(kl):
         ratios = []
         for played, size in zip(slices, (9, 3), strict=True):
             with torch.no_grad():
-                tokens = learner.token_scores(played, list(range(size)))
+                tokens = learner.scorer.score(played, list(range(size)))
             pieces = (tokens.logprob - tokens.reference).split(tokens.lengths)
             ratios += [piece.mean().item() for piece in pieces]
         wanted -= 0.5 * torch.tensor(ratios, dtype=torch.float64)
@@ -345,7 +349,7 @@ def test_answers_are_scored_at_one_or_at_the_temperature_they_were_sampled_at(te
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
     everyone = list(range(12))
     with torch.no_grad():
-        scores = learner.token_scores(played, everyone)
+        scores = learner.scorer.score(played, everyone)
     policy = full_logprobs(learner, played, True, scored_at)
     base = full_logprobs(learner, played, False, scored_at)
     own, others, kl = ([] for _ in range(3))
@@ -396,7 +400,7 @@ def test_what_could_stand_in_a_digits_place_is_scored_as_the_whole_vocabulary_is
     config, learner, source = moved("--rollout.temperature=0.5", *CONSENSUS)
     (played,) = play_batch(learner.engine, source.batch(0, 4), config, 0)
     with torch.no_grad():
-        scores = learner.token_scores(played, list(range(12)))
+        scores = learner.scorer.score(played, list(range(12)))
     tables = torch.cat([table for table, _ in full_logprobs(learner, played, True, 0.5)])
     truth = tables[scores.choices.digits.place][:, learner.engine.tokens.digits]
     assert len(truth) > 100
@@ -461,7 +465,9 @@ def test_the_likelihood_of_the_consensus_is_that_of_its_texts(of):
     agreed = played.agreed = consensus.target(played.evidence, config.reward, of)
     known = [image for image in range(4) if agreed.known[3 * image]]
     with torch.no_grad():
-        found = learner._likelihood(played, [3 * image + 1 for image in range(4)], 12)
+        found = likelihood(
+            learner.engine, config, played, [3 * image + 1 for image in range(4)], 12
+        )
     total = 0.0
     for image in known:
         boxes = agreed.box_1000[3 * image][agreed.counts[3 * image]].tolist()
@@ -492,7 +498,7 @@ def test_under_a_constant_reward_only_scoring_at_the_sampling_temperature_has_no
 def test_as_released_scores_image_tokens_too():
     config, learner, source = setup("--reward.preset=as_released")
     (played,), metrics = step(config, learner, source)
-    lengths = learner.token_scores(played, [0]).lengths
+    lengths = learner.scorer.score(played, [0]).lengths
     assert lengths[0] > played.boxes.answers.lengths[0] + 50
     assert math.isfinite(metrics["grad_norm"])
 
@@ -501,13 +507,13 @@ def test_the_rollouts_own_pass_is_gone_on_from_where_half_its_images_are_scored(
     """Of fewer, computing theirs again costs less than the graph of all."""
     asked = Prompted(range(4))
     played = SimpleNamespace(boxes=SimpleNamespace(asked=asked))
-    assert learners._asked(played, [0, 3]) == [0, 3]
-    assert learners._asked(played, [0, 1, 2]) == [0, 1, 2]
-    assert learners._asked(played, [2]) is None
+    assert token_scores._asked(played, [0, 3]) == [0, 3]
+    assert token_scores._asked(played, [0, 1, 2]) == [0, 1, 2]
+    assert token_scores._asked(played, [2]) is None
     played.boxes.asked = Prompted(range(5))
-    assert learners._asked(played, [1, 2]) is None
+    assert token_scores._asked(played, [1, 2]) is None
     played.boxes.asked = None
-    assert learners._asked(played, [0, 1, 2, 3]) is None
+    assert token_scores._asked(played, [0, 1, 2, 3]) is None
 
 
 class Prompted(list):

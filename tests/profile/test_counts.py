@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from vise_fast.engine.fast import FastEngine
-from vise_fast.method import learner as learning
+from vise_fast.method import token_scores
 from vise_fast.method.experience import Draws, play
 from vise_fast.method.learner import Learner
 from vise_fast.method.step_plan import Lengths, StepPlan
@@ -169,8 +169,8 @@ def test_only_completion_rows_pass_the_head(directory, monkeypatch):
     rows = []
     updated = []
     monkeypatch.setattr(step.engine.backbone, "logits", noted(step.engine.backbone.logits, rows))
-    scored = noted(learning.linear_logprob_kl, updated)
-    monkeypatch.setattr(learning, "linear_logprob_kl", scored)
+    scored = noted(token_scores.linear_logprob_kl, updated)
+    monkeypatch.setattr(token_scores, "linear_logprob_kl", scored)
     step.run()
     queries = 2
     boxes = 4

@@ -4,7 +4,7 @@ optimizer step.
 Owns the optimizer, the moving baseline, the adaptive KL weight, the counts of queries and the
 learning-rate schedule; `state` and `load` carry them through a checkpoint. Micro-batches (the
 slices of the batch) add up to the same gradient because every mean has the whole batch's
-denominator.
+denominator. Left out: the forward passes (token_scores.py) and the formulas (loss.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from vise_kernels import linear_logprob, linear_logprob_kl
 
 from vise_fast.config.schema import Config
-from vise_fast.engine.rollout import Answered, Engine, Rollout
-from vise_fast.method import consensus, loss, rewards
+from vise_fast.engine.rollout import Engine
+from vise_fast.method import consensus, loss, rewards, toward_consensus
 from vise_fast.method.evidence import Evidence, join
 from vise_fast.method.experience import Played
 from vise_fast.method.groups import balance
-from vise_fast.method.roles import Boxes
+from vise_fast.method.token_scores import TokenScorer, token_mask
 from vise_fast.model import quantise
 from vise_fast.model.load import Policy
 from vise_fast.ranks.ranks import Alone, Ranks
@@ -64,39 +63,6 @@ class Targets:
         """These answers and, behind them, others."""
         advantage = torch.cat([self.advantage, more.advantage])
         return Targets(advantage, torch.cat([self.scored, more.scored]))
-
-
-@dataclass
-class Choices:
-    """The digits of some answers, and the log-probs (D, 10) of what could stand in their places."""
-
-    digits: consensus.Digits
-    logprob: Tensor
-
-
-@dataclass
-class TokenScores:
-    """Of every scored token, packed (tokens,): log-prob, reference log-prob and exact KL; tokens
-    per answer. choices: where the answers' digits are moved to a consensus; gap: how far the
-    log-probs lie from those they were sampled with, where that was asked for.
-    """
-
-    logprob: Tensor
-    reference: Tensor
-    kl: Tensor
-    lengths: list[int]
-    choices: Choices | None = None
-    gap: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor:
-        """Bool (N, T)."""
-        return token_mask(self.lengths, self.logprob.device)
-
-    def table(self, packed: Tensor) -> Tensor:
-        """(tokens,) as (N, T), zeros on padding; differentiable."""
-        mask = self.mask
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, packed)
 
 
 @dataclass(frozen=True)
@@ -154,6 +120,7 @@ class Learner:
         self.policy = policy
         self.engine = engine
         self.config = config
+        self.scorer = TokenScorer(engine, config)
         self.parameters = policy.parameters()
         self.optimizer = optimizer or make_optimizer(list(self.parameters.values()), config)
         update = config.update
@@ -295,7 +262,7 @@ class Learner:
         """(N,) bool: answers that learn from the consensus of their views."""
         if self.config.update.consensus == 0:
             return torch.zeros(sum(_sizes(slices, self.config.rollout.samples)), dtype=torch.bool)
-        return torch.cat([_agreed(played).known for played in slices])
+        return torch.cat([toward_consensus.agreed(played).known for played in slices])
 
     def _learned_from(self, slices: list[Played], reward: Tensor) -> Tensor:
         """The rewards (N,), minus the KL where `update.kl` puts it there."""
@@ -326,7 +293,7 @@ class Learner:
     def _penalised(self, played: Played, reward: Tensor) -> Tensor:
         """`k1_reward`: rewards minus beta times the log-ratio to the reference of each sample."""
         with torch.no_grad():
-            scores = self.token_scores(played, list(range(len(reward))))
+            scores = self.scorer.score(played, list(range(len(reward))))
         logprob = self.engine.home(scores.table(scores.logprob))
         reference = self.engine.home(scores.table(scores.reference))
         mask = token_mask(scores.lengths, logprob.device)
@@ -348,7 +315,7 @@ class Learner:
     def _backward(self, played: Played, target: Targets, samples: int) -> dict[str, Tensor]:
         """Adds one slice's gradient; returns its share of the batch's figures (0-d tensors)."""
         chosen = target.scored.nonzero()[:, 0].tolist()
-        scores = self.token_scores(played, chosen, gap=target.earlier is None)
+        scores = self.scorer.score(played, chosen, gap=target.earlier is None)
         tokens = loss.ScoredTokens(
             scores.table(scores.logprob),
             scores.table(scores.reference),
@@ -364,7 +331,8 @@ class Learner:
         clip = self.config.update.clip
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
         if share > 0:
-            value = value - share * self._consensus(played, chosen, scores, samples)
+            more = (played, chosen, scores, samples)
+            value = value - share * toward_consensus.raised(self.engine, self.config, *more)
         if scores.gap is not None:
             figures |= {"gap": scores.gap.sum(), GAP_TOKENS: tokens.mask.sum()}
             figures[GAP_WORST] = scores.gap.max()
@@ -373,136 +341,6 @@ class Learner:
             value.backward()
         played.boxes.asked = None  # its graph is spent
         return figures
-
-    def _consensus(
-        self, played: Played, chosen: list[int], scores: TokenScores, samples: int
-    ) -> Tensor:
-        """What the consensus of the views raises in this slice; a scalar to maximise."""
-        if scores.choices is None:
-            return self._likelihood(played, chosen, samples)
-        return self._agreement(played, chosen, scores.choices, scores.lengths, samples)
-
-    def _likelihood(self, played: Played, chosen: list[int], samples: int) -> Tensor:
-        """That of the consensus as an answer about every image with a chosen sample, at temperature
-        1; it counts as often as the image has samples, and each of its boxes the same share of it.
-        """
-        group = self.config.rollout.samples
-        agreed = _agreed(played)
-        images = sorted({n // group for n in chosen if agreed.known[n]})
-        if not images:
-            return torch.zeros((), device=self.policy.device)
-        own = agreed.select([image * group for image in images])
-        answered = self._written(played, images, own)
-        engine = self.engine
-        features = played.features.select(images)
-        recompute = self.config.train.checkpointing
-        hidden = engine.score(features, answered, True, recompute=recompute)
-        answers = answered.answers
-        head = engine.backbone.head.weight
-        logprob = linear_logprob(hidden, head, answers.packed(), banned=engine.banned)
-        digits = consensus.digits_of(answers.rows(), engine.tokens.digits)
-        share = group / own.counts.sum(1)[answered.owner]
-        return consensus.likelihood(logprob, answers.lengths, digits, samples, share)
-
-    def _written(self, played: Played, images: list[int], agreed: consensus.Consensus) -> Answered:
-        """The questions about these images with the boxes that count as their answers."""
-        tokens = self.engine.tokens
-        owner, column = (part.tolist() for part in agreed.counts.nonzero(as_tuple=True))
-        table = agreed.box_1000[owner, column].tolist()
-        answers = tokens.written_boxes([(x1, y1, x2, y2) for x1, y1, x2, y2 in table])
-        lengths = [len(row) for row in answers]
-        padded = [row + [tokens.pad] * (max(lengths) - len(row)) for row in answers]
-        ids = put(padded, self.policy.device)
-        rollout = Rollout(ids, torch.zeros(ids.shape, device=ids.device), lengths, padded)
-        rows = [played.boxes.rows[image] for image in images]
-        return Answered(rows, rollout, owner)
-
-    def _agreement(
-        self,
-        played: Played,
-        chosen: list[int],
-        choices: Choices,
-        lengths: list[int],
-        samples: int,
-    ) -> Tensor:
-        """The chosen answers' expected agreement with the consensus of their views, per digit."""
-        own = _agreed(played).select(chosen)  # samples: the views are boxed by the reference
-        digits = choices.digits
-        device = choices.logprob.device
-        values = consensus.agreements(digits, own.box_1000, own.counts)
-        values = put(values * own.known[digits.row][:, None], device)
-        row = put(digits.row, device)
-        tokens = put(lengths, device)
-        return consensus.expected_agreement(choices.logprob, values, row, tokens, samples)
-
-    def token_scores(self, played: Played, chosen: list[int], gap: bool = False) -> TokenScores:
-        """The chosen answers' tokens under policy and reference. gap: and how far from those they
-        were sampled with.
-        """
-        engine = self.engine
-        images = sorted({played.boxes.owner[n] for n in chosen})
-        answered = _answered(played.boxes, chosen, images)
-        features = played.features.select(images)
-        if self.config.reward.preset == "as_released":
-            return self._released(features, answered)
-        with torch.no_grad():
-            cached = _reference(played, images)
-            reference = engine.score(features, answered, False, prefixes=cached)
-        asked = _asked(played, images)
-        recompute = self.config.train.checkpointing
-        hidden = engine.score(features, answered, True, recompute=recompute, prompts=asked)
-        head = engine.backbone.head.weight
-        ids = answered.answers.packed()
-        with engine.clock.phase("head"):
-            states = self._tempered(hidden), self._tempered(reference)
-            scores = linear_logprob_kl(*states, head, ids, banned=engine.banned)
-        found = TokenScores(*scores, answered.answers.lengths)
-        update = self.config.update
-        if update.consensus > 0 and update.consensus_by == "agreement":
-            found.choices = self._choices(found.logprob, states[0], answered)
-        if gap:
-            found.gap = self._gap(found.logprob, hidden, answered.answers)
-        return found
-
-    @torch.no_grad()
-    def _gap(self, logprob: Tensor, hidden: Tensor, answers: Rollout) -> Tensor:
-        """(tokens,): the distance in nat of log-probs as scored from those as sampled, both at
-        temperature 1. Both are there already, but where `update.tempered` scores at another
-        temperature: the head is read once more then.
-        """
-        if self.config.update.tempered and self.config.rollout.temperature != 1:
-            head = self.engine.backbone.head.weight
-            logprob = linear_logprob(hidden, head, answers.packed(), banned=self.engine.banned)
-        return (logprob.float() - answers.packed_logprob()).abs()
-
-    def _choices(self, logprob: Tensor, hidden: Tensor, answered: Answered) -> Choices:
-        """Of these answers, from the log-probs (tokens,) of theirs and hidden (tokens, E)."""
-        ids = self.engine.tokens.digits
-        digits = consensus.digits_of(answered.answers.rows(), ids)
-        device = hidden.device
-        place = put(digits.place, device)
-        head = self.engine.backbone.head.weight
-        written = answered.answers.packed()[place]
-        states = hidden[place]
-        found = consensus.digit_logprobs(states, head, put(ids, device), written, logprob[place])
-        return Choices(digits, found)
-
-    def _tempered(self, hidden: Tensor) -> Tensor:
-        """Hidden states whose logits are those that the answers were sampled by, where
-        `update.tempered`: divided by the temperature; else as they are.
-        """
-        temperature = self.config.rollout.temperature
-        return hidden / temperature if self.config.update.tempered else hidden
-
-    def _released(self, features: Any, answered: Answered) -> TokenScores:
-        """The same over the released code's span."""
-        with torch.no_grad():
-            reference = self.engine.score_released(features, answered, False)
-        span = self.engine.score_released(features, answered, True)
-        head = self.engine.backbone.head.weight
-        states = self._tempered(span.hidden), self._tempered(reference.hidden)
-        scores = linear_logprob_kl(*states, head, span.ids)
-        return TokenScores(*scores, span.lengths)
 
     def _totals(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Figures of the whole batch and the gradient norm before clipping, which happens here; the
@@ -660,37 +498,6 @@ def _sizes(slices: list[Played], per_image: int) -> list[int]:
     return [len(played.images) * per_image for played in slices]
 
 
-def _answered(boxes: Boxes, chosen: list[int], images: list[int]) -> Answered:
-    """The chosen answers, with their questions about these images."""
-    place = {image: i for i, image in enumerate(images)}
-    owner = [place[boxes.owner[n]] for n in chosen]
-    return Answered([boxes.rows[i] for i in images], boxes.answers.select(chosen), owner)
-
-
-def _reference(played: Played, images: list[int]) -> Any:
-    """The judge's prefixes of these images, where it left them; None: they are computed again."""
-    if played.reference is None or images[-1] >= len(played.reference):
-        return None
-    return played.reference.select(images)
-
-
-def _asked(played: Played, images: list[int]) -> Any:
-    """The questions about these images with their graph, where the rollout kept them and most of
-    them are scored.
-    """
-    asked = played.boxes.asked
-    if asked is None or 2 * len(images) < len(asked):
-        return None
-    return asked.select(images)
-
-
-def _agreed(played: Played) -> consensus.Consensus:
-    """What the views of a slice agree on, as it was scored."""
-    if played.agreed is None:
-        raise RuntimeError("a slice learns from its consensus before it was scored")
-    return played.agreed
-
-
 def _unique_queries(slices: list[Played], ranks: Ranks) -> float:
     """Share of different queries among the batch's."""
     own: list[str] = []
@@ -698,12 +505,6 @@ def _unique_queries(slices: list[Played], ranks: Ranks) -> float:
         own += played.queries.texts
     queries = list(chain.from_iterable(ranks.gather("queries", own)))
     return len(set(queries)) / len(queries)
-
-
-def token_mask(lengths: list[int], device: torch.device) -> Tensor:
-    """Bool (N, T): True on the first lengths[n] positions of row n."""
-    steps = torch.arange(max(lengths), device=device)
-    return steps < put(lengths, device)[:, None]
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
