@@ -56,6 +56,8 @@ LEARNER = (
     "or released or optimizer or gradients_are or teaches_nothing or loaded or cosine "
     "or several or second_time"
 )
+SCORES = "scored or scores or released or whoever or digits_place or gone_on or micro"
+CONSENSUS = "consensus"
 PLUGIN = "start or blamed or registered or shipped or invented or number or ran_out"
 WRONG_PLUGINS = [
     METHOD + f"plugin.py::test_what_goes_wrong_in_{where}_is_known_at_the_start"
@@ -74,6 +76,8 @@ OWN_TESTS = {
     "vise_fast/method/rewards.py": [METHOD + "rewards.py", *WRONG_PLUGINS],
     "vise_fast/method/roles.py": [METHOD + "roles.py"],
     "vise_fast/method/step_plan.py": [METHOD + "step_plan.py"],
+    "vise_fast/method/token_scores.py": [METHOD + "learner.py", "-k", SCORES],
+    "vise_fast/method/toward_consensus.py": [METHOD + "learner.py", "-k", CONSENSUS],
     "vise_fast/method/verdicts.py": [METHOD + "verdicts.py", METHOD + "experience.py"],
     "vise_fast/images/geometry.py": ["tests/images/test_geometry.py"],
     "vise_fast/images/views.py": ["tests/images/test_views.py"],

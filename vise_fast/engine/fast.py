@@ -36,6 +36,8 @@ from vise_fast.text.tokens import Tokens
 COMPACT_BELOW = 0.75
 # On a GPU a shared forward pass saves the update one over prefixes and questions, and costs so many
 # more launches a layer, for three backward graphs instead of one (bench/launches.py).
+# On an H100 a launch has since taken 43 to 67 us, the Python around it included
+# (docs/PERFORMANCE.md); of 32 images only the shared step was timed there.
 LAUNCHES_OF_SHARING = 260
 SECONDS_A_LAUNCH = 6e-6
 FLOPS_A_SECOND = 4e14

@@ -5,7 +5,7 @@ One forward pass each, over image, question and answers as a tree (engine); what
 gone on from: its graph of the policy's questions, the judge's prefixes. Left out: which answers are
 scored (learner.py) and what their scores are worth (loss.py).
 
-Run: `pytest tests/method/test_learner.py -k scored`.
+Run: `pytest tests/method/test_learner.py -k "scored or scores"`.
 """
 
 from __future__ import annotations
