@@ -331,8 +331,9 @@ class Learner:
         clip = self.config.update.clip
         value, figures = loss.reinforce(tokens, advantage, self.beta.value, kind, samples, clip)
         if share > 0:
-            more = (played, chosen, scores, samples)
-            value = value - share * toward_consensus.raised(self.engine, self.config, *more)
+            value = value - share * toward_consensus.raised(
+                self.engine, self.config, played, chosen, scores, samples
+            )
         if scores.gap is not None:
             figures |= {"gap": scores.gap.sum(), GAP_TOKENS: tokens.mask.sum()}
             figures[GAP_WORST] = scores.gap.max()
