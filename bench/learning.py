@@ -103,6 +103,14 @@ FIGURES = {
     "greedy_parse_rate": "parse rate",
     "attention_share": "attention share",
 }
+BESIDE = {
+    "invariance": "agreement across views",
+    "own_TU": "its own boxes hide what it asked for",
+    "pope_accuracy": "POPE accuracy",
+    "pope_yes_rate": "POPE yes rate",
+    "free_length": "tokens of a description",
+}
+"""Figures of which a cell keeps the mean alone: seeds are compared, not scenes."""
 RESCALED = "base, rescaled"
 MARK = "<!-- bench/learning.py --table -->"
 SPLIT_SEED = {"validation": 70_001, "reported": 110_003, "fresh": 150_011}
@@ -374,7 +382,7 @@ def rescaled(base: dict) -> dict:
         for name, mark in base["marks"].items()
         if name.endswith("_rescaled")
     }
-    return base | {"row": RESCALED, "marks": marks, "curve": [], "seconds": 0.0}
+    return base | {"row": RESCALED, "marks": marks, "values": {}, "curve": [], "seconds": 0.0}
 
 
 def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
@@ -395,22 +403,25 @@ def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def _estimates(base: dict, group: list[dict]) -> dict[str, dict]:
-    return {name: _estimate(name, base, group) for name in FIGURES if name in group[0]["marks"]}
+    found = {}
+    for name in FIGURES:
+        if name in group[0]["marks"]:
+            values = [_ratio(cell["marks"][name]) for cell in group]
+            low, high = _interval(name, base, group)
+            gained = _gained(values, _ratio(base["marks"][name]))
+            found[name] = gained | {"low": low, "high": high}
+    for name in BESIDE:
+        if name in group[0].get("values", {}):
+            values = [cell["values"][name] for cell in group]
+            found[name] = _gained(values, base["values"][name])
+    return found
 
 
-def _estimate(name: str, base: dict, group: list[dict]) -> dict:
-    values = np.array([_ratio(cell["marks"][name]) for cell in group])
-    gains = values - _ratio(base["marks"][name])
-    low, high = _interval(name, base, group)
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {
-        "mean": float(values.mean()),
-        "se": error,
-        "gain": float(gains.mean()),
-        "low": low,
-        "high": high,
-        "seeds": len(values),
-    }
+def _gained(values: list[float], before: float) -> dict:
+    """Mean over seeds, its s.e., and what it gains over the base's."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    mean = float(np.mean(values))
+    return {"mean": mean, "se": error, "gain": mean - before, "seeds": len(values)}
 
 
 def _interval(
@@ -461,7 +472,9 @@ PANELS = {
         "greedy_area_ratio",
     ),
     "And nothing lost": ("visible_accuracy", "greedy_parse_rate", "attention_share"),
+    "Beside it": tuple(BESIDE),
 }
+TITLES = FIGURES | BESIDE
 
 
 def show(table: dict[str, dict], cells: dict[str, list[dict]]) -> str:
@@ -473,7 +486,7 @@ def _panel(
     title: str, names: tuple[str, ...], table: dict[str, dict], cells: dict[str, list[dict]]
 ) -> str:
     kept = [name for name in names if name in table["base"] or name == SHARES]
-    heading = [title, "seeds", *(FIGURES.get(name, name) for name in kept)]
+    heading = [title, "seeds", *(TITLES.get(name, name) for name in kept)]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row, entries in table.items():
         told = [_told(name, row, entries) for name in kept]
@@ -497,7 +510,9 @@ def _shares(row: str, entries: dict[str, dict]) -> str:
 
 def _cell(entry: dict, row: str) -> str:
     error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
-    gain = "" if row == "base" else f" ({entry['low']:+.3f}, {entry['high']:+.3f})"
+    gain = ""
+    if row != "base":
+        gain = f" ({entry['low']:+.3f}, {entry['high']:+.3f})" if "low" in entry else ""
     return f"{entry['mean']:.3f}{error}{gain}"
 
 

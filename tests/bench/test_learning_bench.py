@@ -78,6 +78,20 @@ def test_gains_are_paired_and_shares_are_of_the_oracles(cells):
     assert random["gain"] == pytest.approx(0) and random["se"] is None
 
 
+def test_a_figure_kept_as_a_mean_has_the_spread_of_its_seeds_and_no_interval(cells):
+    for row, values in (("base", [0.7]), ("robust", [0.71, 0.72, 0.76])):
+        for one, value in zip(cells[row], values, strict=True):
+            one["values"] = {"pope_accuracy": value}
+    cells[learning.RESCALED] = [learning.rescaled(cells["base"][0])]
+    table = learning.summarise(cells)
+    found = table["robust"]["pope_accuracy"]
+    assert found["mean"] == pytest.approx(0.73) and found["gain"] == pytest.approx(0.03)
+    assert found["se"] == pytest.approx(0.0007**0.5 / 3**0.5)
+    told = learning.show(table, cells).splitlines()
+    assert "| robust | 3 | 0.730 ± 0.015 |" in told and "| base | 1 | 0.700 |" in told
+    assert not any("rescaled | 1 | 0.7" in line for line in told)
+
+
 def test_cells_of_other_lengths_stay_out(cells):
     assert [c["seed"] for c in cells["robust"]] == [0, 1, 2]
 
