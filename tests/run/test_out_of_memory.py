@@ -8,7 +8,7 @@ import torch
 from vise_fast.config import schema as configuration
 from vise_fast.engine.fast import FastEngine
 from vise_fast.images.drawn import Scenes
-from vise_fast.method import experience, learner
+from vise_fast.method import experience, token_scores
 from vise_fast.method.experience import play_batch
 from vise_fast.method.learner import Learner
 from vise_fast.model import load as model
@@ -36,7 +36,7 @@ PHASES = {
     "ghost verdicts": (FastEngine, "verdict_logits", 1),
     "scores": (FastEngine, "score", 1),
     "second slice": (FastEngine, "score", 4),
-    "head": (learner, "linear_logprob_kl", 1),
+    "head": (token_scores, "linear_logprob_kl", 1),
     "backward": (FusedLinear, "_input_gradient", 3),
     "room for the optimizer": (Learner, "_make_room", 1),
 }
