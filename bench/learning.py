@@ -511,8 +511,8 @@ def _shares(row: str, entries: dict[str, dict]) -> str:
 def _cell(entry: dict, row: str) -> str:
     error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
     gain = ""
-    if row != "base":
-        gain = f" ({entry['low']:+.3f}, {entry['high']:+.3f})" if "low" in entry else ""
+    if row != "base" and "low" in entry:
+        gain = f" ({entry['low']:+.3f}, {entry['high']:+.3f})"
     return f"{entry['mean']:.3f}{error}{gain}"
 
 

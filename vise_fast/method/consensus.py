@@ -16,8 +16,8 @@ consensus itself, written as an answer, its tokens weighted by what they are wor
 IoU with each, the mean log-probability of each. Where they differ a box in between is then worth
 what it would be worth on average, if one of them were the truth.
 
-Left out: the forward pass and the rest of the loss (learner.py, loss.py). Pure functions of
-tensors. Run: `pytest tests/method/test_consensus.py`.
+Left out: the forward passes (token_scores.py, toward_consensus.py) and the rest of the loss
+(loss.py). Pure functions of tensors. Run: `pytest tests/method/test_consensus.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ states.
 Pure functions of tensors: rows N = images * G in group-major order, T completion positions (EOS
 included, padding masked). Log-probs and KL are means over a completion's tokens, then over samples;
 the number of samples is given (`denominator`), so that a batch cut into micro-batches adds up to
-the same loss. Left out: which rows are scored and how (learner.py), what they earned (rewards.py).
+the same loss. Left out: which rows are scored (learner.py) and how (token_scores.py), what they
+earned (rewards.py).
 
 Run: `pytest tests/method/test_loss.py`.
 """
